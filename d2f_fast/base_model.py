@@ -1,0 +1,158 @@
+"""Load a pretrained diffusion model, encode its texts and images, and refuse what cannot be trained.
+
+A model is a diffusers pipeline: a hub id, a folder, or a single `.safetensors` file. Only safetensors are read; nothing
+unpickles.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from d2f_fast.alignment import Alignment
+from d2f_fast.errors import ModelError
+
+_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+
+class BaseModel:
+    """A diffusers text-to-image pipeline, taken apart for training.
+
+    Args:
+        pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or one with the same components and
+            `encode_prompt`.
+
+    Raises:
+        ModelError: it has no UNet2DConditionModel, or its scheduler cannot be aligned.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        if type(getattr(pipeline, "unet", None)).__name__ != "UNet2DConditionModel":
+            raise ModelError(f"{type(pipeline).__name__} has no UNet2DConditionModel: give a Stable Diffusion pipeline")
+        self.unet = pipeline.unet
+        self.vae = pipeline.vae
+        self.alignment = Alignment.from_scheduler(pipeline.scheduler)
+        for component in self._frozen():
+            component.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, model: str | Path, dtype: torch.dtype = torch.float32) -> "BaseModel":
+        """Load a hub id, a pipeline folder or a single `.safetensors` file.
+
+        Raises:
+            ModelError: a pickle, a missing or unreadable part, or as the constructor; the message names the file.
+        """
+        path = Path(model)
+        if path.suffix in _PICKLE_SUFFIXES:
+            raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
+        if path.is_dir():
+            _check_folder(path)
+        elif path.suffix != ".safetensors" and (path.is_absolute() or str(model).startswith(".")):
+            raise ModelError(f"{path} does not exist: give a hub id, a pipeline folder or a .safetensors file")
+        try:
+            if path.suffix == ".safetensors":
+                return cls(_single_file_class(path).from_single_file(str(path), dtype=dtype))
+            options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None}
+            return cls(DiffusionPipeline.from_pretrained(str(model), **options))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
+
+    def _frozen(self) -> list[nn.Module]:
+        parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]
+        return [part for part in parts if part is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return torch.device(self.unet.device)
+
+    def to(self, device: torch.device | str) -> "BaseModel":
+        """Move every component, and the alignment's table."""
+        self.pipeline.to(device)
+        self.alignment = self.alignment.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Posterior of the autoencoder: {"mean", "std"}, each [B, C, H / f, W / f], unscaled.
+
+        Args:
+            pixel_values: [B, 3, H, W] float32 in [-1, 1].
+        """
+        posterior = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype)).latent_dist
+        return {"mean": posterior.mean, "std": posterior.std}
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Latents in the network's unit-variance scale."""
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of scaled latents, [B, 3, H, W] float32 in [-1, 1] (not clamped)."""
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Text condition of prompts: {"encoder_hidden_states" [B, L, D]}, for SDXL also {"text_embeds" [B, P]}."""
+        encoded = self.pipeline.encode_prompt(
+            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        condition = {"encoder_hidden_states": encoded[0]}
+        if len(encoded) > 2:
+            condition["text_embeds"] = encoded[2]
+        return condition
+
+    def added_cond_kwargs(self, condition: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor] | None:
+        """SDXL's micro-conditioning for uncropped pictures of one size, pixels; None for other models."""
+        if "text_embeds" not in condition:
+            return None
+        text_embeds = condition["text_embeds"]
+        time_ids = text_embeds.new_tensor([height, width, 0, 0, height, width]).expand(len(text_embeds), -1)
+        return {"text_embeds": text_embeds, "time_ids": time_ids}
+
+    def fingerprint(self, *components: str) -> str:
+        """SHA-256 over the weights and configuration of components, by name; absent ones are passed over."""
+        digest = hashlib.sha256()
+        for name in components:
+            module = getattr(self.pipeline, name, None)
+            if module is None:
+                continue
+            config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            for key, tensor in module.state_dict().items():
+                digest.update(key.encode())
+                digest.update(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is no pipeline, in words that name what is missing."""
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} has no model_index.json: give the folder of a diffusers pipeline")
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        raise ModelError(
+            f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: it tells the prediction type and the"
+            " schedule; copy it from the base model"
+        )
+    for name in ("unet", "vae"):
+        if not any((folder / name).glob("*.safetensors")):
+            pickles = any(path.suffix in _PICKLE_SUFFIXES for path in (folder / name).glob("*"))
+            found = "holds a pickle, which can run code" if pickles else "holds no weights"
+            raise ModelError(f"{folder / name} {found}: give the model as safetensors")
+
+
+def _single_file_class(path: Path) -> Any:
+    """Pipeline class of a single-file checkpoint, from its keys."""
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+    is_sdxl = any(key.startswith("conditioner.embedders.1") for key in keys)
+    return StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline

@@ -1,0 +1,279 @@
+"""Folders of captioned images: their layouts, the checks of what is in them, and decoding to RGB."""
+
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn, TypedDict
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from d2f_fast.errors import DatasetError
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Other decoders are never tried, whatever the file's name says: some of them start programs.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+METADATA_FILE = "metadata.jsonl"
+MAX_CAPTION_CHARACTERS = 10_000
+MAX_LINE_BYTES = 1 << 20
+_MAX_CAPTION_BYTES = 4 * MAX_CAPTION_CHARACTERS + 3  # UTF-8 and a byte order mark
+MAX_IMAGE_PIXELS = 1 << 27
+MAX_REPEATS = 10_000
+EXPECTED_LAYOUTS = (
+    f'expected {METADATA_FILE} with lines like {{"file_name": "a.png", "text": "a caption"}}, or images '
+    f"({', '.join(IMAGE_EXTENSIONS)}) that each have a caption file beside them (a.png and a.txt), in the folder or in "
+    "sub-folders; a sub-folder named 10_name repeats its images 10 times"
+)
+
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+_REPEATS = re.compile(r"([0-9]+)_")
+_ORIENTATION = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Sample(TypedDict):
+    """One captioned image; a list in `text` holds alternatives, of which each epoch draws one."""
+
+    image: Image.Image
+    text: str | list[str]
+    path: Path
+
+
+def printable(name: object) -> str:
+    """Text of a path or a key for a one-line message: escaped where it holds line breaks or control characters."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
+
+
+class CaptionedImages(Dataset[Sample]):
+    """Read captioned images from a folder, whose layout is detected; images are decoded only when asked for.
+
+    Layouts: a `metadata.jsonl` whose lines name an image and its caption or captions; otherwise images with a caption
+    file of the same name beside them, at any depth. There, the innermost sub-folder named `<number>_<name>` gives the
+    number of repeats (0 leaves its images out). Hidden files and folders are not read, nor are images that
+    `metadata.jsonl` does not list. The order is that of the metadata lines, or of the sorted paths.
+
+    Args:
+        folder: the training folder.
+        image_column: "image" reads the metadata key "file_name"; any other name reads "<name>_file_name".
+        caption_column: metadata key of the caption, a string or a list of alternatives.
+        caption_extension: extension of the caption files, whose whole text, stripped, is the caption.
+
+    Raises:
+        DatasetError: no such layout; a caption that is missing, empty or over 10,000 characters; a file that is missing
+            or outside the folder; a metadata line that is not JSON or lacks a key. When an item is read: its image does
+            not decode.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        image_column: str = "image",
+        caption_column: str = "text",
+        caption_extension: str = ".txt",
+    ) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise DatasetError(f"{printable(self.folder)} is not a folder: {EXPECTED_LAYOUTS}")
+        if (self.folder / METADATA_FILE).is_file():
+            image_key = "file_name" if image_column == "image" else f"{image_column}_file_name"
+            samples = _read_metadata(self.folder, image_key, caption_column)
+        else:
+            samples = _read_caption_files(self.folder, "." + caption_extension.removeprefix("."))
+        self._samples: list[tuple[str, str | list[str]]] = [
+            (name, text) for name, text, repeats in samples for _ in range(repeats)
+        ]
+        if not self._samples:
+            raise DatasetError(f"{printable(self.folder)} has no captioned images: {EXPECTED_LAYOUTS}")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.path(index)
+        return {"image": read_image(path), "text": self.text(index), "path": path}
+
+    def path(self, index: int) -> Path:
+        """Path of an image, without reading it."""
+        return self.folder / self._samples[index][0]
+
+    def text(self, index: int) -> str | list[str]:
+        """Caption of an image, or its list of captions, without reading the image."""
+        return self._samples[index][1]
+
+
+def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[tuple[str, str | list[str], int]]:
+    """Image name, caption and repeats of each line."""
+    path = folder / METADATA_FILE
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise DatasetError(f"{printable(path)} cannot be read ({error.strerror}): check the file") from error
+    with lines:
+        number = 0
+        while line := lines.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{printable(path)}, line {number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise DatasetError(f"{where}: longer than {MAX_LINE_BYTES} bytes: shorten the captions")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                entry = json.loads(text) if text else None
+            except (ValueError, RecursionError) as error:
+                raise DatasetError(f'{where}: not JSON: write {{"{image_key}": …, "{caption_key}": …}}') from error
+            if not text:
+                continue
+            if not isinstance(entry, dict) or not isinstance(name := entry.get(image_key), str):
+                raise DatasetError(f'{where}: no "{image_key}": add the name of the image file')
+            if Path(name).anchor or ".." in Path(name).parts:
+                raise DatasetError(f"{where}: {name[:200]!r} leaves the folder: give a path relative to the folder")
+            if not os.path.isfile(folder / name):
+                raise DatasetError(f"{where}: no such file as {name[:200]!r}: add the image or remove the line")
+            if not name.lower().endswith(IMAGE_EXTENSIONS):
+                raise DatasetError(f"{where}: {name[:200]!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
+            yield name, validated_text(entry.get(caption_key), f'{where}: "{caption_key}"'), 1
+
+
+def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, str, int]]:
+    """Image name, caption and repeats of each image below `folder`."""
+    images = [(name, os.path.splitext(name)[0] + extension) for name in sorted(_find_images(folder))]
+    if not any(os.path.isfile(folder / caption) for _, caption in images):
+        raise DatasetError(f"{printable(folder)} has no captioned images: {EXPECTED_LAYOUTS}")
+    for name, caption in images:
+        repeats = 1
+        for part in Path(name).parts[:-1]:
+            if match := _REPEATS.match(part):
+                repeats = int(match[1])
+        if repeats > MAX_REPEATS:
+            raise DatasetError(
+                f"{printable(folder / name)}: a folder named <number>_<name> repeats its images, at most {MAX_REPEATS} "
+                "times: rename the folder"
+            )
+        if repeats == 0:
+            continue
+        if not os.path.isfile(folder / caption):
+            raise DatasetError(
+                f"{printable(folder / name)} has no caption: write it into {printable(folder / caption)}"
+            )
+        yield name, _read_caption(folder / caption), repeats
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            encoded = file.read(_MAX_CAPTION_BYTES + 1)
+        if len(encoded) > _MAX_CAPTION_BYTES:
+            _refuse_long(printable(path))
+        return _validated_caption(encoded.decode("utf-8-sig"), printable(path))
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{printable(path)} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise DatasetError(f"{printable(path)} cannot be read ({error.strerror}): check the file") from error
+
+
+def _find_images(folder: Path) -> Iterator[str]:
+    """Names, relative to `folder` and with forward slashes, of the images at any depth."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DatasetError(
+            f"{printable(error.filename)} cannot be read ({error.strerror}): check the folder"
+        ) from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if os.path.islink(linked := os.path.join(parent, name)):
+                raise DatasetError(f"{printable(linked)} is a link to a folder: replace it by the folder, or remove it")
+        for name in files:
+            if name.startswith(".") or not name.lower().endswith(IMAGE_EXTENSIONS):
+                continue
+            path = Path(parent, name)
+            if not path.is_file():
+                raise DatasetError(f"{printable(path)} is not a file, or a broken link: remove it")
+            yield path.relative_to(folder).as_posix()
+
+
+def _refuse_long(where: str) -> NoReturn:
+    raise DatasetError(f"{where} is a caption of more than {MAX_CAPTION_CHARACTERS} characters: shorten it")
+
+
+def _validated_caption(caption: object, where: str) -> str:
+    if not isinstance(caption, str) or not caption.strip():
+        problem = "is not text" if caption is not None and not isinstance(caption, str) else "is missing or empty"
+        raise DatasetError(f"{where} {problem}: give each image a caption")
+    if len(caption.strip()) > MAX_CAPTION_CHARACTERS:
+        _refuse_long(where)
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(f"{where} holds half a surrogate pair, which no tokenizer reads: correct it") from error
+    return caption.strip()
+
+
+def validated_text(text: object, where: str) -> str | list[str]:
+    """A caption, or a list of captions, stripped."""
+    if isinstance(text, list) and text:
+        return [_validated_caption(caption, where) for caption in text]
+    return _validated_caption(None if text == [] else text, where)
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a PNG, JPEG, WebP or BMP file to RGB; see `to_rgb`.
+
+    Raises:
+        DatasetError: the file does not decode, or has more than 2**27 pixels.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
+            return to_rgb(image)
+    except DECODING_ERRORS as error:
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else printable(error)[:200]
+        formats = ", ".join(IMAGE_FORMATS)
+        raise DatasetError(f"{printable(path)} does not decode as {formats} ({reason}): replace it") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image upright (EXIF), put it on white where it is transparent, and reduce it to 8-bit RGB.
+
+    16-bit greys keep their high byte, as the decoder does for 16-bit colours. Applied twice, it changes nothing more.
+
+    Raises:
+        ValueError: the image is floating point or has values outside 0 … 65535.
+    """
+    transposition = _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION, 1))
+    if transposition is not None:
+        image = image.transpose(transposition)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no defined white: convert them to 8 bits")
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 0xFFFF:
+            raise ValueError("values outside 0 … 65535: convert the image to 8 bits")
+        grey = wide >> 8
+        grey[wide == image.info.get("transparency", -1)] = 255
+        rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
+        colours = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    rgb.info = {}  # its orientation and transparency are used up: a second call must not apply them again
+    return rgb

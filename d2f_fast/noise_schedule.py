@@ -1,0 +1,89 @@
+"""The base model's noise schedule: the table that alignment interpolates in.
+
+    alpha_i = sqrt(alphas_cumprod[i]),  sigma_i = sqrt(1 - alphas_cumprod[i]),  r_i = alpha_i / (alpha_i + sigma_i)
+
+i = 0 … T-1 is the base model's own training timestep. r falls strictly from the data end (r_0 < 1) to the noise end
+(r_{T-1} >= 0). Diff2Flow, arXiv 2506.02221, section 3.2 (timestep rescaling).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2f_fast.errors import ModelError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+# What EulerDiscreteScheduler stores for a terminal alphas_cumprod of exactly zero, so that its own sigmas stay finite.
+_EULER_ZERO_TERMINAL_SNR = 2.0**-24
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A variance-preserving schedule and what the network predicts on it.
+
+    Args:
+        alphas_cumprod: [T] floating, strictly decreasing in (0, 1); the last entry may be exactly 0 (zero terminal
+            SNR).
+        prediction_type: "epsilon", "v_prediction" or "sample", as in diffusers.
+
+    Raises:
+        ModelError: the table is not such a table, the prediction type is unknown, or ε is predicted at zero terminal
+        SNR.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    def __post_init__(self) -> None:
+        """Refuse what no formula can serve."""
+        table = self.alphas_cumprod.detach().to("cpu", torch.float64)
+        object.__setattr__(self, "alphas_cumprod", table)
+        if self.prediction_type not in PREDICTION_TYPES[:3]:
+            raise ModelError(f"prediction_type must be one of {PREDICTION_TYPES[:3]}, got {self.prediction_type!r}")
+        if table.ndim != 1 or len(table) < 2:
+            raise ModelError(f"alphas_cumprod must have shape [T] with T >= 2, got {tuple(table.shape)}")
+        in_range = bool(((table[:-1] > 0) & (table[:-1] < 1)).all()) and 0 <= table[-1].item() < 1
+        # Checked in float32 too: two nodes that coincide there could not be told apart in training.
+        if not in_range or not bool((self.flow_times().float().diff() < 0).all()):
+            raise ModelError("alphas_cumprod must decrease strictly within (0, 1), ending at 0 or above")
+        if self.prediction_type == "epsilon" and self.zero_terminal_snr:
+            raise ModelError(
+                "prediction_type 'epsilon' with zero terminal SNR: pure noise tells nothing about the data, so its"
+                " velocity is undefined; set rescale_betas_zero_snr to false, or use a v-prediction model"
+            )
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is pure noise."""
+        return self.alphas_cumprod[-1].item() == 0
+
+    def flow_times(self) -> Tensor:
+        """r_i, the flow time of each timestep: [T] float64, strictly decreasing."""
+        alpha, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        return alpha / (alpha + sigma)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
+        """Read the schedule of a diffusers scheduler: `alphas_cumprod` and its configuration.
+
+        Raises:
+            ModelError: the scheduler has no `alphas_cumprod` or no `prediction_type`, or `NoiseSchedule` refuses them.
+        """
+        config: Mapping[str, Any] = getattr(scheduler, "config", {})
+        name = type(scheduler).__name__
+        if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+            raise ModelError(
+                f"{name} has no alphas_cumprod: pass the diffusion scheduler that the base model was trained with"
+            )
+        if config.get("prediction_type") is None:
+            raise ModelError(
+                f"the configuration of {name} has no prediction_type: add it, as in the base model's scheduler"
+            )
+        table = scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clone()
+        if config.get("rescale_betas_zero_snr") and table[-1] <= _EULER_ZERO_TERMINAL_SNR:
+            table[-1] = 0
+        return cls(table, config["prediction_type"])

@@ -1,0 +1,623 @@
+"""`AlignedTrainer`: finetune a diffusion model as a flow-matching model. Reads from top to bottom as a run does.
+
+Every random draw of a step (posterior, noise, time, caption dropout) comes from one generator seeded by (seed, step)
+and is drawn
+for the global batch, of which each process takes its share: a run resumes bit for bit, whatever the number of
+    processes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from d2f_fast.alignment import Alignment
+from d2f_fast.base_model import BaseModel
+from d2f_fast.cache import EmbeddingCache, LatentCache
+from d2f_fast.checkpoint import (
+    find_checkpoint,
+    pack_optimizer,
+    pack_state,
+    read_json,
+    read_tensors,
+    save_checkpoint,
+    unpack_optimizer,
+    unpack_state,
+    verify_checkpoint,
+    write_json,
+    write_tensors,
+)
+from d2f_fast.config import Method, TrainingConfig
+from d2f_fast.data import BatchPlan, ImageDataset, choose_caption, load_sample, plan_batches, steps_per_epoch
+from d2f_fast.ema import EMA
+from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.lora import inject_lora, save_lora
+from d2f_fast.objective import Objective
+from d2f_fast.sampler import sample_flow, unet_velocity
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class InterruptedRunError(RuntimeError):
+    """SIGTERM or SIGINT arrived; the run was saved first."""
+
+
+class NonFiniteRunError(RuntimeError):
+    """Loss or gradient norm was not finite in too many steps in a row."""
+
+
+# What may differ between a run and its continuation without changing a single bit of it.
+_FREE_ON_RESUME = {
+    *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
+    *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "gradient_checkpointing"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
+}
+
+
+class AlignedTrainer:
+    """Train, sample and save one model.
+
+    Args:
+        model: the base model; its UNet is trained in place.
+        config: options of the run.
+    """
+
+    def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
+        self.config = config
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        if self.accelerator.mixed_precision not in ("no", "bf16"):
+            raise RefusedInputError(f"mixed_precision must be no or bf16, got {self.accelerator.mixed_precision}")
+        self.device = self.accelerator.device
+        self.model = model.to(self.device)
+        self.unet = model.unet
+        self.alignment: Alignment = model.alignment
+        self.objective = Objective(
+            config.objective,
+            self.alignment,
+            config.loss_weighting,
+            config.snr_gamma,
+            config.timestep_sampling,
+            config.logit_mean,
+            config.logit_std,
+            config.flow_shift,
+        )
+        self.trainable = self._prepare_unet()
+        self._network: nn.Module = (
+            self.unet if self.accelerator.num_processes == 1 else self.accelerator.prepare(self.unet)
+        )
+        # Fused: honours found_inf, so that a step with a non-finite gradient is skipped without a host sync.
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+            fused=True,
+        )
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self.ema = EMA(self.trainable, config.ema_decay) if config.ema_decay else None
+        self.global_step = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._null_condition: dict[str, Tensor] | None = None
+        self._loss = torch.compile(self._micro_loss, fullgraph=True) if config.compile else self._micro_loss
+        self._signal: int | None = None
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path | Any, config: TrainingConfig | None = None) -> "AlignedTrainer":
+        """Trainer of a hub id, a pipeline folder, a `.safetensors` file, or a loaded diffusers pipeline.
+
+        Raises:
+            ModelError: see `BaseModel`.
+        """
+        base = BaseModel.load(model) if isinstance(model, str | Path) else BaseModel(model)
+        return cls(base, config or TrainingConfig())
+
+    def _prepare_unet(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name: of a new adapter, or of the whole network."""
+        config, unet = self.config, self.unet
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.train()
+        if config.adapter == "lora":
+            return inject_lora(
+                unet,
+                config.rank,
+                alpha=config.lora_alpha,
+                conv_rank=config.conv_rank,
+                first_last_layers=config.first_last_layers,
+                target_modules=config.target_modules,
+                seed=config.seed,
+            )
+        unet.requires_grad_(True).float()
+        return dict(unet.named_parameters())
+
+    # The step
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pictures per step over all processes and backward passes."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def step(self, batch: Mapping[str, Any]) -> Tensor:
+        """Take one optimizer step.
+
+        Args:
+            batch: this process' share, on any device: "latents" [b, C, h, w] (scaled) or "pixel_values" [b, 3, H, W] in
+                [-1, 1]; "encoder_hidden_states" [b, L, D] or "input_ids" [b, L]; optional "added_cond_kwargs", and
+                "mask" broadcastable to the latents; optional "offset" and "global_batch_size" where the share begins in
+                the global batch, and its size.
+
+        Returns:
+            The mean loss over this share, float32 scalar on the device, detached; reading it syncs with the device.
+        """
+        generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, self.global_step))
+        latents, noise, t, condition, mask, global_size = self._prepare(batch, generator)
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        size = self.config.train_batch_size
+        for first in range(0, len(latents), size):
+            part = slice(first, first + size)
+            part_condition = {name: value[part] for name, value in condition.items()}
+            with self.accelerator.autocast():
+                per_sample = self._loss(
+                    latents[part], noise[part], t[part], part_condition, None if mask is None else mask[part]
+                )
+            # A sum over the global batch: the size of the parts and of the shares changes nothing. DDP averages over
+            # processes.
+            (per_sample.sum() * (self.accelerator.num_processes / global_size)).backward()
+            total += per_sample.detach().sum()
+        self._update()
+        return total / max(len(latents), 1)
+
+    def _prepare(
+        self, batch: Mapping[str, Any], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None, int]:
+        """Latents, noise, times and condition of this process' share, cut from the draws of the global batch."""
+        device = self.device
+        posterior = self._posterior(batch)
+        shape = next(iter(posterior.values())).shape
+        offset, global_size = batch.get("offset", 0), batch.get("global_batch_size", shape[0])
+        share = slice(offset, offset + shape[0])
+
+        def draw(*trailing: int) -> Tensor:
+            return torch.randn(global_size, *trailing, generator=generator, device=device)[share]
+
+        posterior_noise, noise = draw(*shape[1:]), draw(*shape[1:])
+        t = self.objective.sample_times(global_size, generator, device)[share]
+        dropped = torch.rand(global_size, generator=generator, device=device)[share] < self.config.caption_dropout
+        if "latents" in posterior:
+            latents = posterior["latents"]
+        else:
+            latents = self.model.scale_latents(posterior["mean"] + posterior["std"] * posterior_noise)
+        condition = self._condition(batch)
+        for name, null in self._null().items():
+            if name in condition:
+                expanded = dropped.reshape(-1, *(1,) * (condition[name].ndim - 1))
+                condition[name] = torch.where(expanded, null.to(condition[name].dtype), condition[name])
+        mask = batch.get("mask")
+        return latents, noise, t, condition, None if mask is None else mask.to(device), global_size
+
+    def _posterior(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Scaled "latents", or "mean" and "std" of the autoencoder, on the device in float32."""
+        if "latents" in batch:
+            return {"latents": batch["latents"].to(self.device, torch.float32)}
+        if "mean" not in batch:
+            batch = self.model.encode_images(batch["pixel_values"])
+        return {name: batch[name].to(self.device, torch.float32) for name in ("mean", "std")}
+
+    def _condition(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Everything that conditions the network, [b, ...] each, on the device."""
+        if "encoder_hidden_states" in batch:
+            condition = {"encoder_hidden_states": batch["encoder_hidden_states"]}
+        else:
+            with torch.no_grad():
+                ids = batch["input_ids"].to(self.device)
+                condition = {"encoder_hidden_states": self.model.pipeline.text_encoder(ids)[0]}
+        condition |= batch.get("added_cond_kwargs") or {}
+        return {name: value.to(self.device) for name, value in condition.items()}
+
+    def _null(self) -> dict[str, Tensor]:
+        """Condition of the empty prompt, encoded once."""
+        if self._null_condition is None:
+            self._null_condition = self.model.encode_prompts([""]) if self.config.caption_dropout else {}
+        return self._null_condition
+
+    def _micro_loss(
+        self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """Loss per sample, [b]: align, network, loss. The part that is compiled."""
+        sample, timestep = self.objective.inputs(latents, noise, t)
+        added = {name: value for name, value in condition.items() if name != "encoder_hidden_states"} or None
+        output = self._network(
+            sample.to(self.unet.dtype) if self.config.adapter == "lora" else sample,
+            timestep,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
+
+    def _update(self) -> None:
+        """Clip, step and average, or change nothing where the gradient is not finite; no host sync."""
+        for parameter in self.trainable.values():
+            if parameter.grad is None:  # an empty share
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
+        not_finite = ~torch.isfinite(norm)
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(skip=not_finite)
+        self._skipped += not_finite
+        self._skipped_in_a_row.add_(1).mul_(not_finite)
+        self.global_step += 1
+
+    # The run
+
+    def fit(self, dataset: ImageDataset) -> dict[str, Any]:
+        """Train on a dataset until `max_train_steps`, with checkpoints, log and progress bar.
+
+        Args:
+            dataset: length and items {"image": PIL image, "text": caption or captions}; see `data.CaptionedImages`.
+
+        Returns:
+            {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss, and what this call took.
+
+        Raises:
+            DatasetError, CheckpointError: input that cannot be used.
+            InterruptedRunError: after SIGTERM or SIGINT, and a checkpoint.
+            NonFiniteRunError: ten steps in a row were not finite; the last checkpoint is intact.
+        """
+        config = self.config
+        steps_per_epoch(len(dataset), self.global_batch_size)
+        self._resume()
+        self._write_config()
+        log, tracker, started = _Log(Path(config.output_dir)), self._tracker(), time.monotonic()
+        progress = tqdm(
+            total=config.max_train_steps,
+            initial=self.global_step,
+            desc=config.objective,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        last_loss, last_time, last_step = float("nan"), started, self.global_step
+        with self._signals(), progress:
+            for batch in self._batches(dataset):
+                loss = self.step(batch)
+                progress.update()
+                step = self.global_step
+                done = step == config.max_train_steps
+                if step % config.logging_steps == 0 or done:
+                    self._stop_if_not_finite()
+                    now = time.monotonic()
+                    rate = (step - last_step) * self.global_batch_size / (now - last_time)
+                    last_loss, last_time, last_step = loss.item(), now, step
+                    row = {"step": step, "loss": last_loss, "lr": self.lr_scheduler.get_last_lr()[0]}
+                    row |= {"images_per_second": rate, "skipped_steps": int(self._skipped)}
+                    progress.set_postfix(loss=f"{last_loss:.4f}", images_s=f"{rate:.1f}")
+                    if self.accelerator.is_main_process:
+                        log.write(row)
+                        if tracker is not None:
+                            for name in ("loss", "lr", "images_per_second"):
+                                tracker.add_scalar(name, row[name], step)
+                if self._signal is not None:
+                    self._save_checkpoint()
+                    raise InterruptedRunError(
+                        f"stopped by {signal.Signals(self._signal).name} after step {step}: saved"
+                    )
+                if done or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
+                    self._save_checkpoint()
+                if done:
+                    break
+        if tracker is not None:
+            tracker.close()
+        seconds = time.monotonic() - started
+        return {
+            "steps": self.global_step,
+            "loss": last_loss,
+            "skipped_steps": int(self._skipped),
+            "seconds": seconds,
+        }
+
+    def _batches(self, dataset: ImageDataset) -> Iterator[dict[str, Any]]:
+        """This process' share of each global batch from the current step on, encoded, through the cache."""
+        config, accelerator = self.config, self.accelerator
+        if self.global_step >= config.max_train_steps:
+            return
+        cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
+        latents = None
+        if config.cache_latents:
+            latents = LatentCache(
+                cache_dir, model=self.model.fingerprint("vae"), resolution=config.resolution, center_crop=True
+            )
+        texts = EmbeddingCache(cache_dir, model=self.model.fingerprint("text_encoder", "text_encoder_2"))
+        plans = plan_batches(
+            len(dataset),
+            self.global_batch_size,
+            config.seed,
+            self.global_step,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        for plan in plans:
+            yield self._encode(dataset, plan, latents, texts)
+
+    def _encode(
+        self, dataset: ImageDataset, plan: BatchPlan, latents: LatentCache | None, texts: EmbeddingCache
+    ) -> dict[str, Any]:
+        """Posterior and text condition of one share."""
+        config = self.config
+
+        def load(position: int) -> tuple[Tensor, str]:
+            return load_sample(
+                dataset,
+                plan.index[position],
+                plan.draws[position],
+                config.resolution,
+                random_flip=config.random_flip,
+                center_crop=config.center_crop,
+            )
+
+        positions = range(len(plan.index))
+        if latents is None:
+            samples = [load(position) for position in positions]
+            captions = [caption for _, caption in samples]
+            posterior = self.model.encode_images(torch.stack([pixels for pixels, _ in samples]))
+        else:
+            keys, captions = [], []
+            for index, draws in zip(plan.index, plan.draws, strict=True):
+                # Datasets that can name a file and its caption without decoding it are not decoded.
+                lazy = hasattr(dataset, "path") and hasattr(dataset, "text")
+                item = {} if lazy else dataset[index]
+                source = dataset.path(index) if lazy else item["image"]  # type: ignore[attr-defined]
+                text = dataset.text(index) if lazy else item["text"]  # type: ignore[attr-defined]
+                keys.append(latents.key(source, config.random_flip and draws.mirrored, f"sample {index}"))
+                captions.append(choose_caption(text, draws.caption))
+            posterior = latents.get_or_compute(
+                keys, lambda missing: self.model.encode_images(torch.stack([load(position)[0] for position in missing]))
+            )
+        condition = texts.get_or_compute(
+            [texts.key(caption) for caption in captions],
+            lambda missing: self.model.encode_prompts([captions[position] for position in missing]),
+        )
+        added = self.model.added_cond_kwargs(condition, config.resolution, config.resolution)
+        return {
+            **posterior,
+            "encoder_hidden_states": condition["encoder_hidden_states"],
+            "added_cond_kwargs": added,
+            "offset": plan.offset,
+            "global_batch_size": plan.global_batch_size,
+        }
+
+    def _stop_if_not_finite(self) -> None:
+        """Read the counters; the one place that waits for the device."""
+        in_a_row = int(self._skipped_in_a_row)
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteRunError(
+                f"loss or gradient was not finite in {in_a_row} steps in a row, the last at step"
+                f" {self.global_step}: lower learning_rate, or check the data; the weights are those before these steps"
+            )
+
+    def _tracker(self) -> Any:
+        """TensorBoard writer, on the main process where it was asked for."""
+        if self.config.report_to != "tensorboard" or not self.accelerator.is_main_process:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(Path(self.config.output_dir) / "logs"))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGTERM and SIGINT; the loop saves after the step in progress. A second one ends the process at once."""
+        previous = {}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                previous[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread: the caller's business
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # Checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        """What a continuation must share with its checkpoint."""
+        config = dataclasses.asdict(self.config)
+        kept = {name: value for name, value in config.items() if name not in _FREE_ON_RESUME}
+        return json.loads(json.dumps(kept | {"global_batch_size": self.global_batch_size}))
+
+    def _write_config(self) -> None:
+        if self.accelerator.is_main_process:
+            Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
+            write_json(Path(self.config.output_dir) / "config.json", dataclasses.asdict(self.config))
+
+    def _save_checkpoint(self) -> None:
+        """`checkpoint-N` with everything that a continuation needs; weights that are not finite are never written."""
+        if not self.accelerator.is_main_process:
+            return
+
+        def write(folder: Path) -> None:
+            write_tensors(folder / "trainable.safetensors", {k: v.detach() for k, v in self.trainable.items()})
+            if self.ema is not None:
+                write_tensors(folder / "ema.safetensors", self.ema.state_dict())
+            tensors, optimizer = pack_optimizer(self.optimizer)
+            write_tensors(folder / "optimizer.safetensors", tensors)
+            lr_tensors, lr_scheduler = pack_state(self.lr_scheduler.state_dict())
+            if lr_tensors:
+                raise TypeError(f"the state of lr_scheduler {self.config.lr_scheduler} holds tensors")
+            state = {"identity": self._identity(), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+            write_json(folder / "state.json", state | {"skipped_steps": int(self._skipped)})
+
+        save_checkpoint(self.config.output_dir, self.global_step, write, self.config.checkpoints_total_limit)
+
+    def _resume(self) -> None:
+        """Continue from the checkpoint that the configuration names, if it names one."""
+        folder = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
+        if folder is None:
+            return
+        state = read_json(folder / "state.json")
+        own = self._identity()
+        for name in sorted(own.keys() | state["identity"].keys()):
+            if own.get(name) != state["identity"].get(name):
+                raise CheckpointError(
+                    f"{folder / 'state.json'}: {name} was {state['identity'].get(name)!r}, now {own.get(name)!r};"
+                    " resume with the options of the run, or start a new output_dir"
+                )
+        trained, _ = read_tensors(folder / "trainable.safetensors")
+        if trained.keys() != self.trainable.keys():
+            raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other parameters: it is of another model")
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(trained[name])
+        if self.ema is not None:
+            self.ema.load_state_dict(read_tensors(folder / "ema.safetensors")[0])
+        unpack_optimizer(self.optimizer, read_tensors(folder / "optimizer.safetensors")[0], state["optimizer"])
+        self.lr_scheduler.load_state_dict(unpack_state({}, state["lr_scheduler"]))
+        self._skipped.fill_(state["skipped_steps"])
+        self.global_step = verify_checkpoint(folder)
+        logger.info("resumed from %s at step %d", folder, self.global_step)
+
+    # Sampling and saving
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Run the block with the EMA weights in the network, in evaluation mode."""
+        self.unet.eval()
+        try:
+            if self.ema is None:
+                yield
+            else:
+                with self.ema.swapped():
+                    yield
+        finally:
+            self.unet.train()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        num_inference_steps: int = 4,
+        guidance_scale: float = 1.0,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        method: Method = "euler",
+    ) -> list[Image.Image]:
+        """Pictures of prompts, with the averaged weights, by Euler in flow time from t = 0.
+
+        Args:
+            prompts: one, or several.
+            num_inference_steps: network evaluations a picture (twice as many with midpoint and heun).
+            guidance_scale: 1 is no guidance.
+            negative_prompt: led away from.
+            height, width: pixels; None for the training resolution.
+            generator: on the device or the CPU, of the noise.
+            method: of the integration.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        height, width = height or self.config.resolution, width or self.config.resolution
+        factor = 2 ** (len(self.model.vae.config.block_out_channels) - 1)
+        shape = (len(prompts), self.unet.config.in_channels, height // factor, width // factor)
+        drawn_on = self.device if generator is None else generator.device
+        noise = torch.randn(shape, generator=generator, device=drawn_on).to(self.device)
+        positive, negative = self.model.encode_prompts(prompts), None
+        added = self.model.added_cond_kwargs(positive, height, width)
+        if guidance_scale != 1:
+            negative = self.model.encode_prompts([negative_prompt] * len(prompts))
+            if added is not None:
+                negative_added = self.model.added_cond_kwargs(negative, height, width) or {}
+                added = {name: torch.cat([negative_added[name], value]) for name, value in added.items()}
+        reader = self.objective.model
+        with self.averaged():
+            velocity = unet_velocity(
+                self.unet,
+                reader,
+                positive["encoder_hidden_states"],
+                None if negative is None else negative["encoder_hidden_states"],
+                guidance_scale,
+                added,
+            )
+            times = reader.times(num_inference_steps, shift=self.config.flow_shift)
+            latents = sample_flow(velocity, noise, times=times, method=method)
+        return to_pil(self.model.decode(latents))  # type: ignore[arg-type]
+
+    def save_lora(self, folder: str | Path) -> Path:
+        """Write the averaged adapter as `pytorch_lora_weights.safetensors`, and check that it reloads.
+
+        Raises:
+            RefusedInputError: the run is a full finetuning.
+        """
+        if self.config.adapter != "lora":
+            raise RefusedInputError("adapter is full: there is no LoRA to save; use save_pipeline")
+        with self.averaged():
+            return save_lora(self.unet, folder, self._tags())
+
+    def _tags(self) -> dict[str, str]:
+        """Header entries that say what the file is and how to sample it."""
+        config = self.config
+        sigmas = ", ".join(f"{sigma:.4g}" for sigma in self.alignment.sigmas(4, config.flow_shift))
+        return {
+            "d2f.objective": config.objective,
+            "d2f.prediction_type": self.objective.model.prediction_type,
+            "d2f.zero_snr": str(self.alignment.schedule.zero_terminal_snr).lower(),
+            "d2f.loss_weighting": config.loss_weighting,
+            "d2f.shift": str(config.flow_shift),
+            "d2f.recommended_sigmas": sigmas,
+        }
+
+
+class _Log:
+    """JSON lines, one for each logged step; a continuation appends."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "log.jsonl"
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """Seed of the generator of a step: 63 bits that no two (seed, step) share in practice."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """PIL images of pictures [B, 3, H, W] in [-1, 1], clamped and rounded."""
+    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]

@@ -1,0 +1,53 @@
+"""Which path runs, and what is said of it."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from d2f_fast.kernels import runtime
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_said() -> Iterator[None]:
+    runtime.triton_available.cache_clear()
+    runtime._log_once.cache_clear()
+    yield
+    runtime.triton_available.cache_clear()
+    runtime._log_once.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "meta"])
+def test_plain_torch_runs_off_the_gpu(device: torch.device | str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=runtime.__name__):
+        assert [runtime.kernel_path(device) for _ in range(3)] == ["torch"] * 3
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert f"they need a GPU, not {torch.device(device).type}" in caplog.text
+
+
+def test_triton_runs_on_a_gpu_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", torch)  # any module: only that the import succeeds is asked
+    with caplog.at_level(logging.INFO, logger=runtime.__name__):
+        assert runtime.kernel_path("cuda:1") == "triton"
+    assert caplog.messages == ["d2f_fast: the Triton kernels run"]
+
+
+def test_a_gpu_without_triton_is_warned_about_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # makes `import triton` fail
+    assert not runtime.triton_available()
+    assert [runtime.kernel_path("cuda") for _ in range(3)] == ["torch"] * 3
+    assert [(record.levelname, "pip install triton" in record.message) for record in caplog.records] == [
+        ("WARNING", True)
+    ]
+
+
+def test_importing_the_module_imports_no_triton() -> None:
+    code = "import sys, d2f_fast.kernels.runtime; print('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
