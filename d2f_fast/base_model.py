@@ -59,11 +59,16 @@ class BaseModel:
         try:
             if path.suffix == ".safetensors":
                 return cls(_single_file_class(path).from_single_file(str(path), dtype=dtype))
-            options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None}
+            options = {
+                "dtype": dtype,
+                "use_safetensors": True,
+                "safety_checker": None,
+                "requires_safety_checker": False,
+            }
             return cls(DiffusionPipeline.from_pretrained(str(model), **options))
+        except ModelError as error:
+            raise ModelError(f"{model}: {error}") from error
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            if isinstance(error, ModelError):
-                raise
             raise ModelError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
 
     def _frozen(self) -> list[nn.Module]:
@@ -74,6 +79,11 @@ class BaseModel:
     def device(self) -> torch.device:
         """Where the UNet is."""
         return torch.device(self.unet.device)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def to(self, device: torch.device | str) -> "BaseModel":
         """Move every component, and the alignment's table."""
@@ -127,6 +137,9 @@ class BaseModel:
             if module is None:
                 continue
             config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+            # Private entries tell where the model was loaded from, and by which version.
+            config = {key: value for key, value in config.items() if not key.startswith("_")}
+            config.pop("transformers_version", None)
             digest.update(json.dumps(config, sort_keys=True, default=str).encode())
             for key, tensor in module.state_dict().items():
                 digest.update(key.encode())

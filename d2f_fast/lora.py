@@ -57,11 +57,15 @@ def inject_lora(
     if rank < 1 or conv_rank < 0:
         raise ModelError(f"rank must be at least 1 and conv_rank at least 0, got {rank} and {conv_rank}")
     targets = list(LINEAR_TARGETS if target_modules is None else target_modules)
+    for target in target_modules or ():  # peft passes over the ones that match nothing
+        matched = [module for name, module in unet.named_modules() if f".{name}".endswith(f".{target}")]
+        if not matched or not all(isinstance(module, nn.Linear | nn.Conv2d) for module in matched):
+            raise ModelError(f"target_modules: {target!r} is no linear or convolution layer of the UNet; see its keys")
     ranks: dict[str, int] = {}
     if conv_rank:
         ranks |= dict.fromkeys(CONVOLUTION_TARGETS, conv_rank)
     if first_last_layers:
-        ranks |= {FIRST_LAYER: unet.conv_in.in_channels * 9, LAST_LAYER: unet.conv_out.out_channels}
+        ranks |= {FIRST_LAYER: unet.conv_in.in_channels * math.prod(unet.conv_in.kernel_size), LAST_LAYER: unet.conv_out.out_channels}
     scale = 1.0 if alpha is None else alpha / rank
     config = LoraConfig(
         r=rank,
@@ -76,7 +80,7 @@ def inject_lora(
             torch.manual_seed(seed)
             unet.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
-        raise ModelError(f"target_modules {targets} match nothing in the UNet: {error}") from error
+        raise ModelError(f"the UNet takes no LoRA on {targets}: {error}") from error
     for parameter in unet.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -137,6 +141,47 @@ def save_lora(unet: nn.Module, folder: str | Path, metadata: Mapping[str, str] |
             f"{path} does not reload to the same output (relative difference {difference:.1e}): not shareable"
         )
     return path
+
+
+@torch.no_grad()
+def merged_state_dict(unet: nn.Module) -> dict[str, Tensor]:
+    """State of the UNet as if it had no adapter, each adapted weight plus scale * B A, computed in float32."""
+    layers = lora_layers(unet)
+    merged = {}
+    for key, value in unet.state_dict().items():
+        if ".lora_" in key:
+            continue
+        name, _, leaf = key.rpartition(".base_layer.")
+        if name in layers and leaf == "weight":
+            value = (value.float() + layers[name].get_delta_weight(ADAPTER).float()).to(value.dtype)
+        merged[f"{name}.{leaf}" if name in layers else key] = value
+    return merged
+
+
+def load_lora(pipeline: Any, source: str | Path) -> None:
+    """Load a LoRA file, or the folder that holds `pytorch_lora_weights.safetensors`, into a stock pipeline.
+
+    Raises:
+        ModelError: the file is missing, a pickle, not of a LoRA, or of another model; nothing is loaded.
+    """
+    path = Path(source)
+    path = path / LORA_FILE if path.is_dir() else path
+    if path.suffix != ".safetensors":
+        raise ModelError(f"{path} is not safetensors: give a .safetensors file, or the folder of {LORA_FILE}")
+    tensors, _ = read_tensors(path)
+    weights = {key.removeprefix("unet."): value for key, value in tensors.items() if ".lora_" in key}
+    if not weights:
+        raise ModelError(f"{path} holds no LoRA weights: give the file that save_lora or diffusers wrote")
+    modules = dict(pipeline.unet.named_modules())
+    for key, value in weights.items():
+        name, _, kind = key.partition(".lora_")
+        if kind not in ("A.weight", "B.weight") or not isinstance(modules.get(name), nn.Module):
+            raise ModelError(f"{path}: {key} has no place in this model's UNet: it is of another model")
+        own = modules[name].weight
+        expected, got = (own.shape[1], value.shape[1]) if kind.startswith("A") else (own.shape[0], value.shape[0])
+        if expected != got:
+            raise ModelError(f"{path}: {key} is for {got} channels, this model has {expected}: it is of another model")
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
 
 
 @torch.no_grad()

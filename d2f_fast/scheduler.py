@@ -138,8 +138,8 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: uniform or trailing nodes from t = 0, see the configuration.
             device: of `timesteps`.
             timesteps: [steps] diffusion times, fractional allowed; the run ends at t = 1.
-            sigmas: [steps + 1], ending in 0.0; a first one above sigma_max starts at t = 0. As in diffusers, (1 - t) /
-                t for a diffusion prediction and 1 - t for flow_prediction.
+            sigmas: [steps + 1], ending in 0.0; as in diffusers (1 - t) / t, where a first one above sigma_max starts at
+                t = 0, or 1 - t for flow_prediction.
 
         Raises:
             ValueError: none or several of the three are given, they do not fall, or sigmas do not end in 0.0.
@@ -157,11 +157,11 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             if len(given) == 0 or given[-1] != 0:
                 raise ValueError(f"sigmas must end in 0.0 (steps + 1 values), got {given.tolist()}")
             nodes = 1 - given if isinstance(model, NaiveFlow) else 1 / (1 + given)
-            if nodes[0] < model.t_min * (1 - _SIGMA_TOLERANCE):
-                nodes[0] = 0
         nodes = nodes.double()
         if len(nodes) < 2 or nodes[0] < 0 or not bool((nodes.diff() > 0).all()):
             raise ValueError(f"the nodes must fall from noise to data, got flow times {nodes.tolist()}")
+        if sigmas is not None and nodes[0] < model.t_min * (1 - _SIGMA_TOLERANCE):
+            nodes[0] = 0
         self.num_inference_steps = len(nodes) - 1
         self._nodes = nodes.float()
         if self.order == 1:

@@ -1,15 +1,17 @@
 """`AlignedTrainer`: finetune a diffusion model as a flow-matching model. Reads from top to bottom as a run does.
 
 Every random draw of a step (posterior, noise, time, caption dropout) comes from one generator seeded by (seed, step)
-and is drawn
-for the global batch, of which each process takes its share: a run resumes bit for bit, whatever the number of
-    processes.
+and is drawn for the global batch, of which each process takes its share: a run resumes bit for bit, whatever the number
+of processes.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
+import math
+import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
@@ -44,8 +47,9 @@ from d2f_fast.checkpoint import (
 from d2f_fast.config import Method, TrainingConfig
 from d2f_fast.data import BatchPlan, ImageDataset, choose_caption, load_sample, plan_batches, steps_per_epoch
 from d2f_fast.ema import EMA
-from d2f_fast.errors import CheckpointError, RefusedInputError
-from d2f_fast.lora import inject_lora, save_lora
+from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
+from d2f_fast.image_folder import validated_text
+from d2f_fast.lora import inject_lora, merged_state_dict, save_lora
 from d2f_fast.objective import Objective
 from d2f_fast.sampler import sample_flow, unet_velocity
 
@@ -57,12 +61,16 @@ MAX_SKIPPED_IN_A_ROW = 10
 class InterruptedRunError(RuntimeError):
     """SIGTERM or SIGINT arrived; the run was saved first."""
 
+    exit_code = 143
+
 
 class NonFiniteRunError(RuntimeError):
     """Loss or gradient norm was not finite in too many steps in a row."""
 
+    exit_code = 2
 
-# What may differ between a run and its continuation without changing a single bit of it.
+
+# What may differ between a run and its continuation: it changes nothing but, at most, the rounding of sums.
 _FREE_ON_RESUME = {
     *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
     *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "gradient_checkpointing"),
@@ -80,9 +88,10 @@ class AlignedTrainer:
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
         self.config = config
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        if self.accelerator.mixed_precision not in ("no", "bf16"):
-            raise RefusedInputError(f"mixed_precision must be no or bf16, got {self.accelerator.mixed_precision}")
+        self._precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self._precision not in ("no", "bf16"):  # before Accelerator, which refuses fp16 on a CPU in its own words
+            raise RefusedInputError(f"mixed_precision must be no or bf16, got {self._precision}")
+        self.accelerator = Accelerator()
         self.device = self.accelerator.device
         self.model = model.to(self.device)
         self.unet = model.unet
@@ -98,9 +107,6 @@ class AlignedTrainer:
             config.flow_shift,
         )
         self.trainable = self._prepare_unet()
-        self._network: nn.Module = (
-            self.unet if self.accelerator.num_processes == 1 else self.accelerator.prepare(self.unet)
-        )
         # Fused: honours found_inf, so that a step with a non-finite gradient is skipped without a host sync.
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(),
@@ -181,15 +187,14 @@ class AlignedTrainer:
         for first in range(0, len(latents), size):
             part = slice(first, first + size)
             part_condition = {name: value[part] for name, value in condition.items()}
-            with self.accelerator.autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
                 per_sample = self._loss(
                     latents[part], noise[part], t[part], part_condition, None if mask is None else mask[part]
                 )
-            # A sum over the global batch: the size of the parts and of the shares changes nothing. DDP averages over
-            # processes.
-            (per_sample.sum() * (self.accelerator.num_processes / global_size)).backward()
+            # A sum over the global batch: the size of the parts and of the shares changes nothing.
+            (per_sample.sum() / global_size).backward()
             total += per_sample.detach().sum()
-        self._update()
+        self._update(total)
         return total / max(len(latents), 1)
 
     def _prepare(
@@ -251,7 +256,7 @@ class AlignedTrainer:
         """Loss per sample, [b]: align, network, loss. The part that is compiled."""
         sample, timestep = self.objective.inputs(latents, noise, t)
         added = {name: value for name, value in condition.items() if name != "encoder_hidden_states"} or None
-        output = self._network(
+        output = self.unet(
             sample.to(self.unet.dtype) if self.config.adapter == "lora" else sample,
             timestep,
             encoder_hidden_states=condition["encoder_hidden_states"],
@@ -260,13 +265,21 @@ class AlignedTrainer:
         )[0]
         return self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
 
-    def _update(self) -> None:
-        """Clip, step and average, or change nothing where the gradient is not finite; no host sync."""
+    def _update(self, loss: Tensor) -> None:
+        """Clip, step and average, or change nothing where loss or gradient is not finite; no host sync."""
         for parameter in self.trainable.values():
             if parameter.grad is None:  # an empty share
                 parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes > 1:
+            # Summed here, once a step, and not by DDP: shares may be empty, or of unequal numbers of backward passes.
+            summed = [loss.clone(), *(p.grad for p in self.trainable.values() if p.grad is not None)]
+            flat = torch.cat([tensor.reshape(-1) for tensor in summed])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in summed])
+            torch._foreach_copy_(summed, [part.view_as(tensor) for part, tensor in zip(parts, summed, strict=True)])
+            loss = summed[0]
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
-        not_finite = ~torch.isfinite(norm)
+        not_finite = ~torch.isfinite(norm + loss)
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -286,7 +299,8 @@ class AlignedTrainer:
             dataset: length and items {"image": PIL image, "text": caption or captions}; see `data.CaptionedImages`.
 
         Returns:
-            {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss, and what this call took.
+            {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss (None where no step was left), and what
+            this call took.
 
         Raises:
             DatasetError, CheckpointError: input that cannot be used.
@@ -305,7 +319,8 @@ class AlignedTrainer:
             unit="step",
             disable=not self.accelerator.is_main_process,
         )
-        last_loss, last_time, last_step = float("nan"), started, self.global_step
+        last_loss: float | None = None
+        last_time, last_step = started, self.global_step
         with self._signals(), progress:
             for batch in self._batches(dataset):
                 loss = self.step(batch)
@@ -317,7 +332,7 @@ class AlignedTrainer:
                     now = time.monotonic()
                     rate = (step - last_step) * self.global_batch_size / (now - last_time)
                     last_loss, last_time, last_step = loss.item(), now, step
-                    row = {"step": step, "loss": last_loss, "lr": self.lr_scheduler.get_last_lr()[0]}
+                    row: dict[str, Any] = {"step": step, "loss": last_loss, "lr": self.lr_scheduler.get_last_lr()[0]}
                     row |= {"images_per_second": rate, "skipped_steps": int(self._skipped)}
                     progress.set_postfix(loss=f"{last_loss:.4f}", images_s=f"{rate:.1f}")
                     if self.accelerator.is_main_process:
@@ -330,7 +345,7 @@ class AlignedTrainer:
                     raise InterruptedRunError(
                         f"stopped by {signal.Signals(self._signal).name} after step {step}: saved"
                     )
-                if done or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
+                if config.checkpointing_steps and (done or step % config.checkpointing_steps == 0):
                     self._save_checkpoint()
                 if done:
                     break
@@ -384,6 +399,8 @@ class AlignedTrainer:
             )
 
         positions = range(len(plan.index))
+        if not positions:
+            return self._empty_share(plan)
         if latents is None:
             samples = [load(position) for position in positions]
             captions = [caption for _, caption in samples]
@@ -392,11 +409,14 @@ class AlignedTrainer:
             keys, captions = [], []
             for index, draws in zip(plan.index, plan.draws, strict=True):
                 # Datasets that can name a file and its caption without decoding it are not decoded.
-                lazy = hasattr(dataset, "path") and hasattr(dataset, "text")
-                item = {} if lazy else dataset[index]
-                source = dataset.path(index) if lazy else item["image"]  # type: ignore[attr-defined]
-                text = dataset.text(index) if lazy else item["text"]  # type: ignore[attr-defined]
-                keys.append(latents.key(source, config.random_flip and draws.mirrored, f"sample {index}"))
+                if hasattr(dataset, "path") and hasattr(dataset, "text"):
+                    source, text, name = dataset.path(index), dataset.text(index), None
+                else:
+                    item, name = dataset[index], f"sample {index}"
+                    source, text = item.get("image"), validated_text(item.get("text"), f'{name}: "text"')
+                    if not isinstance(source, Image.Image):
+                        raise DatasetError(f'{name}: "image" must be a PIL image, got {type(source).__name__}')
+                keys.append(latents.key(source, config.random_flip and draws.mirrored, name))
                 captions.append(choose_caption(text, draws.caption))
             posterior = latents.get_or_compute(
                 keys, lambda missing: self.model.encode_images(torch.stack([load(position)[0] for position in missing]))
@@ -410,6 +430,16 @@ class AlignedTrainer:
             **posterior,
             "encoder_hidden_states": condition["encoder_hidden_states"],
             "added_cond_kwargs": added,
+            "offset": plan.offset,
+            "global_batch_size": plan.global_batch_size,
+        }
+
+    def _empty_share(self, plan: BatchPlan) -> dict[str, Any]:
+        """Share of a process that a last, small batch of an epoch leaves without a sample."""
+        side = self.config.resolution // self.model.downsampling
+        return {
+            "latents": torch.empty(0, self.unet.config.in_channels, side, side),
+            "encoder_hidden_states": torch.empty(0, 1, self.unet.config.cross_attention_dim),
             "offset": plan.offset,
             "global_batch_size": plan.global_batch_size,
         }
@@ -435,6 +465,7 @@ class AlignedTrainer:
     def _signals(self) -> Iterator[None]:
         """Note SIGTERM and SIGINT; the loop saves after the step in progress. A second one ends the process at once."""
         previous = {}
+        self._signal = None
 
         def note(number: int, frame: FrameType | None) -> None:
             self._signal = number
@@ -457,6 +488,9 @@ class AlignedTrainer:
         """What a continuation must share with its checkpoint."""
         config = dataclasses.asdict(self.config)
         kept = {name: value for name, value in config.items() if name not in _FREE_ON_RESUME}
+        if not self.config.lr_scheduler.startswith("constant"):  # the others fall towards the last step
+            kept["max_train_steps"] = self.config.max_train_steps
+        kept["mixed_precision"] = self._precision
         return json.loads(json.dumps(kept | {"global_batch_size": self.global_batch_size}))
 
     def _write_config(self) -> None:
@@ -497,7 +531,7 @@ class AlignedTrainer:
                     " resume with the options of the run, or start a new output_dir"
                 )
         trained, _ = read_tensors(folder / "trainable.safetensors")
-        if trained.keys() != self.trainable.keys():
+        if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in self.trainable.items()}:
             raise CheckpointError(f"{folder / 'trainable.safetensors'} holds other parameters: it is of another model")
         with torch.no_grad():
             for name, parameter in self.trainable.items():
@@ -547,10 +581,15 @@ class AlignedTrainer:
             height, width: pixels; None for the training resolution.
             generator: on the device or the CPU, of the noise.
             method: of the integration.
+
+        Raises:
+            RefusedInputError: the autoencoder has no latents of this height or width.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         height, width = height or self.config.resolution, width or self.config.resolution
-        factor = 2 ** (len(self.model.vae.config.block_out_channels) - 1)
+        factor = self.model.downsampling
+        if height % factor or width % factor:
+            raise RefusedInputError(f"height and width must be multiples of {factor}, got {height} and {width}")
         shape = (len(prompts), self.unet.config.in_channels, height // factor, width // factor)
         drawn_on = self.device if generator is None else generator.device
         noise = torch.randn(shape, generator=generator, device=drawn_on).to(self.device)
@@ -586,13 +625,51 @@ class AlignedTrainer:
         with self.averaged():
             return save_lora(self.unet, folder, self._tags())
 
+    def save_pipeline(self, folder: str | Path) -> Path:
+        """Write the averaged model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
+
+        Args:
+            folder: must not exist; it appears whole or not at all.
+
+        Raises:
+            RefusedInputError: `folder` exists.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
+        pipeline = self.model.pipeline
+        with self.averaged():
+            unet = type(self.unet).from_config(self.unet.config)
+            unet.load_state_dict(merged_state_dict(self.unet))
+        scheduler_options = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+        if self.config.objective == "fm":
+            steps = self.alignment.num_train_timesteps
+            scheduler: Any = FlowMatchEulerDiscreteScheduler(steps, shift=self.config.flow_shift)
+        else:
+            scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **scheduler_options)
+        saved = type(pipeline)(**{**pipeline.components, "unet": unet.to(self.unet.dtype), "scheduler": scheduler})
+        temporary = folder.with_name(f".tmp-{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            saved.save_pretrained(temporary)
+            write_json(temporary / "d2f.json", self._tags())
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
     def _tags(self) -> dict[str, str]:
         """Header entries that say what the file is and how to sample it."""
         config = self.config
-        sigmas = ", ".join(f"{sigma:.4g}" for sigma in self.alignment.sigmas(4, config.flow_shift))
+        reader = self.objective.model
+        if config.objective == "fm":  # whose sigma, in diffusers, is 1 - t
+            nodes = (1 - reader.times(4, shift=config.flow_shift)).tolist()
+        else:
+            nodes = self.alignment.sigmas(4, config.flow_shift)
+        sigmas = ", ".join(f"{sigma:.4g}" for sigma in nodes)
         return {
             "d2f.objective": config.objective,
-            "d2f.prediction_type": self.objective.model.prediction_type,
+            "d2f.prediction_type": reader.prediction_type,
             "d2f.zero_snr": str(self.alignment.schedule.zero_terminal_snr).lower(),
             "d2f.loss_weighting": config.loss_weighting,
             "d2f.shift": str(config.flow_shift),
@@ -608,8 +685,10 @@ class _Log:
         self._path = folder / "log.jsonl"
 
     def write(self, row: Mapping[str, Any]) -> None:
+        # JSON has no NaN: the loss of a skipped step is null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 def _step_seed(seed: int, step: int) -> int:

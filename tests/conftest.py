@@ -29,6 +29,7 @@ def _fixed_seed() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
 
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a Stable Diffusion pipeline with random weights: SD1.5's classes and layout, 40 thousand parameters."""

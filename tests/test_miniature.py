@@ -89,7 +89,9 @@ def test_tokens_read_back_as_the_caption(tokenizer: CLIPTokenizer) -> None:
         assert read.replace(" ", "") == caption.replace(" ", "")  # CLIP's decoder sets hyphens apart
 
 
-@pytest.mark.parametrize("text", ["", "quetzalcoatl", "ein Bär 🐻 auf 赤い背景", "\x00 \u200d \U0010ffff", "<|x|> " * 30])
+@pytest.mark.parametrize(
+    "text", ["", "quetzalcoatl", "ein Bär 🐻 auf 赤い背景", "\x00 \u200d \U0010ffff", "<|x|> " * 30]
+)
 def test_any_text_becomes_known_tokens_of_the_full_length(tokenizer: CLIPTokenizer, text: str) -> None:
     length = tokenizer.model_max_length
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids

@@ -195,7 +195,7 @@ def test_loss_and_gradient_are_finite_at_both_ends(request, name, prediction_typ
         assert (output.grad != 0).any(dim=(1, 2, 3)).all()
 
 
-def test_a_low_precision_output_is_compared_in_float32():
+def test_mixed_precisions_are_compared_in_float32():
     alignment = alignment_of("sd", "v_prediction")
     latents, noise, output, t = operands(torch.float32)
     output = output.bfloat16()
@@ -204,6 +204,10 @@ def test_a_low_precision_output_is_compared_in_float32():
     (losses[0] + losses[1]).backward()
     assert torch.equal(*losses)
     assert torch.equal(low.grad, high.grad.bfloat16())
+    # Nor is a float32 output rounded to cached low-precision latents.
+    output = torch.randn(SHAPE)
+    cached = aligned_loss(output, latents.bfloat16(), noise, t, alignment)
+    assert torch.equal(cached, aligned_loss(output, latents.bfloat16().float(), noise, t, alignment))
 
 
 def test_a_perfect_output_of_an_actual_network_state_has_no_loss():

@@ -368,7 +368,9 @@ def test_nodes_may_be_any_sequence(recwarn, sequence):
         ({}, {"num_inference_steps": 0}, "steps must be at least 1, got 0"),
         ({"shift": -1.0}, {"num_inference_steps": 4}, "shift must be positive, got -1.0"),
         ({"flow_spacing": "leading"}, {"num_inference_steps": 4}, 'spacing must be "uniform" or "trailing", got'),
+        ({}, {"sigmas": [-2.0, 1.0, 0.0]}, "the nodes must fall from noise to data"),
         ({"prediction_type": "flow_prediction"}, {"sigmas": [3.0, 1.0, 0.5, 0.0]}, "the nodes must fall"),
+        ({"prediction_type": "flow_prediction"}, {"sigmas": [3.0, 0.5, 0.0]}, r"got flow times \[-2.0, 0.5, 1.0\]"),
     ],
 )
 def test_unusable_nodes_are_refused(options, choice, sentence):

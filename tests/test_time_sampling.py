@@ -75,6 +75,9 @@ def test_shift_is_the_shift_of_diffusers_flow_matching_sigmas():
 def test_the_outermost_draws_stay_within_zero_and_one(monkeypatch, sampling, shift):
     outermost = torch.tensor([0.0, 2.0**-24, 2.0**-23, 0.5, 1 - 2.0**-23, 1 - 2.0**-24])
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: outermost)
+    # Devices differ in the last places of asinh: here it is two of them too large.
+    asinh = torch.asinh
+    monkeypatch.setattr(torch, "asinh", lambda x: asinh(x) * (1 + 2.0**-22))
     t = sample_times(len(outermost), sampling, shift=shift)
     assert t.min() >= 0 and t.max() <= 1
     assert t.max() - t.min() > 0.5

@@ -1,0 +1,241 @@
+"""`d2f`: the commands. Options come from the dataclasses below, spelled with underscores or dashes.
+
+Exit codes: 0 done, 2 refused input, 143 saved after SIGTERM or SIGINT.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import RefusedInputError
+
+MINIATURE = "miniature"
+INTERRUPTED = 143
+
+
+@dataclass(frozen=True)
+class Train:
+    """Finetune a model on captioned pictures.
+
+    Args:
+        train_data_dir: pictures with metadata.jsonl or .txt captions.
+        options: of the training.
+        pretrained_model_name_or_path: hub id, pipeline folder, .safetensors file, or "miniature", the embedded model.
+        image_column: key of the file name in metadata.jsonl, beside "file_name".
+        caption_column: key of the caption in metadata.jsonl.
+        caption_extension: of caption files beside the pictures.
+        dry_run: print the resolved options and stop.
+        json: print the result as JSON.
+    """
+
+    train_data_dir: str
+    options: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=TrainingConfig)
+    pretrained_model_name_or_path: str = MINIATURE
+    image_column: str = "image"
+    caption_column: str = "text"
+    caption_extension: str = ".txt"
+    dry_run: bool = False
+    json: bool = False
+
+    def run(self) -> dict[str, Any]:
+        """Train, save, and return the result."""
+        from d2f_fast.data import CaptionedImages
+        from d2f_fast.metrics import write_metrics
+        from d2f_fast.trainer import AlignedTrainer
+
+        started = time.monotonic()
+        dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
+        trainer = AlignedTrainer.from_pretrained(_model(self.pretrained_model_name_or_path), self.options)
+        result = trainer.fit(dataset)
+        output = Path(self.options.output_dir)
+        if not trainer.accelerator.is_main_process:
+            return result
+        saved = (
+            trainer.save_lora(output) if self.options.adapter == "lora" else trainer.save_pipeline(output / "pipeline")
+        )
+        row = {"objective": self.options.objective, "adapter": self.options.adapter, **result}
+        write_metrics(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
+        return row | {"output": str(saved)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw pictures of prompts along flow time, in any Stable Diffusion pipeline.
+
+    Args:
+        prompts: one picture each.
+        model: hub id, pipeline folder, .safetensors file, or "miniature", the embedded model.
+        lora: folder or file of LoRA weights.
+        num_inference_steps: network evaluations a picture; twice as many with midpoint and heun.
+        guidance_scale: 1 is no guidance.
+        negative_prompt: led away from.
+        prediction_type: flow_prediction for a network trained on naive flow matching; None for the model's own.
+        method: euler, midpoint or heun.
+        flow_spacing: uniform in flow time, or trailing.
+        shift: factor on the sampling sigmas.
+        height: pixels; None for the model's own.
+        width: pixels; None for the model's own.
+        seed: of the noise.
+        output_dir: of the pictures.
+        dry_run: print the resolved options and stop.
+        json: print the result as JSON.
+    """
+
+    prompts: tuple[str, ...]
+    model: str = MINIATURE
+    lora: str | None = None
+    num_inference_steps: int = 4
+    guidance_scale: float = 3.0
+    negative_prompt: str = ""
+    prediction_type: str | None = None
+    method: str = "euler"
+    flow_spacing: str = "uniform"
+    shift: float = 1.0
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    output_dir: str = "d2f-samples"
+    dry_run: bool = False
+    json: bool = False
+
+    def run(self) -> dict[str, Any]:
+        """Draw, write the pictures, and return where they are."""
+        import torch
+
+        from d2f_fast.base_model import BaseModel
+        from d2f_fast.checkpoint import atomic_path
+        from d2f_fast.lora import load_lora
+        from d2f_fast.metrics import write_metrics
+        from d2f_fast.scheduler import Diff2FlowScheduler
+
+        if not self.prompts or not all(self.prompts):
+            raise RefusedInputError("prompts: give at least one prompt, none of them empty")
+        started = time.monotonic()
+        model = _model(self.model)
+        pipe = BaseModel.load(model).pipeline if isinstance(model, str) else model
+        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, "shift": self.shift}
+        if self.prediction_type is not None:
+            options["prediction_type"] = self.prediction_type
+        pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
+        if self.lora is not None:
+            load_lora(pipe, self.lora)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        pictures = pipe(
+            list(self.prompts),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=[self.negative_prompt] * len(self.prompts),
+            height=self.height,
+            width=self.width,
+            generator=torch.Generator().manual_seed(self.seed),
+        ).images
+        output = Path(self.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        files = [str(output / f"{i:03d}.png") for i in range(len(pictures))]
+        for file, picture in zip(files, pictures, strict=True):
+            with atomic_path(file) as temporary:
+                picture.save(temporary)
+        seconds = time.monotonic() - started
+        row = {"sampler": "flow", "method": self.method, "steps": self.num_inference_steps, "samples": len(files)}
+        write_metrics(output, "d2f sample", self.seed, seconds, [row])
+        return row | {"files": files, "output": str(output)}
+
+
+def _model(name: str) -> Any:
+    """The embedded miniature by its name, loaded; any other name as it is."""
+    if name != MINIATURE:
+        return name
+    from d2f_fast.miniature import load_miniature
+
+    return load_miniature()
+
+
+COMMANDS: dict[str, Any] = {"train": Train, "sample": Sample}
+
+
+def with_config_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--config FILE` out of the arguments, and read the options in it.
+
+    Raises:
+        RefusedInputError: the file is missing, too large, or not a YAML mapping.
+    """
+    import yaml
+
+    rest, options = list(arguments), {}
+    for i, argument in enumerate(arguments):
+        if argument == "--config" or argument.startswith("--config="):
+            inline = argument.partition("=")[2]
+            if not inline and i + 1 >= len(arguments):
+                raise RefusedInputError("--config: give the path of a YAML file")
+            path = Path(inline or arguments[i + 1])
+            del rest[i : i + (1 if inline else 2)]
+            try:
+                options = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise RefusedInputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+            if not isinstance(options, dict):
+                raise RefusedInputError(f"{path} must hold `option: value` lines")
+            break
+    return rest, options
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """Command dataclass of an argument list: the file's options first, then those typed.
+
+    Raises:
+        RefusedInputError: an option of the configuration file is unknown, or has a wrong type.
+        SystemExit: misuse (2), or help (0).
+    """
+    rest, from_file = with_config_file(arguments)
+    typed: list[str] = []
+    command = COMMANDS.get(rest[0]) if rest else None
+    if from_file and command is not None:
+        # As arguments before the typed ones, so that both go through the same checks, and the last one wins.
+        known = {option.name for option in dataclasses.fields(command)} | {
+            option.name for option in dataclasses.fields(TrainingConfig) if command is Train
+        }
+        for name, value in from_file.items():
+            if name not in known:
+                raise RefusedInputError(f"--config: {name} is no option of d2f {rest[0]}: see d2f {rest[0]} --help")
+            if any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in rest):
+                continue
+            if isinstance(value, bool):
+                typed.append(f"--{name}" if value else f"--no_{name}")
+            elif isinstance(value, list):
+                typed += [f"--{name}", *map(str, value)]
+            else:
+                typed += [f"--{name}", str(value)]
+        rest = [rest[0], *typed, *rest[1:]]
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="d2f", description=__doc__, args=rest, use_underscores=True, sort_subcommands=False
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    try:
+        command = parse(sys.argv[1:] if arguments is None else arguments)
+        if command.dry_run:
+            print(json.dumps(dataclasses.asdict(command), indent=2))
+            return 0
+        result = command.run()
+    except RefusedInputError as error:
+        print(f"d2f: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, ValueError) as error:
+        # Only those classes of ours that carry an exit code; anything else is a defect and keeps its traceback.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"d2f: {error}", file=sys.stderr)
+        return int(code)
+    print(json.dumps(result) if command.json else result["output"])
+    return 0
