@@ -13,6 +13,7 @@ one that leads the actual state to them: x̂0 - ε̂ inside, (x̂0 - x_t) / (1 -
 Arithmetic is float32, or float64 for float64 times, whatever the latents are; one rounding, at the store.
 """
 
+import math
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,6 +23,9 @@ from d2f_fast.noise_schedule import NoiseSchedule
 
 # EulerDiscreteScheduler's own sigma_max for zero terminal SNR: far enough from the data that the start is pure noise.
 _SIGMA_OF_PURE_NOISE = 4096.0
+
+# Largest 1 / alpha at which an ε-prediction is read: SD's table ends at 14.6, DDPM's at 157, a cosine one at 20,000.
+_LARGEST_READOUT = 200.0
 
 Spacing = Literal["uniform", "trailing"]
 
@@ -68,7 +72,7 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 
 def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Flow state t * latents + (1 - t) * noise, in the type of the latents.
+    """Flow state t * latents + (1 - t) * noise, in the wider type of the two.
 
     Args:
         latents, noise: [B, ...].
@@ -110,6 +114,9 @@ class Alignment:
         self.num_train_timesteps = len(schedule.alphas_cumprod)
         rising = schedule.flow_times().flip(0)
         self.t_min = rising[0].item()
+        if self.prediction_type == "epsilon":
+            # Where alpha is smaller, as on a cosine table, x̂0 = (sample - sigma ε̂) / alpha is error and nothing else.
+            self.t_min = max(self.t_min, 1 / (1 + math.sqrt(_LARGEST_READOUT**2 - 1)))
         self.t_max = rising[-1].item()
         # Ascending, as torch.searchsorted wants it: entry k belongs to timestep T - 1 - k.
         self._rising_flow_times = {torch.float64: rising, torch.float32: rising.float()}
@@ -136,7 +143,7 @@ class Alignment:
         Args:
             t: any shape, float32 (or float64) in [0, 1].
         """
-        t = at_least_float32(t)
+        t = at_least_float32(t).clamp(min=self.t_min)
         rising = self._rising_flow_times[t.dtype]
         upper = torch.searchsorted(rising, t.contiguous(), right=True).clamp(1, self.num_train_timesteps - 1)
         below, above = rising[upper - 1], rising[upper]
@@ -242,6 +249,8 @@ class Alignment:
             return shifted_uniform_times(steps, self.t_min, shift).float()
         if spacing != "trailing":
             raise ValueError(f'spacing must be "uniform" or "trailing", got {spacing!r}')
+        if not shift > 0:
+            raise ValueError(f"shift must be positive, got {shift}")
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps must be 1 to {self.num_train_timesteps} with trailing spacing, got {steps}")
         # DDIMScheduler, timestep_spacing="trailing": round(T - k T / steps) - 1.

@@ -186,7 +186,6 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-        **unused: Any,
     ) -> Diff2FlowSchedulerOutput | tuple[Tensor, Tensor]:
         """Advance the diffusion state by one network evaluation.
 

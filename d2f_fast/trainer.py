@@ -662,11 +662,10 @@ class AlignedTrainer:
         """Header entries that say what the file is and how to sample it."""
         config = self.config
         reader = self.objective.model
+        recommended = self.alignment.sigmas(4, config.flow_shift)
         if config.objective == "fm":  # whose sigma, in diffusers, is 1 - t
-            nodes = (1 - reader.times(4, shift=config.flow_shift)).tolist()
-        else:
-            nodes = self.alignment.sigmas(4, config.flow_shift)
-        sigmas = ", ".join(f"{sigma:.4g}" for sigma in nodes)
+            recommended = (1 - reader.times(4, shift=config.flow_shift)).tolist()
+        sigmas = ", ".join(f"{sigma:.4g}" for sigma in recommended)
         return {
             "d2f.objective": config.objective,
             "d2f.prediction_type": reader.prediction_type,
