@@ -130,14 +130,21 @@ class BaseModel:
         return {"text_embeds": text_embeds, "time_ids": time_ids}
 
     def fingerprint(self, *components: str) -> str:
-        """SHA-256 over the weights and configuration of components, by name; absent ones are passed over."""
+        """SHA-256 over the weights and configuration of components, or a tokenizer's vocabulary, by name.
+
+        Absent components are passed over. Where the model lies, and by what it was saved, changes nothing.
+        """
         digest = hashlib.sha256()
         for name in components:
             module = getattr(self.pipeline, name, None)
             if module is None:
                 continue
-            config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-            # Private entries tell where the model was loaded from, and by which version.
+            if not isinstance(module, nn.Module):
+                vocabulary = [module.get_vocab(), module.model_max_length]
+                digest.update(json.dumps(vocabulary, sort_keys=True).encode())
+                continue
+            owned: Any = module.config
+            config = owned.to_dict() if hasattr(owned, "to_dict") else dict(owned)
             config = {key: value for key, value in config.items() if not key.startswith("_")}
             config.pop("transformers_version", None)
             digest.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -149,13 +156,28 @@ class BaseModel:
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that is no pipeline, in words that name what is missing."""
-    if not (folder / "model_index.json").is_file():
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
         raise ModelError(f"{folder} has no model_index.json: give the folder of a diffusers pipeline")
+    try:
+        index = dict(json.loads(index_file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index_file} is no JSON object: restore it from the base model") from error
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise ModelError(
             f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: it tells the prediction type and the"
             " schedule; copy it from the base model"
         )
+    for name in sorted(index.keys() & {"tokenizer", "tokenizer_2"}):
+        # transformers makes an empty tokenizer, to which every word is unknown, where there are no files.
+        if index[name] != [None, None] and not any((folder / name).glob("*.json")):
+            raise ModelError(f"{folder / name} holds no tokenizer: copy it from the base model")
+    for path in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(f"{path} is no intact safetensors ({error}): restore it from the base model") from error
     for name in ("unet", "vae"):
         if not any((folder / name).glob("*.safetensors")):
             pickles = any(path.suffix in _PICKLE_SUFFIXES for path in (folder / name).glob("*"))

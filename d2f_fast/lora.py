@@ -65,7 +65,10 @@ def inject_lora(
     if conv_rank:
         ranks |= dict.fromkeys(CONVOLUTION_TARGETS, conv_rank)
     if first_last_layers:
-        ranks |= {FIRST_LAYER: unet.conv_in.in_channels * math.prod(unet.conv_in.kernel_size), LAST_LAYER: unet.conv_out.out_channels}
+        ranks |= {
+            FIRST_LAYER: unet.conv_in.in_channels * math.prod(unet.conv_in.kernel_size),
+            LAST_LAYER: unet.conv_out.out_channels,
+        }
     scale = 1.0 if alpha is None else alpha / rank
     config = LoraConfig(
         r=rank,
@@ -119,7 +122,7 @@ def lora_state_dict(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, {"format": "pt", "lora_adapter_metadata": header}
 
 
-def save_lora(unet: nn.Module, folder: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
+def save_lora(unet: Any, folder: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
     """Write `pytorch_lora_weights.safetensors`, reload it through diffusers, and compare one forward.
 
     Args:

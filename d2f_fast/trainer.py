@@ -56,6 +56,10 @@ from d2f_fast.sampler import sample_flow, unet_velocity
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
+_SCHEDULE_KEYS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("prediction_type", "rescale_betas_zero_snr"),
+)
 
 
 class InterruptedRunError(RuntimeError):
@@ -370,7 +374,9 @@ class AlignedTrainer:
             latents = LatentCache(
                 cache_dir, model=self.model.fingerprint("vae"), resolution=config.resolution, center_crop=True
             )
-        texts = EmbeddingCache(cache_dir, model=self.model.fingerprint("text_encoder", "text_encoder_2"))
+        texts = EmbeddingCache(
+            cache_dir, model=self.model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        )
         plans = plan_batches(
             len(dataset),
             self.global_batch_size,
@@ -641,12 +647,15 @@ class AlignedTrainer:
         with self.averaged():
             unet = type(self.unet).from_config(self.unet.config)
             unet.load_state_dict(merged_state_dict(self.unet))
-        scheduler_options = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+        config = pipeline.scheduler.config
+        # Named, or diffusers would take the other class' defaults for what the base left at its own.
+        table = {name: config[name] for name in _SCHEDULE_KEYS if name in config}
+        scheduler_options = table | {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
         if self.config.objective == "fm":
             steps = self.alignment.num_train_timesteps
             scheduler: Any = FlowMatchEulerDiscreteScheduler(steps, shift=self.config.flow_shift)
         else:
-            scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **scheduler_options)
+            scheduler = EulerDiscreteScheduler.from_config(config, **scheduler_options)
         saved = type(pipeline)(**{**pipeline.components, "unet": unet.to(self.unet.dtype), "scheduler": scheduler})
         temporary = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)

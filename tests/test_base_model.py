@@ -33,7 +33,9 @@ def model(tiny_folder: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_folder: Path) -> Any:
-    return StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.vae.requires_grad_(False)  # torch takes other kernels, which round otherwise, for weights that train
+    return pipeline
 
 
 class Exploit:
@@ -79,7 +81,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: shutil.rmtree(folder / "scheduler"),
         "{folder}/scheduler/scheduler_config.json is missing: it tells the prediction type",
     ),
-    "index not JSON": (lambda folder: (folder / "model_index.json").write_text("{"), "model_index.json"),
+    "index not JSON": (
+        lambda folder: (folder / "model_index.json").write_text("{"),
+        "{folder}/model_index.json is no JSON object",
+    ),
     "unknown prediction type": (
         set_scheduler(prediction_type="score"),
         "{folder}: prediction_type must be one of ('epsilon', 'v_prediction', 'sample'), got 'score'",
@@ -91,13 +96,24 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "only pickles": (only_pickles, "{folder}/unet holds a pickle, which can run code: give the model as safetensors"),
     "pickled text encoder": (pickled_text_encoder, "text_encoder"),
     "no weights": (lambda folder: (folder / "vae" / WEIGHTS).unlink(), "{folder}/vae holds no weights: give the model"),
-    "truncated unet": (truncate(f"unet/{WEIGHTS}"), "{folder}/unet"),
-    "truncated vae": (truncate(f"vae/{WEIGHTS}"), "{folder}/vae"),
-    "truncated text encoder": (truncate("text_encoder/model.safetensors"), "{folder}/text_encoder"),
-    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
+    "truncated unet": (
+        truncate(f"unet/{WEIGHTS}"),
+        "{folder}/unet/diffusion_pytorch_model.safetensors is no intact safetensors",
+    ),
+    "truncated vae": (
+        truncate(f"vae/{WEIGHTS}"),
+        "{folder}/vae/diffusion_pytorch_model.safetensors is no intact safetensors",
+    ),
+    "truncated text encoder": (
+        truncate("text_encoder/model.safetensors"),
+        "{folder}/text_encoder/model.safetensors is no intact safetensors",
+    ),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "{folder}/tokenizer holds no tokenizer"),
     "config of another unet": (
         lambda folder: (folder / "unet" / "config.json").write_text(
-            (folder / "unet" / "config.json").read_text().replace('"cross_attention_dim": 16', '"cross_attention_dim": 24')
+            (folder / "unet" / "config.json")
+            .read_text()
+            .replace('"cross_attention_dim": 16', '"cross_attention_dim": 24')
         ),
         "{folder} cannot be loaded: ",
     ),

@@ -1,17 +1,19 @@
 """How the miniature was made, from two npm packages to the pipeline folder; each stage seeded, each rerunnable alone.
 
-    npm install emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
-    python -m d2f_fast.miniature.build pictures --npm node_modules
-    python -m d2f_fast.miniature.build vae
-    python -m d2f_fast.miniature.build tokenizer
-    python -m d2f_fast.miniature.build denoiser --state denoiser.safetensors
-    python -m d2f_fast.miniature.build classifier
-    python -m d2f_fast.miniature.build evaluate
+npm install emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+python -m d2f_fast.miniature.build pictures --npm node_modules
+python -m d2f_fast.miniature.build vae
+python -m d2f_fast.miniature.build tokenizer
+python -m d2f_fast.miniature.build denoiser --state denoiser.safetensors
+python -m d2f_fast.miniature.build classifier
+python -m d2f_fast.miniature.build evaluate
 """
 
 import argparse
+import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +131,8 @@ def save_vae(vae: Any) -> None:
     pairs = [pictures.Picture(i, i % len(pictures.BACKGROUNDS)) for i in pictures.names_in_both_styles()]
     latents = torch.cat([vae.encode(pictures.draw(pairs, style)).latent_dist.mean for style in pictures.STYLES])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    half = type(vae).from_config(vae.config)
-    half.load_state_dict(vae.state_dict())
-    half.half().save_pretrained(MINIATURE / "vae")
+    # A copy: `from_config` would drop the factor, which the configuration still lists among its defaults.
+    copy.deepcopy(vae).half().save_pretrained(MINIATURE / "vae")
 
 
 def main() -> None:
@@ -159,7 +160,7 @@ def main() -> None:
     stage.add_argument("--steps", type=int, default=25, help="DDIM steps")
     stage.add_argument("--grid", type=Path, help="image file to write, 128 pictures")
     options = vars(parser.parse_args())
-    builders = {
+    builders: dict[str, Callable[..., None]] = {
         "pictures": build_pictures,
         "vae": build_vae,
         "tokenizer": build_tokenizer,

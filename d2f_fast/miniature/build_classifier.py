@@ -1,4 +1,4 @@
-"""The classifier, and what it says of the miniature's drawings: the stages `classifier` and `evaluate` of `build.py`."""
+"""The stages `classifier` and `evaluate` of `build.py`: the classifier, and what it says of the drawings."""
 
 import itertools
 import math
@@ -56,7 +56,8 @@ def build_classifier(steps: int, batch: int, learning_rate: float) -> None:
     vae = load_miniature().vae
     colours = range(len(pictures.BACKGROUNDS))
     names_of = {"noto": range(len(pictures.names())), "fluent": pictures.names_in_both_styles()}
-    pools, tests = [], {}
+    pools: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    tests: dict[str, tuple[Tensor, Tensor]] = {}
     for style_index, (style, names) in enumerate(names_of.items()):
         pairs = list(itertools.product(names, colours))
         seen = [pair for pair in pairs if pair not in pictures.held_out_pairs()]
@@ -65,7 +66,7 @@ def build_classifier(steps: int, batch: int, learning_rate: float) -> None:
         labels = torch.tensor([name for name, _ in seen])
         pools.append((decoded, pictures.draw([pictures.Picture(*pair) for pair in seen], style), labels, style_index))
         tests[style] = (reconstructions(vae, unseen, style, SEED + 1), torch.tensor([name for name, _ in unseen]))
-    decoded, clean, labels = (torch.cat([pool[i] for pool in pools]) for i in range(3))
+    decoded, clean, labels = (torch.cat(parts) for parts in list(zip(*pools, strict=True))[:3])
     styles = torch.cat([torch.full((len(pool[2]),), float(pool[3])) for pool in pools])
 
     classifier = Classifier()
@@ -92,8 +93,9 @@ def build_classifier(steps: int, batch: int, learning_rate: float) -> None:
     temporary = WEIGHTS.with_suffix(".new")
     save_file(half, temporary)
     temporary.replace(WEIGHTS)
-    for style, (pixels, names) in tests.items():
-        print(f"autoencoded pictures of held-out combinations, {style}:", rank_line(rank(load_classifier(), pixels, names)))
+    for style, (pixels, expected) in tests.items():
+        ranks = rank(load_classifier(), pixels, expected)
+        print(f"autoencoded pictures of held-out combinations, {style}:", rank_line(ranks))
 
 
 @torch.no_grad()

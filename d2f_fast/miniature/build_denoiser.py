@@ -224,8 +224,8 @@ def load_state(path: Path, networks: nn.Module, optimizer: torch.optim.Optimizer
         shadow.copy_(parts["ema"][str(i)])
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in parts["optimizer"].items():
-        i, _, slot = key.partition(".")
-        entries.setdefault(int(i), {})[slot] = value
+        index, _, slot = key.partition(".")
+        entries.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     with safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])
@@ -254,6 +254,10 @@ def save_pipeline(networks: nn.ModuleDict, scheduler: Any) -> None:
         requires_safety_checker=False,
         **halves,
     )
+    # transformers loads in the stored precision, diffusers in float32: the pipeline must come up in one.
+    config_file = new / "text_encoder" / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
     pipe.save_config(new)
     scheduler.save_pretrained(new / "scheduler")
     for name in ("vae", "tokenizer"):

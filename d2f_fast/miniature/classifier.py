@@ -1,4 +1,4 @@
-"""A small network that names the miniature's pictures: the judge of what a model draws, and a space to compare styles in."""
+"""A small network that names the miniature's pictures: it judges what a model draws, and gives a space of styles."""
 
 from pathlib import Path
 

@@ -1,0 +1,139 @@
+"""The samplers that the demo compares, on any network: trained on noise, on aligned flow, or on naive flow.
+
+| sampler | spacing | start | is |
+|---|---|---|---|
+| ddim | trailing | t_min | DDIM, η = 0, on its trailing timesteps (equal to Euler in flow time on their nodes) |
+| flow | uniform | 0 | Euler in flow time |
+| flow | trailing | 0 | the same on DDIM's nodes, except for the start |
+| dpm++2m | trailing | t_min | diffusers' DPMSolverMultistepScheduler, second order, lower order at the end |
+
+A naive-flow network keeps its own state and timestep. On DDIM's nodes it is integrated between the same flow times;
+for DPM-Solver++ diffusers has a form for such networks (`use_flow_sigmas`, `flow_prediction`), uniform in flow time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from d2f_fast.alignment import Alignment, FlowModel, NaiveFlow, Spacing
+from d2f_fast.base_model import BaseModel
+from d2f_fast.sampler import Velocity, sample_flow, unet_velocity
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to draw with a network."""
+
+    sampler: Literal["ddim", "flow", "dpm++2m"]
+    spacing: Spacing
+
+    @property
+    def label(self) -> str:
+        """Name in tables and captions."""
+        names = {"ddim": "DDIM", "flow": "flow Euler", "dpm++2m": "DPM-Solver++(2M)"}
+        return f"{names[self.sampler]}, {self.spacing}"
+
+
+DDIM = Route("ddim", "trailing")
+FLOW = Route("flow", "uniform")
+FLOW_TRAILING = Route("flow", "trailing")
+DPM = Route("dpm++2m", "trailing")
+ROUTES = (DDIM, FLOW, FLOW_TRAILING, DPM)
+
+
+def equal_route(route: Route, steps: int, reader: FlowModel) -> Route | None:
+    """Another route that draws the same pictures: two steps of DPM-Solver++ are both of first order, which is DDIM."""
+    return DDIM if route == DPM and steps <= 2 and isinstance(reader, Alignment) else None
+
+
+def draw_latents(velocity: Velocity, noise: Tensor, route: Route, steps: int, reader: FlowModel, base: Any) -> Tensor:
+    """Latents of one batch.
+
+    Args:
+        velocity: of the network, as `unet_velocity` makes it.
+        noise: [B, C, H, W] from N(0, 1).
+        route: which sampler.
+        steps: network evaluations.
+        reader: how the network is read.
+        base: the base model's scheduler, whose table every sampler uses.
+    """
+    if route.sampler == "dpm++2m":
+        return _dpm_solver(velocity, noise, steps, reader, base)
+    if route.spacing == "uniform":
+        return sample_flow(velocity, noise, times=reader.times(steps))  # type: ignore[return-value]
+    # A naive-flow network has no trailing timesteps of its own: it takes the base model's nodes too.
+    alignment = Alignment.from_scheduler(base)
+    times, x_t = alignment.times(steps, "trailing"), noise
+    if route.sampler == "ddim":
+        # DDIM takes its noise for the diffusion state at the last timestep.
+        times[0] = alignment.t_min
+        x_t = alignment.to_flow(noise, times[0])
+    return sample_flow(velocity, x_t, times=times)  # type: ignore[return-value]
+
+
+def _dpm_solver(velocity: Velocity, noise: Tensor, steps: int, reader: FlowModel, base: Any) -> Tensor:
+    """DPM-Solver++(2M) of diffusers, given what the network implies: noise - latents of naive flow, else the noise."""
+    naive = isinstance(reader, NaiveFlow)
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        base.config,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        lower_order_final=True,
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+        prediction_type="flow_prediction" if naive else "epsilon",
+        use_flow_sigmas=naive,
+    )
+    scheduler.set_timesteps(steps)
+    state = noise
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        # diffusers rounds the timesteps of flow sigmas; the network is given the exact one.
+        t = 1 - sigma if naive else reader.flow_time(timestep).cpu()
+        x_t = reader.to_flow(state, t)
+        slope = velocity(x_t, t.to(noise.device))
+        state = scheduler.step(-slope if naive else x_t - t * slope, timestep, state).prev_sample
+    return state
+
+
+class Painter:
+    """Draws pictures of prompts with one network.
+
+    Args:
+        model: whose UNet, autoencoder and text encoder draw.
+        reader: how the UNet is read.
+        guidance_scale: of every picture.
+        batch: pictures in one network call, before guidance doubles them.
+        on_batch: called with the network evaluations, in pictures, that a batch took.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        reader: FlowModel,
+        guidance_scale: float,
+        batch: int = 64,
+        on_batch: Callable[[int], object] = lambda evaluations: None,
+    ) -> None:
+        self.model, self.reader, self.guidance_scale = model, reader.to(model.device), guidance_scale
+        self._batch, self._on_batch = batch, on_batch
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], noise: Tensor, route: Route, steps: int) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] on the CPU; `noise` [B, C, h, w] is the start of each."""
+        model, drawn = self.model, []
+        unconditional = model.encode_prompts([""])["encoder_hidden_states"]
+        for first in range(0, len(prompts), self._batch):
+            part = slice(first, first + self._batch)
+            condition = model.encode_prompts(prompts[part])["encoder_hidden_states"]
+            velocity = unet_velocity(
+                model.unet, self.reader, condition, unconditional.expand_as(condition), self.guidance_scale
+            )
+            start = noise[part].to(model.device)
+            latents = draw_latents(velocity, start, route, steps, self.reader, model.pipeline.scheduler)
+            drawn.append(model.decode(latents).clamp(-1, 1).cpu())
+            self._on_batch(len(condition) * steps)
+        return torch.cat(drawn)
