@@ -89,10 +89,10 @@ def _dpm_solver(velocity: Velocity, noise: Tensor, steps: int, reader: FlowModel
         use_flow_sigmas=naive,
     )
     scheduler.set_timesteps(steps)
-    state = noise
+    alignment, state = Alignment.from_scheduler(base), noise
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
         # diffusers rounds the timesteps of flow sigmas; the network is given the exact one.
-        t = 1 - sigma if naive else reader.flow_time(timestep).cpu()
+        t = 1 - sigma if naive else alignment.flow_time(timestep)
         x_t = reader.to_flow(state, t)
         slope = velocity(x_t, t.to(noise.device))
         state = scheduler.step(-slope if naive else x_t - t * slope, timestep, state).prev_sample

@@ -77,24 +77,28 @@ def bootstrap_interval(
     return Interval(value, float(value + min(low, 0)), float(value + max(high, 0)))
 
 
-def real_floor(features: ArrayLike, count: int, splits: int = 20, seed: int = 0) -> float:
-    """Mean Fréchet distance of `count` real pictures to the other real ones, over random splits.
+def real_floor(features: ArrayLike, count: int, against: int | None = None, splits: int = 20, seed: int = 0) -> float:
+    """Mean Fréchet distance of `count` real pictures to other real ones, over random splits.
 
     Args:
         features: [n, d] of the real pictures.
         count: pictures on one side of the split, as many as will be compared.
+        against: pictures on the other side; None for all that are left.
         splits: random splits.
         seed: of the splits.
 
     Raises:
-        ValueError: fewer than two pictures on a side.
+        ValueError: fewer than two pictures on a side, or more than there are.
     """
     features = np.asarray(features, np.float64)
+    end = len(features) if against is None else count + against
+    if end > len(features):
+        raise ValueError(f"{count} and {against} pictures need {end} features, got {len(features)}")
     generator = np.random.default_rng(seed)
     distances = []
     for _ in range(splits):
         order = generator.permutation(len(features))
-        distances.append(frechet_distance(features[order[:count]], features[order[count:]]))
+        distances.append(frechet_distance(features[order[:count]], features[order[count:end]]))
     return float(np.mean(distances))
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -425,11 +425,11 @@ class AlignedTrainer:
                 keys.append(latents.key(source, config.random_flip and draws.mirrored, name))
                 captions.append(choose_caption(text, draws.caption))
             posterior = latents.get_or_compute(
-                keys, lambda missing: self.model.encode_images(torch.stack([load(position)[0] for position in missing]))
+                keys, lambda missing: _one_by_one(self.model.encode_images, [load(i)[0][None] for i in missing])
             )
         condition = texts.get_or_compute(
             [texts.key(caption) for caption in captions],
-            lambda missing: self.model.encode_prompts([captions[position] for position in missing]),
+            lambda missing: _one_by_one(self.model.encode_prompts, [[captions[i]] for i in missing]),
         )
         added = self.model.added_cond_kwargs(condition, config.resolution, config.resolution)
         return {
@@ -697,6 +697,12 @@ class _Log:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
+
+
+def _one_by_one(encode: Callable[[Any], dict[str, Tensor]], batches: Sequence[Any]) -> dict[str, Tensor]:
+    """Encode batches of one: rounding then depends on no neighbour, and so on no kill that left a cache half filled."""
+    encoded = [encode(batch) for batch in batches]
+    return {name: torch.cat([tensors[name] for tensors in encoded]) for name in encoded[0]}
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -85,6 +85,9 @@ def test_real_floor_falls_with_the_count_and_is_far_below_a_real_difference() ->
     features = np.random.default_rng(5).standard_normal((2000, 8))
     few, many = real_floor(features, 50), real_floor(features, 1000)
     assert 0 < many < few < frechet_distance(features, features + 1)
+    assert real_floor(features, 50, against=50) > few
+    with pytest.raises(ValueError, match="1500 and 501 pictures need 2001 features, got 2000"):
+        real_floor(features, 1500, against=501)
 
 
 def test_background_is_read_from_the_corners_where_they_are_free() -> None:

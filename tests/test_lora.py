@@ -60,8 +60,10 @@ def relative(difference: Tensor, truth: Tensor) -> float:
     return (difference.norm() / truth.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.float32) for kind in KINDS), ("linear", torch.bfloat16), ("first", torch.bfloat16)],
+)
 def test_a_new_lora_changes_nothing_and_then_trains(unet: Any, kind: str, dtype: torch.dtype) -> None:
     options, ending = KINDS[kind]
     unet.to(dtype)
@@ -181,7 +183,7 @@ def test_a_file_that_reloads_to_another_output_is_refused(
         return {key: value / 1.5 if ".lora_B" in key else value for key, value in tensors.items()}, header
 
     monkeypatch.setattr(lora, "lora_state_dict", unfolded)
-    with pytest.raises(ModelError, match="does not reload to the same output .* not shareable"):
+    with pytest.raises(ModelError, match=r"does not reload to the same output .* not shareable"):
         save_lora(unet, tmp_path)
 
 
@@ -234,7 +236,7 @@ def test_impossible_adapters_are_refused_and_leave_the_network_alone(
 
 def test_a_second_adapter_is_refused(unet: Any) -> None:
     inject_lora(unet, 2)
-    with pytest.raises(ModelError, match="the UNet takes no LoRA on .*: .*default.* already"):
+    with pytest.raises(ModelError, match=r"the UNet takes no LoRA on .*: .*default.* already"):
         inject_lora(unet, 2)
 
 

@@ -35,7 +35,7 @@ def draw(pipe: StableDiffusionPipeline, caption: str, seed: int, steps: int = 2)
 
 
 def test_stock_pipeline_draws_the_same_picture_from_the_same_seed(pipe: StableDiffusionPipeline) -> None:
-    stock = StableDiffusionPipeline.from_pretrained(MINIATURE, torch_dtype=torch.float32, local_files_only=True)
+    stock = StableDiffusionPipeline.from_pretrained(MINIATURE, dtype=torch.float32, local_files_only=True)
     stock.set_progress_bar_config(disable=True)
     first = draw(stock, "a dog on a red background", seed=3)
     assert first.shape == (pictures.SIZE, pictures.SIZE, 3)

@@ -13,10 +13,10 @@ def load_miniature(**kwargs: Any) -> "StableDiffusionPipeline":
     """Load the miniature as a stock pipeline, from the package's own folder: no network.
 
     Args:
-        kwargs: passed to `StableDiffusionPipeline.from_pretrained`; `torch_dtype` is float32 unless given.
+        kwargs: passed to `StableDiffusionPipeline.from_pretrained`; `dtype` is float32 unless given.
     """
     import torch
     from diffusers import StableDiffusionPipeline
 
-    kwargs.setdefault("torch_dtype", torch.float32)
+    kwargs.setdefault("dtype", torch.float32)
     return StableDiffusionPipeline.from_pretrained(MINIATURE, local_files_only=True, **kwargs)

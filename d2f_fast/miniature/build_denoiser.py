@@ -141,7 +141,7 @@ def build_denoiser(
     ema = EMAModel(networks.parameters(), decay=0.999, foreach=True)
     first = 0 if state is None or not state.exists() else load_state(state, networks, optimizer, ema)
 
-    vae = AutoencoderKL.from_pretrained(MINIATURE / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(MINIATURE / "vae", dtype=torch.float32)
     latents = cached_latents(vae.to(device), device)
     shape = (len(pictures.names()), len(pictures.BACKGROUNDS))
     pairs = [pair for pair in itertools.product(*map(range, shape)) if pair not in pictures.held_out_pairs()]

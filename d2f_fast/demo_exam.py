@@ -1,0 +1,166 @@
+"""What the demo measures: pictures of held-out names against real ones, the flow loss, and the spread of brightness."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_fast.alignment import FlowModel, interpolate
+from d2f_fast.base_model import BaseModel
+from d2f_fast.demo_sampling import Painter, Route
+from d2f_fast.evaluate import (
+    background_accuracy,
+    bootstrap_interval,
+    frechet_distance,
+    grey_bias,
+    name_accuracy,
+    real_floor,
+)
+from d2f_fast.miniature import pictures
+from d2f_fast.miniature.build_classifier import names_with_free_corners
+from d2f_fast.miniature.classifier import Classifier
+from d2f_fast.miniature.pictures import Picture
+from d2f_fast.sampler import unet_velocity
+
+BLACK_AND_WHITE = tuple(tuple(pictures.BACKGROUNDS).index(name) for name in ("black", "white"))
+
+
+def palette() -> Tensor:
+    """The background colours, [colours, 3] in [-1, 1]."""
+    return torch.tensor(tuple(pictures.BACKGROUNDS.values())) / 127.5 - 1
+
+
+def noise_of(count: int, model: BaseModel, seed: int) -> Tensor:
+    """Start noise [count, C, h, w] on the CPU: the same for every network and sampler."""
+    side = pictures.SIZE // model.downsampling
+    shape = (count, model.unet.config.in_channels, side, side)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Exam:
+    """Captions of names that finetuning does not see, and the real pictures to compare with.
+
+    The (name, colour) pairs are divided at random: `count` of them are drawn, the others, as real pictures of that
+    style, are the reference; each is mirrored or not at random.
+
+    Args:
+        names: whose pictures are drawn.
+        count: of pictures; a measurement may use the first ones only.
+        classifier: the judge, on the CPU.
+        seed: of the division.
+        style: that finetuning teaches.
+
+    Raises:
+        ValueError: there are not enough pairs to divide.
+    """
+
+    names: Sequence[int]
+    count: int
+    classifier: Classifier
+    seed: int = 0
+    style: str = "fluent"
+    drawn: list[Picture] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Divide the pairs, and see what the judge says of the real pictures."""
+        generator = np.random.default_rng(self.seed)
+        pairs = itertools.product(sorted(self.names), range(len(pictures.BACKGROUNDS)))
+        every = [Picture(name, colour, bool(generator.random() < 0.5)) for name, colour in pairs]
+        chosen = [every[i] for i in generator.permutation(len(every))]
+        if not 2 <= self.count <= len(chosen) - 2:
+            raise ValueError(f"count must be 2 to {len(chosen) - 2} for {len(self.names)} names, got {self.count}")
+        self.drawn, reference = chosen[: self.count], chosen[self.count :]
+        self.real = pictures.draw(self.drawn, self.style)
+        self._reference = self.features(pictures.draw(reference, self.style))
+        self._real_features = np.concatenate([self.features(self.real), self._reference])
+        free = names_with_free_corners()
+        self._readable = torch.tensor([picture.name in free for picture in self.drawn])
+        self._floors: dict[int, float] = {}
+
+    @property
+    def prompts(self) -> list[str]:
+        """A caption for each picture to draw."""
+        return [pictures.caption(picture.name, picture.colour) for picture in self.drawn]
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> np.ndarray:
+        """The judge's features, [B, 64] float64."""
+        return torch.cat([self.classifier.features(part) for part in pixels.split(256)]).double().numpy()
+
+    def floor(self, count: int) -> float:
+        """Fréchet distance of `count` real pictures to as many other real ones as the reference has."""
+        if count not in self._floors:
+            self._floors[count] = real_floor(self._real_features, count, len(self._reference), seed=self.seed)
+        return self._floors[count]
+
+    @torch.no_grad()
+    def measure(self, pixels: Tensor, repeats: int = 100) -> dict[str, Any]:
+        """Entries of a row for pictures of the first captions, [B, 3, 32, 32] in [-1, 1]."""
+        count = len(pixels)
+        distance = bootstrap_interval(
+            frechet_distance, self.features(pixels), self._reference, repeats=repeats, seed=self.seed
+        )
+        logits = torch.cat([self.classifier(part) for part in pixels.split(256)])
+        names = torch.tensor([picture.name for picture in self.drawn[:count]])
+        colours = torch.tensor([picture.colour for picture in self.drawn[:count]])
+        accuracy, readable = background_accuracy(pixels, colours, palette(), self._readable[:count])
+        return {
+            "samples": count,
+            "frechet_distance": distance.value,
+            "frechet_low": distance.low,
+            "frechet_high": distance.high,
+            "frechet_floor": self.floor(count),
+            "background_accuracy": accuracy,
+            "background_samples": readable,
+            "name_top1": name_accuracy(logits, names),
+            "name_top5": name_accuracy(logits, names, top=5),
+        }
+
+
+@torch.no_grad()
+def flow_loss(model: BaseModel, reader: FlowModel, pixels: Tensor, prompts: Sequence[str], noise: Tensor) -> float:
+    """Mean ‖velocity - (latents - noise)‖² of real pictures at evenly spread flow times, for any network.
+
+    Args:
+        model: its UNet is asked, without guidance.
+        reader: how the UNet is read.
+        pixels: [B, 3, H, W] in [-1, 1].
+        prompts: B captions.
+        noise: [B, C, h, w].
+    """
+    latents = model.scale_latents(model.encode_images(pixels)["mean"].float())
+    noise = noise.to(latents.device)
+    t = (torch.arange(len(latents), device=latents.device) + 0.5) / len(latents)
+    condition = model.encode_prompts(prompts)["encoder_hidden_states"]
+    velocity = unet_velocity(model.unet, reader.to(model.device), condition)(interpolate(latents, noise, t), t)
+    return (velocity - (latents - noise)).square().mean().item()
+
+
+def measure_brightness(
+    painter: Painter, route: Route, steps: int, names: Sequence[int], style: str, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of the grey bias for captions without a colour, and on black and white; `count` pictures each."""
+    rows = []
+    generator = np.random.default_rng(seed)
+    for captions, colours in (("no colour", range(len(pictures.BACKGROUNDS))), ("black and white", BLACK_AND_WHITE)):
+        chosen = generator.choice(np.asarray(sorted(names)), count)
+        colour_of = [None if captions == "no colour" else colours[i % len(colours)] for i in range(count)]
+        prompts = [pictures.caption(int(name), colour) for name, colour in zip(chosen, colour_of, strict=True)]
+        drawn = painter.draw(prompts, noise_of(count, painter.model, seed), route, steps)
+        real = [Picture(name, colour) for name in sorted(names) for colour in colours]
+        spread = grey_bias(drawn, pictures.draw(real, style), seed=seed)
+        rows.append(
+            {
+                "captions": captions,
+                "samples": count,
+                "grey_bias": spread.value,
+                "grey_bias_low": spread.low,
+                "grey_bias_high": spread.high,
+            }
+        )
+    return rows

@@ -1,0 +1,165 @@
+"""Small plots as SVG text, for a report that opens anywhere: lines with intervals, and bars."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = {"base": "#7a7a85", "diff2flow": "#0b7a75", "fm": "#d1495b", "diffusion": "#3d5a98", "real": "#b08900"}
+WIDTH, HEIGHT = 460, 300
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: points (x, y, low, high), rising in x."""
+
+    label: str
+    colour: str
+    points: Sequence[tuple[float, float, float, float]]
+    dash: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar with its interval."""
+
+    label: str
+    colour: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Linear or logarithmic map from values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            low, high, value = math.log(self.low), math.log(self.high), math.log(max(value, self.low))
+        else:
+            low, high = self.low, self.high
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    """Round values within a range."""
+    if log:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        steps = (1, 2, 5) if last - first < 3 else (1,)
+        return [m * 10.0**e for e in range(first, last + 1) for m in steps if low <= m * 10.0**e <= high]
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _text(x: float, y: float, words: str, **attributes: str) -> str:
+    extra = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+    return f'<text x="{x:.1f}" y="{y:.1f}"{extra}>{escape(words)}</text>'
+
+
+def _frame(y: _Scale, label: str) -> list[str]:
+    """Horizontal grid lines, their values, and the axis' label."""
+    parts = []
+    for tick in _ticks(y.low, y.high, y.log):
+        height = y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(_text(LEFT - 6, height + 4, f"{tick:g}", text_anchor="end"))
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    turned = f"rotate(-90 13 {middle:.0f})"
+    return [*parts, _text(13, middle, label, text_anchor="middle", transform=turned)]
+
+
+def _svg(parts: Sequence[str], title: str, height: float = HEIGHT) -> str:
+    """The picture; its title is what a screen reader says."""
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
+    )
+
+
+def line_plot(
+    lines: Sequence[Line],
+    title: str,
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[float],
+    levels: Sequence[tuple[str, float]] = (),
+) -> str:
+    """Curves over even steps of x's logarithm (0 stands one place before the first), y logarithmic.
+
+    Args:
+        lines: the curves.
+        title: of the picture.
+        x_label, y_label: of the axes.
+        x_ticks: the values of x that occur, rising; they stand at even distances where they double.
+        levels: horizontal lines, (label, y).
+    """
+    points = [point for line in lines for point in line.points]
+    values = [value for point in points for value in point[1:] if value > 0] + [
+        value for _, value in levels if value > 0
+    ]
+    y = _Scale(min(values) / 1.15, max(values) * 1.15, HEIGHT - BOTTOM, TOP, log=True)
+    positive = [tick for tick in x_ticks if tick > 0]
+    low = positive[0] / (2 if x_ticks[0] == 0 else 1)
+    x = _Scale(low, max(positive[-1], 2 * low), LEFT + 14, WIDTH - RIGHT - 14, log=True)
+    parts = _frame(y, y_label)
+    parts += [_text(x(tick), HEIGHT - BOTTOM + 17, f"{tick:g}", text_anchor="middle") for tick in x_ticks]
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, text_anchor="middle"))
+    for label, value in levels:
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        parts.append(_text(WIDTH - RIGHT, y(value) - 4, label, text_anchor="end"))
+    for line in lines:
+        path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _, _ in line.points)
+        dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
+        for px, _, point_low, point_high in line.points:
+            ends = f'y1="{y(point_low):.1f}" y2="{y(point_high):.1f}"'
+            parts.append(f'<line x1="{x(px):.1f}" x2="{x(px):.1f}" {ends} stroke="{line.colour}" opacity=".45"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2"{dash}/>')
+        parts += [
+            f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="3" fill="{line.colour}">'
+            f"<title>{escape(line.label)}: {py:.3g} at {px:g}</title></circle>"
+            for px, py, _, _ in line.points
+        ]
+    return _svg(parts, title)
+
+
+def bar_plot(bars: Sequence[Bar], title: str, level: float = 1.0) -> str:
+    """Horizontal bars with intervals, and a line at one level."""
+    row, left = 26, 190
+    height = row * len(bars) + 34
+    x = _Scale(0, max([level, *(bar.high for bar in bars)]) * 1.05, left, WIDTH - RIGHT, log=False)
+    parts = []
+    for tick in _ticks(x.low, x.high, log=False):
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" y2="{height - 26}"/>')
+        parts.append(_text(x(tick), height - 10, f"{tick:g}", text_anchor="middle"))
+    for i, bar in enumerate(bars):
+        top = 8 + i * row
+        parts.append(_text(left - 8, top + 13, bar.label, text_anchor="end"))
+        parts.append(
+            f'<rect x="{left}" y="{top}" width="{x(bar.value) - left:.1f}" height="{row - 9}" rx="2"'
+            f' fill="{bar.colour}" opacity=".85"><title>{bar.value:.3f}</title></rect>'
+        )
+        middle = top + (row - 9) / 2
+        parts.append(
+            f'<line x1="{x(bar.low):.1f}" x2="{x(bar.high):.1f}" y1="{middle}" y2="{middle}" class="interval"/>'
+        )
+    parts.append(f'<line class="level" x1="{x(level):.1f}" x2="{x(level):.1f}" y1="4" y2="{height - 26}"/>')
+    return _svg(parts, title, height)
+
+
+def legend(entries: Sequence[tuple[str, str, str]]) -> str:
+    """Legend of a plot: (label, colour, dash) each."""
+    keys = [
+        f'<span><svg class="key" viewBox="0 0 24 8"><line x1="0" x2="24" y1="4" y2="4" stroke="{colour}"'
+        f' stroke-width="2.5" stroke-dasharray="{dash}"/></svg>{escape(label)}</span>'
+        for label, colour, dash in entries
+    ]
+    return f'<p class="legend">{"".join(keys)}</p>'
