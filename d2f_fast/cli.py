@@ -149,6 +149,29 @@ class Sample:
         return row | {"files": files, "output": str(output)}
 
 
+@dataclass(frozen=True)
+class Demo:
+    """Finetune the miniature three ways, sample each by every route, and write report.html.
+
+    Args:
+        output_dir: of the report; overwritten.
+        seed: of training and sampling.
+        dry_run: print the resolved options and stop.
+        json: print the result as JSON.
+    """
+
+    output_dir: str = "demo"
+    seed: int = 0
+    dry_run: bool = False
+    json: bool = False
+
+    def run(self) -> dict[str, Any]:
+        """Run it all, and return where the report is."""
+        from d2f_fast.demo import run_demo
+
+        return {"output": str(run_demo(self.output_dir, self.seed))}
+
+
 def _model(name: str) -> Any:
     """The embedded miniature by its name, loaded; any other name as it is."""
     if name != MINIATURE:
@@ -158,7 +181,7 @@ def _model(name: str) -> Any:
     return load_miniature()
 
 
-COMMANDS: dict[str, Any] = {"train": Train, "sample": Sample}
+COMMANDS: dict[str, Any] = {"demo": Demo, "train": Train, "sample": Sample}
 
 
 def with_config_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

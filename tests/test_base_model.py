@@ -56,8 +56,8 @@ def set_scheduler(**options: Any) -> Callable[[Path], None]:
     return change
 
 
-def truncate(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100]) and None
+def truncate(name: str) -> Callable[[Path], int]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
 
 
 def only_pickles(folder: Path) -> None:

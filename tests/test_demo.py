@@ -141,7 +141,8 @@ def test_training_in_parts_is_training_at_once(load: Callable[[], Any], tmp_path
             checkpointing_steps=0,
             learning_rate=1e-3,
         )
-        trainer, seen = AlignedTrainer.from_pretrained(load(), config), []
+        trainer = AlignedTrainer.from_pretrained(load(), config)
+        seen: list[int] = []
         train(trainer, dataset, points, seen.append)
         assert seen == points
         weights.append({key: value.detach().clone() for key, value in trainer.trainable.items()})

@@ -272,7 +272,7 @@ def test_a_folder_or_a_file_loads_into_a_stock_pipeline(tiny_folder: Path, lora_
 def test_a_lora_of_another_network_is_refused_and_nothing_is_loaded(tiny_folder: Path, lora_folder: Path) -> None:
     pipeline = stock_pipeline(tiny_folder)
     config = dict(pipeline.unet.config)
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         r"to_k\.lora_A\.weight of shape \[2, 16\] does not fit this model's \[8, 24\]": {"cross_attention_dim": 24},
         r"proj_in\.lora_A\.weight of shape \[2, 8, 1, 1\] does not fit .*'s \[8, 8\]": {"use_linear_projection": True},
         "has no place in this model's UNet": {"down_block_types": ("DownBlock2D", "DownBlock2D")},

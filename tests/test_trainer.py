@@ -239,6 +239,7 @@ def test_float16_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         make()
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_one_graph_equal_to_eager_for_every_t(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"target_modules": ("to_q",), "ema_decay": 0.0}
     eager = make(**options)
@@ -533,9 +534,14 @@ def test_a_sample_is_that_of_the_stock_pipeline_with_the_saved_lora(
     guidance_scale: float,
     method: Any,
 ) -> None:
-    latents = []
+    latents: list[Tensor] = []
     decode = trained.model.decode
-    monkeypatch.setattr(trained.model, "decode", lambda given: latents.append(given) or decode(given))
+
+    def noting(given: Tensor) -> Tensor:
+        latents.append(given)
+        return decode(given)
+
+    monkeypatch.setattr(trained.model, "decode", noting)
     trained.sample(["ab", "c"], 4, guidance_scale, "d", generator=seeded(), method=method)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)

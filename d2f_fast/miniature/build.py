@@ -152,7 +152,7 @@ def main() -> None:
     stage.add_argument("--state", type=Path, help="safetensors file to resume from, if it exists, and to keep")
     stage.add_argument("--save_every_s", type=float, default=600)
     stage = stages.add_parser("classifier")
-    stage.add_argument("--steps", type=int, default=3000)
+    stage.add_argument("--steps", type=int, default=2000)
     stage.add_argument("--batch", type=int, default=128)
     stage.add_argument("--learning_rate", type=float, default=3e-3)
     stage = stages.add_parser("evaluate")
