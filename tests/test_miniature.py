@@ -97,7 +97,7 @@ def test_any_text_becomes_known_tokens_of_the_full_length(tokenizer: CLIPTokeniz
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids
     assert len(ids) == length
     assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id in ids
-    words = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    words = tokenizer(text, add_special_tokens=False, padding=False, truncation=False).input_ids
     assert tokenizer.eos_token_id not in words  # the unknown token is the end token, as in CLIP
 
 
@@ -109,7 +109,7 @@ def test_sheets_hold_a_picture_for_every_name(style: str) -> None:
     assert drawn == set(range(len(pictures.names())) if style == "noto" else pictures.names_in_both_styles())
 
 
-def test_composite_is_the_backround_where_transparent_and_the_sprite_where_opaque() -> None:
+def test_composite_is_the_background_where_transparent_and_the_sprite_where_opaque() -> None:
     rgba = torch.tensor([10, 20, 30, 0, 10, 20, 30, 255], dtype=torch.uint8).view(1, 2, 4).permute(0, 2, 1)[..., None]
     pixels = pictures.composite(rgba, torch.tensor([[255, 0, 51]]))
     expected = torch.tensor([[255, 0, 51], [10, 20, 30]]) / 127.5 - 1
@@ -148,10 +148,13 @@ def test_interrupted_training_ends_as_uninterrupted(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(build_denoiser, "cached_latents", lambda vae, device: torch.ones(874, 8, 2, 2, 4, 8, 8))
     monkeypatch.setattr(build_denoiser, "save_pipeline", lambda networks, scheduler: None)
     monkeypatch.setattr(build_denoiser, "cosine", lambda step, steps: 1.0)
-    settings = {"batch": 4, "learning_rate": 1e-3, "device": "cpu", "save_every_s": 1e9}
-    build_denoiser.build_denoiser(3, state=tmp_path / "whole.safetensors", **settings)
-    build_denoiser.build_denoiser(2, state=tmp_path / "parts.safetensors", **settings)
-    build_denoiser.build_denoiser(3, state=tmp_path / "parts.safetensors", **settings)
+
+    def train(steps: int, state: Path) -> None:
+        build_denoiser.build_denoiser(steps, 4, 1e-3, "cpu", state, save_every_s=1e9)
+
+    train(3, tmp_path / "whole.safetensors")
+    train(2, tmp_path / "parts.safetensors")
+    train(3, tmp_path / "parts.safetensors")
     whole, parts = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "parts.safetensors")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
