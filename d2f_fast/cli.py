@@ -18,7 +18,6 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 
 MINIATURE = "miniature"
-INTERRUPTED = 143
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def parse(arguments: Sequence[str]) -> Any:
     typed: list[str] = []
     command = COMMANDS.get(rest[0]) if rest else None
     if from_file and command is not None:
-        # As arguments before the typed ones, so that both go through the same checks, and the last one wins.
+        # Made into arguments, so that they go through the same checks as typed ones, which replace them.
         known = {option.name for option in dataclasses.fields(command)} | {
             option.name for option in dataclasses.fields(TrainingConfig) if command is Train
         }

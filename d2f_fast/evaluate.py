@@ -102,6 +102,12 @@ def real_floor(features: ArrayLike, count: int, against: int | None = None, spli
     return float(np.mean(distances))
 
 
+def corner_pixels(pictures: Tensor, side: int = 2) -> Tensor:
+    """The four corners, `side` pixels along each side: [B, C, 4 * side²] of pictures [B, C, H, W]."""
+    ends = torch.cat([torch.arange(side), torch.arange(-side, 0)])
+    return pictures[..., ends, :][..., ends].flatten(2)
+
+
 def corner_colours(pictures: Tensor, palette: Tensor, side: int = 2) -> Tensor:
     """Index of the palette's colour nearest to the median of the four corners, [B].
 
@@ -110,9 +116,7 @@ def corner_colours(pictures: Tensor, palette: Tensor, side: int = 2) -> Tensor:
         palette: [colours, C], in the same units.
         side: pixels of a corner along each side.
     """
-    ends = torch.cat([torch.arange(side), torch.arange(-side, 0)])
-    corners = pictures[..., ends, :][..., ends].flatten(2).median(dim=-1).values
-    return torch.cdist(corners, palette).argmin(dim=-1)
+    return torch.cdist(corner_pixels(pictures, side).median(dim=-1).values, palette).argmin(dim=-1)
 
 
 def background_accuracy(pictures: Tensor, colours: Tensor, palette: Tensor, readable: Tensor) -> tuple[float, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from d2f_fast.evaluate import corner_colours, corner_pixels
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.build_denoiser import cosine
 from d2f_fast.miniature.classifier import WEIGHTS, Classifier, load_classifier
@@ -123,16 +124,10 @@ def names_with_free_corners() -> frozenset[int]:
     return frozenset((~covered).nonzero().squeeze(-1).tolist())
 
 
-def corner_pixels(pixels: Tensor) -> Tensor:
-    """The four 2x2 corners, [B, C, 16]."""
-    ends = torch.tensor([0, 1, -2, -1])
-    return pixels[..., ends, :][..., ends].flatten(2)
-
-
 def background_colours(pixels: Tensor) -> Tensor:
     """Index of the background colour nearest to the corners' median, [B]; `pixels` in [-1, 1]."""
     palette = torch.tensor(tuple(pictures.BACKGROUNDS.values())) / 127.5 - 1
-    return torch.cdist(corner_pixels(pixels).median(dim=-1).values, palette).argmin(dim=-1)
+    return corner_colours(pixels, palette)
 
 
 @torch.no_grad()
