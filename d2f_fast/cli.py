@@ -56,7 +56,7 @@ class Train:
         result = trainer.fit(dataset)
         output = Path(self.options.output_dir)
         if not trainer.accelerator.is_main_process:
-            return result
+            return result | {"output": str(output)}
         saved = (
             trainer.save_lora(output) if self.options.adapter == "lora" else trainer.save_pipeline(output / "pipeline")
         )
