@@ -6,11 +6,19 @@ works, on the reference.
 
 import functools
 import logging
+import os
 from typing import Literal
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+# Every op is defined in its kernel's file: CPU runs the reference, CUDA the kernel. The ops are private: called on a
+# tensor that requires grad they give none, without a word; the public functions go through autograd.Function.
+library = torch.library.Library("d2f_fast", "FRAGMENT")
+
+# Triton's interpreter, in which kernels run on the CPU for tests, computes bfloat16 on bit patterns: they upcast there.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+# Kernels run in Triton's interpreter where there is no GPU; it must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
