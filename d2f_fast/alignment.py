@@ -1,4 +1,4 @@
-"""Diff2Flow's formulas in plain torch, their only copy; `kernels/align.py` fuses them.
+"""Diff2Flow's formulas in plain torch, their only copy; `kernels/align.py` and `velocity_loss.py` fuse them.
 
     x_t      = t * latents + (1 - t) * noise          flow state; t = 0 noise, t = 1 data; velocity = latents - noise
     sample   = x_t / n = alpha * latents + sigma * noise      diffusion state; n = sqrt(t² + (1 - t)²)
@@ -7,8 +7,8 @@
 
 Diff2Flow, arXiv 2506.02221, section 3.2: timestep rescaling, interpolant alignment, velocity from the prediction.
 Outside the table's flow times [t_min, t_max] the network is asked at the nearest end, its x̂0 and ε̂ are read there,
-and the velocity is the
-one that leads the actual state to them: x̂0 - ε̂ inside, (x̂0 - x_t) / (1 - t) below, (x_t - ε̂) / t above.
+and the velocity is the one that leads the actual state to them: x̂0 - ε̂ inside, (x̂0 - x_t) / (1 - t) below,
+(x_t - ε̂) / t above.
 
 Arithmetic is float32, or float64 for float64 times, whatever the latents are; one rounding, at the store.
 """
@@ -39,6 +39,7 @@ class FlowModel(Protocol):
     num_train_timesteps: int
 
     def to(self, device: torch.device | str) -> "FlowModel": ...
+    def rising_flow_times(self, dtype: torch.dtype) -> Tensor | None: ...
     def timestep(self, t: Tensor) -> Tensor: ...
     def flow_time(self, timestep: Tensor) -> Tensor: ...
     def to_sample(self, x_t: Tensor, t: Tensor) -> Tensor: ...
@@ -82,6 +83,81 @@ def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return combine(t, latents, 1 - t, noise)
 
 
+def state_scale(t: Tensor) -> Tensor:
+    """n = sqrt(t² + (1 - t)²), the norm that separates the flow state from the diffusion state."""
+    return (t.square() + (1 - t).square()).sqrt()
+
+
+def interpolate_timestep(t: Tensor, rising_flow_times: Tensor, t_min: float) -> Tensor:
+    """Fractional diffusion time of flow times, linear between the table's nodes, clamped to [0, T-1].
+
+    Args:
+        t: any shape, of the table's type.
+        rising_flow_times: [T]; entry k belongs to timestep T - 1 - k.
+    """
+    t, last = t.clamp(min=t_min), len(rising_flow_times) - 1
+    upper = torch.searchsorted(rising_flow_times, t.contiguous(), right=True).clamp(1, last)
+    below, above = rising_flow_times[upper - 1], rising_flow_times[upper]
+    return (last + 1 - upper - (t - below) / (above - below)).clamp(0, last)
+
+
+def naive_timestep(t: Tensor, num_train_timesteps: int) -> Tensor:
+    """T * (1 - t), what networks that predict the flow are fed."""
+    return num_train_timesteps * (1 - t)
+
+
+def readout_coefficients(t: Tensor, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
+    """alpha, sigma at which the output is read: those of t clipped to [t_min, t_max]; alpha² + sigma² = 1."""
+    # 1 - t is clipped on its own: 1 - float32(t_max) would lose the digits of a small sigma.
+    to_data, from_data = t.clamp(t_min, t_max), (1 - t).clamp(1 - t_max, 1 - t_min)
+    n = (to_data.square() + from_data.square()).sqrt()
+    return to_data / n, from_data / n
+
+
+def latents_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """a, b of x̂0 = a * sample + b * model_output."""
+    if prediction_type == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction_type == "v_prediction":
+        return alpha, -sigma
+    return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+
+def noise_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """c, d of ε̂ = c * sample + d * model_output."""
+    if prediction_type == "epsilon":
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+    if prediction_type == "v_prediction":
+        return sigma, alpha
+    return 1 / sigma, -alpha / sigma
+
+
+def velocity_coefficients(t: Tensor, prediction_type: str, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
+    """P, Q of velocity = P * sample + Q * model_output, at any t in [0, 1]; "flow_prediction" is 0, -1."""
+    if prediction_type == "flow_prediction":
+        one = torch.ones_like(t)
+        return torch.zeros_like(one), -one
+    n = state_scale(t)
+    alpha, sigma = readout_coefficients(t, t_min, t_max)
+    (a, b), (c, d) = (read(prediction_type, alpha, sigma) for read in (latents_coefficients, noise_coefficients))
+    below, above = t < t_min, t > t_max
+    # The denominators are clamped into their own zone, where they are never zero: both branches are always computed.
+    to_data = 1 - t.clamp(max=t_max)
+    from_noise = t.clamp(min=t_max)
+    p = torch.where(below, (a - n) / to_data, torch.where(above, (n - c) / from_noise, a - c))
+    q = torch.where(below, b / to_data, torch.where(above, -d / from_noise, b - d))
+    return p, q
+
+
+def target_coefficients(t: Tensor, prediction_type: str, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
+    """e, f of model_target = e * latents + f * noise, the output whose velocity is exactly latents - noise."""
+    p, q = velocity_coefficients(t, prediction_type, t_min, t_max)
+    if prediction_type == "flow_prediction":
+        return q, -q
+    n = state_scale(t)
+    return (1 - p * t / n) / q, -(1 + p * (1 - t) / n) / q
+
+
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """Flow times whose sigma = (1 - t) / t is `shift` times as large; 0 and 1 stay."""
     return t / (t + shift * (1 - t))
@@ -118,7 +194,6 @@ class Alignment:
             # Where alpha is smaller, as on a cosine table, x̂0 = (sample - sigma ε̂) / alpha is error and nothing else.
             self.t_min = max(self.t_min, 1 / (1 + math.sqrt(_LARGEST_READOUT**2 - 1)))
         self.t_max = rising[-1].item()
-        # Ascending, as torch.searchsorted wants it: entry k belongs to timestep T - 1 - k.
         self._rising_flow_times = {torch.float64: rising, torch.float32: rising.float()}
 
     @classmethod
@@ -136,6 +211,10 @@ class Alignment:
         moved._rising_flow_times = {dtype: table.to(device) for dtype, table in self._rising_flow_times.items()}
         return moved
 
+    def rising_flow_times(self, dtype: torch.dtype) -> Tensor:
+        """The table, [T] ascending as torch.searchsorted wants it: entry k belongs to timestep T - 1 - k."""
+        return self._rising_flow_times[dtype]
+
     def timestep(self, t: Tensor) -> Tensor:
         """Fractional diffusion time that the network is fed: linear in r between the table's nodes, clamped to [0,
         T-1].
@@ -143,32 +222,24 @@ class Alignment:
         Args:
             t: any shape, float32 (or float64) in [0, 1].
         """
-        t = at_least_float32(t).clamp(min=self.t_min)
-        rising = self._rising_flow_times[t.dtype]
-        upper = torch.searchsorted(rising, t.contiguous(), right=True).clamp(1, self.num_train_timesteps - 1)
-        below, above = rising[upper - 1], rising[upper]
-        return (self.num_train_timesteps - upper - (t - below) / (above - below)).clamp(0, self.num_train_timesteps - 1)
+        t = at_least_float32(t)
+        return interpolate_timestep(t, self.rising_flow_times(t.dtype), self.t_min)
 
     def flow_time(self, timestep: Tensor) -> Tensor:
         """Flow time of a fractional diffusion time in [0, T-1]: the inverse of `timestep` inside the table."""
         timestep = at_least_float32(timestep)
-        rising = self._rising_flow_times[timestep.dtype]
+        rising = self.rising_flow_times(timestep.dtype)
         position = (self.num_train_timesteps - 1 - timestep).clamp(0, self.num_train_timesteps - 1)
         lower = position.long().clamp(max=self.num_train_timesteps - 2)
         return torch.lerp(rising[lower], rising[lower + 1], position - lower)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha, sigma at which the output is read: those of t clipped to [t_min, t_max]; alpha² + sigma² = 1."""
-        t = at_least_float32(t)
-        # 1 - t is clipped on its own: 1 - float32(t_max) would lose the digits of a small sigma.
-        to_data, from_data = t.clamp(self.t_min, self.t_max), (1 - t).clamp(1 - self.t_max, 1 - self.t_min)
-        n = (to_data.square() + from_data.square()).sqrt()
-        return to_data / n, from_data / n
+        return readout_coefficients(at_least_float32(t), self.t_min, self.t_max)
 
     def state_scale(self, t: Tensor) -> Tensor:
         """n = sqrt(t² + (1 - t)²), the norm that separates the flow state from the diffusion state."""
-        t = at_least_float32(t)
-        return (t.square() + (1 - t).square()).sqrt()
+        return state_scale(at_least_float32(t))
 
     def interpolate(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Flow state t * latents + (1 - t) * noise."""
@@ -182,37 +253,9 @@ class Alignment:
         """Flow state n * sample: the inverse of `to_sample`."""
         return (at_least_float32(sample) * over_latents(self.state_scale(t), sample)).to(sample.dtype)
 
-    def latents_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a, b of x̂0 = a * sample + b * model_output."""
-        alpha, sigma = self.coefficients(t)
-        if self.prediction_type == "epsilon":
-            return 1 / alpha, -sigma / alpha
-        if self.prediction_type == "v_prediction":
-            return alpha, -sigma
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
-
-    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """c, d of ε̂ = c * sample + d * model_output."""
-        alpha, sigma = self.coefficients(t)
-        if self.prediction_type == "epsilon":
-            return torch.zeros_like(alpha), torch.ones_like(alpha)
-        if self.prediction_type == "v_prediction":
-            return sigma, alpha
-        return 1 / sigma, -alpha / sigma
-
     def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """P, Q of velocity = P * sample + Q * model_output, at any t in [0, 1]."""
-        t = at_least_float32(t)
-        n = self.state_scale(t)
-        (a, b), (c, d) = self.latents_coefficients(t), self.noise_coefficients(t)
-        below, above = t < self.t_min, t > self.t_max
-        # The denominators are clamped into their own zone, where they are never zero: both branches are always
-        # computed.
-        to_data = 1 - t.clamp(max=self.t_max)
-        from_noise = t.clamp(min=self.t_max)
-        p = torch.where(below, (a - n) / to_data, torch.where(above, (n - c) / from_noise, a - c))
-        q = torch.where(below, b / to_data, torch.where(above, -d / from_noise, b - d))
-        return p, q
+        return velocity_coefficients(at_least_float32(t), self.prediction_type, self.t_min, self.t_max)
 
     def velocity(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
         """Flow velocity, latents - noise, that the network's ε, v or x0 output implies.
@@ -226,15 +269,13 @@ class Alignment:
 
     def predicted_latents(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
         """x̂0, the latents that the network's output implies."""
-        a, b = self.latents_coefficients(t)
+        a, b = latents_coefficients(self.prediction_type, *self.coefficients(t))
         return combine(a, sample, b, model_output)
 
     def model_target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Network output whose velocity is exactly latents - noise: (velocity - P * sample) / Q."""
-        t = at_least_float32(t)
-        p, q = self.velocity_coefficients(t)
-        n = self.state_scale(t)
-        return combine((1 - p * t / n) / q, latents, -(1 + p * (1 - t) / n) / q, noise)
+        e, f = target_coefficients(at_least_float32(t), self.prediction_type, self.t_min, self.t_max)
+        return combine(e, latents, f, noise)
 
     def times(self, steps: int, spacing: Spacing = "uniform", shift: float = 1.0) -> Tensor:
         """Flow nodes 0 … 1 of a sampler, [steps + 1] float32.
@@ -288,9 +329,12 @@ class NaiveFlow:
         """Itself: there is no table to move."""
         return self
 
+    def rising_flow_times(self, dtype: torch.dtype) -> None:
+        """None: there is no table."""
+
     def timestep(self, t: Tensor) -> Tensor:
         """T * (1 - t)."""
-        return self.num_train_timesteps * (1 - at_least_float32(t))
+        return naive_timestep(at_least_float32(t), self.num_train_timesteps)
 
     def flow_time(self, timestep: Tensor) -> Tensor:
         """1 - timestep / T."""
@@ -314,8 +358,7 @@ class NaiveFlow:
 
     def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """P = 0, Q = -1: diffusers' flow prediction is noise - latents."""
-        one = torch.ones_like(at_least_float32(t))
-        return torch.zeros_like(one), -one
+        return velocity_coefficients(at_least_float32(t), self.prediction_type, self.t_min, self.t_max)
 
     def velocity(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
         """Flow velocity latents - noise, the negative of the output."""
