@@ -1,21 +1,34 @@
-"""The two operations of a training loop: align before the network, the loss after it."""
+"""The two operations of a training loop: align before the network, the loss after it.
 
+On a GPU each is an op of Triton kernels, `kernels/align.py` and `kernels/velocity_loss.py`. Plain torch, the same
+formulas, serves what the kernels do not: gradients with respect to latents, noise, t or mask; float64; other ranks than
+4; graphs for export, and graphs compiled for the CPU, where Inductor fuses the formulas itself.
+"""
+
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from d2f_fast.alignment import Alignment, FlowModel, at_least_float32, combine
+from d2f_fast.alignment import FlowModel
 from d2f_fast.config import LossWeighting
+from d2f_fast.kernels.align import align as fused_align
+from d2f_fast.kernels.velocity_loss import velocity_loss
 
 Reduction = Literal["mean", "none"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def align(latents: Tensor, noise: Tensor, t: Tensor, model: FlowModel) -> tuple[Tensor, Tensor]:
     """What the network is given at flow time t: `to_sample(t * latents + (1 - t) * noise, t)` and `timestep(t)`.
 
+    Times outside [0, 1] are not looked for, which would wait for the device: the state is extrapolated, the timestep
+    stays in [0, T-1] (except for `NaiveFlow`, whose timestep goes on).
+
     Args:
-        latents, noise: [B, C, H, W] float32, float16 or bfloat16.
+        latents, noise: [B, C, H, W] float32, float16 or bfloat16, of any strides.
         t: [B] float32 in [0, 1], 0 = noise.
         model: an `Alignment` (or `NaiveFlow`) on the same device.
 
@@ -23,12 +36,15 @@ def align(latents: Tensor, noise: Tensor, t: Tensor, model: FlowModel) -> tuple[
         The state, [B, C, H, W] in the type of the latents, rounded once; the timestep, [B] float32, fractional.
 
     Raises:
-        ValueError: shapes differ, or t is not float32 (or float64) of shape [B].
+        ValueError: shapes, types or devices do not fit, or t is not float32 (or float64) of shape [B].
     """
     check_operands(latents, noise, t)
-    n = model.state_scale(t)
-    sample = combine(t / n, latents, (1 - t) / n, noise).to(latents.dtype)
-    return sample, model.timestep(t)
+    table = model.rising_flow_times(t.dtype)
+    if table is not None and table.device != latents.device:
+        raise ValueError(
+            f"the alignment must be on {latents.device} as the latents, got {table.device}: use alignment.to(device)"
+        )
+    return fused_align(latents, noise, t, table, model.t_min, model.num_train_timesteps)
 
 
 def aligned_loss(
@@ -44,69 +60,61 @@ def aligned_loss(
 ) -> Tensor:
     """Flow-matching loss of the network's output: weight * ‖velocity - (latents - noise)‖², mean over the elements.
 
-    Computed as Q² * ‖model_output - model_target‖², the same number (velocity is linear in the output).
+    Computed as Q² * ‖model_output - model_target‖², the same number (velocity is linear in the output), with its
+    gradient beside it. The output can be differentiated once: a second derivative is an error where the op serves.
 
     Args:
-        model_output, latents, noise: [B, C, H, W]; the output may be of lower precision.
-        t: [B] float32 in [0, 1].
+        model_output, latents, noise: [B, C, H, W], of any strides; the output may be of lower precision.
+        t: [B] float32 in [0, 1]; beyond, the formulas go on.
         model: an `Alignment` (or `NaiveFlow`) on the same device.
         weighting: "flow" 1, the paper's; "native" 1 / Q², the network's own loss; "min_snr" min(SNR, gamma) / SNR.
         mask: [B or 1, C or 1, H or 1, W or 1], weight of each element, not negative; a sample's loss is its weighted
             mean, 0 for an empty mask.
-        reduction: "mean" over the batch, or "none" for the loss per sample, [B].
+        reduction: "mean" over the batch (NaN for an empty one, as in torch), or "none" for the loss per sample, [B].
         snr_gamma: gamma of "min_snr".
 
     Returns:
         float32 scalar, or [B]; float64 where t is float64.
 
     Raises:
-        ValueError: shapes differ, t is not float32 of shape [B], or an unknown weighting or reduction.
+        ValueError: shapes, types or devices do not fit, t is not float32 of shape [B], or an unknown weighting or
+            reduction.
     """
-    check_operands(latents, noise, t)
-    if model_output.shape != latents.shape:
-        raise ValueError(
-            f"model_output must have the latents' shape {list(latents.shape)}, got {list(model_output.shape)}"
-        )
+    check_operands(latents, noise, t, model_output, mask)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
-    wide_latents = at_least_float32(latents).to(t.dtype)
-    error = at_least_float32(model_output) - model.model_target(wide_latents, at_least_float32(noise).to(t.dtype), t)
-    squares = error.square()
-    if mask is None:
-        per_sample = squares.flatten(1).mean(1)
-    else:
-        # [B, H, W] would broadcast its batch over the channels wherever B = C.
-        if mask.ndim != latents.ndim or any(m not in (1, n) for m, n in zip(mask.shape, latents.shape, strict=True)):
-            raise ValueError(
-                f"mask must have {latents.ndim} dimensions that broadcast to {list(latents.shape)},"
-                f" got {list(mask.shape)}"
-            )
-        weights = mask.to(squares.dtype).expand_as(squares).flatten(1)
-        total = weights.sum(1)
-        per_sample = (squares.flatten(1) * weights).sum(1) / torch.where(total > 0, total, 1)
-    per_sample = per_sample * loss_weight(model, t, weighting, snr_gamma)
+    if weighting not in get_args(LossWeighting):
+        raise ValueError(f"loss_weighting must be one of {get_args(LossWeighting)}, got {weighting!r}")
+    if weighting == "min_snr" and model.prediction_type == "flow_prediction":
+        raise ValueError('loss_weighting "min_snr" needs a diffusion prediction: flow_prediction has no SNR of its own')
+    ends = (model.t_min, model.t_max)
+    per_sample = velocity_loss(
+        model_output, latents, noise, t, mask, model.prediction_type, *ends, weighting, snr_gamma
+    )
     return per_sample.mean() if reduction == "mean" else per_sample
 
 
-def loss_weight(model: FlowModel, t: Tensor, weighting: LossWeighting, snr_gamma: float = 5.0) -> Tensor:
-    """Factor on ‖model_output - model_target‖², [B]: Q² times the weighting's own factor on the velocity error."""
-    if weighting == "native":
-        return torch.ones_like(t)
-    _, q = model.velocity_coefficients(t)
-    if weighting == "flow":
-        return q.square()
-    if weighting != "min_snr":
-        raise ValueError(f"loss_weighting must be one of {get_args(LossWeighting)}, got {weighting!r}")
-    if not isinstance(model, Alignment):
-        raise ValueError('loss_weighting "min_snr" needs a diffusion prediction: flow_prediction has no SNR of its own')
-    alpha, sigma = model.coefficients(t)
-    # min(SNR, gamma) / SNR, without a division by the SNR that is 0 at a zero-SNR end.
-    return q.square() * snr_gamma / torch.maximum((alpha / sigma).square(), torch.full_like(t, snr_gamma))
-
-
-def check_operands(latents: Tensor, noise: Tensor, t: Tensor) -> None:
-    """Refuse what would broadcast, or round the time."""
-    if noise.shape != latents.shape:
-        raise ValueError(f"noise must have the latents' shape {list(latents.shape)}, got {list(noise.shape)}")
+def check_operands(
+    latents: Tensor, noise: Tensor, t: Tensor, model_output: Tensor | None = None, mask: Tensor | None = None
+) -> None:
+    """Refuse what would broadcast, truncate, round the time, or fail on the device."""
+    shape = list(latents.shape)
+    if latents.ndim < 2 or not math.prod(shape[1:]):
+        raise ValueError(f"latents must have shape [B, C, H, W] with C, H and W at least 1, got {shape}")
+    for name, tensor in (("latents", latents), ("noise", noise), ("model_output", model_output)):
+        if tensor is None:
+            continue
+        if tensor.shape != latents.shape:
+            raise ValueError(f"{name} must have the latents' shape {shape}, got {list(tensor.shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
     if t.dtype not in (torch.float32, torch.float64) or t.shape != latents.shape[:1]:
-        raise ValueError(f"t must be float32 of shape {list(latents.shape[:1])}, got {t.dtype} {list(t.shape)}")
+        raise ValueError(f"t must be float32 of shape {shape[:1]}, got {t.dtype} {list(t.shape)}")
+    # [B, H, W] would broadcast its batch over the channels wherever B = C.
+    if mask is not None and (
+        mask.ndim != latents.ndim or any(m not in (1, n) for m, n in zip(mask.shape, latents.shape, strict=True))
+    ):
+        raise ValueError(f"mask must have {latents.ndim} dimensions that broadcast to {shape}, got {list(mask.shape)}")
+    for name, tensor in (("noise", noise), ("t", t), ("model_output", model_output), ("mask", mask)):
+        if tensor is not None and tensor.device != latents.device:
+            raise ValueError(f"{name} must be on {latents.device} as the latents, got {tensor.device}")

@@ -4,12 +4,14 @@ Triton is imported at the first question, never by importing this module: withou
 works, on the reference.
 """
 
+import contextlib
 import functools
 import logging
 import os
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,12 @@ library = torch.library.Library("d2f_fast", "FRAGMENT")
 
 # Triton's interpreter, in which kernels run on the CPU for tests, computes bfloat16 on bit patterns: they upcast there.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# What kernels read and write; their arithmetic is float32.
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Lanes of a program hold 32-bit positions within a sample; everything across samples is 64 bits wide.
+MOST_ELEMENTS = 2**31 - 2**16
 
 
 @functools.cache
@@ -56,3 +64,56 @@ def kernel_path(device: torch.device | str) -> Literal["triton", "torch"]:
 @functools.cache
 def _log_once(level: int, message: str) -> None:
     logger.log(level, "d2f_fast: %s", message)
+
+
+def serves(t: Tensor, *operands: Tensor) -> bool:
+    """Say whether the alignment ops serve these operands; plain torch, the same formulas, serves all others.
+
+    Graphs for export hold plain torch. So do graphs compiled for the CPU: Inductor fuses the formulas, and could not
+    look into an op.
+    """
+    if torch.compiler.is_exporting() or (t.device.type == "cpu" and torch.compiler.is_compiling()):
+        return False
+    known = all(x.ndim == 4 and x.dtype in STORED_DTYPES for x in operands)
+    return known and t.dtype == torch.float32 and t.device.type in ("cpu", "cuda")
+
+
+def wants_gradient(*operands: Tensor | None) -> bool:
+    """Say whether autograd would follow one of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+
+
+def on_device(operand: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the operand's GPU the one that Triton launches on."""
+    return torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext()
+
+
+def is_dense(x: Tensor, order: tuple[int, ...]) -> bool:
+    """Say whether each sample x[b] fills its memory without gaps, dimensions from slowest to fastest as in `order`."""
+    expected = 1
+    for dimension in reversed(order):
+        if x.shape[dimension] != 1 and x.stride(dimension) != expected:
+            return False
+        expected *= x.shape[dimension]
+    return True
+
+
+def sample_order(x: Tensor) -> tuple[int, int, int]:
+    """Dimensions of x, [B, C, H, W], in the order its samples are walked: (2, 3, 1) where they are channels_last."""
+    return (2, 3, 1) if is_dense(x, (2, 3, 1)) and not is_dense(x, (1, 2, 3)) else (1, 2, 3)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Layout of what is computed from x: its own, or contiguous where its samples are not dense."""
+    return torch.channels_last if sample_order(x) == (2, 3, 1) else torch.contiguous_format
+
+
+def dense_samples(x: Tensor) -> Tensor:
+    """Give x, or a contiguous copy where its samples are not dense.
+
+    Raises:
+        ValueError: a sample has more elements than a kernel counts.
+    """
+    if len(x) and x[0].numel() > MOST_ELEMENTS:
+        raise ValueError(f"a sample must have at most {MOST_ELEMENTS} elements, got {x[0].numel()}")
+    return x if is_dense(x, sample_order(x)) else x.contiguous()
