@@ -1,8 +1,8 @@
 """The two operations of a training loop: align before the network, the loss after it.
 
 On a GPU each is an op of Triton kernels, `kernels/align.py` and `kernels/velocity_loss.py`. Plain torch, the same
-formulas, serves what the kernels do not: gradients with respect to latents, noise, t or mask; float64; other ranks than
-4; graphs for export, and graphs compiled for the CPU, where Inductor fuses the formulas itself.
+formulas, serves what the kernels do not: other devices; gradients with respect to latents, noise, t or mask; float64;
+ranks other than 4; graphs for export.
 """
 
 import math

@@ -1,0 +1,328 @@
+"""The alignment kernel in Triton's interpreter against float64 numpy; the op eager, compiled, traced and on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from d2f_fast.alignment import Alignment, NaiveFlow
+from d2f_fast.kernels.align import align_launch, align_reference
+from d2f_fast.ops import align
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+# One element, no multiple of the block, a block exactly, several blocks.
+SHAPES = [(63, 1, 1, 1), (1, 4, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_new_memory(monkeypatch):
+    """`torch.empty` is full of NaN: an element that no program writes is seen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def model_of(prediction_type, zero_snr=False):
+    if prediction_type == "flow_prediction":
+        return NaiveFlow()
+    scheduler = DDIMScheduler(**SD, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
+    return Alignment.from_scheduler(scheduler)
+
+
+def table_of(model):
+    return model.rising_flow_times(torch.float32), model.t_min, model.num_train_timesteps
+
+
+def inside_nan(x):
+    """x in memory of the same strides, with NaN on both sides of it."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    buffer = torch.full((extent + 64,), torch.nan, dtype=x.dtype)
+    return buffer.as_strided(x.shape, x.stride(), 32).copy_(x)
+
+
+def operands(shape, dtype=torch.float32):
+    latents, noise = torch.randn(2, *shape).to(dtype)
+    t = torch.rand(shape[0])
+    t[: min(3, len(t) - 1)] = torch.tensor([0.0, 1.0, 0.03])[: min(3, len(t) - 1)]
+    return latents, noise, t
+
+
+def truth(latents, noise, t, model):
+    """Sample and timestep in float64, by numpy."""
+    latents, noise, t = (x.double().numpy() for x in (latents, noise, t))
+    if isinstance(model, NaiveFlow):
+        n, timestep = np.ones_like(t), 1000 * (1 - t)
+    else:
+        abar = model.schedule.alphas_cumprod.numpy()
+        r = np.sqrt(abar) / (np.sqrt(abar) + np.sqrt(1 - abar))
+        n, timestep = np.hypot(t, 1 - t), np.interp(np.maximum(t, model.t_min), r[::-1], np.arange(1000.0)[::-1])
+    a, b = (x.reshape(-1, 1, 1, 1) for x in (t / n, (1 - t) / n))
+    return a * latents + b * noise, timestep
+
+
+def relative_rms(got, expected):
+    error = got.double().numpy() - expected
+    return np.sqrt(np.square(error).mean() / np.square(expected).mean())
+
+
+def assert_right(got, latents, noise, t, model):
+    """One rounding of the exact sample, and no worse than plain torch; the timestep to float32 rounding of the time."""
+    sample, timestep = got
+    exact, exact_timestep = truth(latents, noise, t, model)
+    plain, plain_timestep = align_reference(latents, noise, t, *table_of(model))
+    assert sample.dtype == latents.dtype and timestep.dtype == torch.float32
+    assert sample.shape == latents.shape and timestep.shape == t.shape
+    # The interpreter truncates to bfloat16 where a GPU rounds: one unit in the last place instead of a half.
+    ulp = ULP[latents.dtype]
+    bound = {torch.float32: 1e-5}.get(latents.dtype, relative_rms(plain, exact) * 2.2)
+    assert relative_rms(sample, exact) <= bound
+    assert (np.abs(sample.double().numpy() - exact) <= ulp * np.abs(exact) + 1e-6).all()
+    assert torch.equal(timestep, plain_timestep) or np.abs(timestep - exact_timestep).max() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", ULP, ids=str)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+def test_the_kernel_rounds_the_exact_sample_once_and_writes_every_element(prediction_type, dtype):
+    model = model_of(prediction_type)
+    for shape in SHAPES:
+        latents, noise, t = operands(shape, dtype)
+        got = align_launch(*map(inside_nan, (latents, noise, t)), *table_of(model))
+        assert_right(got, latents, noise, t, model)
+
+
+def layouts():
+    """Latents and noise of every layout a caller may have: [4, 3, 8, 9] each."""
+    dense = torch.randn(4, 3, 8, 9)
+    last = dense.contiguous(memory_format=torch.channels_last)
+    return {
+        "contiguous": dense,
+        "channels_last": last,
+        "every second": torch.randn(8, 3, 8, 9)[::2],
+        "cropped": torch.randn(4, 3, 10, 12)[..., 1:9, 2:11],
+        "transposed": torch.randn(4, 3, 9, 8).transpose(2, 3),
+        "expanded": torch.randn(1, 3, 8, 9).expand(4, 3, 8, 9),
+        "one for all": torch.randn(1, 1, 1, 1).expand(4, 3, 8, 9),
+    }
+
+
+@pytest.mark.parametrize("noise_layout", layouts())
+@pytest.mark.parametrize("latents_layout", layouts())
+def test_the_kernel_pairs_the_same_elements_in_every_layout(latents_layout, noise_layout):
+    latents, noise, model = layouts()[latents_layout], layouts()[noise_layout], model_of("v_prediction")
+    t = torch.rand(8)[::2]
+    got = align_launch(latents, noise, t, *table_of(model))
+    assert_right(got, latents, noise, t, model)
+    wanted = torch.channels_last if latents_layout == "channels_last" else torch.contiguous_format
+    assert got[0].is_contiguous(memory_format=wanted)
+
+
+def test_offsets_beyond_32_bits_are_right():
+    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GB, of which a few pages are ever touched
+    latents = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((3, 1, 4, 4), (2**30, 16, 4, 1))
+    noise, t, model = latents.copy_(torch.randn(3, 1, 4, 4)).flip(0), torch.tensor([0.2, 0.5, 0.9]), model_of("epsilon")
+    assert_right(align_launch(latents, noise, t, *table_of(model)), latents, noise, t, model)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_timestep_is_the_table_s_at_every_node_and_clamped_beyond(zero_snr):
+    model = model_of("v_prediction", zero_snr)
+    nodes = model.flow_time(torch.arange(0.0, 1000, 7))
+    t = torch.cat([nodes, torch.tensor([-0.5, 0.0, 1.0, 1.5, torch.inf, -torch.inf, torch.nan])])
+    latents = noise = torch.zeros(len(t), 1, 1, 1)
+    _, timestep = align_launch(latents, noise, t, *table_of(model))
+    assert torch.equal(timestep[: len(nodes)], torch.arange(0.0, 1000, 7))
+    assert timestep[len(nodes) :].tolist()[:6] == [999, 999, 0, 0, 0, 999]
+    assert timestep[-1].isnan()
+
+
+def test_times_outside_the_unit_interval_go_on_as_in_plain_torch():
+    for model in (model_of("epsilon"), NaiveFlow()):
+        latents, noise, _ = operands((3, 4, 5, 5))
+        t = torch.tensor([-0.25, 1.25, torch.nan])
+        for got, expected in zip(
+            align_launch(latents, noise, t, *table_of(model)),
+            align_reference(latents, noise, t, *table_of(model)),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_an_empty_batch_gives_empty_outputs():
+    latents, t = torch.zeros(0, 4, 8, 8, dtype=torch.bfloat16), torch.zeros(0)
+    for function in (align_launch, torch.ops.d2f_fast.align):
+        sample, timestep = function(latents, latents, t, *table_of(model_of("epsilon")))
+        assert sample.shape == latents.shape and sample.dtype == torch.bfloat16 and timestep.shape == (0,)
+
+
+def test_a_sample_too_large_to_count_is_refused():
+    latents = torch.empty(1, dtype=torch.float32).expand(1, 2**11, 2**10, 2**10)
+    with pytest.raises(ValueError, match=r"a sample must have at most 2147418112 elements, got 2147483648"):
+        align_launch(latents, latents, torch.zeros(1), *table_of(model_of("epsilon")))
+
+
+def test_the_kernel_gives_the_same_bits_every_time():
+    latents, noise, t = operands((3, 4, 16, 33))
+    runs = [align_launch(latents, noise, t, *table_of(model_of("epsilon"))) for _ in range(3)]
+    assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+def test_the_op_is_well_formed(prediction_type):
+    for dtype, layout in ((torch.float32, torch.channels_last), (torch.bfloat16, torch.contiguous_format)):
+        latents, noise, t = operands((2, 4, 6, 6), dtype)
+        latents = latents.contiguous(memory_format=layout)
+        arguments = (latents, noise, t, *table_of(model_of(prediction_type)))
+        torch.library.opcheck(torch.ops.d2f_fast.align.default, arguments)
+
+
+def test_plain_torch_is_differentiable_in_every_operand():
+    model, t = model_of("epsilon"), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    latents, noise, t = (x.double().requires_grad_() for x in (*torch.randn(2, 2, 1, 2, 2), t))
+    assert torch.autograd.gradcheck(lambda *x: align(*x, model), (latents, noise, t))
+
+
+class Recorder(TorchDispatchMode):
+    """Whether the alignment ops were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "d2f_fast":
+            self.fused.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_op_serves_gpus_and_plain_torch_the_rest(monkeypatch):
+    model = NaiveFlow()  # torch without CUDA cannot index a table that pretends to be there
+    with FakeTensorMode():
+        latents = torch.empty(2, 4, 8, 8, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+        t = torch.empty(2, device="cuda")
+
+        def fused(latents, noise, t):
+            with Recorder() as recorder:
+                sample, timestep = align(latents, noise, t, model)
+            assert sample.shape == latents.shape and sample.dtype == latents.dtype and timestep.dtype == t.dtype
+            assert sample.device == latents.device and sample.stride() == latents.stride()
+            return bool(recorder.fused)
+
+        assert fused(latents, latents, t) and fused(latents, latents.float(), t)
+        assert not fused(latents, latents, t.double())
+        assert not fused(latents.double(), latents, t) and not fused(latents, latents.double(), t)
+        assert not fused(*torch.empty(2, 2, 4, 8, device="cuda").unbind(), t)
+        wanted = latents.clone().requires_grad_()
+        assert not fused(latents, wanted, t)
+        with torch.no_grad():
+            assert fused(latents, wanted, t)
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        assert not fused(latents, latents, t)
+    monkeypatch.undo()
+    with Recorder() as recorder:
+        align(*operands((2, 4, 8, 8)), model_of("epsilon"))
+    assert not recorder.fused
+
+
+def test_an_exported_graph_holds_plain_torch():
+    class Prologue(torch.nn.Module):
+        def forward(self, latents, noise, t):
+            return align(latents, noise, t, model)
+
+    model, arguments = model_of("epsilon"), operands((2, 4, 8, 8))
+    exported = torch.export.export(Prologue(), arguments)
+    assert not [node for node in exported.graph.nodes if "d2f_fast" in str(node.target)]
+    for got, expected in zip(exported.module()(*arguments), align(*arguments, model), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_package_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # makes `import triton` fail
+import torch
+from d2f_fast.alignment import NaiveFlow
+from d2f_fast.kernels import align, velocity_loss
+from d2f_fast.ops import align, aligned_loss
+latents, noise, output = torch.ones(3, 2, 4, 8, 8)
+t = torch.full((2,), 0.5)
+sample, timestep = align(latents, noise, t, NaiveFlow())
+assert (sample == 1).all() and (timestep == 500).all()
+assert aligned_loss(output.requires_grad_(), latents, noise, t, NaiveFlow()) == 1
+assert torch._C._dispatch_has_kernel_for_dispatch_key("d2f_fast::align", "CUDA")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What Triton makes of the kernel for GPUs that are not here; `tests/kernels/aot_align.py` says which cases."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("aot_align.py")
+    environment["PYTHONPATH"] = str(script.parents[2])
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_gpu_runs_it_without_spills_and_with_16_byte_access(compiled):
+    assert {case.split()[0] for case in compiled} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120"}
+    for case, found in compiled.items():
+        assert found["spills"] == found["stack"] == 0 and found["registers"] <= 64, case
+        # Two operands, of which one may lie across; 32-bit elements take two accesses each.
+        loads, stores = (1, 1) if "strided" in case else (4, 2) if "fp32" in case else (2, 1)
+        assert (found["wide_loads"], found["wide_stores"]) == (loads, stores), case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
+def test_on_a_gpu_a_batch_of_latents_is_the_exact_one_rounded_once(prediction_type):
+    model = model_of(prediction_type)
+    latents, noise, t = operands((16, 4, 64, 64), torch.bfloat16)
+    arguments = [x.cuda() for x in (latents, noise, t)]
+    sample, timestep = align(*arguments, model.to("cuda"))
+    exact, exact_timestep = truth(latents, noise, t, model)
+    expected = torch.from_numpy(exact).bfloat16()
+    # A float32 sum next to a tie may round the other way, hardly ever.
+    assert (sample.cpu() != expected).float().mean() < 1e-3
+    assert np.abs(timestep.cpu() - exact_timestep).max() <= 1e-3
+    for _ in range(100):
+        again = align(*arguments, model.to("cuda"))
+        assert torch.equal(again[0], sample) and torch.equal(again[1], timestep)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_never_waits_and_a_graph_replays_the_same_bits():
+    model = model_of("epsilon").to("cuda")
+    latents, noise, t = (x.cuda() for x in operands((16, 4, 64, 64), torch.bfloat16))
+    eager = align(latents, noise, t, model)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        align(latents, noise, t, model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = align(latents, noise, t, model)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(captured, eager, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("noise_layout", layouts())
+def test_on_a_gpu_every_layout_pairs_the_same_elements(noise_layout):
+    model = model_of("v_prediction")
+    for latents in layouts().values():
+        noise, t = layouts()[noise_layout], torch.rand(4)
+        sample, timestep = align(latents.cuda(), noise.cuda(), t.cuda(), model.to("cuda"))
+        assert_right((sample.cpu(), timestep.cpu()), latents, noise, t, model)
