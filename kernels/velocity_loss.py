@@ -13,11 +13,11 @@ what arrives from above in the backward pass: the gradient is rounded once, and 
 Sums are taken in a fixed order, in two stages without atomics: the same bits on every run.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2f_fast.alignment import (
     at_least_float32,
@@ -78,7 +78,7 @@ def velocity_loss_reference(
     weight = loss_weight(t, prediction_type, t_min, t_max, weighting, snr_gamma)
     if mask is None:
         mean = error.square().flatten(1).mean(1)
-        return mean * weight, error, 2 * weight / error[0].numel()
+        return mean * weight, error, 2 * weight / math.prod(error.shape[1:])
     weights = mask.to(error.dtype).expand_as(error)
     total = weights.flatten(1).sum(1)
     total = torch.where(total > 0, total, 1)
@@ -363,8 +363,13 @@ class _VelocityLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # The stored error is a constant to autograd: a second derivative would silently lack a term. (A compiled
+        # backward pass refuses it itself.)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "aligned_loss can be differentiated once, got create_graph=True: pass t in float64 for plain torch"
+            )
         error, slope = ctx.saved_tensors
         return (over_latents(grad_loss * slope, error) * error).to(ctx.dtype), *(None,) * 9
 

@@ -1,6 +1,7 @@
 """`align` and `aligned_loss` against float64 numpy that goes through x̂0 and ε̂, never through P, Q or a model target."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -273,6 +274,18 @@ def test_naive_flow_loss_is_the_plain_error_of_noise_minus_latents():
             r"mask must have 4 dimensions that broadcast to \[6, 4, 3, 5\], got \[6, 3, 5\]",
         ),
         ({"mask": torch.ones(6, 1, 6, 10)}, r"mask must have 4 dimensions that broadcast to .*, got \[6, 1, 6, 10\]"),
+        (
+            {"noise": torch.zeros(SHAPE, dtype=torch.int64)},
+            "noise must be float32, float16, bfloat16 or float64, got torch.int64",
+        ),
+        (
+            {"model_output": torch.zeros(SHAPE, dtype=torch.uint8)},
+            "model_output must be float32, float16, bfloat16 or float64, got torch.uint8",
+        ),
+        ({"noise": torch.zeros(SHAPE, device="meta")}, "noise must be on cpu as the latents, got meta"),
+        ({"t": torch.zeros(6, device="meta")}, "t must be on cpu as the latents, got meta"),
+        ({"model_output": torch.zeros(SHAPE, device="meta")}, "model_output must be on cpu as the latents, got meta"),
+        ({"mask": torch.ones(1, 1, 1, 1, device="meta")}, "mask must be on cpu as the latents, got meta"),
     ],
 )
 def test_unusable_operands_are_refused(change, sentence):
@@ -289,6 +302,38 @@ def test_unusable_operands_are_refused(change, sentence):
     if "noise" in change or "t" in change:
         with pytest.raises(ValueError, match=sentence):
             align(latents, arguments["noise"], arguments["t"], arguments["model"])
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 4, 0, 5)])
+def test_latents_without_elements_or_dimensions_are_refused(shape):
+    latents, t, alignment = torch.zeros(shape), torch.zeros(shape[:1]), alignment_of("sd", "epsilon")
+    sentence = re.escape(f"latents must have shape [B, C, H, W] with C, H and W at least 1, got {list(shape)}")
+    with pytest.raises(ValueError, match=sentence):
+        align(latents, latents, t, alignment)
+    with pytest.raises(ValueError, match=sentence):
+        aligned_loss(latents, latents, latents, t, alignment)
+
+
+def test_latents_that_are_no_real_numbers_are_refused():
+    latents, t = torch.zeros(SHAPE, dtype=torch.int32), torch.zeros(6)
+    with pytest.raises(ValueError, match=r"latents must be float32, float16, bfloat16 or float64, got torch\.int32"):
+        align(latents, latents, t, alignment_of("sd", "epsilon"))
+
+
+def test_an_alignment_left_on_another_device_is_refused():
+    latents, noise, _, t = operands(torch.float32)
+    with pytest.raises(ValueError, match=r"the alignment must be on cpu as the latents, got meta: use alignment.to"):
+        align(latents, noise, t, alignment_of("sd", "epsilon").to("meta"))
+
+
+def test_an_empty_batch_is_aligned_to_nothing_and_has_no_loss():
+    empty, t = torch.zeros(0, 4, 8, 8, dtype=torch.bfloat16), torch.zeros(0)
+    for model in (alignment_of("sd", "epsilon"), NaiveFlow()):
+        sample, timestep = align(empty, empty, t, model)
+        assert sample.shape == empty.shape and sample.dtype == torch.bfloat16 and timestep.shape == (0,)
+        for mask in (None, torch.ones(1, 1, 8, 8)):
+            assert aligned_loss(empty, empty, empty, t, model, mask=mask, reduction="none").shape == (0,)
+            assert aligned_loss(empty, empty, empty, t, model, mask=mask).isnan()  # as torch's mean of nothing
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

