@@ -80,7 +80,7 @@ def test_align(measure, device, shape, provider, graph):
     # The published scale is interpolated in a table: 1.4e-5; its x_t is rounded once more.
     allowed = (2 if provider == "published" else 1) * ROUNDING + (2e-5 if provider == "published" else 0)
     assert ((sample - expected).square().mean() / expected.square().mean()).sqrt() <= allowed
-    assert (timestep - (provider == "published") - expected_timestep).abs().max() <= 2e-3
+    assert (timestep - int(provider == "published") - expected_timestep).abs().max() <= 2e-3
 
     @torch.no_grad()
     def run(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
