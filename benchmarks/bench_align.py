@@ -39,7 +39,7 @@ def published(alignment: Alignment, device: torch.device) -> Provider:
         lower = index.floor().long().clamp(0, len(flow_times) - 2)
         weight = index - lower
         scale = (scales[lower] * (1 - weight) + scales[lower + 1] * weight).view(-1, 1, 1, 1)
-        time = t.view(-1, 1, 1, 1).expand_as(latents)
+        time = t.view(-1, 1, 1, 1)
         x_t = (time * latents + (1 - time) * noise).to(latents.dtype)
         return (scale * x_t).to(latents.dtype), index
 

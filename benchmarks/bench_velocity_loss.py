@@ -27,7 +27,7 @@ def published(alignment: Alignment, device: torch.device) -> Provider:
     alphas, sigmas = abar.sqrt(), (1 - abar).sqrt()
 
     def run(model_output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        time = t.view(-1, 1, 1, 1).expand_as(latents)
+        time = t.view(-1, 1, 1, 1)
         index = alignment.timestep(t) + 1
         lower = index.floor().long().clamp(0, len(abar) - 2)
         weight = index - lower

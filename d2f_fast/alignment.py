@@ -149,9 +149,8 @@ def velocity_coefficients(t: Tensor, prediction_type: str, t_min: float, t_max: 
     return p, q
 
 
-def target_coefficients(t: Tensor, prediction_type: str, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
+def target_coefficients(t: Tensor, p: Tensor, q: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """e, f of model_target = e * latents + f * noise, the output whose velocity is exactly latents - noise."""
-    p, q = velocity_coefficients(t, prediction_type, t_min, t_max)
     if prediction_type == "flow_prediction":
         return q, -q
     n = state_scale(t)
@@ -274,7 +273,7 @@ class Alignment:
 
     def model_target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Network output whose velocity is exactly latents - noise: (velocity - P * sample) / Q."""
-        e, f = target_coefficients(at_least_float32(t), self.prediction_type, self.t_min, self.t_max)
+        e, f = target_coefficients(at_least_float32(t), *self.velocity_coefficients(t), self.prediction_type)
         return combine(e, latents, f, noise)
 
     def times(self, steps: int, spacing: Spacing = "uniform", shift: float = 1.0) -> Tensor:

@@ -72,10 +72,11 @@ def velocity_loss_reference(
         weighting: "flow", "native" or "min_snr".
         snr_gamma: of "min_snr".
     """
-    e, f = target_coefficients(t, prediction_type, t_min, t_max)
+    p, q = velocity_coefficients(t, prediction_type, t_min, t_max)
+    e, f = target_coefficients(t, p, q, prediction_type)
     wide_latents, wide_noise = (at_least_float32(x).to(t.dtype) for x in (latents, noise))
     error = at_least_float32(model_output) - combine(e, wide_latents, f, wide_noise)
-    weight = loss_weight(t, prediction_type, t_min, t_max, weighting, snr_gamma)
+    weight = loss_weight(t, q, t_min, t_max, weighting, snr_gamma)
     if mask is None:
         mean = error.square().flatten(1).mean(1)
         return mean * weight, error, 2 * weight / math.prod(error.shape[1:])
@@ -86,13 +87,10 @@ def velocity_loss_reference(
     return (masked * error).flatten(1).sum(1) / total * weight, masked, 2 * weight / total
 
 
-def loss_weight(
-    t: Tensor, prediction_type: str, t_min: float, t_max: float, weighting: str, snr_gamma: float
-) -> Tensor:
+def loss_weight(t: Tensor, q: Tensor, t_min: float, t_max: float, weighting: str, snr_gamma: float) -> Tensor:
     """Factor on ‖model_output - model_target‖², [B]: Q² times the weighting's own factor on the velocity error."""
     if weighting == "native":
         return torch.ones_like(t)
-    _, q = velocity_coefficients(t, prediction_type, t_min, t_max)
     if weighting == "flow":
         return q.square()
     alpha, sigma = readout_coefficients(t, t_min, t_max)

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2f_fast.alignment import Alignment, NaiveFlow
+from d2f_fast.kernels.align import align_launch
 from d2f_fast.kernels.runtime import INTERPRET
 from d2f_fast.kernels.velocity_loss import _VelocityLoss, velocity_loss_launch, velocity_loss_reference
 from d2f_fast.ops import align, aligned_loss
@@ -257,6 +258,19 @@ def test_the_kernels_give_the_same_bits_every_time():
     assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(run, runs[0], strict=True))
     without = launch(*arguments, mask, *options, False)
     assert torch.equal(without[0], runs[0][0]) and without[1].shape == (0,)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="launches are counted in Triton's interpreter")
+def test_an_objective_call_is_three_launches(monkeypatch):
+    from triton.runtime.interpreter import GridExecutor  # here: triton is optional
+
+    launched, call = [], GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: launched.append(self) or call(self, *a, **k))
+    output, latents, noise, t = operands((2, 4, 9, 9))
+    model = model_of("epsilon")
+    align_launch(latents, noise, t, model.rising_flow_times(t.dtype), model.t_min, 1000)
+    launch(output, latents, noise, t, torch.rand(2, 1, 9, 9), *settings("epsilon"), True)
+    assert len(launched) == 3
 
 
 @pytest.mark.parametrize("masked", [False, True])
