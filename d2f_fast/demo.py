@@ -289,7 +289,7 @@ def run_demo(
     Args:
         output_dir: made when missing.
         seed: of training, noise and bootstrap; the learning rates were chosen on another.
-        settings: sizes; None for those that take less than 8 minutes on 2 cores.
+        settings: sizes; None for those of the command line.
         load_pipeline: gives the base model, anew at each call: training changes it.
         classifier: the judge; None for the miniature's own.
 
