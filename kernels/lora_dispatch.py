@@ -3,11 +3,11 @@
     "split"   s = x Aᵀ, then y = x Wᵀ + s (scale B)ᵀ + bias in one accumulator and one store      Triton kernels
     "addmm"   y = x Wᵀ + bias, then y += s (scale B)ᵀ                                             plain torch, cuBLAS
 
-No entry has been measured on a GPU yet: they follow a byte and FLOP model. The adapter's own traffic is worth fusing where
-the base product is bound by memory, which is where N K / (N + K) is small: one of N and K is 320, or both are 640. From
-1280 on the product is bound by arithmetic, and a Triton product that is slower than cuBLAS's loses more than fusion saves.
-The blocks are those that compile without spills into each card's shared memory; a test compiles every one.
-Unknown cards, unknown shapes and small batches take "addmm".
+No entry has been measured on a GPU yet: they follow a byte and FLOP model. The adapter's own traffic is worth fusing
+where the base product is bound by memory, which is where N K / (N + K) is small: one of N and K is 320, or both are
+640. From 1280 on the product is bound by arithmetic, and a Triton product that is slower than cuBLAS's loses more than
+fusion saves. The blocks are those that compile without spills into each card's shared memory; a test compiles every
+one. Unknown cards, unknown shapes and small batches take "addmm".
 """
 
 import os

@@ -5,10 +5,10 @@
     _grad_b_kernel       ds and the partial sums of dB = dyᵀ s, dy read once
     _rows_sum_kernel     partial sums of dA = dsᵀ x, and of dB where one pass does not pay
 
-Sums over the rows are cut into blocks of rows, each of which writes its own float32 part; the parts are added in a fixed
-order, so that two runs are bitwise equal. All products accumulate in float32 (float32 operands: IEEE, never tf32);
-each output is rounded once, at its store. Features are compile-time constants and multiples of 16; the rank is padded to
-a power of two in registers; M is masked.
+Sums over the rows are cut into blocks of rows, each of which writes its own float32 part; the parts are added in a
+fixed order, so that two runs are bitwise equal. All products accumulate in float32 (float32 operands: IEEE, never
+tf32); each output is rounded once, at its store. Features are compile-time constants and multiples of 16; the rank is
+padded to a power of two in registers; M is masked.
 """
 
 import torch

@@ -3,15 +3,16 @@
     y  = x Wᵀ + bias + s bᵀ        s = x aᵀ, a = A, b = scale B            LoRA, arXiv 2106.09685, equation 3
     ds = dy b        dx = dy W + ds a        dB = scale dyᵀ s        dA = dsᵀ x
 
-x [M, K], weight W [N, K], bias [N], A [r, K], B [N, r]. A and B are float32 master weights; a and b are rounded once to the
-type of the product, the scale folded in before. s and ds are rounded to that type; dA and dB come out float32. Saved for
+x [M, K], weight W [N, K], bias [N], A [r, K], B [N, r]. A and B are float32 master weights; a and b are rounded once to
+the type of the product, the scale folded in before. s and ds are rounded to that type; dA and dB come out float32.
+Saved for
 backward: x and s, and references to the weights. Neither x nor dy is ever written to.
 
 Where fusion pays (`lora_dispatch.py`), products run in the Triton kernels of `lora_kernels.py` ("split": the adapter is
 added in the accumulator of the base product); elsewhere in cuBLAS ("addmm"). Gradients and what is saved are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -90,7 +91,7 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake(name: str):  # type: ignore[no-untyped-def]
+def _fake(name: str) -> Callable[..., Any]:
     return torch.library.register_fake(f"d2f_fast::{name}", lib=library)
 
 
@@ -154,7 +155,8 @@ class _LoRALinear(torch.autograd.Function):
         x_grad, weight_grad, bias_grad, a_grad, b_grad, *_ = ctx.needs_input_grad
         a_dtype, b_dtype = ctx.master_dtypes
         op, split = torch.ops.d2f_fast, ctx.path == "split"
-        grad_x = grad_weight = grad_bias = grad_a = grad_b = grad_s = None
+        grad_x = grad_weight = grad_bias = grad_a = grad_b = None
+        grad_s: Any = None
         with _without_autocast(grad_y.device):
             if b_grad:
                 grad_s, grad_b = op.lora_backward_ds_db(grad_y, s, b) if split else _backward_ds_db(grad_y, s, b)
@@ -208,9 +210,7 @@ def lora_linear(
     path = choose_path(rows.shape[0], n, k, rank, dtype, x.device)
     if path == "split":
         rows = rows.contiguous()  # once: it is what is saved
-    y = _LoRALinear.apply(
-        rows, weight.to(dtype), None if bias is None else bias.to(dtype), lora_a, lora_b, scale, path
-    )
+    y = _LoRALinear.apply(rows, weight.to(dtype), None if bias is None else bias.to(dtype), lora_a, lora_b, scale, path)
     return y.view(*x.shape[:-1], n)
 
 

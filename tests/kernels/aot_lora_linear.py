@@ -2,8 +2,8 @@
 
     python tests/kernels/aot_lora_linear.py 80,90 16,128        # capabilities, rank buckets
 
-Entries that share their blocks are one kernel: features are compile-time constants, of which a kernel knows only that they
-are multiples of its blocks.
+Entries that share their blocks are one kernel: features are compile-time constants, of which a kernel knows only that
+they are multiples of its blocks.
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # a script: not below the checkout's root
 
-from aot import SHARED_MEMORY, compile_for
+from aot import SHARED_MEMORY, compile_for  # noqa: E402
 
-from d2f_fast.kernels import lora_kernels
-from d2f_fast.kernels.lora_dispatch import NARROW_TABLE, TABLE
+from d2f_fast.kernels import lora_kernels  # noqa: E402
+from d2f_fast.kernels.lora_dispatch import NARROW_TABLE, TABLE  # noqa: E402
 
 POINTER = "*bf16"
 

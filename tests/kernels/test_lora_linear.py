@@ -214,7 +214,8 @@ def test_strides_of_x_do_not_matter_and_x_is_left_alone(path: str) -> None:
     want = results(lora_linear.lora_linear, {**t, "x": x.detach().contiguous().requires_grad_()})
     assert base._version == version
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+        # Another layout, another order of sums: eps * K * |x| |w| in the worst case, with K = 32 and values up to 10.
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-5)
 
 
 def test_trained_base_weights_and_biases_get_their_gradients(path: str) -> None:
@@ -313,10 +314,7 @@ def test_packed_layers_give_the_numbers_of_separate_ones(path: str, joined: bool
     packed = lora_linear_packed(
         x, torch.cat(weights) if joined else weights, a, b, torch.cat(biases) if joined else biases, scales
     )
-    separate = [
-        lora_linear.lora_linear(x, *rest)
-        for rest in zip(weights, a, b, biases, scales, strict=True)
-    ]
+    separate = [lora_linear.lora_linear(x, *rest) for rest in zip(weights, a, b, biases, scales, strict=True)]
     upstream = [torch.randn_like(y) for y in separate]
     inputs = [x, *a, *b]
     for got, want in zip(
