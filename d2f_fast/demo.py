@@ -6,8 +6,8 @@ network, and the untouched base, is then drawn from by every sampler of `demo_sa
 same guidance, so that best can be compared with best.
 
 The budget of the default settings, in forward passes of the network on one picture, guidance counted double:
-training 3 x 320 steps x 32; quality 4 networks x 4 samplers x ((2 + 4 + 8) evaluations x 200 pictures + 25 x 64),
-141,000; quality against training steps 3 x 7 x 4 x 128, 22,000; brightness 7 routes x 2 groups x 4 x 500, 56,000. Each
+training 3 x 160 steps x 32; quality 4 networks x 4 samplers x ((2 + 4) evaluations x 200 pictures + 8 x 128 + 25 x 64),
+123,000; quality against training steps 3 x 7 x 4 x 128, 22,000; brightness 7 routes x 2 groups x 4 x 500, 56,000. Each
 picture drawn is decoded once: 20,000.
 """
 
@@ -32,7 +32,7 @@ from d2f_fast.config import ObjectiveName, TrainingConfig
 from d2f_fast.demo_exam import Exam, flow_loss, measure_brightness, noise_of
 from d2f_fast.demo_reading import comparisons
 from d2f_fast.demo_report import write_report
-from d2f_fast.demo_sampling import DDIM, FLOW, ROUTES, Painter, Route, equal_route
+from d2f_fast.demo_sampling import DDIM, FLOW, ROUTES, Painter, Route, equal_route, one_thread_an_operation
 from d2f_fast.evaluate import gaussian_grey_bias
 from d2f_fast.metrics import write_metrics
 from d2f_fast.miniature import load_miniature, pictures
@@ -50,7 +50,7 @@ class DemoSettings:
     Args:
         steps: training steps of each run; a multiple of 32 puts the points of the curves on whole steps.
         batch: pictures a training step.
-        rank: of the linear and convolutional LoRA layers; the first and last layers are as expressive as full weights.
+        rank: of the LoRA layers: attention and feed-forward, as in the usual LoRA files.
         ema_decay: of the trained weights.
         guidance_scale: of every picture drawn.
         pictures: drawn of each network by each sampler at each number of evaluations, and how many at 25.
@@ -60,12 +60,12 @@ class DemoSettings:
         repeats: of each bootstrap.
     """
 
-    steps: int = 320
+    steps: int = 160
     batch: int = 32
     rank: int = 16
     ema_decay: float = 0.99
     guidance_scale: float = 2.0
-    pictures: Mapping[int, int] = field(default_factory=lambda: {2: 200, 4: 200, 8: 200, 25: 64})
+    pictures: Mapping[int, int] = field(default_factory=lambda: {2: 200, 4: 200, 8: 128, 25: 64})
     curve_pictures: int = 128
     brightness_pictures: int = 500
     steps_of_curves: int = 4
@@ -122,8 +122,6 @@ def training_config(
         cache_dir=str(folder / "cache"),
         objective=objective,
         rank=settings.rank,
-        conv_rank=settings.rank,
-        first_last_layers=True,
         resolution=pictures.SIZE,
         random_flip=True,
         train_batch_size=settings.batch,
@@ -141,7 +139,8 @@ def train(trainer: AlignedTrainer, dataset: StylePictures, points: Sequence[int]
         if point > trainer.global_step:
             # The rate is constant: a run in parts takes the same steps as a whole one.
             trainer.config = dataclasses.replace(trainer.config, max_train_steps=point)
-            trainer.fit(dataset)
+            with one_thread_an_operation():
+                trainer.fit(dataset)
         with trainer.averaged():
             at(point)
 
@@ -290,7 +289,7 @@ def run_demo(
     Args:
         output_dir: made when missing.
         seed: of training, noise and bootstrap; the learning rates were chosen on another.
-        settings: sizes; None for those that take less than 8 minutes on 2 cores.
+        settings: sizes; None for those of the command line.
         load_pipeline: gives the base model, anew at each call: training changes it.
         classifier: the judge; None for the miniature's own.
 

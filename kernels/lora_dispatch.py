@@ -1,0 +1,149 @@
+"""Which path a LoRA linear takes, and with which blocks: a committed table, read on the host from shapes alone.
+
+    "split"   s = x Aᵀ, then y = x Wᵀ + s (scale B)ᵀ + bias in one accumulator and one store      Triton kernels
+    "addmm"   y = x Wᵀ + bias, then y += s (scale B)ᵀ                                             plain torch, cuBLAS
+
+No entry has been measured on a GPU yet: they follow a byte and FLOP model. The adapter's own traffic is worth fusing
+where the base product is bound by memory, which is where N K / (N + K) is small: one of N and K is 320, or both are
+640. From 1280 on the product is bound by arithmetic, and a Triton product that is slower than cuBLAS's loses more than
+fusion saves. The blocks are those that compile without spills into each card's shared memory; a test compiles every
+one. Unknown cards, unknown shapes and small batches take "addmm".
+"""
+
+import os
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+Path = Literal["split", "addmm"]
+
+PATH_VARIABLE = "D2F_FAST_LORA_PATH"  # forces a path, for tests and benchmarks
+MIN_ROWS = 4096  # below it launches cost more than traffic, and too few programs fill a card
+MAX_RANK = 128
+RANK_BUCKETS = (16, 32, 64, 128)
+CAPABILITIES = (80, 86, 89, 90, 120)
+
+# (N, K), output and input features, of Stable Diffusion 1.5, 2.1 and XL; 3 N for q, k, v packed into one product.
+SPLIT_SHAPES = ((320, 320), (960, 320), (2560, 320), (320, 1280), (640, 640), (1920, 640))
+ADDMM_SHAPES = (
+    *((5120, 640), (640, 2560), (1280, 1280), (3840, 1280), (10240, 1280), (1280, 5120)),
+    *((n, k) for n in (320, 640, 1280) for k in (768, 1024, 2048)),  # text keys and values
+)
+
+
+class Tile(NamedTuple):
+    """Block of a product: m rows, n output features, k summed over."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+class Entry(NamedTuple):
+    """What a (capability, N, K, rank bucket) does."""
+
+    path: Path
+    forward: Tile  # of y = x Wᵀ + s (scale B)ᵀ
+    grad_x: Tile  # of dx = dy W + ds A
+
+
+class NarrowEntry(NamedTuple):
+    """Products with the rank on one side, by (capability, rank bucket); the features hardly matter to them."""
+
+    shrink: Tile  # of s = x Aᵀ and ds = dy (scale B)
+    rows_sum: Tile  # of dA = dsᵀ x and dB = dyᵀ s: m rows at a time, n features
+    grad_b: Tile | None  # of ds and dB in one pass over dy; None where its parts cost more than a second pass
+
+
+def _entry(capability: int, n: int, k: int) -> Entry:
+    by_64 = Tile(128, 64, 64, 4, 3) if capability == 90 else Tile(128, 64, 32, 4, 4)
+    by_128 = Tile(128, 128, 64, 8, 3)
+    path: Path = "split" if (n, k) in SPLIT_SHAPES else "addmm"
+    return Entry(path, forward=by_64 if n % 128 else by_128, grad_x=by_64 if k % 128 else by_128)
+
+
+def _narrow_entry(capability: int, rank: int) -> NarrowEntry:
+    # A block of 256 rows writes and reads back 8 * N * rank bytes of parts; reading dy again costs 512 * N.
+    if capability == 90:
+        grad_b = Tile(256, 64, 64, 8, 2) if rank <= 64 else None
+        return NarrowEntry(Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), grad_b)
+    grad_b = Tile(256, 64, 64, 8, 2) if rank <= 32 else None
+    return NarrowEntry(Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 8 if capability == 120 else 4, 3), grad_b)
+
+
+TABLE: dict[tuple[int, int, int, int], Entry] = {
+    (capability, n, k, rank): _entry(capability, n, k)
+    for capability in CAPABILITIES
+    for n, k in SPLIT_SHAPES + ADDMM_SHAPES
+    for rank in RANK_BUCKETS
+}
+NARROW_TABLE: dict[tuple[int, int], NarrowEntry] = {
+    (capability, rank): _narrow_entry(capability, rank) for capability in CAPABILITIES for rank in RANK_BUCKETS
+}
+
+# For float32, and where "split" is forced on an unknown shape or card: they fit everywhere.
+_SMALL = Tile(64, 64, 32, 4, 2)
+ANY_ENTRY, ANY_NARROW_ENTRY = Entry("addmm", _SMALL, _SMALL), NarrowEntry(_SMALL, _SMALL, None)
+
+
+def choose_path(rows: int, n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device) -> Path:
+    """Path of one LoRA linear; traceable by torch.compile, which guards on the rows.
+
+    Args:
+        rows: of x, all leading dimensions together.
+        n, k: output and input features.
+        rank: of the adapter, or of several together.
+        dtype: of the product.
+        device: where x is.
+
+    Raises:
+        ValueError: the environment variable D2F_FAST_LORA_PATH names no path.
+    """
+    forced = _forced_path()
+    if n % 16 or k % 16 or not 0 < rank <= MAX_RANK or dtype == torch.float64:
+        return "addmm"  # no kernel
+    if forced is not None:
+        return forced
+    entry = TABLE.get((_capability(device.type, device.index), n, k, rank_bucket(rank)))
+    if entry is None or entry.path == "addmm" or dtype == torch.float32 or rows < MIN_ROWS:
+        return "addmm"
+    return "split"
+
+
+def entry_of(n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device) -> Entry:
+    """Blocks of the products that are `n` or `k` features wide."""
+    if dtype == torch.float32:
+        return ANY_ENTRY
+    return TABLE.get((_capability(device.type, device.index), n, k, rank_bucket(rank)), ANY_ENTRY)
+
+
+def narrow_entry_of(rank: int, dtype: torch.dtype, device: torch.device) -> NarrowEntry:
+    """Blocks of the products that are `rank` wide."""
+    if dtype == torch.float32:
+        return ANY_NARROW_ENTRY
+    return NARROW_TABLE.get((_capability(device.type, device.index), rank_bucket(rank)), ANY_NARROW_ENTRY)
+
+
+def rank_bucket(rank: int) -> int:
+    """Rank that the kernels compute with: the next power of two from 16 on."""
+    return next(bucket for bucket in RANK_BUCKETS if rank <= bucket)
+
+
+# Both are read while torch.compile traces, and are constants of the compiled code.
+@torch.compiler.assume_constant_result
+def _forced_path() -> Path | None:
+    forced = os.environ.get(PATH_VARIABLE)
+    if forced is not None and forced not in get_args(Path):
+        raise ValueError(f"{PATH_VARIABLE} must be one of {get_args(Path)}, got {forced!r}")
+    return forced  # type: ignore[return-value]
+
+
+@torch.compiler.assume_constant_result
+def _capability(device_type: str, index: int | None) -> int:
+    """90 for sm_90; 0 for what is no NVIDIA GPU."""
+    if device_type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor

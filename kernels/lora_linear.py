@@ -1,0 +1,282 @@
+"""A linear layer with a LoRA adapter: the base product and the adapter as one differentiable operation.
+
+    y  = x Wᵀ + bias + s bᵀ        s = x aᵀ, a = A, b = scale B            LoRA, arXiv 2106.09685, equation 3
+    ds = dy b        dx = dy W + ds a        dB = scale dyᵀ s        dA = dsᵀ x
+
+x [M, K], weight W [N, K], bias [N], A [r, K], B [N, r]. A and B are float32 master weights; a and b are rounded once to
+the type of the product, the scale folded in before. s and ds are rounded to that type; dA and dB come out float32.
+Saved for
+backward: x and s, and references to the weights. Neither x nor dy is ever written to.
+
+Where fusion pays (`lora_dispatch.py`), products run in the Triton kernels of `lora_kernels.py` ("split": the adapter is
+added in the accumulator of the base product); elsewhere in cuBLAS ("addmm"). Gradients and what is saved are the same.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from d2f_fast.kernels import lora_kernels
+from d2f_fast.kernels.lora_dispatch import Path, choose_path
+from d2f_fast.kernels.runtime import library, triton_available
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """The same in plain torch: operands of one dtype, any leading dimensions of x."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scale
+
+
+def _shrink(x: Tensor, a: Tensor) -> Tensor:
+    return x @ a.t()
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, weight, bias).addmm_(s, b.t())
+
+
+def _backward_ds_db(grad_y: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return grad_y @ b, _transposed_product(grad_y, s)
+
+
+def _backward_dx(grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor) -> Tensor:
+    return (grad_y @ weight).addmm_(grad_s, a)
+
+
+def _backward_da(grad_s: Tensor, x: Tensor) -> Tensor:
+    return _transposed_product(grad_s, x)
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right, in float32 where the operands are 16-bit."""
+    if left.dtype not in (torch.float16, torch.bfloat16):
+        return left.t() @ right
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.t().float() @ right.float()
+
+
+library.define("lora_shrink(Tensor x, Tensor a) -> Tensor")
+library.define("lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor b) -> Tensor")
+library.define("lora_backward_ds_db(Tensor grad_y, Tensor s, Tensor b) -> (Tensor, Tensor)")
+library.define("lora_backward_dx(Tensor grad_y, Tensor weight, Tensor grad_s, Tensor a) -> Tensor")
+library.define("lora_backward_da(Tensor grad_s, Tensor x) -> Tensor")
+
+_REFERENCES = {
+    "lora_shrink": _shrink,
+    "lora_forward": _forward,
+    "lora_backward_ds_db": _backward_ds_db,
+    "lora_backward_dx": _backward_dx,
+    "lora_backward_da": _backward_da,
+}
+_LAUNCHES = {
+    "lora_shrink": lora_kernels.launch_shrink,
+    "lora_forward": lora_kernels.launch_forward,
+    "lora_backward_ds_db": lora_kernels.launch_backward_ds_db,
+    "lora_backward_dx": lora_kernels.launch_backward_dx,
+    "lora_backward_da": lora_kernels.launch_backward_da,
+}
+for _name, _reference in _REFERENCES.items():
+    library.impl(_name, _reference, "CPU")
+    library.impl(_name, _LAUNCHES[_name] if triton_available() else _reference, "CUDA")
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    return torch.library.register_fake(f"d2f_fast::{name}", lib=library)
+
+
+@_fake("lora_shrink")
+def _(x: Tensor, a: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], a.shape[0])
+
+
+@_fake("lora_forward")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_fake("lora_backward_ds_db")
+def _(grad_y: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    rows, rank = s.shape
+    return grad_y.new_empty(rows, rank), b.new_empty(b.shape, dtype=_wide_dtype(b.dtype))
+
+
+@_fake("lora_backward_dx")
+def _(grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor) -> Tensor:
+    return grad_y.new_empty(grad_y.shape[0], weight.shape[1])
+
+
+@_fake("lora_backward_da")
+def _(grad_s: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(grad_s.shape[1], x.shape[1], dtype=_wide_dtype(x.dtype))
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        path: Path,
+    ) -> Tensor:
+        op = torch.ops.d2f_fast
+        with _without_autocast(x.device):
+            a, b = lora_a.to(x.dtype), (lora_b if scale == 1 else lora_b * scale).to(x.dtype)
+            s = op.lora_shrink(x, a) if path == "split" else _shrink(x, a)
+            y = op.lora_forward(x, weight, bias, s, b) if path == "split" else _forward(x, weight, bias, s, b)
+        _, weight_grad, _, a_grad, b_grad, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if weight_grad or a_grad else None, s if b_grad else None, weight, a, b)
+        ctx.scale, ctx.path, ctx.master_dtypes = scale, path, (lora_a.dtype, lora_b.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, weight, a, b = ctx.saved_tensors
+        x_grad, weight_grad, bias_grad, a_grad, b_grad, *_ = ctx.needs_input_grad
+        a_dtype, b_dtype = ctx.master_dtypes
+        op, split = torch.ops.d2f_fast, ctx.path == "split"
+        grad_x = grad_weight = grad_bias = grad_a = grad_b = None
+        grad_s: Any = None
+        with _without_autocast(grad_y.device):
+            if b_grad:
+                grad_s, grad_b = op.lora_backward_ds_db(grad_y, s, b) if split else _backward_ds_db(grad_y, s, b)
+                grad_b = (grad_b if ctx.scale == 1 else grad_b * ctx.scale).to(b_dtype)
+            elif x_grad or a_grad:
+                grad_s = grad_y @ b
+            if a_grad:
+                grad_a = (op.lora_backward_da(grad_s, x) if split else _backward_da(grad_s, x)).to(a_dtype)
+            if x_grad:
+                operands = grad_y, weight, grad_s, a
+                grad_x = op.lora_backward_dx(*operands) if split else _backward_dx(*operands)
+            if weight_grad:
+                grad_weight = grad_y.t() @ x
+            if bias_grad:
+                grad_bias = grad_y.sum(0)
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Apply a linear layer and its LoRA adapter.
+
+        y = F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scale
+
+    Under autocast the product is in autocast's type, otherwise in x's; A and B are cast to it and their gradients come
+    out in their own.
+
+    Args:
+        x: [..., K] float32, float16, bfloat16 or float64, any strides.
+        weight: [N, K], of x's dtype (any under autocast).
+        lora_a, lora_b: [r, K] and [N, r], float32 as a rule.
+        bias: [N], of the weight's dtype.
+        scale: alpha / r.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check_operands(x, weight, lora_a, lora_b, bias)
+    if torch.compiler.is_exporting():
+        return lora_linear_reference(x, weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias, scale)
+    autocasts = _autocasts(x)
+    if weight.dtype != x.dtype and not autocasts:
+        raise ValueError(f"weight must be of x's dtype {x.dtype}, got {weight.dtype}: cast one, or use autocast")
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts else x.dtype
+    (n, k), rank = weight.shape, lora_a.shape[0]
+    rows = x.reshape(-1, k).to(dtype)
+    path = choose_path(rows.shape[0], n, k, rank, dtype, x.device)
+    if path == "split":
+        rows = rows.contiguous()  # once: it is what is saved
+    y = _LoRALinear.apply(rows, weight.to(dtype), None if bias is None else bias.to(dtype), lora_a, lora_b, scale, path)
+    return y.view(*x.shape[:-1], n)
+
+
+def lora_linear_packed(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor] | None = None,
+    scales: Sequence[float] | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply several linear layers with LoRA adapters to one x: q, k and v, or every text key and value of a network.
+
+        tuple(lora_linear(x, w, a, b, bias_i, scale) for …)
+
+    x is read once: one product with all weights, one with all A, one with the block diagonal of all B. The same numbers
+    but for the order in which a sum is rounded.
+
+    Args:
+        x: [..., K].
+        weight: [N_1 + N_2 + …, K], or the weights [N_i, K], which are concatenated at each call: frozen ones are better
+            concatenated once.
+        lora_as, lora_bs: [r_i, K] and [N_i, r_i].
+        bias: [N_1 + N_2 + …], or one for every layer.
+        scales: of the adapters, 1 as a rule.
+
+    Returns:
+        Views [..., N_i] of one tensor.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    scales = [1.0] * len(lora_bs) if scales is None else list(scales)
+    if not 0 < len(lora_as) == len(lora_bs) == len(scales):
+        raise ValueError(
+            f"lora_as, lora_bs and scales must be of one length, got {len(lora_as)}, {len(lora_bs)} and {len(scales)}"
+        )
+    for a, b in zip(lora_as, lora_bs, strict=True):
+        if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
+            raise ValueError(f"each B must be [N, r] for its A [r, K], got {list(b.shape)} and {list(a.shape)}")
+    packed_weight = weight if isinstance(weight, Tensor) else torch.cat(list(weight))
+    packed_bias = bias if bias is None or isinstance(bias, Tensor) else torch.cat(list(bias))
+    scaled = [b if scale == 1 else b * scale for b, scale in zip(lora_bs, scales, strict=True)]
+    y = lora_linear(x, packed_weight, torch.cat(list(lora_as)), torch.block_diag(*scaled), packed_bias)
+    return y.split([b.shape[0] for b in lora_bs], -1)
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def _check_operands(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+    """Refuse what would broadcast, be cast in silence, or reach a kernel from another device."""
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [..., K] for a weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    n, k = weight.shape
+    if lora_a.ndim != 2 or lora_a.shape[1] != k or lora_a.shape[0] < 1:
+        raise ValueError(f"lora_a must be [r, {k}] with r of 1 or more, got {list(lora_a.shape)}")
+    if lora_b.shape != (n, lora_a.shape[0]):
+        raise ValueError(f"lora_b must be [{n}, {lora_a.shape[0]}], got {list(lora_b.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": x if bias is None else bias}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")

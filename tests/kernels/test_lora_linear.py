@@ -1,0 +1,432 @@
+"""The LoRA linear: its kernels in Triton's interpreter against float64, its operation against plain torch."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+from d2f_fast.kernels import lora_dispatch, lora_kernels, lora_linear
+from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE, TABLE, Tile, choose_path
+from d2f_fast.kernels.lora_linear import lora_linear_packed, lora_linear_reference
+
+NAMES = ("x", "lora_a", "lora_b")
+PADDING = 64  # elements of NaN on either side of every tensor that a kernel reads or writes; keeps 16-byte alignment
+TILE = Tile(32, 32, 32, 4, 2)
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+
+
+def padded(tensor: Tensor) -> Tensor:
+    buffer = tensor.new_full((tensor.numel() + 2 * PADDING,), float("nan"))
+    inside = buffer[PADDING : PADDING + tensor.numel()].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+@pytest.fixture
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill new tensors with NaN, and fail where a kernel has written beside one."""
+    new_empty, buffers = Tensor.new_empty, []
+
+    def poisoned(like: Tensor, *size: Any, **options: Any) -> Tensor:
+        shape = new_empty(like, *size, device="meta").shape
+        buffer = like.new_full((shape.numel() + 2 * PADDING,), float("nan"), **options)
+        buffers.append(buffer)
+        return buffer[PADDING : PADDING + shape.numel()].view(shape)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    yield
+    assert buffers
+    for buffer in buffers:
+        assert buffer[:PADDING].isnan().all() and buffer[-PADDING:].isnan().all()
+
+
+def launches(rows: int, n: int, k: int, rank: int, dtype: torch.dtype, tile: Tile) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every output of the kernels by name, beside the float64 truth of the same operands."""
+    shapes = {"x": (rows, k), "w": (n, k), "bias": (n,), "a": (rank, k), "b": (n, rank), "dy": (rows, n)}
+    t = {name: padded(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    t["s"], t["ds"] = padded(torch.randn(rows, rank).to(dtype)), padded(torch.randn(rows, rank).to(dtype))
+    d = {name: tensor.double() for name, tensor in t.items()}
+    ds, db = lora_kernels.launch_backward_ds_db(t["dy"], t["s"], t["b"], tile, one_pass=True)
+    ds_alone, db_alone = lora_kernels.launch_backward_ds_db(t["dy"], t["s"], t["b"], tile, one_pass=False)
+    wide = F.linear(d["x"], d["w"]) + d["s"] @ d["b"].t()
+    without = lora_kernels.launch_forward(t["x"], t["w"], None, t["s"], t["b"], tile)
+    return {
+        "s": (lora_kernels.launch_shrink(t["x"], t["a"], tile), d["x"] @ d["a"].t()),
+        "y": (lora_kernels.launch_forward(t["x"], t["w"], t["bias"], t["s"], t["b"], tile), wide + d["bias"]),
+        "y without bias": (without, wide),
+        "ds": (ds, d["dy"] @ d["b"]),
+        "ds alone": (ds_alone, d["dy"] @ d["b"]),
+        "db": (db, d["dy"].t() @ d["s"]),
+        "db alone": (db_alone, d["dy"].t() @ d["s"]),
+        "dx": (
+            lora_kernels.launch_backward_dx(t["dy"], t["w"], t["ds"], t["a"], tile),
+            d["dy"] @ d["w"] + d["ds"] @ d["a"],
+        ),
+        "da": (lora_kernels.launch_backward_da(t["ds"], t["x"], tile), d["ds"].t() @ d["x"]),
+    }
+
+
+# Rows that fill no block, ranks that are padded, features that 32 does not divide, and blocks of 16.
+CASES = [(1, 32, 32, 1), (63, 48, 32, 4), (70, 32, 80, 24), (33, 16, 16, 128), (40, 64, 32, 16)]
+
+
+@interpreted
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_equal_float64_and_touch_nothing_else(case: tuple[int, int, int, int]) -> None:
+    for name, (got, want) in launches(*case, torch.float32, TILE).items():
+        assert got.dtype == torch.float32 and got.is_contiguous()
+        # 1e-5 of the largest term: sums of up to 80 products of normal numbers, each rounded at 6e-8.
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@interpreted
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_16_bit_kernels_are_within_an_ulp(dtype: torch.dtype, ulp: float) -> None:
+    for name, (got, want) in launches(40, 48, 32, 8, dtype, TILE).items():
+        wide = name.startswith("d") and name[1] in "ab"
+        assert got.dtype == (torch.float32 if wide else dtype), name
+        # One rounding, at the store, which the interpreter truncates: an ulp; sums over the rows stay float32.
+        tolerance = 1e-5 if wide else ulp
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@interpreted
+def test_sums_over_the_rows_add_their_parts_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_kernels, "BLOCKS", 2)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(launches(150, 16, 16, 4, torch.float32, TILE))  # five blocks of rows, three parts
+    for name, (first, want) in runs[0].items():
+        torch.testing.assert_close(first.double(), want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(first, runs[1][name][0]), name
+
+
+@interpreted
+def test_strided_operands_are_copied_and_not_misread() -> None:
+    x, s = torch.randn(32, 20).t(), torch.randn(20, 16)[:, ::2]
+    w, b = torch.randn(32, 16).t(), torch.randn(8, 16).t()
+    got = lora_kernels.launch_forward(x, w, None, s, b, TILE)
+    torch.testing.assert_close(got, x @ w.t() + s @ b.t(), rtol=1e-5, atol=1e-5)
+    dy = torch.ones(()).expand(20, 16)  # what .sum().backward() sends
+    for got, want in zip(lora_kernels.launch_backward_ds_db(dy, s, b, TILE), (dy @ b, dy.t() @ s), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_no_rows_launch_nothing() -> None:
+    for name, (got, want) in launches(0, 16, 32, 4, torch.float32, TILE).items():
+        assert got.shape == want.shape and torch.equal(got.double(), want), name
+
+
+@pytest.mark.parametrize(("n", "rank"), [(24, 4), (32, 129), (32, 0)])
+def test_a_kernel_refuses_what_it_was_not_written_for(n: int, rank: int) -> None:
+    with pytest.raises(ValueError, match=f"multiple of 16 and rank 1 to 128, got {n} and {rank}"):
+        lora_kernels.launch_shrink(torch.zeros(2, n), torch.zeros(rank, n), TILE)
+
+
+def operands(
+    *leading: int, n: int = 48, k: int = 32, rank: int = 4, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Operands of lora_linear; x, A and B require gradients, A and B are float32 (float64 beside it)."""
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "x": torch.randn(*leading, k).to(dtype).requires_grad_(),
+        "weight": torch.randn(n, k).to(dtype) / k**0.5,
+        "lora_a": torch.randn(rank, k, dtype=master).requires_grad_(),
+        "lora_b": torch.randn(n, rank, dtype=master).requires_grad_(),
+        "bias": torch.randn(n).to(dtype),
+    }
+
+
+def results(function: Callable[..., Tensor], t: dict[str, Any], seed: int = 0, **options: Any) -> dict[str, Tensor]:
+    """Output and gradients, by name, for a fixed random upstream gradient."""
+    y = function(**t, **options)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
+    wanted = {name: tensor for name, tensor in t.items() if tensor is not None and tensor.requires_grad}
+    grads = torch.autograd.grad(y, list(wanted.values()), upstream)
+    return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+@pytest.fixture(params=["addmm", "split"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(PATH_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("leading", [(1,), (63,), (2, 3, 5), (0,), ()], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradients_are_those_of_plain_torch(path: str, leading: tuple[int, ...], bias: bool) -> None:
+    t = operands(*leading)
+    t = t if bias else {**t, "bias": None}  # type: ignore[dict-item]
+    got, want = results(lora_linear.lora_linear, t), results(lora_linear_reference, t)
+    assert got.keys() == want.keys() == {"y", *NAMES}
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-5)
+        # A scale of 1 changes no bit; one row alone is a matrix times a vector, which adds up in another order.
+        assert torch.equal(got[name], want[name]) or leading in [(1,), ()], name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_error_is_at_most_that_of_plain_torch(path: str, dtype: torch.dtype) -> None:
+    t = operands(200, n=64, k=64, rank=16, dtype=dtype)
+    got = results(lora_linear.lora_linear, t, scale=0.7)
+    cast = {name: tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for name, tensor in t.items()}
+    plain = results(lora_linear_reference, cast, scale=0.7)
+    exact = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in t.items()}
+    truth = results(lora_linear_reference, exact, scale=0.7)
+    for name, want in truth.items():
+        assert got[name].dtype == (torch.float32 if name.startswith("lora") else dtype), name
+        errors = [((result[name].double() - want).norm() / want.norm()).item() for result in (got, plain)]
+        assert errors[0] <= 1.2 * errors[1], (name, errors)
+
+
+def test_zero_lora_is_the_base_linear(path: str) -> None:
+    t = operands(70)
+    t["lora_b"] = torch.zeros_like(t["lora_b"], requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(lora_linear.lora_linear(**t), F.linear(t["x"], t["weight"], t["bias"]))
+
+
+def test_is_linear_in_x(path: str) -> None:
+    t = {**operands(9), "bias": None}
+    double = lora_linear.lora_linear(**{**t, "x": 2 * t["x"]})
+    torch.testing.assert_close(double, 2 * lora_linear.lora_linear(**t), rtol=0, atol=0)
+
+
+def test_strides_of_x_do_not_matter_and_x_is_left_alone(path: str) -> None:
+    base = torch.randn(32, 6, 5)
+    x = base.permute(1, 2, 0).requires_grad_()
+    t, version = operands(6, 5), base._version
+    got = results(lora_linear.lora_linear, {**t, "x": x})
+    want = results(lora_linear.lora_linear, {**t, "x": x.detach().contiguous().requires_grad_()})
+    assert base._version == version
+    for name in want:
+        # Another layout, another order of sums: eps * K * |x| |w| in the worst case, with K = 32 and values up to 10.
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-5)
+
+
+def test_trained_base_weights_and_biases_get_their_gradients(path: str) -> None:
+    t = operands(7)
+    t["weight"].requires_grad_()
+    t["bias"].requires_grad_()
+    got, want = results(lora_linear.lora_linear, t), results(lora_linear_reference, t)
+    assert got.keys() == {"y", *t}
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [{"x"}, {"lora_a"}, {"lora_b"}, {"x", "lora_b"}], ids=str)
+def test_only_what_is_needed_is_computed_and_kept(path: str, wanted: set[str]) -> None:
+    t = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in operands(50).items()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda t: t):
+        got = results(lora_linear.lora_linear, t)
+    want = results(lora_linear_reference, t)
+    assert got.keys() == {"y", *wanted}
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+    rows_kept = sum(tensor.shape[1] for tensor in kept if tensor.shape[0] == 50)
+    assert rows_kept == 32 * ("lora_a" in wanted) + 4 * ("lora_b" in wanted)
+
+
+def test_nothing_but_x_and_s_is_kept(path: str) -> None:
+    t, kept = operands(2, 25), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), id):
+        lora_linear.lora_linear(**t)
+    known = {tensor.data_ptr() for tensor in t.values()}
+    assert {tuple(tensor.shape) for key, tensor in kept.items() if key not in known} == {(50, 4)}
+    assert t["x"].data_ptr() in kept
+
+
+def test_gradients_pass_gradcheck(path: str) -> None:
+    t = operands(5, n=16, k=16, rank=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: lora_linear.lora_linear(x, t["weight"], a, b, t["bias"], 0.7), [t[name] for name in NAMES]
+    )
+
+
+def test_ops_declare_what_they_do() -> None:
+    x, w, a, b, bias = (tensor.detach() for tensor in operands(6).values())
+    s, dy, op = x @ a.t(), torch.randn(6, 48), torch.ops.d2f_fast
+    torch.library.opcheck(op.lora_shrink.default, (x, a))
+    torch.library.opcheck(op.lora_forward.default, (x, w, bias, s, b))
+    torch.library.opcheck(op.lora_backward_ds_db.default, (dy, s, b))
+    torch.library.opcheck(op.lora_backward_dx.default, (dy, w, s, a))
+    torch.library.opcheck(op.lora_backward_da.default, (s, x))
+    fake = torch.ops.d2f_fast.lora_backward_da(s.bfloat16().to("meta"), x.bfloat16().to("meta"))
+    assert fake.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_a_break_and_once(path: str, backend: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(lora_linear.lora_linear, backend=counter, fullgraph=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        t = operands(3, 7)
+        got, want = results(compiled, t, scale=0.5), results(lora_linear.lora_linear, t, scale=0.5)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_autocast_decides_the_type_of_the_product(path: str) -> None:
+    t = operands(30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results(lora_linear.lora_linear, t)  # backward inside too: it must not round what is float32
+    cast = {n: v if n.startswith("lora") else v.detach().bfloat16().requires_grad_(n == "x") for n, v in t.items()}
+    want = results(lora_linear.lora_linear, cast)
+    assert got["y"].dtype == torch.bfloat16 and got["x"].dtype == torch.float32
+    for name in want:
+        assert torch.equal(got[name], want[name].to(got[name].dtype)), name
+
+
+def test_export_sees_plain_torch(path: str) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor) -> Tensor:
+            return lora_linear.lora_linear(x, weight, lora_a, lora_b, bias, 0.5)
+
+    t = {name: tensor.detach() for name, tensor in operands(5).items()}
+    program = torch.export.export(Layer(), (), t)
+    assert not [node for node in program.graph.nodes if "d2f_fast" in str(node.target)]
+    assert torch.equal(program.module()(**t), lora_linear_reference(**t, scale=0.5))
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["one weight", "several weights"])
+def test_packed_layers_give_the_numbers_of_separate_ones(path: str, joined: bool) -> None:
+    layers = [operands(2, 9, n=n, rank=rank) for n, rank in ((48, 4), (16, 4), (32, 7))]
+    scales, x = (1.0, 0.5, 2.0), layers[0]["x"]
+    weights, biases, a, b = ([layer[key] for layer in layers] for key in ("weight", "bias", "lora_a", "lora_b"))
+    packed = lora_linear_packed(
+        x, torch.cat(weights) if joined else weights, a, b, torch.cat(biases) if joined else biases, scales
+    )
+    separate = [lora_linear.lora_linear(x, *rest) for rest in zip(weights, a, b, biases, scales, strict=True)]
+    upstream = [torch.randn_like(y) for y in separate]
+    inputs = [x, *a, *b]
+    for got, want in zip(
+        (*packed, *torch.autograd.grad(packed, inputs, upstream)),
+        (*separate, *torch.autograd.grad(separate, inputs, upstream)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "x": ({"x": torch.zeros(3, 31)}, r"x must be \[..., K\] for a weight \[N, K\], got \[3, 31\] and \[48, 32\]"),
+    "scalar": ({"x": torch.zeros(())}, r"x must be \[..., K\]"),
+    "a": ({"lora_a": torch.zeros(4, 31)}, r"lora_a must be \[r, 32\] with r of 1 or more, got \[4, 31\]"),
+    "rank 0": ({"lora_a": torch.zeros(0, 32), "lora_b": torch.zeros(48, 0)}, r"r of 1 or more, got \[0, 32\]"),
+    "b": ({"lora_b": torch.zeros(4, 48)}, r"lora_b must be \[48, 4\], got \[4, 48\]"),
+    "bias": ({"bias": torch.zeros(1)}, r"bias must be \[48\], got \[1\]"),
+    "dtype": ({"weight": torch.zeros(48, 32).half()}, "weight must be of x's dtype torch.float32, got torch.float16"),
+    "integers": ({"x": torch.zeros(3, 32, dtype=torch.int64)}, "x must be floating point, got torch.int64"),
+    "device": ({"lora_b": torch.zeros(48, 4, device="meta")}, "lora_b must be on x's device cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        lora_linear.lora_linear(**{**operands(3), **change})
+
+
+def test_packed_layers_that_do_not_fit_are_refused() -> None:
+    t = operands(3)
+    with pytest.raises(ValueError, match="must be of one length, got 1, 2 and 2"):
+        lora_linear_packed(t["x"], t["weight"], [t["lora_a"]], [t["lora_b"]] * 2)
+    with pytest.raises(ValueError, match=r"each B must be \[N, r\] for its A \[r, K\], got \[48, 4\] and \[3, 32\]"):
+        lora_linear_packed(t["x"], t["weight"], [t["lora_a"][:3]], [t["lora_b"]])
+
+
+def path_of(rows: int, n: int, k: int, rank: int = 16, dtype: torch.dtype = torch.bfloat16) -> str:
+    return choose_path(rows, n, k, rank, dtype, torch.device("cuda:0"))
+
+
+@pytest.fixture
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.delenv(PATH_VARIABLE, raising=False)
+
+
+@pytest.mark.usefixtures("_hopper")
+def test_the_table_decides_and_what_it_does_not_know_takes_addmm(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert path_of(65536, 320, 320) == path_of(4096, 640, 640, rank=128, dtype=torch.float16) == "split"
+    cases = {
+        "few rows": (4095, 320, 320),
+        "wide": (4096, 1280, 1280),
+        "text": (65536, 320, 768),
+        "unknown shape": (65536, 336, 336),
+        "unaligned": (65536, 320, 324),
+        "rank": (65536, 320, 320, 129),
+        "float32": (65536, 320, 320, 16, torch.float32),
+    }
+    assert {name: path_of(*case) for name, case in cases.items()} == dict.fromkeys(cases, "addmm")
+    assert choose_path(65536, 320, 320, 16, torch.bfloat16, torch.device("cpu")) == "addmm"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+    assert path_of(65536, 320, 320) == "addmm"
+
+
+@pytest.mark.usefixtures("_hopper")
+def test_a_path_is_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATH_VARIABLE, "addmm")
+    assert path_of(65536, 320, 320) == "addmm"
+    monkeypatch.setenv(PATH_VARIABLE, "split")
+    assert path_of(1, 1280, 336) == "split"
+    assert path_of(65536, 320, 324) == path_of(65536, 320, 320, 129) == "addmm"  # no kernel there
+    monkeypatch.setenv(PATH_VARIABLE, "fused")
+    with pytest.raises(ValueError, match=r"D2F_FAST_LORA_PATH must be one of \('split', 'addmm'\), got 'fused'"):
+        path_of(1, 320, 320)
+
+
+def test_the_table_knows_every_lora_layer_of_stable_diffusion() -> None:
+    widths = {"SD1.5": ((320, 640, 1280), 768), "SD2.1": ((320, 640, 1280), 1024), "SDXL": ((640, 1280), 2048)}
+    for sizes, text in widths.values():
+        for c in sizes:
+            for shape in ((c, c), (3 * c, c), (8 * c, c), (c, 4 * c), (c, text)):
+                assert {(cc, *shape, r) for cc in (80, 86, 89, 90, 120) for r in (16, 32, 64, 128)} <= TABLE.keys()
+    assert len(TABLE) == len(lora_dispatch.CAPABILITIES) * 4 * len({key[1:3] for key in TABLE})
+
+
+def compiled_kernels(*arguments: str) -> dict[str, dict[str, int]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("aot_lora_linear.py")), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("90,120", "16,128"), pytest.param(("80,86,89,90,120", "16,32,64,128"), marks=pytest.mark.slow)],
+    ids=["two cards", "every entry"],
+)
+def test_every_entry_compiles_to_what_the_card_can_run(arguments: tuple[str, str]) -> None:
+    reports = compiled_kernels(*arguments)
+    seen = {(name.split()[0], name.split()[1]) for name in reports}
+    kernels = ("narrow", "wide", "rows_sum", "grad_b")
+    assert seen == set(itertools.product((f"sm_{cc}" for cc in arguments[0].split(",")), kernels))
+    faults = {}
+    for name, report in reports.items():
+        good = report["spills"] == report["stack"] == 0 and report["shared"] <= report["shared_limit"]
+        good &= report["wide_loads"] > 0 and report["wide_stores"] > 0
+        if name.startswith("sm_90"):
+            good &= report["wgmma"] == report["wgmma_bf16"] > 0  # bf16 and not tf32
+        else:
+            good &= report["mma"] > 0
+        if not good:
+            faults[name] = report
+    assert not faults
