@@ -4,6 +4,8 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,3 +53,20 @@ def test_a_gpu_without_triton_is_warned_about_once(
 def test_importing_the_module_imports_no_triton() -> None:
     code = "import sys, d2f_fast.kernels.runtime; print('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def operand(dtype: torch.dtype = torch.float32, ndim: int = 4, device: str = "cuda") -> Any:
+    """What `serves` looks at of a tensor. Torch without CUDA aborts at an autograd node of a fake tensor on a GPU."""
+    return SimpleNamespace(dtype=dtype, ndim=ndim, device=torch.device(device))
+
+
+def test_the_alignment_ops_serve_what_their_kernels_can_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = operand(ndim=1)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert runtime.serves(t, operand(), operand(dtype))
+        assert not runtime.serves(operand(ndim=1, device="cpu"), operand(dtype, device="cpu"))
+    assert not runtime.serves(operand(torch.float64, ndim=1), operand())
+    assert not runtime.serves(t, operand(), operand(torch.float64))
+    assert not runtime.serves(t, operand(ndim=3)) and not runtime.serves(t, operand(ndim=5))
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert not runtime.serves(t, operand())
