@@ -1,4 +1,4 @@
-"""The two operations of a training loop: align before the network, the loss after it."""
+"""The door to the kernels: align before the network, the loss after it, and LoRA layers inside."""
 
 from typing import Literal, get_args
 
@@ -7,6 +7,19 @@ from torch import Tensor
 
 from d2f_fast.alignment import Alignment, FlowModel, at_least_float32, combine
 from d2f_fast.config import LossWeighting
+from d2f_fast.kernels.lora_dispatch import choose_path, runs_plain
+from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
+
+__all__ = [
+    "align",
+    "aligned_loss",
+    "check_operands",
+    "choose_path",
+    "lora_linear",
+    "lora_linear_packed",
+    "loss_weight",
+    "runs_plain",
+]
 
 Reduction = Literal["mean", "none"]
 
