@@ -7,10 +7,11 @@ from torch import Tensor
 
 from d2f_fast.alignment import Alignment, FlowModel, at_least_float32, combine
 from d2f_fast.config import LossWeighting
-from d2f_fast.kernels.lora_dispatch import choose_path, runs_plain
+from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
 
 __all__ = [
+    "MIN_ROWS",
     "align",
     "aligned_loss",
     "check_operands",
