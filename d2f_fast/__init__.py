@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from d2f_fast.alignment import Alignment
     from d2f_fast.config import TrainingConfig
+    from d2f_fast.fused_lora import use_fused_lora
     from d2f_fast.miniature import load_miniature
     from d2f_fast.ops import align, aligned_loss
     from d2f_fast.sampler import sample_flow
@@ -27,6 +28,7 @@ __all__ = [
     "aligned_loss",
     "load_miniature",
     "sample_flow",
+    "use_fused_lora",
 ]
 
 _MODULE_OF = {
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "aligned_loss": "d2f_fast.ops",
     "load_miniature": "d2f_fast.miniature",
     "sample_flow": "d2f_fast.sampler",
+    "use_fused_lora": "d2f_fast.fused_lora",
 }
 
 

@@ -1,7 +1,7 @@
-"""The two operations of a training loop: align before the network, the loss after it.
+"""The door to the kernels: align before the network, the loss after it, and the LoRA layers inside.
 
-On a GPU each is an op of Triton kernels, `kernels/align.py` and `kernels/velocity_loss.py`. Plain torch, the same
-formulas, serves what the kernels do not: other devices; gradients with respect to latents, noise, t or mask; float64;
+On a GPU align and aligned_loss are each an op of Triton kernels, `kernels/align.py` and `kernels/velocity_loss.py`.
+Plain torch, the same formulas, serves what the kernels do not: other devices; gradients with respect to latents, noise, t or mask; float64;
 ranks other than 4; graphs for export.
 """
 
@@ -14,7 +14,20 @@ from torch import Tensor
 from d2f_fast.alignment import FlowModel
 from d2f_fast.config import LossWeighting
 from d2f_fast.kernels.align import align as fused_align
+from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
+from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
 from d2f_fast.kernels.velocity_loss import velocity_loss
+
+__all__ = [
+    "MIN_ROWS",
+    "align",
+    "aligned_loss",
+    "check_operands",
+    "choose_path",
+    "lora_linear",
+    "lora_linear_packed",
+    "runs_plain",
+]
 
 Reduction = Literal["mean", "none"]
 

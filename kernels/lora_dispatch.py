@@ -112,6 +112,11 @@ def choose_path(rows: int, n: int, k: int, rank: int, dtype: torch.dtype, device
     return "split"
 
 
+def runs_plain(device: torch.device) -> bool:
+    """Whether a LoRA layer should be plain torch on this device: it is no GPU, and no path is forced."""
+    return device.type != "cuda" and _forced_path() is None
+
+
 def entry_of(n: int, k: int, rank: int, dtype: torch.dtype, device: torch.device) -> Entry:
     """Blocks of the products that are `n` or `k` features wide."""
     if dtype == torch.float32:

@@ -28,7 +28,8 @@ LAYERS = (
     {"d2f_fast.noise_schedule", "d2f_fast.alignment"},
     {"d2f_fast.kernels.*"},
     {"d2f_fast.ops"},
-    {"d2f_fast.objective", "d2f_fast.lora", "d2f_fast.sampler", "d2f_fast.scheduler"},
+    {"d2f_fast.frozen_conv", "d2f_fast.fused_layers", "d2f_fast.packed_attention"},
+    {"d2f_fast.objective", "d2f_fast.lora", "d2f_fast.fused_lora", "d2f_fast.sampler", "d2f_fast.scheduler"},
     {"d2f_fast.trainer"},
     {"d2f_fast.cli", "d2f_fast.__main__"},
 )
