@@ -1,0 +1,31 @@
+"""Folders that are exported once and read by many tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2f_fast.export.folder import export_folder
+from d2f_fast.export.options import ExportOptions
+
+MakeFolder = Callable[..., tuple[Path, dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The tiny pipeline in float32, every component, with a sampler of 2 steps written out; and its report."""
+    folder = tmp_path_factory.mktemp("exported") / "graphs"
+    return folder, export_folder(ExportOptions(model=str(tiny_folder), output=str(folder), unroll=2))
+
+
+@pytest.fixture(scope="session")
+def exported_unet(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
+    """Export the UNet, and the sampler where asked, of the tiny pipeline with further options."""
+
+    def export(**options: Any) -> tuple[Path, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("exported") / "graphs"
+        made = {"model": str(tiny_folder), "output": str(folder), "components": "unet", **options}
+        return folder, export_folder(ExportOptions(**made))
+
+    return export
