@@ -18,6 +18,8 @@ from d2f_fast.export.wrappers import Component, example_sizes
 # Below this a graph and its weights stay in one file; protobuf itself ends at 2 GiB.
 INLINE_LIMIT_BYTES = 1_500_000_000
 DATA_SUFFIX = ".data"
+# ONNX infers no type of what these give: it stays in the file, sizes that are free left open.
+_WITHOUT_INFERENCE = {"GroupNormalization", "Attention"}
 OWN_NAMESPACE = "d2f_fast"
 
 
@@ -99,7 +101,11 @@ def _tidy(model: onnx_ir.Model, component: Component, sizes: dict[str, int] | No
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if id(value) not in named:
+            if id(value) in named:
+                continue
+            if node.op_type in _WITHOUT_INFERENCE and value.shape is not None:
+                value.shape = onnx_ir.Shape([size if isinstance(size, int) else None for size in value.shape])
+            else:
                 value.shape, value.type = None, None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()

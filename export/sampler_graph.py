@@ -128,10 +128,12 @@ def write_sampler(
                 helper.make_tensor_value_info("d2f/continue_out", TensorProto.BOOL, []),
                 _renamed(inputs[0], "d2f/body/next"),
             ],
+            value_info=[_renamed(value, f"d2f/body/net/{value.name}") for value in network.graph.value_info],
         )
         nodes.append(helper.make_node("Loop", ["d2f/count", "", "latents"], ["d2f/final"], body=body))
         state = "d2f/final"
     opsets, initializers = list(network.opset_import), list(network.graph.initializer)
+    decoded: list[ValueInfoProto] = []
     if vae is None:
         nodes.append(helper.make_node("Identity", [state], ["out_latents"]))
         output = _renamed(inputs[0], "out_latents")
@@ -141,6 +143,7 @@ def write_sampler(
             raise ValueError("the decoder and the network are of different opsets")
         nodes += _decode(decoder.graph, state, scaling, constants)
         initializers += [_prefixed_tensor(tensor, "d2f/vae/") for tensor in decoder.graph.initializer]
+        decoded = [_renamed(value, f"d2f/vae/{value.name}") for value in decoder.graph.value_info]
         output = _like(decoder.graph.output[0], "image", False)
         output.type.tensor_type.shape.dim[0].CopyFrom(inputs[0].type.tensor_type.shape.dim[0])
         if not output.type.tensor_type.shape.dim[2].dim_value:
@@ -149,7 +152,10 @@ def write_sampler(
     for i, node in enumerate(nodes):
         node.name = node.name or f"d2f/{node.op_type}_{i}"
     # A Loop may change its state's shape, so inference says nothing of it: said here, for it does not.
-    known = [] if unroll else [_renamed(inputs[0], "d2f/final")]
+    known = [_renamed(inputs[0], "d2f/final")] if not unroll else []
+    known += decoded
+    for k in range(unroll):
+        known += [_renamed(value, f"d2f/step{k}/net/{value.name}") for value in network.graph.value_info]
     graph = helper.make_graph(nodes, "sampler", inputs, [output], [*initializers, *constants], value_info=known)
     model = helper.make_model(
         graph, opset_imports=opsets, ir_version=network.ir_version, producer_name=network.producer_name
