@@ -5,6 +5,7 @@ output/                       not there, or a complete export that passed
 .old-PID-output/              being replaced
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -105,6 +106,7 @@ class ExportJob:
             converted = graphs.convert(component, options.opset_version, sizes)
             graphs.save(converted, place / "model.onnx", external=component.name == "unet")
             del converted
+            gc.collect()
             component.config.save_pretrained(place) if hasattr(component.config, "save_pretrained") else (
                 place / "config.json"
             ).write_text(_config_json(component))
@@ -120,6 +122,10 @@ class ExportJob:
         if "unet" in self.components:
             write_tables(folder / "unet" / "steps.json", self.tables)
         self._write_pipeline(folder)
+        # What torch had to say is in the cases: its weights would lie beside ONNX Runtime's copies of them.
+        for component in self.components.values():
+            component.module.to("meta")
+        gc.collect()
         rows = self._compare(folder, cases)
         verify.check_rows(rows, options.largest_error)
         checked = {

@@ -28,6 +28,12 @@ def exported_miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 @pytest.fixture(scope="session")
+def exported_half(exported_unet: MakeFolder) -> tuple[Path, dict[str, Any]]:
+    """The tiny UNet in float16, and its sampler without guidance; and the report."""
+    return exported_unet(precision="fp16", components="unet,sampler", guidance=False, steps="1,2")
+
+
+@pytest.fixture(scope="session")
 def exported_unet(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """Export the UNet, and the sampler where asked, of the tiny pipeline with further options."""
 

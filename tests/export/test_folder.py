@@ -11,14 +11,45 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from transformers import AutoTokenizer
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
 
+from d2f_fast import Diff2FlowScheduler
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import folder as folder_module
 from d2f_fast.export import verify
 from d2f_fast.export.folder import export_folder
+from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import ExportOptions
+
+
+@pytest.fixture
+def tiny_xl(tiny_folder):
+    """A pipeline of SDXL's classes: two text encoders, pooled text and sizes beside the time."""
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    text = base.text_encoder.config.to_dict() | {"projection_dim": 12}
+    config = dict(base.unet.config) | {
+        "cross_attention_dim": 32,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 12 + 6 * 4,
+        "use_linear_projection": True,
+    }
+    return StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=UNet2DConditionModel.from_config(config),
+        scheduler=base.scheduler,
+        add_watermarker=False,
+    )
 
 
 def test_folder_has_the_layout_that_optimum_loads(exported):
@@ -91,10 +122,9 @@ def test_fractional_time_is_honoured(exported, tiny_folder):
     assert _rms(at(673.16), at(672)) > _rms(at(673.16), at(673))
 
 
-def test_half_precision_halves_the_file_and_keeps_times_in_float32(exported, exported_unet):
-    full, _ = exported
-    folder, report = exported_unet(precision="fp16", components="unet,sampler", steps="1,2")
-    assert max(row["rms"] for row in report["parity"] if row["graph"] == "unet/model.onnx") <= 3e-3
+def test_half_precision_halves_the_file_and_keeps_times_in_float32(exported, exported_half):
+    full, (folder, report) = exported[0], exported_half
+    assert max(row["rms"] for row in report["parity"]) <= 3e-3
     data = "unet/model.onnx.data"
     assert (folder / data).stat().st_size <= 0.55 * (full / data).stat().st_size
     for name in ("model", "sampler"):
@@ -109,6 +139,41 @@ def test_static_export_has_numbers_for_sizes(exported_unet, tiny_folder):
     assert shapes["unet/model.onnx"]["sample"] == [2, 4, 16, 8]
     assert shapes["unet/sampler.onnx"]["latents"] == [1, 4, 16, 8]
     assert report["trtexec"][0].count("Shapes") == 0
+
+
+def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
+    folder, pipeline = tmp_path / "out", tiny_xl
+    pipeline.save_pretrained(tmp_path / "model")
+    components = "unet,text_encoder,vae_decoder,sampler"
+    options = ExportOptions(model=str(tmp_path / "model"), output=str(folder), components=components, steps="2")
+    report = export_folder(options)
+    assert max(row["rms"] for row in report["parity"]) <= 1e-5
+    assert {row["graph"].split("/")[0] for row in report["parity"]} >= {"text_encoder", "text_encoder_2"}
+    session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
+    added = ("text_embeds", "time_ids")
+    names = {value.name for value in session.get_inputs()}
+    assert names >= {*added, *(f"negative_{name}" for name in added)}
+    # The whole pipeline against diffusers, prompts, pooled text, sizes and the zeroed empty prompt included.
+    pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    size = {"height": 16, "width": 16}
+    want = pipeline("ab", num_inference_steps=2, guidance_scale=3.0, latents=torch.from_numpy(noise), **size)
+    (got,) = OnnxPipeline(folder)(["ab"], steps=2, guidance_scale=3.0, noise=noise, **size)
+    assert np.abs(np.asarray(got, np.int16) - np.asarray(want.images[0], np.int16)).max() <= 1
+
+
+def test_network_of_eight_channels_is_exported_without_sampler(tiny_folder, tmp_path, capsys):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    config = dict(pipeline.unet.config) | {"in_channels": 8}
+    pipeline.unet = UNet2DConditionModel.from_config(config)
+    pipeline.save_pretrained(tmp_path / "model")
+    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
+    with pytest.raises(RefusedInputError, match=r"takes 8 channels and gives 4 .*leave sampler out of components"):
+        export_folder(ExportOptions(**options))
+    report = export_folder(ExportOptions(**options, components="unet"))
+    assert {row["sizes"]["sample"][1] for row in report["parity"]} == {8}
+    assert max(row["rms"] for row in report["parity"]) <= 5e-6
 
 
 def test_export_can_be_verified_again(exported, tiny_folder):
