@@ -31,7 +31,7 @@ class ExportOptions:
         with_vae: let the sampler decode its latents to a picture.
         static: BATCHxHEIGHTxWIDTH in pixels, for graphs of one size; None for any size.
         unroll: also write the sampler with this many steps written out, for engines; 0 for none.
-        tolerance: largest relative error against torch in float32; None for 1e-5, 3e-3 (fp16).
+        tolerance: largest relative error of a network against torch in float32; None for 1e-5, 3e-3 (fp16).
         overwrite: replace an earlier export in the output folder.
         verify_only: check the export in the output folder against the model again.
         skip_verify: do not run the graphs; needed for bf16, which ONNX Runtime has no CPU kernels for.

@@ -17,7 +17,7 @@ from d2f_fast.export.sampler_graph import StepTable
 from d2f_fast.export.wrappers import Component, check_sizes
 from d2f_fast.sampler import Velocity, sample_flow, unet_velocity
 
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 1.5
 # One whole, one between two training times, the last.
 TIMESTEPS = (673.16, 21.0, 999.0)
 
@@ -32,10 +32,16 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a graph, and what torch makes of them in float32."""
+    """Inputs of a graph, and what torch makes of them in float32.
+
+    Args:
+        inputs, outputs: by name.
+        amplification: how many times larger than the network's own error that of the outputs may be.
+    """
 
     inputs: Arrays
     outputs: Arrays
+    amplification: float = 1.0
 
 
 @torch.no_grad()
@@ -111,8 +117,23 @@ def sampler_cases(
         final = sample_flow(exactly_timed, latents, times=alignment.times(steps))
         assert isinstance(final, Tensor)
         outputs = {"out_latents": final} if decode is None else {"image": (decode(final) / 2 + 0.5).clamp(0, 1)}
-        cases[steps] = Case(_arrays(inputs) | table.feed(), _arrays(outputs))
+        amplification = error_amplification(table, GUIDANCE_SCALE if guidance else 1.0)
+        cases[steps] = Case(_arrays(inputs) | table.feed(), _arrays(outputs), amplification)
     return cases
+
+
+def error_amplification(table: StepTable, guidance_scale: float) -> float:
+    """Factor from a relative error of every network evaluation to that of the final latents, at least 1.
+
+        sum_k |B_k| prod_{j > k} |A_j| * sqrt(g² + (g - 1)²)
+
+    In the first step alone ε-prediction divides by alpha, 0.07 in Stable Diffusion: one step from pure noise multiplies
+    the rounding of any network by 15. How a network answers a changed state is left out.
+    """
+    total = 0.0
+    for a, b in zip(table.coef_x, table.coef_out, strict=True):
+        total = abs(a) * total + abs(b)
+    return max(1.0, total * math.hypot(guidance_scale, guidance_scale - 1))
 
 
 def check_structure(path: Path) -> None:
@@ -165,6 +186,7 @@ def compare(path: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
                 "sizes": {name: list(value.shape) for name, value in case.inputs.items() if value.ndim > 1},
                 "rms": max(rms for rms, _ in errors),
                 "max": max(largest for _, largest in errors),
+                "amplification": case.amplification,
             }
         )
         if "timestep" in case.inputs:
@@ -184,16 +206,16 @@ def relative_errors(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> tu
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]], tolerance: float) -> None:
-    """Refuse rows above the tolerance.
+    """Refuse rows above the tolerance times their amplification.
 
     Raises:
         VerificationError: names the worst graph, its error and the tolerance.
     """
-    worst = max(rows, key=lambda row: row["rms"], default=None)
-    if worst is not None and not worst["rms"] <= tolerance:
+    worst = max(rows, key=lambda row: row["rms"] / row["amplification"], default=None)
+    if worst is not None and not worst["rms"] <= tolerance * worst["amplification"]:
         raise VerificationError(
             f"{worst['graph']} differs from torch by {worst['rms']:.1e} (relative RMS at {worst['sizes']}), allowed is"
-            f" {tolerance:.1e}: the export is not usable; see --tolerance and --precision"
+            f" {tolerance * worst['amplification']:.1e}: the export is not usable; see --tolerance and --precision"
         )
 
 

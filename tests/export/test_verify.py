@@ -7,7 +7,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from d2f_fast.export.verify import Case, VerificationError, check_rows, compare, relative_errors, table_of
+from d2f_fast.export.sampler_graph import StepTable
+from d2f_fast.export.verify import (
+    Case,
+    VerificationError,
+    check_rows,
+    compare,
+    error_amplification,
+    relative_errors,
+    table_of,
+)
 
 
 @pytest.fixture
@@ -44,7 +53,22 @@ def test_values_that_are_not_finite_never_pass(bad):
     good, broken = np.ones(4, np.float32), np.asarray([1, 1, 1, bad], np.float32)
     assert relative_errors(broken, good) == relative_errors(good, broken) == (math.inf, math.inf)
     with pytest.raises(VerificationError):
-        check_rows([{"graph": "g", "sizes": {}, "rms": math.inf, "max": math.inf}], 0.9)
+        check_rows([{"graph": "g", "sizes": {}, "rms": math.inf, "max": math.inf, "amplification": 1.0}], 0.9)
+
+
+def test_a_sampler_may_err_as_much_as_its_steps_amplify():
+    row = {"graph": "unet/sampler.onnx", "sizes": {}, "rms": 2e-5, "max": 2e-5, "amplification": 4.0}
+    check_rows([row], 1e-5)
+    with pytest.raises(VerificationError, match=r"allowed is 4\.0e-06"):
+        check_rows([row], 1e-6)
+
+
+def test_amplification_is_that_of_a_perturbed_network():
+    table = StepTable([], [], coef_x=[2.0, -0.5], coef_out=[-3.0, 0.25], alphas=[], noise_scales=[], sigmas=[])
+    # An error of 1 in each output, of the worst signs: 0.5 * 3 + 0.25; guidance at 2 weighs its halves by 2 and 1.
+    assert error_amplification(table, 1.0) == 1.75
+    assert error_amplification(table, 2.0) == pytest.approx(1.75 * 5**0.5)
+    assert error_amplification(StepTable([], [], [1.0], [0.1], [], [], []), 1.0) == 1.0
 
 
 def test_another_shape_never_passes():
