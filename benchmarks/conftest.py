@@ -250,3 +250,47 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in table if rows else []:
         terminalreporter.write_line("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)))
     terminalreporter.write_line("measured on: " + ", ".join(f"{key} {value}" for key, value in _measured_on().items()))
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline in Stable Diffusion 1.5's exact sizes, 1.07 billion parameters, with random weights: 4 GB on disk."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from d2f_fast import load_miniature
+
+    small = load_miniature()
+    small.tokenizer.model_max_length = 77  # its words are ids below 2000, which the large vocabulary has too
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        sample_size=512,
+    )
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=small.tokenizer,
+        unet=unet,
+        scheduler=small.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("sd15")
+    pipeline.save_pretrained(folder)
+    return folder

@@ -73,6 +73,7 @@ class Sample:
         prompts: one picture each.
         model: hub id, pipeline folder, .safetensors file, or "miniature", the embedded model.
         lora: folder or file of LoRA weights.
+        onnx: folder of export/to_onnx.py to draw with, by ONNX Runtime, in place of model and lora.
         num_inference_steps: network evaluations a picture; twice as many with midpoint and heun.
         guidance_scale: 1 is no guidance.
         negative_prompt: led away from.
@@ -91,6 +92,7 @@ class Sample:
     prompts: tuple[str, ...]
     model: str = MINIATURE
     lora: str | None = None
+    onnx: str | None = None
     num_inference_steps: int = 4
     guidance_scale: float = 3.0
     negative_prompt: str = ""
@@ -107,35 +109,13 @@ class Sample:
 
     def run(self) -> dict[str, Any]:
         """Draw, write the pictures, and return where they are."""
-        import torch
-
-        from d2f_fast.base_model import BaseModel
         from d2f_fast.checkpoint import atomic_path
-        from d2f_fast.lora import load_lora
         from d2f_fast.metrics import write_metrics
-        from d2f_fast.scheduler import Diff2FlowScheduler
 
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         started = time.monotonic()
-        model = _model(self.model)
-        pipe = BaseModel.load(model).pipeline if isinstance(model, str) else model
-        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, "shift": self.shift}
-        if self.prediction_type is not None:
-            options["prediction_type"] = self.prediction_type
-        pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
-        if self.lora is not None:
-            load_lora(pipe, self.lora)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        pictures = pipe(
-            list(self.prompts),
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=[self.negative_prompt] * len(self.prompts),
-            height=self.height,
-            width=self.width,
-            generator=torch.Generator().manual_seed(self.seed),
-        ).images
+        pictures = self._draw() if self.onnx is None else self._draw_with_onnx(self.onnx)
         output = Path(self.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         files = [str(output / f"{i:03d}.png") for i in range(len(pictures))]
@@ -146,6 +126,51 @@ class Sample:
         row = {"sampler": "flow", "method": self.method, "steps": self.num_inference_steps, "samples": len(files)}
         write_metrics(output, "d2f sample", self.seed, seconds, [row])
         return row | {"files": files, "output": str(output)}
+
+    def _draw(self) -> list[Any]:
+        """Pictures by diffusers."""
+        import torch
+
+        from d2f_fast.base_model import BaseModel
+        from d2f_fast.lora import load_lora
+        from d2f_fast.scheduler import Diff2FlowScheduler
+
+        model = _model(self.model)
+        pipe = BaseModel.load(model).pipeline if isinstance(model, str) else model
+        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, "shift": self.shift}
+        if self.prediction_type is not None:
+            options["prediction_type"] = self.prediction_type
+        pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
+        if self.lora is not None:
+            load_lora(pipe, self.lora)
+        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        return pipe(
+            list(self.prompts),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=[self.negative_prompt] * len(self.prompts),
+            height=self.height,
+            width=self.width,
+            generator=torch.Generator().manual_seed(self.seed),
+        ).images
+
+    def _draw_with_onnx(self, folder: str) -> list[Any]:
+        """Pictures by ONNX Runtime."""
+        from d2f_fast.export.inference import OnnxPipeline
+
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        for name in ("model", "lora", "prediction_type", "method", "flow_spacing", "shift"):
+            if getattr(self, name) != defaults[name]:
+                raise RefusedInputError(f"{name} was settled when {folder} was exported: leave it out, or export again")
+        return OnnxPipeline(folder)(
+            self.prompts,
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)

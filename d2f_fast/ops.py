@@ -1,8 +1,8 @@
 """The door to the kernels: align before the network, the loss after it, and the LoRA layers inside.
 
 On a GPU align and aligned_loss are each an op of Triton kernels, `kernels/align.py` and `kernels/velocity_loss.py`.
-Plain torch, the same formulas, serves what the kernels do not: other devices; gradients with respect to latents, noise, t or mask; float64;
-ranks other than 4; graphs for export.
+Plain torch, the same formulas, serves what the kernels do not: other devices; gradients with respect to latents, noise,
+t or mask; float64; ranks other than 4; graphs for export.
 """
 
 import math

@@ -1,6 +1,10 @@
-"""Export an aligned diffusers pipeline to ONNX graphs: `python export/to_onnx.py --help`."""
+"""Export a Stable Diffusion pipeline, aligned or not, to ONNX graphs: `python export/to_onnx.py --help`.
 
-import argparse
+Exit codes: 0 done, 1 a graph does not do what torch does, 2 refused input, 143 ended by SIGTERM.
+"""
+
+import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,19 +12,63 @@ from pathlib import Path
 if not __package__:  # run as `python export/to_onnx.py`: import the checkout, not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import tyro
+
 from d2f_fast import __version__
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export.options import ExportOptions
+
+PROGRAM = "to_onnx.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, and return the exit code: 2, for the export is refused until it is built."""
-    parser = argparse.ArgumentParser(
-        prog="to_onnx.py",
-        description="Export an aligned diffusers pipeline to ONNX graphs. ONNX export is not built yet.",
-    )
-    parser.add_argument("--version", action="version", version=f"d2f_fast {__version__}")
-    parser.parse_known_args(arguments)  # known: whatever options are typed, the answer below is the useful one
-    print(f"{parser.prog}: error: ONNX export is not built yet", file=sys.stderr)
-    return 2
+    """Run the command line; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        print(f"d2f_fast {__version__}")
+        return 0
+    try:
+        options = tyro.cli(ExportOptions, prog=PROGRAM, args=given, use_underscores=True)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            # An exception, so that the unfinished folder is removed.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        return _export(options)
+    except RefusedInputError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _export(options: ExportOptions) -> int:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+    from d2f_fast.export.folder import export_folder
+    from d2f_fast.export.verify import VerificationError, table_of
+
+    try:
+        report = export_folder(options)
+    except VerificationError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(report))
+        return 0
+    for adapter in report["adapters"]:
+        print(
+            "merged {file} at scale {scale}: {layers} layers, weights changed by {relative_change:.2%}".format(
+                **adapter
+            )
+        )
+    print(table_of(report["parity"]))
+    for name, found in report["tensorrt"].items():
+        verdict = f"yes, from {found['minimum_tensorrt']}" if found["ready"] else "; ".join(found["problems"][:3])
+        print(f"{name:32} TensorRT-ready: {verdict}")
+    print(options.output)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
-"""The export command, run as a user runs it."""
+"""The export command, run as a user runs it: exit codes, sentences, and nothing left behind."""
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import d2f_fast
+from d2f_fast.export import folder as folder_module
+from d2f_fast.export.to_onnx import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "export" / "to_onnx.py"
@@ -32,13 +41,169 @@ def test_the_checkout_is_what_runs_from_any_folder(tmp_path: Path) -> None:
     assert done.stdout == f"d2f_fast {d2f_fast.__version__}\n"
 
 
-def test_export_is_refused_in_one_line() -> None:
-    done = _run(str(SCRIPT), "--model", "folder", "--output", "graphs")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "to_onnx.py: error: ONNX export is not built yet\n")
-
-
 def test_help_needs_no_heavy_import() -> None:
     done = _run("-X", "importtime", str(SCRIPT), "--help")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "argparse" in imported
+    assert "tyro" in imported
     assert not {"torch", "onnx", "onnxruntime", "numpy", "diffusers"} & imported
+
+
+def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path):
+    done = _run(
+        str(SCRIPT), "--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "out" and lines[1].startswith("vae_encoder/model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    again = _run(
+        *(str(SCRIPT), "--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out"),
+        *("--verify_only", "--json"),
+        cwd=tmp_path,
+    )
+    assert again.returncode == 0, again.stderr
+    assert max(row["rms"] for row in json.loads(again.stdout)["parity"]) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--components", "unet,vea"], "components: vea unknown: choose of unet, text_encoder, vae_encoder"),
+        (["--components", "sampler"], "the sampler shares the weights of unet/: add unet to components"),
+        (["--components", "unet", "--unroll", "4"], "unroll is of the sampler: add it to components"),
+        (["--components", "unet,sampler", "--with_vae"], "with_vae needs vae_decoder: add it to components"),
+        (["--unroll", "51"], "unroll must be 0 to 50, got 51: each step is a copy of the network"),
+        (["--steps", "1,zero"], "steps must be numbers from 1 to 1000 separated by commas, got '1,zero'"),
+        (["--static", "512"], "static must be BATCHxHEIGHTxWIDTH in pixels, as 1x512x512, got '512'"),
+        (["--static", "1x32x18"], "width 18 is not a multiple of 4"),
+        (["--tolerance", "2"], "tolerance must be between 0 and 1, got 2.0"),
+        (["--verify_only", "--skip_verify"], "verify_only and skip_verify exclude each other"),
+        (["--verify_only"], "out holds no export: export.json is missing"),
+        (
+            ["--precision", "bf16"],
+            "bf16 graphs do not run on the ONNX Runtime CPU provider: use --precision fp16 or --skip_verify",
+        ),
+        (["--model", "model.ckpt"], "model.ckpt is a pickle, which can run code: convert it to safetensors first"),
+        (["--model", "empty"], "empty has no model_index.json: give the folder of a diffusers pipeline"),
+        (["--lora", "lora.bin"], "lora.bin is not safetensors, other formats can run code"),
+        (["--lora", "none.safetensors:0.5"], "none.safetensors: no such file; check the path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusal_is_one_line_and_leaves_nothing(
+    arguments: list[str], sentence: str, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(["--model", str(tiny_folder), "--output", "out", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("to_onnx.py: error: ") and printed.err.count("\n") == 1
+    assert sentence in printed.err and printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--presicion", "fp16"])
+    assert stop.value.code == 2
+
+
+def _refused(arguments, folder, capsys):
+    """The one line of a refused export, which left `folder` as it was."""
+    before = sorted(folder.rglob("*"))
+    assert main(arguments) == 2
+    assert sorted(folder.rglob("*")) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_folder_with_files_is_not_overwritten_unasked(tiny_folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    arguments = ["--model", str(tiny_folder), "--output", str(tmp_path / "out")]
+    assert _refused(arguments, tmp_path, capsys).endswith("is not empty: name another, or give --overwrite")
+    line = _refused([*arguments, "--overwrite"], tmp_path, capsys)
+    assert line.endswith("holds no export (export.json is missing): remove it yourself")
+
+
+def test_output_that_is_a_file_is_refused(tiny_folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    line = _refused(["--model", str(tiny_folder), "--output", str(tmp_path / "out")], tmp_path, capsys)
+    assert line.endswith("out is a file: name a folder")
+
+
+def test_lora_of_another_model_is_refused(tiny_folder, tmp_path, capsys):
+    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {f"{name}.lora_down.weight": torch.randn(4, 640), f"{name}.lora_up.weight": torch.randn(640, 4)},
+        tmp_path / "xl.safetensors",
+    )
+    arguments = ["--model", str(tiny_folder), "--output", str(tmp_path / "out"), "--lora", f"{tmp_path}/xl.safetensors"]
+    line = _refused(arguments, tmp_path, capsys)
+    assert f"0 of 1 layers match this model, not {name}: it is of another model (SDXL LoRA on SD1.5?)" in line
+
+
+def test_epsilon_at_zero_terminal_snr_is_refused(tiny_folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    config = json.loads((model / "scheduler/scheduler_config.json").read_text())
+    (model / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"rescale_betas_zero_snr": True}))
+    line = _refused(["--model", str(model), "--output", str(tmp_path / "out")], tmp_path, capsys)
+    assert "prediction_type 'epsilon' with zero terminal SNR" in line and "use a v-prediction model" in line
+
+
+@pytest.mark.parametrize("lacking", ["memory", "disk"])
+def test_too_little_memory_or_disk_is_refused(lacking, tiny_folder, tmp_path, monkeypatch, capsys):
+    if lacking == "memory":
+        monkeypatch.setattr(folder_module, "available_memory_bytes", lambda: 10**8)
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    line = _refused(["--model", str(tiny_folder), "--output", str(tmp_path / "out")], tmp_path, capsys)
+    assert "GB of free memory and 0.0 GB of disk, have " in line
+    assert line.endswith("make room, or export fewer components at a time")
+
+
+def test_operator_without_onnx_form_is_named_with_its_module(tiny_folder, tmp_path, monkeypatch, capsys):
+    with torch.library._scoped_library("d2f_test", "FRAGMENT") as library:
+        library.define("secret(Tensor x) -> Tensor")
+        library.impl("secret", lambda x: x * 2, "CompositeExplicitAutograd")
+
+        class Secret(torch.nn.Module):
+            def forward(self, x):
+                return torch.ops.d2f_test.secret(x)
+
+        components = folder_module.vae_components
+
+        def patched(vae):
+            vae.encoder.conv_act = Secret()
+            return components(vae)
+
+        monkeypatch.setattr(folder_module, "vae_components", patched)
+        arguments = ["--model", str(tiny_folder), "--components", "vae_encoder", "--output", str(tmp_path / "out")]
+        line = _refused(arguments, tmp_path, capsys)
+    assert "operator d2f_test::secret has no ONNX form (module vae.encoder.conv_act)" in line
+
+
+def test_wrong_graph_is_exit_code_1(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folder_module.verify, "relative_errors", lambda *_: (0.5, 0.5))
+    arguments = ["--model", str(tiny_folder), "--components", "vae_encoder", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "vae_encoder/model.onnx differs from torch by 5.0e-01" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_terminated_run_removes_what_it_began(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--output", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".tmp-*/*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list(tmp_path.glob(".tmp-*"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
+    assert list(tmp_path.iterdir()) == []

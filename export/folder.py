@@ -1,0 +1,427 @@
+"""Make the export folder: load, merge, trace, wrap, check, and only then rename it into place.
+
+output/                       not there, or a complete export that passed
+.tmp-PID-output/              being made; removed when the process ends, or by the next export after a kill
+.old-PID-output/              being replaced
+"""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import EulerDiscreteScheduler
+from torch import Tensor
+
+from d2f_fast.base_model import BaseModel
+from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.export import graphs, readiness, verify
+from d2f_fast.export.adapters import fuse_adapter
+from d2f_fast.export.options import MINIATURE, ExportOptions
+from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
+from d2f_fast.export.wrappers import Component, text_encoder_component, unet_component, vae_components
+
+REPORT = "export.json"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+# What tracing, conversion and ONNX Runtime take beside the weights.
+_WORKING_BYTES = 700 * 2**20
+_NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def export_folder(options: ExportOptions) -> dict[str, Any]:
+    """Export a model, or check an earlier export again; the report that `export.json` holds.
+
+    Raises:
+        RefusedInputError: the model, a LoRA or the output folder cannot be used.
+        VerificationError: a graph does not do what torch does; the output folder is as it was.
+    """
+    options.check()
+    output = Path(options.output)
+    if options.verify_only:
+        _check_manifest(output)
+    else:
+        _check_output(output, options.overwrite)
+    job = ExportJob(options)
+    if options.verify_only:
+        return job.verify_folder(output)
+    _check_resources(job.weight_bytes(), output)
+    with _temporary(output, options.keep_failed) as folder:
+        report = job.write(folder)
+        _into_place(folder, output)
+    return report
+
+
+class ExportJob:
+    """One model, loaded in float32 with its adapters merged, and what is to be made of it.
+
+    Args:
+        options: of the export.
+
+    Raises:
+        RefusedInputError: the model or an adapter cannot be used, or the options do not fit it.
+    """
+
+    def __init__(self, options: ExportOptions) -> None:
+        self.options = options
+        self.model = _load(options.model)
+        self.pipeline = self.model.pipeline
+        self.adapters = [fuse_adapter(self.pipeline, path, scale) for path, scale in options.adapters]
+        self.components = self._components()
+        unet = self.model.unet.config
+        self.guided = options.guidance
+        if "sampler" in options.component_names and unet.in_channels != unet.out_channels:
+            raise RefusedInputError(
+                f"the network takes {unet.in_channels} channels and gives {unet.out_channels} (depth or inpainting):"
+                " the sampler has no picture to condition on; leave sampler out of components"
+            )
+        self.tables = {steps: step_table(self.model.alignment, steps) for steps in options.step_counts}
+        self.sizes = self._static_sizes()
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of each graph's weights as they will be written."""
+        found = {}
+        for component in self.components.values():
+            size = DTYPES[self._precision(component.name)].itemsize
+            found[component.name] = size * sum(p.numel() for p in component.module.parameters())
+        return found
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Fill the folder with checked graphs and everything beside them, and return the report."""
+        options = self.options
+        cases = self._cases() if not options.skip_verify else {}
+        for component in self.components.values():
+            component.module.to(DTYPES[self._precision(component.name)])
+            place = folder / component.name
+            place.mkdir()
+            sizes = self.sizes.get(component.name)
+            converted = graphs.convert(component, options.opset_version, sizes)
+            graphs.save(converted, place / "model.onnx", external=component.name == "unet")
+            del converted
+            gc.collect()
+            component.config.save_pretrained(place) if hasattr(component.config, "save_pretrained") else (
+                place / "config.json"
+            ).write_text(_config_json(component))
+        for path, unroll in self._sampler_files(folder).items():
+            write_sampler(
+                path,
+                folder / "unet" / "model.onnx",
+                guidance=self.guided,
+                unroll=unroll,
+                vae=folder / "vae_decoder" / "model.onnx" if options.with_vae else None,
+                scaling=self.model.vae.config,
+            )
+        if "unet" in self.components:
+            write_tables(folder / "unet" / "steps.json", self.tables)
+        self._write_pipeline(folder)
+        # What torch had to say is in the cases: its weights would lie beside ONNX Runtime's copies of them.
+        for component in self.components.values():
+            component.module.to("meta")
+        gc.collect()
+        rows = self._compare(folder, cases)
+        verify.check_rows(rows, options.largest_error)
+        checked = {
+            str(path.relative_to(folder)): readiness.check_readiness(path) for path in sorted(folder.glob("*/*.onnx"))
+        }
+        unready = {name: found["problems"] for name, found in checked.items() if not found["ready"]}
+        if unready and options.target == "tensorrt":
+            name, problems = next(iter(unready.items()))
+            raise verify.VerificationError(f"{name} is not ready for TensorRT: {'; '.join(problems[:3])}")
+        report = self._report(folder, rows, checked)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return report
+
+    def verify_folder(self, folder: Path) -> dict[str, Any]:
+        """Compare the graphs of an earlier export with the model, and return its report with the new figures."""
+        made = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        rows = self._compare(folder, self._cases())
+        verify.check_rows(rows, self.options.largest_error)
+        return made | {"parity": rows}
+
+    def _components(self) -> dict[str, Component]:
+        pipeline, asked = self.pipeline, self.options.component_names
+        found = []
+        if "text_encoder" in asked:
+            for name in ("text_encoder", "text_encoder_2"):
+                encoder = getattr(pipeline, name, None)
+                if encoder is not None:
+                    found.append(text_encoder_component(encoder, name))
+        if "unet" in asked:
+            found.append(unet_component(pipeline.unet))
+        found += [component for component in vae_components(pipeline.vae) if component.name in asked]
+        return {component.name: component for component in found}
+
+    def _precision(self, name: str) -> str:
+        """Half precision overflows in the autoencoder, unless its configuration says that it does not."""
+        if name.startswith("vae") and self.model.vae.config.get("force_upcast", True):
+            return "fp32"
+        return self.options.precision
+
+    def _static_sizes(self) -> dict[str, dict[str, int]]:
+        """Fixed sizes of each component's inputs, where the export is static."""
+        static = self.options.static_sizes
+        if static is None:
+            return {}
+        batch, *sides = static
+        factor = self.model.downsampling
+        step = factor * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
+        for name, size in zip(("height", "width"), sides, strict=True):
+            if size < step or size % step:
+                raise RefusedInputError(f"{name} {size} is not a multiple of {step}")
+        height, width = sides
+        length = self.pipeline.tokenizer.model_max_length
+        latent = {"height": height // factor, "width": width // factor}
+        decoded = {f"latent_{name}": size for name, size in latent.items()}
+        return {
+            "unet": {"batch": batch * (2 if self.guided else 1), "sequence": length, **latent},
+            "text_encoder": {"batch": batch, "sequence": length},
+            "text_encoder_2": {"batch": batch, "sequence": length},
+            "vae_encoder": {"batch": batch, "height": height, "width": width},
+            "vae_decoder": {"batch": batch, **decoded},
+        }
+
+    def _sampler_files(self, folder: Path) -> dict[Path, int]:
+        """Sampler graphs, and the steps written out in each: 0 for the Loop."""
+        if "sampler" not in self.options.component_names:
+            return {}
+        files = {folder / "unet" / "sampler.onnx": 0}
+        if self.options.unroll:
+            files[folder / "unet" / f"sampler_{self.options.unroll}.onnx"] = self.options.unroll
+        return files
+
+    def _cases(self) -> dict[str, list[verify.Case]]:
+        """What torch makes of the inputs, in float32: before any module is cast."""
+        cases = {name: verify.component_cases(c, self.sizes.get(name)) for name, c in self.components.items()}
+        if "sampler" in self.options.component_names:
+            sizes = self.sizes.get("unet")
+            if sizes is not None and self.guided:
+                sizes = sizes | {"batch": sizes["batch"] // 2}
+            made = verify.sampler_cases(
+                self.components["unet"],
+                self.model.alignment,
+                self.tables,
+                self.guided,
+                self._decode if self.options.with_vae else None,
+                sizes,
+            )
+            cases["sampler"] = list(made.values())
+        return cases
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        config = self.model.vae.config
+        unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.model.vae.decode(unscaled).sample
+
+    def _compare(self, folder: Path, cases: dict[str, list[verify.Case]]) -> list[dict[str, Any]]:
+        rows = []
+        for name, found in cases.items():
+            if name != "sampler":
+                rows += verify.compare(folder / name / "model.onnx", found)
+                continue
+            for path, unroll in self._sampler_files(folder).items():
+                fitting = [case for case in found if unroll in (0, len(case.inputs["timesteps"]))]
+                rows += verify.compare(path, fitting)
+        return rows
+
+    def _write_pipeline(self, folder: Path) -> None:
+        """model_index.json, the scheduler and the tokenizers: what optimum and diffusers load beside the graphs."""
+        pipeline = self.pipeline
+        config = {**pipeline.scheduler.config, "timestep_spacing": "trailing"}
+        config.pop("_use_default_values", None)
+        scheduler = EulerDiscreteScheduler.from_config(config)
+        scheduler.save_pretrained(folder / "scheduler")
+        for name in ("tokenizer", "tokenizer_2"):
+            tokenizer = getattr(pipeline, name, None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder / name)
+        index: dict[str, Any] = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
+        for name, value in pipeline.config.items():
+            if not name.startswith("_"):
+                index[name] = [None, None] if name in _NOT_EXPORTED else value
+        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, default=list) + "\n", encoding="utf-8")
+
+    def _report(self, folder: Path, rows: list[dict[str, Any]], checked: dict[str, Any]) -> dict[str, Any]:
+        options, alignment = self.options, self.model.alignment
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {
+            "format": 1,
+            "model": Path(options.model).name,
+            "adapters": self.adapters,
+            "opset": options.opset_version,
+            "target": options.target,
+            "precision": {name: self._precision(name) for name in self.components},
+            "prediction_type": alignment.prediction_type,
+            "guidance": self.guided,
+            "with_vae": options.with_vae,
+            "unroll": options.unroll,
+            "static": options.static,
+            "verified": not options.skip_verify,
+            "tolerance": options.largest_error,
+            "parity": rows,
+            "tensorrt": checked,
+            "trtexec": self._trtexec(),
+            "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+            "files": {
+                path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in files
+            },
+        }
+
+    def _trtexec(self) -> list[str]:
+        """Engine commands for each component, at half, once and one and a half times the model's own size."""
+        factor, side = self.model.downsampling, self.model.unet.config.sample_size or 64
+        step = 2 ** (len(self.model.unet.config.block_out_channels) - 1)
+        sides = [max(step, round(side * share / step) * step) for share in (0.5, 1, 1.5)]
+        length = self.pipeline.tokenizer.model_max_length
+        lines = []
+        for component in self.components.values():
+            profiles = {}
+            for port in () if self.sizes else component.inputs:
+                if not any(isinstance(d, str) for d in port.dims):
+                    continue
+                shapes = []
+                for latent, pictures in zip(sides, (1, 1, 4), strict=True):
+                    pixels = latent * (factor if component.name == "vae_encoder" else 1)
+                    batch = pictures * (2 if component.name == "unet" and self.guided else 1)
+                    known = {"batch": batch, "sequence": length}
+                    shapes.append([d if isinstance(d, int) else known.get(d, pixels) for d in port.dims])
+                profiles[port.name] = shapes
+            lines.append(readiness.trtexec_line(f"{component.name}/model.onnx", profiles))
+        return lines
+
+
+def _load(model: str) -> BaseModel:
+    if model == MINIATURE:
+        from d2f_fast.miniature import load_miniature
+
+        found = BaseModel(load_miniature())
+    else:
+        found = BaseModel.load(model)
+    for name in ("vae", "tokenizer", "text_encoder"):
+        if getattr(found.pipeline, name, None) is None:
+            raise ModelError(f"{model} has no {name}: give a whole Stable Diffusion pipeline")
+    if getattr(found.vae.config, "latents_mean", None) is not None:
+        raise ModelError(f"{model}: latents_mean of its autoencoder has no place in the ONNX folder's layout")
+    return found
+
+
+def _config_json(component: Component) -> str:
+    config = {key: value for key, value in component.config.items() if key != "_use_default_values"}
+    config["_diffusers_version"] = diffusers.__version__
+    return json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise RefusedInputError(f"output folder {output} is not empty: name another, or give --overwrite")
+        if not (output / REPORT).is_file():
+            raise RefusedInputError(f"output folder {output} holds no export ({REPORT} is missing): remove it yourself")
+    elif output.exists() and not output.is_dir():
+        raise RefusedInputError(f"output {output} is a file: name a folder")
+
+
+def _check_manifest(folder: Path) -> None:
+    """Refuse a folder whose files are not those that its report lists."""
+    if not (folder / REPORT).is_file():
+        raise RefusedInputError(f"{folder} holds no export: {REPORT} is missing")
+    try:
+        files = dict(json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefusedInputError(f"{folder / REPORT} is no report of an export: export again") from error
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            raise RefusedInputError(f"{path} is missing or not what was exported: export again")
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _check_resources(weights: dict[str, int], output: Path) -> None:
+    """Refuse early what would run out of memory (the model is loaded already) or of disk."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    # ONNX Runtime holds one graph at a time, and packs a copy of its weights.
+    memory, disk = 2 * max(weights.values(), default=0) + _WORKING_BYTES, int(1.1 * sum(weights.values())) + 2**20
+    free_memory, free_disk = available_memory_bytes(), shutil.disk_usage(parent).free
+    if disk > free_disk or (free_memory is not None and memory > free_memory):
+        have = "?" if free_memory is None else f"{free_memory / 1e9:.1f}"
+        raise RefusedInputError(
+            f"need {memory / 1e9:.1f} GB of free memory and {disk / 1e9:.1f} GB of disk, have {have} and"
+            f" {free_disk / 1e9:.1f}: make room, or export fewer components at a time"
+        )
+
+
+@contextmanager
+def _temporary(output: Path, keep_failed: bool) -> Iterator[Path]:
+    """A new hidden folder beside the output; however the block ends, it is gone afterwards or is the output."""
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for stale in parent.glob(f".tmp-*-{output.name}"):
+        pid = stale.name.split("-")[1]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(stale, ignore_errors=True)
+    folder = parent / f".tmp-{os.getpid()}-{output.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    except verify.VerificationError as error:
+        if not keep_failed:
+            raise
+        kept = parent / f"{output.name}-failed"
+        shutil.rmtree(kept, ignore_errors=True)
+        folder.rename(kept)
+        raise verify.VerificationError(f"{error}; the graphs are in {kept}") from error
+    except OSError as error:
+        raise RefusedInputError(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _into_place(folder: Path, output: Path) -> None:
+    """Rename a finished folder; an export that it replaces goes only when it stands."""
+    old = output.absolute().with_name(f".old-{os.getpid()}-{output.name}")
+    if output.exists():
+        output.rename(old)
+    folder.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        return None

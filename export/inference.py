@@ -1,0 +1,274 @@
+"""Draw pictures with an export folder: onnxruntime, numpy, tokenizers and Pillow, and no torch.
+
+pipeline = OnnxPipeline("d2f-onnx")
+pictures = pipeline(["an owl on a blue background"], steps=4, guidance_scale=3.0)
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+from tokenizers import Tokenizer
+
+from d2f_fast.errors import RefusedInputError
+
+Array = np.ndarray[Any, Any]
+Form = Literal["loop", "folder", "unrolled"]
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class OnnxPipeline:
+    """A text-to-image pipeline of exported graphs.
+
+    Args:
+        folder: that `export/to_onnx.py` made.
+        form: "loop" runs unet/sampler.onnx; "folder" one network evaluation at a time, from unet/model.onnx;
+            "unrolled" the sampler that `--unroll` wrote, for its own number of steps.
+        providers: of ONNX Runtime; None for CUDA where there is a GPU, then the CPU. TensorRT builds engines for
+            minutes at its first use, so it is never chosen unasked.
+        threads: of the CPU provider; 0 for all cores.
+
+    Raises:
+        RefusedInputError: the folder is no export, or lacks a graph that the form needs.
+    """
+
+    def __init__(
+        self, folder: str | Path, form: Form = "loop", providers: Sequence[str] | None = None, threads: int = 0
+    ) -> None:
+        self.folder, self.form = Path(folder), form
+        if not (self.folder / "export.json").is_file():
+            raise RefusedInputError(f"{self.folder} is no export folder: export.json is missing")
+        self.report = self._json("export.json")
+        self.tables = {int(steps): table for steps, table in self._json("unet/steps.json").items()}
+        self._providers = list(providers or default_providers())
+        self._threads = threads
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._unet_config, self._vae_config = self._json("unet/config.json"), self._json("vae_decoder/config.json")
+        self._index = self._json("model_index.json")
+        names = [name for name in ("tokenizer", "tokenizer_2") if (self.folder / name).is_dir()]
+        self._tokenizers = {name: self._tokenizer(name) for name in names}
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether the network takes SDXL's pooled text and sizes."""
+        return bool(self._unet_config.get("addition_embed_type") == "text_time")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a latent, along each side."""
+        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        steps: int = 4,
+        guidance_scale: float = 3.0,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        noise: Array | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.8,
+    ) -> list[Image.Image]:
+        """Draw one picture a prompt.
+
+        Args:
+            prompts: texts.
+            steps: network evaluations; a number that the export has a table for.
+            guidance_scale: 1 is no guidance; an export without guidance takes no other.
+            negative_prompt: led away from.
+            height, width: pixels; None for the model's own size, or the export's where that is fixed.
+            seed: of the noise.
+            noise: [B, C, H / f, W / f] float32 standard normal in place of the seed's.
+            image: to start from; its share of the steps, 1 - strength, is left out.
+            strength: 0 < strength <= 1, of the change.
+
+        Raises:
+            RefusedInputError: a size, a number of steps or a strength that the export cannot serve.
+        """
+        table = self._table(steps)
+        height, width = self._size(height, width)
+        latents = self._noise((len(prompts), height, width), seed, noise)
+        first_step = 0
+        if image is not None:
+            if not 0 < strength <= 1:
+                raise RefusedInputError(f"strength must be above 0 and at most 1, got {strength}")
+            first_step = steps - max(1, round(steps * strength))
+            encoded = self.encode_image(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+            latents = table["alphas"][first_step] * encoded + table["noise_scales"][first_step] * latents
+        condition = self.encode_prompts(prompts, height, width)
+        negative = self.encode_prompts([negative_prompt] * len(prompts), height, width, negative=True)
+        if self.form == "folder":
+            latents = self._loop(latents.astype(np.float32), condition, negative, guidance_scale, table, first_step)
+            return self.decode(latents)
+        if not self.report["guidance"] and guidance_scale != 1:
+            raise RefusedInputError(
+                f"this sampler was exported without guidance: guidance_scale must be 1, got {guidance_scale}"
+            )
+        feed = {"latents": latents.astype(np.float32), **condition}
+        feed |= {name: np.asarray(table[name][first_step:], np.float32) for name in ("timesteps", "coef_x", "coef_out")}
+        if self.report["guidance"]:
+            feed |= {f"negative_{name}": value for name, value in negative.items()}
+            feed["guidance_scale"] = np.asarray(guidance_scale, np.float32)
+        graph = "unet/sampler.onnx"
+        if self.form == "unrolled":
+            graph = f"unet/sampler_{self.report['unroll']}.onnx"
+            if steps - first_step != self.report["unroll"]:
+                raise RefusedInputError(f"{graph} takes {self.report['unroll']} steps, got {steps - first_step}")
+        (result,) = self._run(graph, feed)
+        return _pictures(result) if self.report["with_vae"] else self.decode(result)
+
+    def encode_prompts(
+        self, prompts: Sequence[str], height: int, width: int, negative: bool = False
+    ) -> dict[str, Array]:
+        """Condition of the network: encoder_hidden_states [B, L, D], for SDXL also text_embeds and time_ids."""
+        if not self.is_xl:
+            return {"encoder_hidden_states": self._encode("text_encoder", "tokenizer", prompts)["last_hidden_state"]}
+        states = []
+        for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+            if encoder == "text_encoder" and not (self.folder / encoder).is_dir():
+                continue  # the refiner has the second only
+            encoded = self._encode(encoder, tokenizer, prompts)
+            last = max(int(name.rpartition(".")[2]) for name in encoded if name.startswith("hidden_states."))
+            states.append(encoded[f"hidden_states.{last - 1}"])
+        context, pooled = np.concatenate(states, -1), encoded["text_embeds"]
+        if negative and self._index.get("force_zeros_for_empty_prompt") and not any(prompts):
+            context, pooled = np.zeros_like(context), np.zeros_like(pooled)
+        time_ids = np.tile(np.asarray([height, width, 0, 0, height, width], np.float32), (len(prompts), 1))
+        return {"encoder_hidden_states": context, "text_embeds": pooled, "time_ids": time_ids}
+
+    def encode_image(self, image: Image.Image) -> Array:
+        """Scaled latents of a picture, [1, C, H / f, W / f]: the posterior's mean."""
+        pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+        (parameters,) = self._run("vae_encoder/model.onnx", {"sample": pixels})
+        mean = np.split(parameters, 2, axis=1)[0]
+        return (mean - self._shift()) * np.float32(self._vae_config["scaling_factor"])
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Pictures of scaled latents."""
+        unscaled = (latents / self._vae_config["scaling_factor"] + self._shift()).astype(np.float32)
+        (decoded,) = self._run("vae_decoder/model.onnx", {"latent_sample": unscaled})
+        return _pictures(decoded / 2 + 0.5)
+
+    def _loop(
+        self,
+        state: Array,
+        condition: dict[str, Array],
+        negative: dict[str, Array],
+        guidance_scale: float,
+        table: dict[str, list[float]],
+        first_step: int,
+    ) -> Array:
+        """The steps one by one; the condition stays on the device."""
+        session = self._session("unet/model.onnx")
+        guided = guidance_scale != 1
+        binding = session.io_binding()
+        device = "cuda" if session.get_providers()[0] != "CPUExecutionProvider" else "cpu"
+        for name, value in condition.items():
+            held = np.concatenate([negative[name], value]) if guided else value
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(held, device, 0))
+        for k in range(first_step, len(table["timesteps"])):
+            binding.bind_cpu_input("sample", np.concatenate([state, state]) if guided else state)
+            binding.bind_cpu_input("timestep", np.asarray(table["timesteps"][k], np.float32))
+            binding.bind_output("out_sample", "cpu")
+            session.run_with_iobinding(binding)
+            (output,) = binding.copy_outputs_to_cpu()
+            if guided:
+                uncond, cond = np.split(output, 2)
+                output = uncond + np.float32(guidance_scale) * (cond - uncond)
+            state = np.float32(table["coef_x"][k]) * state + np.float32(table["coef_out"][k]) * output
+        return state
+
+    def _encode(self, encoder: str, tokenizer: str, prompts: Sequence[str]) -> dict[str, Array]:
+        encoded = self._tokenizers[tokenizer].encode_batch(list(prompts))
+        ids = np.asarray([entry.ids for entry in encoded], np.int64)
+        session = self._session(f"{encoder}/model.onnx")
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(None, {"input_ids": ids}), strict=True))
+
+    def _tokenizer(self, name: str) -> Tokenizer:
+        tokenizer = Tokenizer.from_file(str(self.folder / name / "tokenizer.json"))
+        config = self._json(f"{name}/tokenizer_config.json")
+        encoder = self._json(f"{name.replace('tokenizer', 'text_encoder')}/config.json")
+        length = min(config.get("model_max_length") or 77, encoder.get("max_position_embeddings", 77))
+        padding = config.get("pad_token") or config["eos_token"]
+        padding = padding["content"] if isinstance(padding, dict) else padding
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(padding), pad_token=padding)
+        return tokenizer
+
+    def _table(self, steps: int) -> dict[str, list[float]]:
+        if steps not in self.tables:
+            known = ", ".join(map(str, sorted(self.tables)))
+            raise RefusedInputError(f"steps must be one of {known}, got {steps}: export with --steps for others")
+        return dict(self.tables[steps])
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        own = (self._unet_config.get("sample_size") or 64) * self.downsampling
+        fixed = self.report["static"]
+        sizes = [int(size) for size in fixed.split("x")[1:]] if fixed else [own, own]
+        chosen = (height or sizes[0], width or sizes[1])
+        step = self.downsampling * 2 ** (len(self._unet_config["block_out_channels"]) - 1)
+        for name, size in zip(("height", "width"), chosen, strict=True):
+            if size < step or size % step:
+                raise RefusedInputError(f"{name} {size} is not a multiple of {step}")
+        if fixed and chosen != tuple(sizes):
+            raise RefusedInputError(f"the graphs were exported for {fixed} (--static), got {chosen[0]}x{chosen[1]}")
+        return chosen
+
+    def _noise(self, sizes: tuple[int, int, int], seed: int, noise: Array | None) -> Array:
+        pictures, height, width = sizes
+        channels, factor = self._unet_config["out_channels"], self.downsampling
+        shape = (pictures, channels, height // factor, width // factor)
+        if noise is None:
+            return np.random.default_rng(seed).standard_normal(shape, np.float32)
+        if noise.shape != shape:
+            raise RefusedInputError(f"noise must be of shape {list(shape)}, got {list(noise.shape)}")
+        return noise.astype(np.float32)
+
+    def _shift(self) -> float:
+        return float(self._vae_config.get("shift_factor") or 0.0)
+
+    def _run(self, graph: str, feed: dict[str, Array]) -> list[Array]:
+        return list(self._session(graph).run(None, feed))
+
+    def _session(self, graph: str) -> onnxruntime.InferenceSession:
+        """The graph's session, opened at its first use."""
+        if graph not in self._sessions:
+            path = self.folder / graph
+            if not path.is_file():
+                raise RefusedInputError(f"{path} is missing: export that component too")
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = self._threads
+            self._sessions[graph] = onnxruntime.InferenceSession(path, options, providers=self._providers)
+        return self._sessions[graph]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RefusedInputError(f"{path} cannot be read: export that component too") from error
+
+
+def default_providers() -> list[str]:
+    """CUDA where this onnxruntime has it and there is a driver, then the CPU."""
+    providers = ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _NVIDIA_DRIVER.exists():
+        onnxruntime.preload_dlls()
+        providers.insert(0, "CUDAExecutionProvider")
+    return providers
+
+
+def _pictures(images: Array) -> list[Image.Image]:
+    """Pictures of [B, 3, H, W] in [0, 1]."""
+    pixels = (np.clip(images, 0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return [Image.fromarray(picture) for picture in pixels]

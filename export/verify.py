@@ -1,0 +1,232 @@
+"""Check exported graphs: ONNX Runtime against torch, at sizes and times that the tracer never saw."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from d2f_fast.alignment import Alignment
+from d2f_fast.export.sampler_graph import StepTable
+from d2f_fast.export.wrappers import Component, check_sizes
+from d2f_fast.sampler import Velocity, sample_flow, unet_velocity
+
+GUIDANCE_SCALE = 1.5
+# One whole, one between two training times, the last.
+TIMESTEPS = (673.16, 21.0, 999.0)
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+class VerificationError(RuntimeError):
+    """A graph that does not do what torch does. The command line exits with 1."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a graph, and what torch makes of them in float32.
+
+    Args:
+        inputs, outputs: by name.
+        amplification: how many times larger than the network's own error that of the outputs may be.
+    """
+
+    inputs: Arrays
+    outputs: Arrays
+    amplification: float = 1.0
+
+
+@torch.no_grad()
+def component_cases(component: Component, sizes: dict[str, int] | None = None) -> list[Case]:
+    """Cases of a component at three sizes (or at the one fixed size), with fractional times among them."""
+    cases = []
+    for i, at in enumerate([sizes] * len(TIMESTEPS) if sizes else check_sizes(component)):
+        inputs = component.make_inputs(at, seed=i + 1)
+        if "timestep" in inputs:
+            inputs["timestep"] = torch.tensor(TIMESTEPS[i])
+        found = component.module(*inputs.values())
+        found = found if isinstance(found, tuple) else (found,)
+        outputs = {port.name: value for port, value in zip(component.outputs, found, strict=True)}
+        cases.append(Case(_arrays(inputs), _arrays(outputs)))
+    return cases
+
+
+@torch.no_grad()
+def sampler_cases(
+    component: Component,
+    alignment: Alignment,
+    tables: Mapping[int, StepTable],
+    guidance: bool,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    sizes: dict[str, int] | None = None,
+) -> dict[int, Case]:
+    """A case of the sampler for each number of steps: the flow integrated by `sample_flow`, in x_t and flow time.
+
+    Args:
+        component: the UNet's, in float32.
+        alignment: how its output is read.
+        tables: by number of steps.
+        guidance: whether the sampler guides.
+        decode: pictures of latents, where the sampler decodes.
+        sizes: of the network's inputs for a static export; its batch is the sampler's own.
+    """
+    cases: dict[int, Case] = {}
+    free = check_sizes(component)
+    for i, (steps, table) in enumerate(sorted(tables.items(), reverse=True)):
+        # The most steps go with the smallest batch.
+        given = component.make_inputs(sizes or free[i % len(free)], seed=100 + i)
+        negative = component.make_inputs(sizes or free[i % len(free)], seed=200 + i)
+        latents = torch.randn(
+            len(given["sample"]),
+            component.outputs[0].dims[1],  # type: ignore[arg-type]
+            *given["sample"].shape[2:],
+            generator=torch.Generator().manual_seed(300 + i),
+        )
+        context = given["encoder_hidden_states"]
+        extra: dict[str, Tensor] = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+        inputs = {"latents": latents, "encoder_hidden_states": context, **extra}
+        if guidance:
+            inputs["negative_encoder_hidden_states"] = negative["encoder_hidden_states"]
+            inputs |= {f"negative_{name}": negative[name] for name in extra}
+            inputs["guidance_scale"] = torch.tensor(GUIDANCE_SCALE)
+        added: dict[str, Tensor] = {
+            name: torch.cat([negative[name], value]) if guidance else value for name, value in extra.items()
+        }
+        velocity = unet_velocity(
+            component.module.unet,
+            alignment,
+            context,
+            negative["encoder_hidden_states"],
+            GUIDANCE_SCALE if guidance else 1.0,
+            added or None,
+        )
+
+        # In float64 times, as the tables are: float32 finds a time between two of the table's to three digits only.
+        def exactly_timed(x_t: Tensor, t: Tensor, velocity: Velocity = velocity) -> Tensor:
+            return velocity(x_t, t.double())
+
+        # At both ends of the flow the two states are one: n(0) = n(1) = 1.
+        final = sample_flow(exactly_timed, latents, times=alignment.times(steps))
+        assert isinstance(final, Tensor)
+        outputs = {"out_latents": final} if decode is None else {"image": (decode(final) / 2 + 0.5).clamp(0, 1)}
+        amplification = error_amplification(table, GUIDANCE_SCALE if guidance else 1.0)
+        cases[steps] = Case(_arrays(inputs) | table.feed(), _arrays(outputs), amplification)
+    return cases
+
+
+def error_amplification(table: StepTable, guidance_scale: float) -> float:
+    """Factor from a relative error of every network evaluation to that of the final latents, at least 1.
+
+        sum_k |B_k| prod_{j > k} |A_j| * sqrt(g² + (g - 1)²)
+
+    In the first step alone ε-prediction divides by alpha, 0.07 in Stable Diffusion: one step from pure noise multiplies
+    the rounding of any network by 15. How a network answers a changed state is left out.
+    """
+    total = 0.0
+    for a, b in zip(table.coef_x, table.coef_out, strict=True):
+        total = abs(a) * total + abs(b)
+    return max(1.0, total * math.hypot(guidance_scale, guidance_scale - 1))
+
+
+def check_structure(path: Path) -> None:
+    """Check a graph by its path, as files above 2 GiB need it.
+
+    Raises:
+        VerificationError: the file is no valid model.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise VerificationError(f"{path.name} is no valid ONNX model: {str(error).splitlines()[0]}") from error
+
+
+def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Session on the CPU, which every machine has."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        raise VerificationError(
+            f"{path.parent.name}/{path.name} does not load: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def compare(path: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Run a graph on its cases; a row for each, with the worst output's relative RMS and largest error.
+
+    Raises:
+        VerificationError: the graph does not load, or lacks an input or output.
+    """
+    check_structure(path)
+    session = open_session(path)
+    names = [value.name for value in session.get_outputs()]
+    taken = {value.name for value in session.get_inputs()}
+    rows = []
+    for case in cases:
+        if taken != set(case.inputs) or set(names) != set(case.outputs):
+            raise VerificationError(
+                f"{path.parent.name}/{path.name} has inputs {sorted(taken)} and outputs {names}, expected"
+                f" {sorted(case.inputs)} and {sorted(case.outputs)}"
+            )
+        got = dict(zip(names, session.run(None, case.inputs), strict=True))
+        errors = [relative_errors(got[name], want) for name, want in case.outputs.items()]
+        rows.append(
+            {
+                "graph": f"{path.parent.name}/{path.name}",
+                "sizes": {name: list(value.shape) for name, value in case.inputs.items() if value.ndim > 1},
+                "rms": max(rms for rms, _ in errors),
+                "max": max(largest for _, largest in errors),
+                "amplification": case.amplification,
+            }
+        )
+        if "timestep" in case.inputs:
+            rows[-1]["timestep"] = float(case.inputs["timestep"])
+        if "timesteps" in case.inputs:
+            rows[-1]["steps"] = len(case.inputs["timesteps"])
+    return rows
+
+
+def relative_errors(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Relative RMS error, and largest error over the RMS of `want`; infinite where a value is not finite."""
+    if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
+        return math.inf, math.inf
+    difference = got.astype(np.float64) - want.astype(np.float64)
+    scale = max(float(np.sqrt(np.mean(want.astype(np.float64) ** 2))), 1e-30)
+    return float(np.sqrt(np.mean(difference**2))) / scale, float(np.abs(difference).max()) / scale
+
+
+def check_rows(rows: Sequence[Mapping[str, Any]], tolerance: float) -> None:
+    """Refuse rows above the tolerance times their amplification.
+
+    Raises:
+        VerificationError: names the worst graph, its error and the tolerance.
+    """
+    worst = max(rows, key=lambda row: row["rms"] / row["amplification"], default=None)
+    if worst is not None and not worst["rms"] <= tolerance * worst["amplification"]:
+        raise VerificationError(
+            f"{worst['graph']} differs from torch by {worst['rms']:.1e} (relative RMS at {worst['sizes']}), allowed is"
+            f" {tolerance * worst['amplification']:.1e}: the export is not usable; see --tolerance and --precision"
+        )
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as text, one a line."""
+    lines = [f"{'graph':32} {'time or steps':>13} {'rms':>9} {'max':>9}"]
+    for row in rows:
+        when = f"t={row['timestep']:.2f}" if "timestep" in row else f"{row['steps']} steps" if "steps" in row else ""
+        lines.append(f"{row['graph']:32} {when:>13} {row['rms']:9.1e} {row['max']:9.1e}")
+    return "\n".join(lines)
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}

@@ -1,0 +1,178 @@
+"""LoRA files merged into the weights, against peft's own adapters."""
+
+import re
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.export.adapters import fuse_adapter, sgm_name
+from d2f_fast.export.verify import relative_errors
+from d2f_fast.lora import inject_lora, lora_layers, save_lora
+
+SCALE = 0.7
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_folder, tmp_path_factory):
+    """A UNet with peft's LoRA on every kind of layer, alpha = 2 r; and its peft and kohya files."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    torch.manual_seed(5)
+    inject_lora(pipeline.unet, 3, alpha=6, conv_rank=2, first_last_layers=True)
+    with torch.no_grad():
+        for name, parameter in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("adapter")
+    peft = save_lora(pipeline.unet, folder)
+    kohya = {}
+    for name, layer in lora_layers(pipeline.unet).items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        kohya[f"{key}.lora_down.weight"] = layer.lora_A["default"].weight.detach().clone()
+        kohya[f"{key}.lora_up.weight"] = layer.lora_B["default"].weight.detach().clone()
+        kohya[f"{key}.alpha"] = torch.tensor(layer.scaling["default"] * layer.r["default"])
+    save_file(kohya, folder / "kohya.safetensors")
+    for layer in lora_layers(pipeline.unet).values():
+        layer.scale_layer(SCALE)
+    return pipeline.unet.eval(), {"peft": peft.parent, "kohya": folder / "kohya.safetensors"}
+
+
+def _inputs():
+    return torch.randn(2, 4, 8, 8), torch.tensor(673.16), torch.randn(2, 8, 16)
+
+
+@pytest.mark.parametrize("kind", ["peft", "kohya"])
+def test_merged_weights_equal_the_active_adapter(kind, adapted, tiny_folder):
+    unet, files = adapted
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    given = _inputs()
+    with torch.no_grad():
+        base = pipeline.unet(*given).sample
+        done = fuse_adapter(pipeline, files[kind], SCALE)
+        got, want = pipeline.unet(*given).sample, unet(*given).sample
+    assert relative_errors(got.numpy(), want.numpy())[0] <= 5e-6
+    assert relative_errors(base.numpy(), want.numpy())[0] > 0.05
+    assert done["layers"] == len(lora_layers(unet)) and done["scale"] == SCALE
+    assert done["change"] > 0 and done["relative_change"] > 0
+
+
+def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_unet):
+    unet, files = adapted
+    folder, report = exported_unet(lora=(f"{files['kohya']}:{SCALE}",))
+    sample, timestep, context = _inputs()
+    feed = {"sample": sample.numpy(), "timestep": timestep.numpy(), "encoder_hidden_states": context.numpy()}
+    (got,) = onnxruntime.InferenceSession(folder / "unet/model.onnx").run(None, feed)
+    with torch.no_grad():
+        want = unet(sample, timestep, context).sample.numpy()
+    assert relative_errors(got, want)[0] <= 5e-6
+    models = [onnx.load(f / "unet/model.onnx", load_external_data=False).graph for f in (folder, exported[0])]
+    assert len(models[0].node) == len(models[1].node)
+    assert not [tensor.name for tensor in models[0].initializer if "lora" in tensor.name]
+    assert [(entry["file"], entry["scale"]) for entry in report["adapters"]] == [("kohya.safetensors", SCALE)]
+
+
+def test_two_adapters_add_up(adapted, tiny_folder):
+    unet, files = adapted
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    for kind, scale in (("peft", 0.3), ("kohya", 0.4)):
+        fuse_adapter(pipeline, files[kind], scale)
+    given = _inputs()
+    with torch.no_grad():
+        assert relative_errors(pipeline.unet(*given).sample.numpy(), unet(*given).sample.numpy())[0] <= 5e-6
+
+
+@pytest.mark.parametrize("spelling", ["text_encoder.text_model.", "text_encoder.", "lora_te_text_model_", "lora_te1_"])
+def test_text_encoder_layers_are_merged_by_each_name(spelling, tiny_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    weights = {name: module.weight for name, module in pipeline.text_encoder.named_modules() if "q_proj" in name}
+    ((name, weight),) = weights.items()
+    before = weight.clone()
+    a, b = torch.randn(2, 16), torch.randn(16, 2)
+    bare = name.removeprefix("text_model.")
+    if spelling.startswith("lora_"):
+        key = spelling + bare.replace(".", "_")
+        tensors = {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(1.0)}
+    else:
+        tensors = {f"{spelling}{bare}.lora_A.weight": a, f"{spelling}{bare}.lora_B.weight": b / 2}
+    save_file(tensors, tmp_path / "te.safetensors")
+    fuse_adapter(pipeline, tmp_path / "te.safetensors", 2.0)
+    torch.testing.assert_close(weight, before + b @ a)
+
+
+def test_header_of_a_peft_file_gives_the_scale(adapted, tiny_folder, tmp_path):
+    key, module = "unet.mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_in"
+    a, b = torch.randn(2, 16, 1, 1), torch.randn(16, 2, 1, 1)
+    header = '{"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"attentions.0.proj_in": 8}}'
+    save_file(
+        {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b},
+        tmp_path / "peft.safetensors",
+        {"lora_adapter_metadata": header},
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    weight = pipeline.unet.get_submodule(module).weight
+    before = weight.clone()
+    fuse_adapter(pipeline, tmp_path / "peft.safetensors", 1.0)
+    torch.testing.assert_close(weight, before + (4 * b.flatten(1) @ a.flatten(1)).reshape(weight.shape))
+
+
+def test_sgm_names_are_those_that_diffusers_maps_back():
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16, 16),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        transformer_layers_per_block=(1, 1, 2),
+    )
+    layers = {name: m for name, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    kohya, marks = {}, {}
+    for i, (name, layer) in enumerate(layers.items()):
+        key = f"lora_unet_{sgm_name(name, unet)}"
+        kernel = (1, 1) if layer.weight.ndim == 4 else ()
+        kohya[f"{key}.lora_down.weight"] = torch.full((1, *layer.weight.shape[1:]), float(i))
+        kohya[f"{key}.lora_up.weight"] = torch.ones(layer.weight.shape[0], 1, *kernel)
+        kohya[f"{key}.alpha"] = torch.tensor(1.0)
+        marks[name] = float(i)
+    mapped, _ = StableDiffusionXLPipeline.lora_state_dict(kohya, unet_config=unet.config)
+    found = {re.sub(r"^unet\.|\.lora\.down\.weight|\.lora_A\.weight", "", key): value for key, value in mapped.items()}
+    found = {
+        name.replace(".processor", "").replace("to_out_lora", "to_out.0_lora").replace("_lora.down.weight", ""): value
+        for name, value in found.items()
+    }
+    missed = [name for name in layers if name not in found or found[name].flatten()[0].item() != marks[name]]
+    assert missed == []
+
+
+def _file(tmp_path, tensors):
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+def test_refusals_name_the_file_and_change_nothing(adapted, tiny_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    before = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
+    good = load_file(adapted[1]["kohya"])
+    up = next(key for key in good if key.endswith("lora_up.weight"))
+    down = up.replace("lora_up", "lora_down")
+    cases = {
+        "is no LoRA weight: only peft and kohya LoRA files merge": good
+        | {"lora_unet_conv_in.hada_w1_a": torch.ones(2)},
+        "layers match this model, not lora_unet_nowhere": good | {"lora_unet_nowhere.lora_up.weight": torch.ones(2, 2)},
+        "lacks one of its two matrices": {key: value for key, value in good.items() if key != up},
+        "which does not fit this model's": good | {up: torch.ones(7, good[down].shape[0])},
+        "changes nothing": {key: value * 0 for key, value in good.items()},
+        "holds NaN or infinity": good | {up: good[up] * float("nan")},
+    }
+    for sentence, tensors in cases.items():
+        with pytest.raises(ModelError, match=f"x.safetensors.*{sentence}"):
+            fuse_adapter(pipeline, _file(tmp_path, tensors), 1.0)
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x02 pickled")
+    with pytest.raises(RefusedInputError, match="a pickle, which can run code"):
+        fuse_adapter(pipeline, tmp_path / "x.safetensors", 1.0)
+    assert all(torch.equal(value, before[key]) for key, value in pipeline.unet.state_dict().items())

@@ -1,0 +1,273 @@
+"""The export folder: its layout, its report, and what never leaves anything behind."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
+
+from d2f_fast import Diff2FlowScheduler
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export import folder as folder_module
+from d2f_fast.export import verify
+from d2f_fast.export.folder import export_folder
+from d2f_fast.export.inference import OnnxPipeline
+from d2f_fast.export.options import ExportOptions
+
+
+@pytest.fixture
+def tiny_xl(tiny_folder):
+    """A pipeline of SDXL's classes: two text encoders, pooled text and sizes beside the time."""
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    text = base.text_encoder.config.to_dict() | {"projection_dim": 12}
+    config = dict(base.unet.config) | {
+        "cross_attention_dim": 32,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 12 + 6 * 4,
+        "use_linear_projection": True,
+    }
+    return StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=UNet2DConditionModel.from_config(config),
+        scheduler=base.scheduler,
+        add_watermarker=False,
+    )
+
+
+def test_folder_has_the_layout_that_optimum_loads(exported):
+    folder, _ = exported
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    components = ("unet", "text_encoder", "vae_encoder", "vae_decoder")
+    expected = {f"{name}/{file}" for name in components for file in ("model.onnx", "config.json")}
+    expected |= {"model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "export.json"}
+    expected |= {"tokenizer/tokenizer_config.json", "unet/model.onnx.data", "unet/sampler.onnx", "unet/sampler_2.onnx"}
+    assert files == expected | {"unet/steps.json"}
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["vae"] == ["diffusers", "AutoencoderKL"] and index["safety_checker"] == [None, None]
+
+
+def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, tiny_folder):
+    folder, _ = exported
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    source = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    assert torch.equal(scheduler.alphas_cumprod, source.scheduler.alphas_cumprod)
+    assert scheduler.config.prediction_type == "epsilon"
+    assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ab c").input_ids == source.tokenizer("ab c").input_ids
+
+
+def test_report_lists_every_file_and_its_hash(exported):
+    folder, report = exported
+    assert report == json.loads((folder / "export.json").read_text())
+    for name, entry in report["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
+    listed = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {"export.json"}
+    assert listed == set(report["files"])
+
+
+def test_every_component_is_equal_to_torch_at_sizes_that_were_not_traced(exported):
+    _, report = exported
+    rows = report["parity"]
+    graphs = {row["graph"] for row in rows}
+    assert graphs == {f"{name}/model.onnx" for name in ("unet", "text_encoder", "vae_encoder", "vae_decoder")} | {
+        "unet/sampler.onnx",
+        "unet/sampler_2.onnx",
+    }
+    single = [row for row in rows if "sampler" not in row["graph"]]
+    assert max(row["rms"] for row in single) <= 5e-6
+    assert max(row["max"] for row in single) <= 1e-5
+    sizes = [tuple(row["sizes"]["sample"]) for row in single if row["graph"].startswith("unet")]
+    assert len(set(sizes)) == 3 and 1 in {size[0] for size in sizes} and all(size[2] != size[3] for size in sizes)
+    assert 154 in {row["sizes"]["encoder_hidden_states"][1] for row in single if row["graph"].startswith("unet")}
+
+
+def test_fractional_time_is_honoured(exported, tiny_folder):
+    folder, _ = exported
+    session = onnxruntime.InferenceSession(folder / "unet/model.onnx")
+    (timestep,) = [value for value in session.get_inputs() if value.name == "timestep"]
+    assert (timestep.type, timestep.shape) == ("tensor(float)", [])
+    unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
+    sample, context = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 16)
+
+    def at(t):
+        feed = {
+            "sample": sample.numpy(),
+            "encoder_hidden_states": context.numpy(),
+            "timestep": np.asarray(t, np.float32),
+        }
+        return session.run(None, feed)[0]
+
+    with torch.no_grad():
+        want = unet(sample, torch.tensor(673.16), context).sample.numpy()
+    assert _rms(at(673.16), want) <= 5e-6
+    assert _rms(at(673.16), at(673)) > 100 * _rms(at(673.16), want)
+    assert _rms(at(673.16), at(672)) > _rms(at(673.16), at(673))
+
+
+def test_half_precision_halves_the_file_and_keeps_times_in_float32(exported, exported_half):
+    full, (folder, report) = exported[0], exported_half
+    assert max(row["rms"] for row in report["parity"]) <= 3e-3
+    data = "unet/model.onnx.data"
+    assert (folder / data).stat().st_size <= 0.55 * (full / data).stat().st_size
+    for name in ("model", "sampler"):
+        for value in onnx.load(folder / f"unet/{name}.onnx", load_external_data=False).graph.input:
+            assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_static_export_has_numbers_for_sizes(exported_unet, tiny_folder):
+    _, report = exported_unet(static="1x32x16", components="unet,sampler,vae_decoder", with_vae=True, steps="2")
+    assert max(row["rms"] for row in report["parity"]) <= 1e-5
+    shapes = {row["graph"]: row["sizes"] for row in report["parity"]}
+    assert shapes["unet/model.onnx"]["sample"] == [2, 4, 16, 8]
+    assert shapes["unet/sampler.onnx"]["latents"] == [1, 4, 16, 8]
+    assert report["trtexec"][0].count("Shapes") == 0
+
+
+def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
+    folder, pipeline = tmp_path / "out", tiny_xl
+    pipeline.save_pretrained(tmp_path / "model")
+    components = "unet,text_encoder,vae_decoder,sampler"
+    options = ExportOptions(model=str(tmp_path / "model"), output=str(folder), components=components, steps="2")
+    report = export_folder(options)
+    assert max(row["rms"] for row in report["parity"]) <= 1e-5
+    assert {row["graph"].split("/")[0] for row in report["parity"]} >= {"text_encoder", "text_encoder_2"}
+    session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
+    added = ("text_embeds", "time_ids")
+    names = {value.name for value in session.get_inputs()}
+    assert names >= {*added, *(f"negative_{name}" for name in added)}
+    # The whole pipeline against diffusers, prompts, pooled text, sizes and the zeroed empty prompt included.
+    pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    size = {"height": 16, "width": 16}
+    want = pipeline("ab", num_inference_steps=2, guidance_scale=3.0, latents=torch.from_numpy(noise), **size)
+    (got,) = OnnxPipeline(folder)(["ab"], steps=2, guidance_scale=3.0, noise=noise, **size)
+    assert np.abs(np.asarray(got, np.int16) - np.asarray(want.images[0], np.int16)).max() <= 1
+
+
+def test_network_of_eight_channels_is_exported_without_sampler(tiny_folder, tmp_path, capsys):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    config = dict(pipeline.unet.config) | {"in_channels": 8}
+    pipeline.unet = UNet2DConditionModel.from_config(config)
+    pipeline.save_pretrained(tmp_path / "model")
+    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
+    with pytest.raises(RefusedInputError, match=r"takes 8 channels and gives 4 .*leave sampler out of components"):
+        export_folder(ExportOptions(**options))
+    report = export_folder(ExportOptions(**options, components="unet"))
+    assert {row["sizes"]["sample"][1] for row in report["parity"]} == {8}
+    assert max(row["rms"] for row in report["parity"]) <= 5e-6
+
+
+def test_export_can_be_verified_again(exported, tiny_folder):
+    folder, report = exported
+    options = ExportOptions(model=str(tiny_folder), output=str(folder), unroll=2, verify_only=True)
+    assert [row["rms"] for row in export_folder(options)["parity"]] == [row["rms"] for row in report["parity"]]
+
+
+def test_verification_of_changed_files_is_refused(exported, tiny_folder, tmp_path):
+    copy = tmp_path / "graphs"
+    shutil.copytree(exported[0], copy)
+    with (copy / "unet/model.onnx.data").open("r+b") as file:
+        file.write(b"\xff" * 64)
+    with pytest.raises(RefusedInputError, match=r"model.onnx.data is missing or not what was exported: export again"):
+        export_folder(ExportOptions(model=str(tiny_folder), output=str(copy), verify_only=True))
+
+
+def test_graphs_of_another_model_fail_the_verification(exported, tiny_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 1
+    pipeline.save_pretrained(tmp_path / "other")
+    options = ExportOptions(model=str(tmp_path / "other"), output=str(exported[0]), unroll=2, verify_only=True)
+    with pytest.raises(verify.VerificationError, match=r"unet/.*onnx differs from torch by"):
+        export_folder(options)
+
+
+def test_export_that_fails_its_checks_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
+    _broken_graphs(monkeypatch)
+    with pytest.raises(verify.VerificationError, match="differs from torch"):
+        export_folder(ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="vae_encoder"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_export_is_kept_where_asked(tiny_folder, tmp_path, monkeypatch):
+    _broken_graphs(monkeypatch)
+    options = ExportOptions(
+        model=str(tiny_folder), output=str(tmp_path / "out"), components="vae_encoder", keep_failed=True
+    )
+    with pytest.raises(verify.VerificationError, match="the graphs are in"):
+        export_folder(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out-failed"]
+    assert (tmp_path / "out-failed/vae_encoder/model.onnx").is_file()
+
+
+def test_full_disk_is_one_line(tiny_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_module.graphs, "save", full)
+    monkeypatch.setattr(folder_module.graphs, "convert", lambda *_: object())
+    with pytest.raises(RefusedInputError, match="out cannot be written: No space left on device"):
+        export_folder(ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="vae_encoder"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    dead, own = tmp_path / ".tmp-999999999-out", tmp_path / f".tmp-{os.getppid()}-out"
+    for path in (dead, own):
+        path.mkdir()
+    with folder_module._temporary(tmp_path / "out", keep_failed=False) as made:
+        assert not dead.exists() and own.exists() and made.is_dir()
+    assert list(tmp_path.iterdir()) == [own]
+
+
+def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):
+    old, new, output = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    for path in (old, new):
+        path.mkdir()
+        (path / "export.json").write_text(path.name)
+    old.rename(output)
+    folder_module._check_output(output, overwrite=True)
+    folder_module._into_place(new, output)
+    assert (output / "export.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_report_has_no_path_of_the_machine(exported, tiny_folder: Path):
+    text = (exported[0] / "export.json").read_text()
+    assert str(tiny_folder.parent) not in text
+    assert str(tiny_folder.parent).encode() not in (exported[0] / "unet/model.onnx").read_bytes()
+
+
+def _rms(got, want):
+    return verify.relative_errors(got, want)[0]
+
+
+def _broken_graphs(monkeypatch):
+    """Make every converted graph wrong: its first parameter is all zeros."""
+    convert = folder_module.graphs.convert
+
+    def broken(component, *rest):
+        with torch.no_grad():
+            next(component.module.parameters()).zero_()
+        return convert(component, *rest)
+
+    monkeypatch.setattr(folder_module.graphs, "convert", broken)

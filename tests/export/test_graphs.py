@@ -1,0 +1,96 @@
+"""Conversion of one module: names, dimensions, operators of ours, and what is stripped."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export import graphs
+from d2f_fast.export.wrappers import Component, Port
+from d2f_fast.kernels.lora_linear import lora_linear
+
+
+def _normal(shape, generator):
+    return torch.randn(*shape, generator=generator)
+
+
+def _component(module: nn.Module) -> Component:
+    return Component(
+        name="toy",
+        module=module.eval(),
+        inputs=(Port("x", ("batch", "width", 4), _normal),),
+        outputs=(Port("y", ("batch", "width", 3)),),
+        config=None,
+        multiples={"width": 2},
+    )
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer whose forward is the fused LoRA operation of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.lora_a, self.lora_b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x):
+        return lora_linear(x, self.linear.weight, self.lora_a, self.lora_b, self.linear.bias, 0.7)
+
+
+def test_fused_operations_of_this_package_become_standard_nodes(tmp_path):
+    component = _component(AdaptedLinear())
+    graphs.save(graphs.convert(component, 20), tmp_path / "toy.onnx", external=False)
+    model = onnx.load(tmp_path / "toy.onnx")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    assert {node.domain for node in model.graph.node} == {""}
+    x = torch.randn(3, 6, 4)
+    (got,) = onnxruntime.InferenceSession(tmp_path / "toy.onnx").run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), component.module(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_raw_operator_of_this_package_is_refused_with_its_module():
+    class Raw(nn.Module):
+        def forward(self, x):
+            return torch.ops.d2f_fast.lora_shrink(x.flatten(0, 1), torch.ones(3, 4)).view(*x.shape[:2], 3)
+
+    with pytest.raises(RefusedInputError, match=r"operator d2f_fast::lora_shrink has no ONNX form \(module 0\)"):
+        graphs.convert(_component(nn.Sequential(Raw())), 20)
+
+
+def test_aten_operator_without_onnx_form_is_named():
+    class Bessel(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)[..., :3]
+
+    with pytest.raises(RefusedInputError, match=r"bessel_j0 has no ONNX form \(module 1\): call plain torch there"):
+        graphs.convert(_component(nn.Sequential(nn.Linear(4, 4), Bessel())), 20)
+
+
+def test_dimensions_carry_names_and_nothing_tells_of_the_tracer(tmp_path):
+    graphs.save(graphs.convert(_component(nn.Linear(4, 3)), 20), tmp_path / "toy.onnx", external=True)
+    model = onnx.load(tmp_path / "toy.onnx", load_external_data=False)
+    for value, last in ((model.graph.input[0], 4), (model.graph.output[0], 3)):
+        dims = value.type.tensor_type.shape.dim
+        assert [d.dim_param or d.dim_value for d in dims] == ["batch", "width", last]
+    assert not model.metadata_props and not any(node.metadata_props for node in model.graph.node)
+
+
+def test_fixed_sizes_are_numbers(tmp_path):
+    model = graphs.convert(_component(nn.Linear(4, 3)), 20, {"batch": 1, "width": 6})
+    assert [list(value.shape) for value in (*model.graph.inputs, *model.graph.outputs)] == [[1, 6, 4], [1, 6, 3]]
+
+
+def test_large_weights_go_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "INLINE_LIMIT_BYTES", 1000)
+    model = graphs.convert(_component(nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 3))), 20)
+    graphs.save(model, tmp_path / "toy.onnx", external=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy.onnx", "toy.onnx.data"]
+    (located,) = {
+        entry.value
+        for tensor in onnx.load(tmp_path / "toy.onnx", load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert located == "toy.onnx.data"

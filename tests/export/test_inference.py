@@ -1,0 +1,146 @@
+"""Pictures from an export folder, without torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from d2f_fast import Alignment, Diff2FlowScheduler, load_miniature, sample_flow
+from d2f_fast.cli import main
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export.inference import OnnxPipeline
+from d2f_fast.sampler import unet_velocity
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["an owl on a blue background", "a clock on a red background"]
+
+
+@pytest.fixture(scope="module")
+def torch_pictures():
+    """What the torch pipeline draws of the miniature in 4 steps, and the noise it began with."""
+    pipeline = load_miniature()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
+    noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": ["", ""], "output_type": "np"}
+    return noise, pipeline(PROMPTS, latents=torch.from_numpy(noise), **options).images
+
+
+@pytest.mark.parametrize("form", ["loop", "folder", "unrolled"])
+def test_miniature_draws_the_pictures_that_torch_draws(form, exported_miniature, torch_pictures):
+    noise, want = torch_pictures
+    pictures = OnnxPipeline(exported_miniature[0], form=form)(PROMPTS, steps=4, guidance_scale=3.0, noise=noise)
+    got = np.stack([np.asarray(picture, np.float32) for picture in pictures]) / 255
+    assert np.abs(got - want).max() <= 1 / 255
+    assert want.std() > 0.1
+
+
+def test_fractional_time_changes_the_miniatures_output(exported_miniature):
+    session = OnnxPipeline(exported_miniature[0])._session("unet/model.onnx")
+    random = np.random.default_rng(0)
+    feed = {
+        "sample": random.standard_normal((1, 4, 8, 8), np.float32),
+        "encoder_hidden_states": random.standard_normal((1, 16, 128), np.float32),
+    }
+    outputs = {t: session.run(None, feed | {"timestep": np.asarray(t, np.float32)})[0] for t in (673.16, 673, 672)}
+    scale = np.linalg.norm(outputs[673])
+    differences = [np.linalg.norm(outputs[673.16] - outputs[t]) / scale for t in (673, 672)]
+    # Rounding to float16's 673 or bfloat16's 672 is seen far above the error of the graph, 3e-7.
+    assert differences[0] > 1e-5 and differences[1] > 1e-4
+
+
+def test_no_torch_is_imported(exported, tmp_path):
+    code = f"""
+import sys
+for name in ("torch", "diffusers", "transformers", "onnx"):
+    sys.modules[name] = None
+from d2f_fast.export.inference import OnnxPipeline
+OnnxPipeline({str(exported[0])!r})(["ab c"], steps=2, height=16, width=32)[0].save({str(tmp_path / "a.png")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "a.png").size == (32, 16)
+
+
+def test_token_ids_are_those_of_transformers(exported, tiny_folder):
+    tokenizer = StableDiffusionPipeline.from_pretrained(tiny_folder).tokenizer
+    texts = ["", "ab", "abcdefgh ijklm nop qr"]
+    want = tokenizer(texts, padding="max_length", max_length=8, truncation=True).input_ids
+    assert [entry.ids for entry in OnnxPipeline(exported[0])._tokenizers["tokenizer"].encode_batch(texts)] == want
+
+
+@pytest.mark.parametrize("form", ["loop", "folder"])
+def test_image_to_image_continues_from_the_noised_picture(form, exported, tiny_folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    alignment = Alignment.from_scheduler(pipeline.scheduler)
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
+    noise = np.random.default_rng(2).standard_normal((1, 4, 8, 8), np.float32)
+    onnx = OnnxPipeline(exported[0], form=form)
+    (got,) = onnx(["ab"], steps=4, noise=noise, image=Image.fromarray(pixels), strength=0.5, guidance_scale=3.0)
+    with torch.no_grad():
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+        latents = pipeline.vae.encode(image).latent_dist.mean * pipeline.vae.config.scaling_factor
+        context, negative = pipeline.encode_prompt(["ab"], "cpu", 1, True, negative_prompt=[""])
+        times = alignment.times(4)[2:]
+        start = alignment.interpolate(latents, torch.from_numpy(noise), times[0])
+        final = sample_flow(unet_velocity(pipeline.unet, alignment, context, negative, 3.0), start, times=times)
+        want = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor).sample / 2 + 0.5
+    got = np.asarray(got, np.float32).transpose(2, 0, 1)[None] / 255
+    assert np.abs(got - want.clamp(0, 1).numpy()).max() <= 1 / 255
+
+
+def test_command_draws_with_an_export_folder(exported, tmp_path, capsys):
+    command = ["sample", "--prompts", "ab", "cd", "--onnx", str(exported[0]), "--output_dir", str(tmp_path / "a")]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [Image.open(file).size for file in result["files"]] == [(16, 16)] * 2
+    assert main([*command, "--seed", "1", "--output_dir", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a/000.png").read_bytes() != (tmp_path / "b/000.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--num_inference_steps", "5"], "steps must be one of 1, 2, 4, 8, got 5: export with --steps for others"),
+        (["--height", "18"], "height 18 is not a multiple of 4"),
+        (["--shift", "3"], "shift was settled when"),
+        (["--lora", "run"], "lora was settled when"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_export_cannot_serve_is_refused(options, sentence, exported, tmp_path, capsys):
+    command = ["sample", "--prompts", "ab", "--onnx", str(exported[0]), "--output_dir", str(tmp_path / "a")]
+    assert main([*command, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+    assert not (tmp_path / "a").exists()
+
+
+def test_folder_that_lacks_a_part_is_refused(exported, tmp_path):
+    with pytest.raises(RefusedInputError, match=r"is no export folder: export\.json is missing"):
+        OnnxPipeline(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    (copy / "unet/sampler.onnx").unlink()
+    with pytest.raises(RefusedInputError, match=r"sampler\.onnx is missing: export that component too"):
+        OnnxPipeline(copy)(["ab"])
+    (copy / "vae_decoder/config.json").unlink()
+    with pytest.raises(RefusedInputError, match=r"config\.json cannot be read: export that component too"):
+        OnnxPipeline(copy)
+
+
+def test_wrong_calls_are_refused(exported):
+    pipeline = OnnxPipeline(exported[0])
+    with pytest.raises(RefusedInputError, match=r"noise must be of shape \[1, 4, 8, 8\], got \[1, 4, 4, 4\]"):
+        pipeline(["ab"], noise=np.zeros((1, 4, 4, 4), np.float32))
+    with pytest.raises(RefusedInputError, match="strength must be above 0 and at most 1, got 0"):
+        pipeline(["ab"], image=Image.new("RGB", (16, 16)), strength=0)
+    with pytest.raises(RefusedInputError, match=r"sampler_2\.onnx takes 2 steps, got 4"):
+        OnnxPipeline(exported[0], form="unrolled")(["ab"], steps=4)

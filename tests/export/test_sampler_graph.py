@@ -1,0 +1,139 @@
+"""The sampler graph: the Loop, its unrolled form, and their tables."""
+
+import shutil
+import time
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from d2f_fast import Alignment
+from d2f_fast.export.sampler_graph import count_nodes, prefixed_nodes, step_table
+from d2f_fast.export.verify import relative_errors
+
+
+def _feed(table, batch=1, height=8, width=12, guided=True):
+    random = np.random.default_rng(0)
+    feed = {
+        "latents": random.standard_normal((batch, 4, height, width), np.float32),
+        "encoder_hidden_states": random.standard_normal((batch, 8, 16), np.float32),
+    }
+    if guided:
+        feed["negative_encoder_hidden_states"] = random.standard_normal((batch, 8, 16), np.float32)
+        feed["guidance_scale"] = np.asarray(5, np.float32)
+    return feed | table.feed()
+
+
+def _python_loop(session, feed, table):
+    """The same steps around unet/model.onnx, in numpy."""
+    state = feed["latents"]
+    context = np.concatenate([feed["negative_encoder_hidden_states"], feed["encoder_hidden_states"]])
+    for t, a, b in zip(*table.feed().values(), strict=True):
+        given = {"sample": np.concatenate([state, state]), "timestep": np.asarray(t), "encoder_hidden_states": context}
+        uncond, cond = np.split(session.run(None, given)[0], 2)
+        state = a * state + b * (uncond + feed["guidance_scale"] * (cond - uncond))
+    return state
+
+
+@pytest.fixture(scope="module")
+def alignment(tiny_folder):
+    return Alignment.from_scheduler(DDIMScheduler.from_pretrained(tiny_folder, subfolder="scheduler"))
+
+
+def test_one_session_serves_every_number_of_steps(exported, alignment):
+    folder, report = exported
+    session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
+    single = onnxruntime.InferenceSession(folder / "unet/model.onnx")
+    for steps in (1, 2, 4, 8):
+        table = step_table(alignment, steps)
+        feed = _feed(table, batch=1 + steps % 3)
+        (got,) = session.run(None, feed)
+        assert relative_errors(got, _python_loop(single, feed, table))[0] <= 1e-5
+    against_torch = [row["rms"] for row in report["parity"] if row["graph"] == "unet/sampler.onnx"]
+    assert len(against_torch) == 4 and max(against_torch) <= 1e-5
+
+
+def test_unrolled_form_equals_the_loop(exported, alignment):
+    folder, _ = exported
+    feed = _feed(step_table(alignment, 2), batch=2)
+    loop, unrolled = (
+        onnxruntime.InferenceSession(folder / f"unet/{name}.onnx").run(None, feed)[0]
+        for name in ("sampler", "sampler_2")
+    )
+    assert relative_errors(unrolled, loop)[0] <= 1e-5
+
+
+def test_equal_to_ddim_of_diffusers_between_the_same_nodes(exported, alignment, tiny_folder):
+    # From a start inside the table, where DDIM has the node: flow Euler and DDIM (eta 0) are the same step.
+    folder, _ = exported
+    unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
+    scheduler = DDIMScheduler.from_pretrained(tiny_folder, subfolder="scheduler", timestep_spacing="trailing")
+    scheduler.set_timesteps(4)
+    nodes = torch.cat([alignment.flow_time(scheduler.timesteps.double()), torch.ones(1)]).double()
+    from d2f_fast.alignment import euler_coefficients
+
+    a, b = euler_coefficients(alignment, nodes[:-1], nodes[1:])
+    table = {"timesteps": alignment.timestep(nodes[:-1]), "coef_x": a, "coef_out": b}
+    feed = _feed(step_table(alignment, 4)) | {name: value.float().numpy() for name, value in table.items()}
+    feed["guidance_scale"] = np.asarray(1, np.float32)
+    state = torch.from_numpy(feed["latents"])
+    scheduler.final_alpha_cumprod = torch.tensor(1.0)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = unet(state, t, torch.from_numpy(feed["encoder_hidden_states"])).sample
+            state = scheduler.step(output, t, state).prev_sample
+    got = onnxruntime.InferenceSession(folder / "unet/sampler.onnx").run(None, feed)[0]
+    assert relative_errors(got, state.numpy())[0] <= 1e-5
+
+
+def test_loop_costs_little_beside_the_network(exported):
+    folder, _ = exported
+    unet, sampler = folder / "unet/model.onnx", folder / "unet/sampler.onnx"
+    nodes = [count_nodes(onnx.load(path, load_external_data=False).graph.node) for path in (unet, sampler)]
+    # The guidance and the step are 17 nodes, whatever the network's size; an SD1.5 network has 1900.
+    assert nodes[1] - nodes[0] <= 17
+    assert sampler.stat().st_size < 1e6
+    seconds = []
+    for path in (unet, sampler):
+        onnxruntime.InferenceSession(path)
+        start = time.perf_counter()
+        onnxruntime.InferenceSession(path)
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] <= 5 * seconds[0]
+
+
+def test_weights_are_shared_and_the_folder_can_be_moved(exported, alignment, tmp_path):
+    folder, _ = exported
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    feed = _feed(step_table(alignment, 2))
+    want, got = (onnxruntime.InferenceSession(f / "unet/sampler.onnx").run(None, feed)[0] for f in (folder, moved))
+    assert np.array_equal(got, want)
+    (moved / "unet/model.onnx.data").unlink()
+    with pytest.raises(Exception, match=r"model\.onnx\.data"):
+        onnxruntime.InferenceSession(moved / "unet/sampler.onnx")
+
+
+def test_sampler_without_guidance_takes_no_negative(exported_half, alignment):
+    folder, report = exported_half
+    session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
+    names = {value.name for value in session.get_inputs()}
+    assert names == {"latents", "encoder_hidden_states", "timesteps", "coef_x", "coef_out"}
+    assert session.run(None, _feed(step_table(alignment, 3), guided=False))[0].shape == (1, 4, 8, 12)
+    assert not report["guidance"]
+
+
+def test_first_step_from_pure_noise_is_finite(alignment):
+    table = step_table(alignment, 1)
+    assert table.timesteps == [999.0] and table.sigmas[-1] == 0
+    assert np.isfinite([*table.coef_x, *table.coef_out]).all()
+
+
+def test_nodes_with_graphs_of_their_own_are_refused():
+    body = onnx.helper.make_graph([], "body", [], [])
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+    with pytest.raises(ValueError, match="If  holds a graph of its own"):
+        prefixed_nodes(onnx.helper.make_graph([node], "g", [], []), {}, "p/")

@@ -1,0 +1,85 @@
+"""The modules that are traced, and the sizes they are traced and verified at."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from d2f_fast.export.wrappers import (
+    check_sizes,
+    example_sizes,
+    text_encoder_component,
+    unet_component,
+    vae_components,
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_folder):
+    return StableDiffusionPipeline.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def components(pipeline):
+    encoder = text_encoder_component(pipeline.text_encoder, "text_encoder")
+    return {c.name: c for c in (unet_component(pipeline.unet), encoder, *vae_components(pipeline.vae))}
+
+
+def test_ports_have_optimums_names(components):
+    ports = {name: ([p.name for p in c.inputs], [p.name for p in c.outputs]) for name, c in components.items()}
+    assert ports == {
+        "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
+        "text_encoder": (
+            ["input_ids"],
+            ["last_hidden_state", "pooler_output", "hidden_states.0", "hidden_states.1"],
+        ),
+        "vae_encoder": (["sample"], ["latent_parameters"]),
+        "vae_decoder": (["latent_sample"], ["sample"]),
+    }
+
+
+def test_outputs_are_those_of_the_pipeline(components, pipeline):
+    with torch.no_grad():
+        for component in components.values():
+            given = component.make_inputs(check_sizes(component)[0], seed=1)
+            found = component.module(*given.values())
+            if component.name == "unet":
+                want = pipeline.unet(given["sample"], given["timestep"], given["encoder_hidden_states"]).sample
+            elif component.name == "text_encoder":
+                found, want = found[0], pipeline.text_encoder(given["input_ids"])[0]
+            elif component.name == "vae_encoder":
+                found, want = found.chunk(2, 1)[0], pipeline.vae.encode(given["sample"]).latent_dist.mean
+            else:
+                want = pipeline.vae.decode(given["latent_sample"]).sample
+            assert torch.equal(found, want)
+
+
+def test_half_precision_modules_keep_a_float32_door(components):
+    component = components["unet"]
+    given = component.make_inputs(check_sizes(component)[0], seed=1)
+    seen = []
+    hook = component.module.unet.time_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    try:
+        component.module.to(torch.bfloat16)
+        output = component.module(given["sample"], torch.tensor(673.16), given["encoder_hidden_states"])
+    finally:
+        hook.remove()
+        component.module.to(torch.float32)
+    assert output.dtype == torch.float32
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == [pytest.approx(673.16)]
+
+
+def test_token_ids_end_and_are_padded_by_the_end_token(components):
+    component = components["text_encoder"]
+    ids = component.make_inputs({"batch": 3, "sequence": 8}, seed=1)["input_ids"]
+    end = component.config.eos_token_id
+    assert ids.dtype == torch.int64 and (ids[:, -1] == end).all() and (ids[:, 0] != end).all()
+    assert len({int((row == end).sum()) for row in ids}) == 3
+
+
+def test_sizes_are_multiples_and_none_is_a_constant(components):
+    for component in components.values():
+        example = example_sizes(component)
+        assert min(example.values()) >= 2
+        for sizes in check_sizes(component):
+            assert sizes != example and sizes.keys() == example.keys()
+            assert all(size % component.multiples.get(name, 1) == 0 for name, size in sizes.items())
