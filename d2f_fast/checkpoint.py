@@ -312,8 +312,9 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for index, exact in state["state"].items():
             # load_state_dict puts each tensor on its device, but rounds it to its parameter's dtype.
-            loaded = optimizer.state[parameters[index]]
-            optimizer.state[parameters[index]] = _restore_dtype(loaded, exact)
+            parameter = parameters[index]
+            restored = _restore_dtype(optimizer.state[parameter], exact)
+            optimizer.state[parameter] = {name: _laid_out(value, parameter) for name, value in restored.items()}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"optimizer state: does not fit ({error!r}); {cure}") from error
 
@@ -428,6 +429,13 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
     """List the parameters' shapes, group by group."""
     return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """A state tensor with its parameter's strides: a file has none, and fused optimizers pair memory, not elements."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 
 def _restore_dtype(loaded: Any, exact: Any) -> Any:

@@ -53,6 +53,8 @@ class Train:
         started = time.monotonic()
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
         trainer = AlignedTrainer.from_pretrained(_model(self.pretrained_model_name_or_path), self.options)
+        if trainer.accelerator.is_main_process:
+            print(f"d2f: {trainer.paths}", file=sys.stderr)
         result = trainer.fit(dataset)
         output = Path(self.options.output_dir)
         if not trainer.accelerator.is_main_process:

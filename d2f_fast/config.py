@@ -50,7 +50,8 @@ class TrainingConfig:
         ema_decay: of the trained weights, which sampling and saving use; 0 turns the average off.
         mixed_precision: no, or bf16 autocast; None for what `accelerate launch` was told.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        compile: compile the training step.
+        compile: compile the training step; the compiled code is kept between runs.
+        cuda_graph: replay the whole step as one CUDA graph, for up to four shapes of a batch; needs a CUDA GPU.
         checkpointing_steps: steps between checkpoints; 0 for none but the one on a signal.
         checkpoints_total_limit: checkpoints kept; None for all.
         resume_from_checkpoint: "latest", or a checkpoint's name or path.
@@ -95,6 +96,7 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16"] | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None

@@ -9,7 +9,9 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from peft.tuners.lora import LoraLayer
@@ -18,7 +20,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from d2f_fast.frozen_conv import FrozenConv2d
-from d2f_fast.fused_layers import FusedConv2d, FusedLinear, obstacle
+from d2f_fast.fused_layers import FusedConv2d, FusedLinear, obstacle, operands
+from d2f_fast.ops import MIN_ROWS, choose_path, kernel_path, runs_plain
 from d2f_fast.packed_attention import PackedAttention, pack_text_products
 
 logger = logging.getLogger(__name__)
@@ -92,3 +95,21 @@ def use_fused_lora(unet: nn.Module) -> FusedLoRA:
         causes = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
         logger.warning("%d of %d LoRA layers run peft's own forward: %s", reasons.total(), len(layers), causes)
     return FusedLoRA(unet, swapped, pack_text_products(unet))
+
+
+def lora_paths(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Say how the LoRA layers of a UNet on the fused path are computed, for products of a type, in a few words."""
+    layers: list[Any] = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        return "none"
+    count = f"{len(layers)} layers"
+    if runs_plain(device):
+        return f"{count} in plain torch, as peft computes them (no GPU)"
+    if kernel_path(device) == "torch":
+        return f"{count} by addmm in plain torch (no Triton)"
+    fused = 0
+    for layer in layers:
+        if isinstance(layer, FusedLinear) and obstacle(layer, training=True) is None:
+            rank, rows = operands(layer)[0].shape[0], MIN_ROWS
+            fused += choose_path(rows, layer.out_features, layer.in_features, rank, dtype, device) == "split"
+    return f"{fused} of {count} in Triton from {MIN_ROWS} rows on, else by addmm (the dispatch table)"

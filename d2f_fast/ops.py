@@ -16,6 +16,7 @@ from d2f_fast.config import LossWeighting
 from d2f_fast.kernels.align import align as fused_align
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
+from d2f_fast.kernels.runtime import kernel_path
 from d2f_fast.kernels.velocity_loss import velocity_loss
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "aligned_loss",
     "check_operands",
     "choose_path",
+    "kernel_path",
     "lora_linear",
     "lora_linear_packed",
     "runs_plain",

@@ -15,7 +15,8 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,9 +24,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from d2f_fast.alignment import Alignment
@@ -34,12 +35,10 @@ from d2f_fast.cache import EmbeddingCache, LatentCache
 from d2f_fast.checkpoint import (
     find_checkpoint,
     pack_optimizer,
-    pack_state,
     read_json,
     read_tensors,
     save_checkpoint,
     unpack_optimizer,
-    unpack_state,
     verify_checkpoint,
     write_json,
     write_tensors,
@@ -48,10 +47,13 @@ from d2f_fast.config import Method, TrainingConfig
 from d2f_fast.data import BatchPlan, ImageDataset, choose_caption, load_sample, plan_batches, steps_per_epoch
 from d2f_fast.ema import EMA
 from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
+from d2f_fast.fused_lora import use_fused_lora
+from d2f_fast.half_base import HalfBase
 from d2f_fast.image_folder import validated_text
 from d2f_fast.lora import inject_lora, merged_state_dict, save_lora
 from d2f_fast.objective import Objective
 from d2f_fast.sampler import sample_flow, unet_velocity
+from d2f_fast.training_step import StepInputs, TrainingStep, keep_compiled_code, learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +79,9 @@ class NonFiniteRunError(RuntimeError):
 # What may differ between a run and its continuation: it changes nothing but, at most, the rounding of sums.
 _FREE_ON_RESUME = {
     *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
-    *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "gradient_checkpointing"),
+    *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "cuda_graph"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
+    "gradient_checkpointing",
 }
 
 
@@ -97,6 +100,10 @@ class AlignedTrainer:
             raise RefusedInputError(f"mixed_precision must be no or bf16, got {self._precision}")
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
+        if config.cuda_graph and self.device.type != "cuda":
+            raise RefusedInputError(f"cuda_graph needs a CUDA GPU, got {self.device.type}: leave it out")
+        if config.compile:
+            keep_compiled_code()
         self.model = model.to(self.device)
         self.unet = model.unet
         self.alignment: Alignment = model.alignment
@@ -111,27 +118,24 @@ class AlignedTrainer:
             config.flow_shift,
         )
         self.trainable = self._prepare_unet()
-        # Fused: honours found_inf, so that a step with a non-finite gradient is skipped without a host sync.
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-            fused=True,
-        )
-        self.lr_scheduler = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
+        self._half_base: HalfBase | None = None
+        if config.adapter == "lora" and self._precision == "bf16":
+            self._half_base = HalfBase(self.unet, torch.bfloat16)
         self.ema = EMA(self.trainable, config.ema_decay) if config.ema_decay else None
+        self._training_step = TrainingStep(
+            self.unet,
+            self.objective,
+            self.trainable,
+            self.ema,
+            config,
+            self.device,
+            self._precision,
+            self.accelerator.num_processes,
+        )
+        self.optimizer = self._training_step.optimizer
+        self._learning_rate = learning_rates(config)
         self.global_step = 0
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._null_condition: dict[str, Tensor] | None = None
-        self._loss = torch.compile(self._micro_loss, fullgraph=True) if config.compile else self._micro_loss
         self._signal: int | None = None
 
     @classmethod
@@ -148,10 +152,15 @@ class AlignedTrainer:
         """Trainable parameters by name: of a new adapter, or of the whole network."""
         config, unet = self.config, self.unet
         if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
+            # With nothing random to repeat, no generator is read: that no CUDA graph could capture.
+            unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
         unet.train()
-        if config.adapter == "lora":
-            return inject_lora(
+        if config.adapter == "full":
+            unet.requires_grad_(True).float()
+            trainable = dict(unet.named_parameters())
+        else:
+            trainable = inject_lora(
                 unet,
                 config.rank,
                 alpha=config.lora_alpha,
@@ -160,8 +169,10 @@ class AlignedTrainer:
                 target_modules=config.target_modules,
                 seed=config.seed,
             )
-        unet.requires_grad_(True).float()
-        return dict(unet.named_parameters())
+            use_fused_lora(unet)
+        if self.device.type == "cuda":
+            unet.to(memory_format=torch.channels_last)  # in which cuDNN computes: else it converts at every layer
+        return trainable
 
     # The step
 
@@ -170,6 +181,11 @@ class AlignedTrainer:
         """Pictures per step over all processes and backward passes."""
         config = self.config
         return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
+    def paths(self) -> str:
+        """Which path each part of a step takes, and why, in one line."""
+        return self._training_step.paths()
 
     def step(self, batch: Mapping[str, Any]) -> Tensor:
         """Take one optimizer step.
@@ -184,27 +200,14 @@ class AlignedTrainer:
             The mean loss over this share, float32 scalar on the device, detached; reading it syncs with the device.
         """
         generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, self.global_step))
-        latents, noise, t, condition, mask, global_size = self._prepare(batch, generator)
-        total = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        size = self.config.train_batch_size
-        for first in range(0, len(latents), size):
-            part = slice(first, first + size)
-            part_condition = {name: value[part] for name, value in condition.items()}
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-                per_sample = self._loss(
-                    latents[part], noise[part], t[part], part_condition, None if mask is None else mask[part]
-                )
-            # A sum over the global batch: the size of the parts and of the shares changes nothing.
-            (per_sample.sum() / global_size).backward()
-            total += per_sample.detach().sum()
-        self._update(total)
-        return total / max(len(latents), 1)
+        if self._half_base is not None:
+            self._half_base.use()
+        loss = self._training_step(self._prepare(batch, generator), self._learning_rate(self.global_step))
+        self.global_step += 1
+        return loss
 
-    def _prepare(
-        self, batch: Mapping[str, Any], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None, int]:
-        """Latents, noise, times and condition of this process' share, cut from the draws of the global batch."""
+    def _prepare(self, batch: Mapping[str, Any], generator: torch.Generator) -> StepInputs:
+        """What this process' share is trained on, cut from the draws of the global batch."""
         device = self.device
         posterior = self._posterior(batch)
         shape = next(iter(posterior.values())).shape
@@ -227,15 +230,18 @@ class AlignedTrainer:
                 expanded = dropped.reshape(-1, *(1,) * (condition[name].ndim - 1))
                 condition[name] = torch.where(expanded, null.to(condition[name].dtype), condition[name])
         mask = batch.get("mask")
-        return latents, noise, t, condition, None if mask is None else mask.to(device), global_size
+        mask = None if mask is None else self._on_device(mask)
+        if device.type == "cuda":
+            latents, noise = (x.contiguous(memory_format=torch.channels_last) for x in (latents, noise))
+        return StepInputs(latents, noise, t, condition, mask, global_size)
 
     def _posterior(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Scaled "latents", or "mean" and "std" of the autoencoder, on the device in float32."""
         if "latents" in batch:
-            return {"latents": batch["latents"].to(self.device, torch.float32)}
+            return {"latents": self._on_device(batch["latents"]).float()}
         if "mean" not in batch:
             batch = self.model.encode_images(batch["pixel_values"])
-        return {name: batch[name].to(self.device, torch.float32) for name in ("mean", "std")}
+        return {name: self._on_device(batch[name]).float() for name in ("mean", "std")}
 
     def _condition(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Everything that conditions the network, [b, ...] each, on the device."""
@@ -243,56 +249,22 @@ class AlignedTrainer:
             condition = {"encoder_hidden_states": batch["encoder_hidden_states"]}
         else:
             with torch.no_grad():
-                ids = batch["input_ids"].to(self.device)
+                ids = self._on_device(batch["input_ids"])
                 condition = {"encoder_hidden_states": self.model.pipeline.text_encoder(ids)[0]}
         condition |= batch.get("added_cond_kwargs") or {}
-        return {name: value.to(self.device) for name, value in condition.items()}
+        return {name: self._on_device(value) for name, value in condition.items()}
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A tensor of the batch on the device; a GPU fetches it by itself, while the host goes on."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _null(self) -> dict[str, Tensor]:
         """Condition of the empty prompt, encoded once."""
         if self._null_condition is None:
             self._null_condition = self.model.encode_prompts([""]) if self.config.caption_dropout else {}
         return self._null_condition
-
-    def _micro_loss(
-        self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None
-    ) -> Tensor:
-        """Loss per sample, [b]: align, network, loss. The part that is compiled."""
-        sample, timestep = self.objective.inputs(latents, noise, t)
-        added = {name: value for name, value in condition.items() if name != "encoder_hidden_states"} or None
-        output = self.unet(
-            sample.to(self.unet.dtype) if self.config.adapter == "lora" else sample,
-            timestep,
-            encoder_hidden_states=condition["encoder_hidden_states"],
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
-
-    def _update(self, loss: Tensor) -> None:
-        """Clip, step and average, or change nothing where loss or gradient is not finite; no host sync."""
-        for parameter in self.trainable.values():
-            if parameter.grad is None:  # an empty share
-                parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes > 1:
-            # Summed here, once a step, and not by DDP: shares may be empty, or of unequal numbers of backward passes.
-            summed = [loss.clone(), *(p.grad for p in self.trainable.values() if p.grad is not None)]
-            flat = torch.cat([tensor.reshape(-1) for tensor in summed])
-            torch.distributed.all_reduce(flat)
-            parts = flat.split([tensor.numel() for tensor in summed])
-            torch._foreach_copy_(summed, [part.view_as(tensor) for part, tensor in zip(parts, summed, strict=True)])
-            loss = summed[0]
-        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
-        not_finite = ~torch.isfinite(norm + loss)
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        if self.ema is not None:
-            self.ema.step(skip=not_finite)
-        self._skipped += not_finite
-        self._skipped_in_a_row.add_(1).mul_(not_finite)
-        self.global_step += 1
 
     # The run
 
@@ -325,7 +297,9 @@ class AlignedTrainer:
         )
         last_loss: float | None = None
         last_time, last_step = started, self.global_step
-        with self._signals(), progress:
+        logger.info("%s", self.paths)
+        half = nullcontext() if self._half_base is None else self._half_base.in_use()
+        with self._signals(), progress, half:
             for batch in self._batches(dataset):
                 loss = self.step(batch)
                 progress.update()
@@ -336,8 +310,8 @@ class AlignedTrainer:
                     now = time.monotonic()
                     rate = (step - last_step) * self.global_batch_size / (now - last_time)
                     last_loss, last_time, last_step = loss.item(), now, step
-                    row: dict[str, Any] = {"step": step, "loss": last_loss, "lr": self.lr_scheduler.get_last_lr()[0]}
-                    row |= {"images_per_second": rate, "skipped_steps": int(self._skipped)}
+                    row: dict[str, Any] = {"step": step, "loss": last_loss, "lr": self._learning_rate(step)}
+                    row |= {"images_per_second": rate, "skipped_steps": int(self._training_step.skipped)}
                     progress.set_postfix(loss=f"{last_loss:.4f}", images_s=f"{rate:.1f}")
                     if self.accelerator.is_main_process:
                         log.write(row)
@@ -359,7 +333,7 @@ class AlignedTrainer:
         return {
             "steps": self.global_step,
             "loss": last_loss,
-            "skipped_steps": int(self._skipped),
+            "skipped_steps": int(self._training_step.skipped),
             "seconds": seconds,
         }
 
@@ -452,7 +426,7 @@ class AlignedTrainer:
 
     def _stop_if_not_finite(self) -> None:
         """Read the counters; the one place that waits for the device."""
-        in_a_row = int(self._skipped_in_a_row)
+        in_a_row = int(self._training_step.skipped_in_a_row)
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteRunError(
                 f"loss or gradient was not finite in {in_a_row} steps in a row, the last at step"
@@ -515,11 +489,8 @@ class AlignedTrainer:
                 write_tensors(folder / "ema.safetensors", self.ema.state_dict())
             tensors, optimizer = pack_optimizer(self.optimizer)
             write_tensors(folder / "optimizer.safetensors", tensors)
-            lr_tensors, lr_scheduler = pack_state(self.lr_scheduler.state_dict())
-            if lr_tensors:
-                raise TypeError(f"the state of lr_scheduler {self.config.lr_scheduler} holds tensors")
-            state = {"identity": self._identity(), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-            write_json(folder / "state.json", state | {"skipped_steps": int(self._skipped)})
+            state = {"identity": self._identity(), "optimizer": optimizer}
+            write_json(folder / "state.json", state | {"skipped_steps": int(self._training_step.skipped)})
 
         save_checkpoint(self.config.output_dir, self.global_step, write, self.config.checkpoints_total_limit)
 
@@ -545,8 +516,8 @@ class AlignedTrainer:
         if self.ema is not None:
             self.ema.load_state_dict(read_tensors(folder / "ema.safetensors")[0])
         unpack_optimizer(self.optimizer, read_tensors(folder / "optimizer.safetensors")[0], state["optimizer"])
-        self.lr_scheduler.load_state_dict(unpack_state({}, state["lr_scheduler"]))
-        self._skipped.fill_(state["skipped_steps"])
+        self._training_step.optimizer_was_loaded()
+        self._training_step.skipped.fill_(state["skipped_steps"])
         self.global_step = verify_checkpoint(folder)
         logger.info("resumed from %s at step %d", folder, self.global_step)
 
@@ -554,14 +525,13 @@ class AlignedTrainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Run the block with the EMA weights in the network, in evaluation mode."""
+        """Run the block with the EMA weights in the network and its frozen ones exact, in evaluation mode."""
+        exact = nullcontext() if self._half_base is None else self._half_base.exact()
+        average = nullcontext() if self.ema is None else self.ema.swapped()
         self.unet.eval()
         try:
-            if self.ema is None:
+            with exact, average:
                 yield
-            else:
-                with self.ema.swapped():
-                    yield
         finally:
             self.unet.train()
 

@@ -30,6 +30,7 @@ LAYERS = (
     {"d2f_fast.ops"},
     {"d2f_fast.frozen_conv", "d2f_fast.fused_layers", "d2f_fast.packed_attention"},
     {"d2f_fast.objective", "d2f_fast.lora", "d2f_fast.fused_lora", "d2f_fast.sampler", "d2f_fast.scheduler"},
+    {"d2f_fast.step_graphs", "d2f_fast.half_base", "d2f_fast.training_step"},
     {"d2f_fast.trainer"},
     {"d2f_fast.cli", "d2f_fast.__main__"},
 )

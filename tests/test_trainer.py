@@ -261,18 +261,18 @@ def test_a_step_that_is_not_finite_changes_no_bit_and_is_counted(make: Any, wher
     trainer = make(caption_dropout=0.0)
     trainer.step(batch())
     before = state(trainer)
-    bad, compute = batch(), trainer._loss
+    bad, compute = batch(), trainer._training_step.loss
     if where == "loss alone":  # its gradient is finite
-        trainer._loss = lambda *arguments: compute(*arguments) + value
+        trainer._training_step.loss = lambda *arguments: compute(*arguments) + value
     else:
         bad[where][1] = value
     loss = trainer.step(bad)
-    trainer._loss = compute
+    trainer._training_step.loss = compute
     assert not loss.isfinite()
     assert_equal(state(trainer), before)
-    assert (int(trainer._skipped), trainer.global_step) == (1, 2)
+    assert (int(trainer._training_step.skipped), trainer.global_step) == (1, 2)
     assert trainer.step(batch()).isfinite()
-    assert int(trainer._skipped_in_a_row) == 0
+    assert int(trainer._training_step.skipped_in_a_row) == 0
     after = state(trainer)
     assert all(not torch.equal(after[name], before[name]) for name in before if name.startswith("trainable."))
 

@@ -1,0 +1,68 @@
+"""The frozen weights of a network in the half type that autocast rounds them to, rounded once and not at each use.
+
+Autocast keeps the casts of trainable weights for a forward, and makes those of frozen ones anew at every use. Only
+weights that it casts are cast here, those of linear and convolution layers: the same products, bit for bit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class HalfBase:
+    """The two forms of a network's frozen weights, and which one it holds.
+
+    Each half weight keeps its address, so that compiled and captured steps find it after a swap.
+
+    Args:
+        network: its float32 weights that do not train are meant; in their own type until `use`.
+        dtype: that autocast rounds to.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        found = {id(p): p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
+        self._parameters = [p for p in found.values() if not p.requires_grad and p.dtype == torch.float32]
+        self._half = [torch.empty_like(parameter, dtype=dtype) for parameter in self._parameters]
+        self._exact: list[Tensor] | None = None
+
+    def use(self) -> None:
+        """Hold the half weights; the exact ones wait on the CPU."""
+        if self._exact is not None:
+            return
+        for half, parameter in zip(self._half, self._parameters, strict=True):
+            half.copy_(parameter.detach())
+        self._exact = [parameter.detach().to("cpu") for parameter in self._parameters]
+        self._hold(self._half)
+
+    def restore(self) -> None:
+        """Hold the exact weights again."""
+        if self._exact is not None:
+            self._hold([exact.to(half.device) for exact, half in zip(self._exact, self._half, strict=True)])
+            self._exact = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Run the block with the half weights, and leave the exact ones."""
+        self.use()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Run the block with the exact weights."""
+        was_half = self._exact is not None
+        self.restore()
+        try:
+            yield
+        finally:
+            if was_half:
+                self.use()
+
+    def _hold(self, weights: list[Tensor]) -> None:
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            parameter.data = weight
