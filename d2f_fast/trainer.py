@@ -616,7 +616,7 @@ class AlignedTrainer:
         pipeline = self.model.pipeline
         with self.averaged():
             unet = type(self.unet).from_config(self.unet.config)
-            unet.load_state_dict(merged_state_dict(self.unet))
+            unet.to(self.unet.dtype).load_state_dict(merged_state_dict(self.unet))
         config = pipeline.scheduler.config
         # Named, or diffusers would take the other class' defaults for what the base left at its own.
         table = {name: config[name] for name in _SCHEDULE_KEYS if name in config}
@@ -626,7 +626,7 @@ class AlignedTrainer:
             scheduler: Any = FlowMatchEulerDiscreteScheduler(steps, shift=self.config.flow_shift)
         else:
             scheduler = EulerDiscreteScheduler.from_config(config, **scheduler_options)
-        saved = type(pipeline)(**{**pipeline.components, "unet": unet.to(self.unet.dtype), "scheduler": scheduler})
+        saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": scheduler})
         temporary = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         try:

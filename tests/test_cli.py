@@ -41,7 +41,9 @@ def train(folder: Path, model: Path, output: Path, *more: str) -> int:
 def test_train_then_sample_with_its_lora(pictures, tiny_folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(pictures, tiny_folder, output) == 0
-    assert capsys.readouterr().out.strip() == str(output / "pytorch_lora_weights.safetensors")
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(output / "pytorch_lora_weights.safetensors")
+    assert sum(line.startswith("d2f: step on ") for line in printed.err.splitlines()) == 1
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["command"] == "d2f train" and metrics["peak_memory_bytes"] > 0
     assert metrics["results"][0]["steps"] == 2

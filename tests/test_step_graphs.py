@@ -2,7 +2,6 @@
 dispatches while a step is captured, and runs exactly those again, on the same tensors, at each replay."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from d2f_fast.checkpoint import pack_optimizer
 from d2f_fast.config import TrainingConfig
 from d2f_fast.step_graphs import StepGraphs
 from d2f_fast.trainer import AlignedTrainer
+
 
 def address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata

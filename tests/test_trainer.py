@@ -4,7 +4,6 @@ Run as a script, this file is the process that gets killed: it imports torch onc
 """
 
 import errno
-import functools
 import itertools
 import json
 import os
@@ -237,19 +236,6 @@ def test_float16_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(RefusedInputError, match="mixed_precision must be no or bf16, got fp16"):
         make()
-
-
-@pytest.mark.slow
-def test_the_compiled_step_is_one_graph_equal_to_eager_for_every_t(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"target_modules": ("to_q",), "ema_decay": 0.0}
-    eager = make(**options)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled = make(compile=True, **options)
-    for step in range(3):
-        with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            loss = compiled.step(batch()).item()
-        assert loss == pytest.approx(eager.step(batch()).item(), rel=1e-6)
-    assert distance(gradients(compiled), gradients(eager)) <= 1e-5
 
 
 # Steps that are not finite
