@@ -23,7 +23,9 @@ from torch.nn import functional as F
 
 from d2f_fast.kernels import lora_kernels
 from d2f_fast.kernels.lora_dispatch import Path, choose_path
-from d2f_fast.kernels.runtime import library, triton_available
+from d2f_fast.kernels.runtime import STORED_DTYPES, library, triton_available
+
+_DTYPES = (*STORED_DTYPES, torch.float64)
 
 
 def lora_linear_reference(
@@ -199,6 +201,8 @@ def lora_linear(
         ValueError: shapes, dtypes or devices do not fit.
     """
     _check_operands(x, weight, lora_a, lora_b, bias)
+    if isinstance(scale, Tensor):  # which would get no gradient
+        raise ValueError("scale must be a number, got a tensor: multiply lora_b by it")
     if torch.compiler.is_exporting():
         return lora_linear_reference(x, weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias, scale)
     autocasts = _autocasts(x)
@@ -251,6 +255,12 @@ def lora_linear_packed(
     for a, b in zip(lora_as, lora_bs, strict=True):
         if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"each B must be [N, r] for its A [r, K], got {list(b.shape)} and {list(a.shape)}")
+    # Packed, weights in another order would have the shape that the right ones have.
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is not None and not isinstance(given, Tensor):
+            features, wanted = [len(tensor) if tensor.ndim else 0 for tensor in given], [len(b) for b in lora_bs]
+            if features != wanted:
+                raise ValueError(f"{name} must have {wanted} features as the B, got {features}")
     packed_weight = weight if isinstance(weight, Tensor) else torch.cat(list(weight))
     packed_bias = bias if bias is None or isinstance(bias, Tensor) else torch.cat(list(bias))
     scaled = [b if scale == 1 else b * scale for b, scale in zip(lora_bs, scales, strict=True)]
@@ -265,8 +275,10 @@ def _autocasts(x: Tensor) -> bool:
 
 def _check_operands(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
     """Refuse what would broadcast, be cast in silence, or reach a kernel from another device."""
-    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be [..., K] for a weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or not weight.numel():
+        raise ValueError(
+            f"x must be [..., K] for a weight [N, K] with elements, got {list(x.shape)} and {list(weight.shape)}"
+        )
     n, k = weight.shape
     if lora_a.ndim != 2 or lora_a.shape[1] != k or lora_a.shape[0] < 1:
         raise ValueError(f"lora_a must be [r, {k}] with r of 1 or more, got {list(lora_a.shape)}")
@@ -276,7 +288,7 @@ def _check_operands(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, b
         raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
     tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": x if bias is None else bias}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")

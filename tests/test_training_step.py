@@ -1,6 +1,5 @@
 """The training step against a plain loop: peft's own layers, diffusers' loss loop, torch's AdamW and schedules."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -188,7 +187,10 @@ def test_learning_rates_are_those_of_the_schedule_stepped_along(name: str) -> No
 def aot_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Compile to the traced operators, which takes seconds where Inductor takes a minute."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda loss, fullgraph, options=None: compile(loss, fullgraph=fullgraph, backend="aot_eager")
+    )
 
 
 def check_compiled(make: Any, steps: int, tolerance: float) -> None:

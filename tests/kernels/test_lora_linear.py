@@ -131,6 +131,61 @@ def test_no_rows_launch_nothing() -> None:
         assert got.shape == want.shape and torch.equal(got.double(), want), name
 
 
+@interpreted
+@pytest.mark.parametrize("launch", ["shrink", "forward", "dx", "ds_db in one pass", "ds_db", "da"])
+def test_offsets_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch, launch: str) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = False  # 8 GB, of which a few pages are ever touched
+    width, tile = 16, TILE._replace(m=128)
+    rows = 2**31 // width + 40
+    monkeypatch.setattr(lora_kernels, "BLOCKS", 1)
+    for name in ("_narrow_kernel", "_wide_kernel", "_grad_b_kernel", "_rows_sum_kernel"):
+        monkeypatch.setattr(lora_kernels, name, LastBlock(getattr(lora_kernels, name)))
+    last = slice(rows // tile.m * tile.m, rows)
+    x, narrow = torch.empty(rows, width, dtype=torch.float16), torch.empty(rows, 4, dtype=torch.float16)
+    wide_end, narrow_end = x[last].normal_().double(), narrow[last].normal_().double()
+    w, a, b = torch.randn(width, width).half(), torch.randn(4, width).half(), torch.randn(width, 4).half()
+    if launch == "shrink":
+        got, want = lora_kernels.launch_shrink(x, a, tile)[last], wide_end @ a.double().t()
+    elif launch == "forward":
+        got = lora_kernels.launch_forward(x, w, None, narrow, b, tile)[last]
+        want = wide_end @ w.double().t() + narrow_end @ b.double().t()
+    elif launch == "dx":
+        got = lora_kernels.launch_backward_dx(x, w, narrow, a, tile)[last]
+        want = wide_end @ w.double() + narrow_end @ a.double()
+    elif launch == "da":
+        monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)  # the parts of the blocks that did not run
+        got, want = lora_kernels.launch_backward_da(narrow, x, tile), narrow_end.t() @ wide_end
+    else:
+        ds, _ = lora_kernels.launch_backward_ds_db(x, narrow, b, tile, one_pass="one" in launch)
+        got, want = ds[last], wide_end @ b.double()
+    torch.testing.assert_close(got.double(), want, rtol=2**-9, atol=2**-9)
+
+
+class LastBlock:
+    """A kernel of which the last program along the rows runs alone: all of them would take the interpreter weeks."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        from triton.runtime.interpreter import interpreter_builder
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            set_grid_idx = interpreter_builder.set_grid_idx
+
+            def shifted(x: int, y: int, z: int) -> None:
+                interpreter_builder.set_grid_dim(*grid, *[1] * (3 - len(grid)))
+                set_grid_idx(grid[0] - 1, y, z)
+
+            interpreter_builder.set_grid_idx = shifted
+            try:
+                self.kernel[(1, *grid[1:])](*args, **kwargs)
+            finally:
+                interpreter_builder.set_grid_idx = set_grid_idx
+
+        return launch
+
+
 @pytest.mark.parametrize(("n", "rank"), [(24, 4), (32, 129), (32, 0)])
 def test_a_kernel_refuses_what_it_was_not_written_for(n: int, rank: int) -> None:
     with pytest.raises(ValueError, match=f"multiple of 16 and rank 1 to 128, got {n} and {rank}"):
@@ -326,14 +381,27 @@ def test_packed_layers_give_the_numbers_of_separate_ones(path: str, joined: bool
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "x": ({"x": torch.zeros(3, 31)}, r"x must be \[..., K\] for a weight \[N, K\], got \[3, 31\] and \[48, 32\]"),
+    "x": ({"x": torch.zeros(3, 31)}, r"x must be \[..., K\] for a weight \[N, K\] .*, got \[3, 31\] and \[48, 32\]"),
+    "no features": (
+        {"x": torch.zeros(3, 0), "weight": torch.zeros(48, 0), "lora_a": torch.zeros(4, 0)},
+        r"with elements, got \[3, 0\] and \[48, 0\]",
+    ),
     "scalar": ({"x": torch.zeros(())}, r"x must be \[..., K\]"),
     "a": ({"lora_a": torch.zeros(4, 31)}, r"lora_a must be \[r, 32\] with r of 1 or more, got \[4, 31\]"),
     "rank 0": ({"lora_a": torch.zeros(0, 32), "lora_b": torch.zeros(48, 0)}, r"r of 1 or more, got \[0, 32\]"),
     "b": ({"lora_b": torch.zeros(4, 48)}, r"lora_b must be \[48, 4\], got \[4, 48\]"),
     "bias": ({"bias": torch.zeros(1)}, r"bias must be \[48\], got \[1\]"),
     "dtype": ({"weight": torch.zeros(48, 32).half()}, "weight must be of x's dtype torch.float32, got torch.float16"),
-    "integers": ({"x": torch.zeros(3, 32, dtype=torch.int64)}, "x must be floating point, got torch.int64"),
+    "integers": (
+        {"x": torch.zeros(3, 32, dtype=torch.int64)},
+        "x must be float32, float16, bfloat16 or float64, got torch.int64",
+    ),
+    "8 bits": (
+        {"lora_a": torch.zeros(4, 32).to(torch.float8_e4m3fn)},
+        "lora_a must be float32, .*, got torch.float8_e4m",
+    ),
+    "complex": ({"weight": torch.zeros(48, 32) * 1j}, "weight must be float32, .*, got torch.complex64"),
+    "tensor scale": ({"scale": torch.ones(())}, "scale must be a number, got a tensor: multiply lora_b by it"),
     "device": ({"lora_b": torch.zeros(48, 4, device="meta")}, "lora_b must be on x's device cpu, got meta"),
 }
 
@@ -350,6 +418,11 @@ def test_packed_layers_that_do_not_fit_are_refused() -> None:
         lora_linear_packed(t["x"], t["weight"], [t["lora_a"]], [t["lora_b"]] * 2)
     with pytest.raises(ValueError, match=r"each B must be \[N, r\] for its A \[r, K\], got \[48, 4\] and \[3, 32\]"):
         lora_linear_packed(t["x"], t["weight"], [t["lora_a"][:3]], [t["lora_b"]])
+    layers = [t["lora_a"]] * 2, [t["lora_b"][:16], t["lora_b"][16:]]
+    with pytest.raises(ValueError, match=r"weight must have \[16, 32\] features as the B, got \[32, 16\]"):
+        lora_linear_packed(t["x"], [t["weight"][:32], t["weight"][32:]], *layers)
+    with pytest.raises(ValueError, match=r"bias must have \[16, 32\] features as the B, got \[48\]"):
+        lora_linear_packed(t["x"], t["weight"], *layers, [t["bias"]])
 
 
 def path_of(rows: int, n: int, k: int, rank: int = 16, dtype: torch.dtype = torch.bfloat16) -> str:
