@@ -21,6 +21,19 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+# Whether this run was told where compiled code is kept; Inductor sets it too, once it is used.
+KEEPS_COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR" in os.environ
+# Columns that are printed, by table; of the others all.
+SHOWN = {
+    "": (
+        *("benchmark", "case", "provider", "timing", "median_us", "p20_us", "p80_us"),
+        *("gb_per_s", "share_of_copy", "tflop_per_s", "share_of_matmul"),
+    ),
+    "train-step": (
+        *("case", "provider", "compile_cache", "median_ms", "p20_ms", "p80_ms", "images_per_s", "vs_script"),
+        *("first_step_s", "to_step_500_s", "peak_mib", "kernels", "host_ms", "share_of_matmul", "share_of_ceiling"),
+    ),
+}
 ROUND_SECONDS = 0.01  # of one round: the clock's own cost, some 10 µs on a GPU, stays below 0.2 %
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import clock
 
-ROWS = pytest.StashKey[list[dict[str, Any]]]()
+ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 ROUNDS = 30
 DRY_ROUNDS = 2
 
@@ -34,7 +34,21 @@ def dry_run(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, results: Path, dry_run: bool) -> Callable[..., dict[str, Any]]:
+def record(request: pytest.FixtureRequest, results: Path) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """Append a row to the table of a name, and print it at the end of the run: `record("train-step", row)`."""
+
+    def record(table: str, row: dict[str, Any]) -> dict[str, Any]:
+        written = clock.append(row, table, results)
+        request.config.stash.setdefault(ROWS, {}).setdefault(table, []).append(row)
+        return written
+
+    return record
+
+
+@pytest.fixture
+def measure(
+    request: pytest.FixtureRequest, record: Callable[..., dict[str, Any]], dry_run: bool
+) -> Callable[..., dict[str, Any]]:
     """Time one provider, print its row, and append it to `results/<device>.csv`.
 
     A benchmark asserts that the provider is right, then calls this once:
@@ -96,9 +110,7 @@ def measure(request: pytest.FixtureRequest, results: Path, dry_run: bool) -> Cal
             "matmul_tflop_per_s": f"{matmul_rate / 1e12:.4g}" if flops else "",
             "share_of_matmul": f"{flops / median / matmul_rate:.4f}" if flops else "",
         }
-        row = clock.append(row, folder=results)
-        request.config.stash.setdefault(ROWS, []).append(row)
-        return row
+        return record("", row)
 
     return measure
 
@@ -108,10 +120,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash.get(ROWS, [])
-    columns = ["benchmark", "case", "provider", "timing", "median_us", "p20_us", "p80_us"]
-    columns += ["gb_per_s", "share_of_copy", "tflop_per_s", "share_of_matmul"]
-    clock.print_table(rows, columns, terminalreporter.write_line)
+    for table, rows in config.stash.get(ROWS, {}).items():
+        clock.print_table(rows, clock.SHOWN.get(table, list(rows[0])), terminalreporter.write_line)
     measured_on = ", ".join(f"{key} {value}" for key, value in clock.measured_on().items())
     terminalreporter.write_line(f"measured on: {measured_on}")
 
