@@ -36,8 +36,8 @@ from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE
 
 CUDA = torch.cuda.is_available()
 # Relative difference of the loss, and of the gradients. In float32 other orders of sums; in bfloat16 every product of a
-# deep network is rounded at 4e-3, forward and backward, by both.
-ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (2e-2, 1e-1)}
+# deep network is rounded at 4e-3: the script's own gradients are 1.6e-2 from float32's (miniature, CPU), as are ours.
+ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (5e-3, 5e-2)}
 LATER_STEPS, ROW_SECONDS, MOST_ROUNDS = 500, 20.0, 30
 # Those that a compiled peft gives whoever asks for all of it; on a CPU there is nothing to capture.
 BEST = Levers(compiled="step", channels_last=True, fused=True, captured=CUDA)
