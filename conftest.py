@@ -7,6 +7,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--benchmark", action="store_true", help="run benchmarks/ instead of tests/, slow and gpu ones too"
     )
+    parser.addoption("--results", default="benchmarks/results", help="folder that benchmarks append their rows to")
+    parser.addoption("--dry_run", action="store_true", help="try each benchmark once at its smallest size")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,28 +1,18 @@
 """The clock of every benchmark, and the row that it writes: `measure`, shared by all files of this folder."""
 
-import csv
-import functools
-import itertools
-import math
-import platform
-import re
-import shutil
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-ROWS = pytest.StashKey[list[dict[str, Any]]]()
+from benchmarks import clock
+
+ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 ROUNDS = 30
-ROUND_SECONDS = 0.01  # of one round: the clock's own cost, some 10 µs on a GPU, stays below 0.2 %
+DRY_ROUNDS = 2
 
 
 @pytest.fixture
@@ -31,8 +21,34 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def results(pytestconfig: pytest.Config) -> Path:
+    """Folder of the tables of rows."""
+    return Path(pytestconfig.getoption("--results"))
+
+
+@pytest.fixture(scope="session")
+def dry_run(pytestconfig: pytest.Config) -> bool:
+    """Whether everything is tried once, at the smallest size, and no time is meant."""
+    return bool(pytestconfig.getoption("--dry_run"))
+
+
 @pytest.fixture
-def measure(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+def record(request: pytest.FixtureRequest, results: Path) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """Append a row to the table of a name, and print it at the end of the run: `record("train-step", row)`."""
+
+    def record(table: str, row: dict[str, Any]) -> dict[str, Any]:
+        written = clock.append(row, table, results)
+        request.config.stash.setdefault(ROWS, {}).setdefault(table, []).append(row)
+        return written
+
+    return record
+
+
+@pytest.fixture
+def measure(
+    request: pytest.FixtureRequest, record: Callable[..., dict[str, Any]], dry_run: bool
+) -> Callable[..., dict[str, Any]]:
     """Time one provider, print its row, and append it to `results/<device>.csv`.
 
     A benchmark asserts that the provider is right, then calls this once:
@@ -59,9 +75,9 @@ def measure(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
         flops: int = 0,
         graph: bool = True,
     ) -> dict[str, Any]:
-        where = next((x.device for x in _tensors(inputs()) if x.device.type == "cuda"), torch.device("cpu"))
+        where = next((x.device for x in clock.tensors_of(inputs()) if x.device.type == "cuda"), torch.device("cpu"))
         graph = graph and where.type == "cuda"
-        target, calls = _round(function, inputs, where, graph)
+        target, calls = clock.make_round(function, inputs, where, graph)
 
         def seconds_per_call() -> float:
             if where.type == "cuda":
@@ -70,21 +86,19 @@ def measure(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
 
         request.node.add_marker(pytest.mark.benchmark(group=case, timer=seconds_per_call))
         benchmark = request.getfixturevalue("benchmark")
-        benchmark.pedantic(target, rounds=ROUNDS, warmup_rounds=2)
-        seconds = sorted(benchmark.stats.stats.data)
-        median, tenths = statistics.median(seconds), statistics.quantiles(seconds, n=10)
-        copy_rate, matmul_rate = _copy_rate(where), _matmul_rate(where) if flops else 0.0
+        benchmark.pedantic(target, rounds=DRY_ROUNDS if dry_run else ROUNDS, warmup_rounds=2)
+        seconds = benchmark.stats.stats.data
+        median, p20, p80 = clock.quantiles_of(seconds)
+        copy_rate, matmul_rate = clock.copy_rate(where), clock.matmul_rate(where) if flops else 0.0
         row = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            **_measured_on(),
-            "clock_mhz": _clock_mhz(where),
+            "clock_mhz": clock.clock_mhz(where),
             "benchmark": request.node.path.stem.removeprefix("bench_"),
             "case": case,
             "provider": provider,
             "timing": "graph" if graph else "launched",
             "median_us": f"{median * 1e6:.3f}",
-            "p20_us": f"{tenths[1] * 1e6:.3f}",
-            "p80_us": f"{tenths[7] * 1e6:.3f}",
+            "p20_us": f"{p20 * 1e6:.3f}",
+            "p80_us": f"{p80 * 1e6:.3f}",
             "rounds": len(seconds),
             "calls_a_round": calls,
             "bytes": bytes_moved,
@@ -96,160 +110,20 @@ def measure(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
             "matmul_tflop_per_s": f"{matmul_rate / 1e12:.4g}" if flops else "",
             "share_of_matmul": f"{flops / median / matmul_rate:.4f}" if flops else "",
         }
-        _append(row)
-        request.config.stash.setdefault(ROWS, []).append(row)
-        return row
+        return record("", row)
 
     return measure
 
 
-def _tensors(operands: Any) -> Iterable[Tensor]:
-    return (x for x in operands if isinstance(x, Tensor))
-
-
-def _round(
-    function: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]], where: torch.device, graph: bool
-) -> tuple[Callable[[], None], int]:
-    """What one round runs, about ROUND_SECONDS of it, and how many calls that is."""
-    operands = [inputs()]
-    if where.type == "cuda":
-        size = sum(x.numel() * x.element_size() for x in _tensors(operands[0]))
-        cold = 2 * torch.cuda.get_device_properties(where).L2_cache_size
-        operands += [inputs() for _ in range(math.ceil(cold / max(size, 1)) - 1)]
-    for _ in range(3):  # compiles, and fills caches
-        function(*operands[0])
-    if not graph:
-        turns = itertools.cycle(operands)
-        calls = max(1, round(ROUND_SECONDS / _seconds(lambda: function(*next(turns)), where)))
-
-        def target() -> None:
-            for _ in range(calls):
-                function(*next(turns))
-
-        return target, calls
-    side = torch.cuda.Stream(where)
-    side.wait_stream(torch.cuda.current_stream(where))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function(*operands[0])
-    torch.cuda.current_stream(where).wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        for taken in operands:
-            function(*taken)
-    replays = max(1, round(ROUND_SECONDS / _seconds(captured.replay, where)))
-
-    def replay() -> None:
-        for _ in range(replays):
-            captured.replay()
-
-    return replay, replays * len(operands)
-
-
-def _seconds(function: Callable[[], Any], where: torch.device, repeats: int = 9) -> float:
-    """Median time of a call, host and synchronisation included."""
-    seconds = []
-    for _ in range(repeats):
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        started = time.perf_counter()
-        function()
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
-@functools.cache
-def _copy_rate(where: torch.device) -> float:
-    """Bytes a second that `copy_` reads and writes, on operands far larger than the caches."""
-    source = torch.ones((1 << 28 if where.type == "cuda" else 1 << 26) // 4, device=where)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / _seconds(lambda: target.copy_(source), where)
-
-
-@functools.cache
-def _matmul_rate(where: torch.device) -> float:
-    """Operations a second of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
-    side, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (1024, torch.float32)
-    a = torch.randn(side, side, device=where, dtype=dtype)
-    return 2 * side**3 / _seconds(lambda: a @ a, where)
-
-
-@functools.cache
-def _clock_mhz(where: torch.device) -> str:
-    """Clock of the GPU's multiprocessors under load; nothing on a CPU, or without nvidia-smi."""
-    if where.type != "cuda" or not shutil.which("nvidia-smi"):
-        return ""
-    a = torch.randn(8192, 8192, device=where, dtype=torch.bfloat16)
-    for _ in range(500):  # half a second or more on the device, queued at once
-        a @ a
-    uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
-    query = ["nvidia-smi", f"--id={uuid}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    clock = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    torch.cuda.synchronize(where)
-    return clock
-
-
-@functools.cache
-def _commit() -> str:
-    """Short hash of the commit, "-dirty" where files other than results were changed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    status = [*git, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results"]
-    changed = subprocess.run(status, capture_output=True, text=True).stdout
-    return (commit or "none") + ("-dirty" if changed else "")
-
-
-def _processor() -> str:
-    """Name of the CPU; `platform.processor()` is empty on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return named[1].strip() if named else platform.processor() or platform.machine()
-
-
-def _measured_on() -> dict[str, str]:
-    """Device, commit and package versions of this run."""
-    try:
-        triton_version = version("triton")
-    except PackageNotFoundError:
-        triton_version = "none"
-    return {
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _append(row: dict[str, Any]) -> None:
-    """Add a row to the device's table at once: a run that is cut keeps what it measured."""
-    slug = re.sub(r"[^a-z0-9]+", "-", row["device"].lower()).strip("-")
-    path = Path(__file__).parent / "results" / f"{slug}.csv"
-    path.parent.mkdir(exist_ok=True)
-    header = path.open().readline().strip() if path.exists() else ",".join(row)
-    assert header == ",".join(row), f"{path} has other columns than this version writes: move it away"
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.update(_measured_on())
+    machine_info.update(clock.measured_on())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash.get(ROWS, [])
-    columns = ["benchmark", "case", "provider", "timing", "median_us", "p20_us", "p80_us"]
-    columns += ["gb_per_s", "share_of_copy", "tflop_per_s", "share_of_matmul"]
-    table = [columns, *([str(row[column]) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table if rows else []:
-        terminalreporter.write_line("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)))
-    terminalreporter.write_line("measured on: " + ", ".join(f"{key} {value}" for key, value in _measured_on().items()))
+    for table, rows in config.stash.get(ROWS, {}).items():
+        clock.print_table(rows, clock.SHOWN.get(table, list(rows[0])), terminalreporter.write_line)
+    measured_on = ", ".join(f"{key} {value}" for key, value in clock.measured_on().items())
+    terminalreporter.write_line(f"measured on: {measured_on}")
 
 
 @pytest.fixture(scope="session")

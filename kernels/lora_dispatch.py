@@ -3,21 +3,26 @@
     "split"   s = x Aᵀ, then y = x Wᵀ + s (scale B)ᵀ + bias in one accumulator and one store      Triton kernels
     "addmm"   y = x Wᵀ + bias, then y += s (scale B)ᵀ                                             plain torch, cuBLAS
 
-No entry has been measured on a GPU yet: they follow a byte and FLOP model. The adapter's own traffic is worth fusing
+`benchmarks/tune_lora.py` measures a card and writes `lora_measured.json` beside this file, whose entries stand in place
+of those below. Entries that were not measured follow a byte and FLOP model. The adapter's own traffic is worth fusing
 where the base product is bound by memory, which is where N K / (N + K) is small: one of N and K is 320, or both are
 640. From 1280 on the product is bound by arithmetic, and a Triton product that is slower than cuBLAS's loses more than
 fusion saves. The blocks are those that compile without spills into each card's shared memory; a test compiles every
 one. Unknown cards, unknown shapes and small batches take "addmm".
 """
 
+import json
 import os
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 Path = Literal["split", "addmm"]
 
 PATH_VARIABLE = "D2F_FAST_LORA_PATH"  # forces a path, for tests and benchmarks
+MEASURED = FilePath(__file__).with_name("lora_measured.json")
 MIN_ROWS = 4096  # below it launches cost more than traffic, and too few programs fill a card
 MAX_RANK = 128
 RANK_BUCKETS = (16, 32, 64, 128)
@@ -69,8 +74,10 @@ def _narrow_entry(capability: int, rank: int) -> NarrowEntry:
     if capability == 90:
         grad_b = Tile(256, 64, 64, 8, 2) if rank <= 64 else None
         return NarrowEntry(Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), grad_b)
-    grad_b = Tile(256, 64, 64, 8, 2) if rank <= 32 else None
-    return NarrowEntry(Tile(64, 64, 64, 4, 3), Tile(64, 64, 64, 8 if capability == 120 else 4, 3), grad_b)
+    # What fits with one Triton spills with another: 3.9 gives ds of rank 64 on sm_80 and dB on sm_120 fewer registers.
+    shrink = Tile(64, 64, 32, 4, 4) if capability == 80 else Tile(64, 64, 64, 4, 3)
+    grad_b = Tile(256, 32 if capability == 120 else 64, 64, 8, 2) if rank <= 32 else None
+    return NarrowEntry(shrink, Tile(64, 64, 64, 8 if capability == 120 else 4, 3), grad_b)
 
 
 TABLE: dict[tuple[int, int, int, int], Entry] = {
@@ -82,6 +89,67 @@ TABLE: dict[tuple[int, int, int, int], Entry] = {
 NARROW_TABLE: dict[tuple[int, int], NarrowEntry] = {
     (capability, rank): _narrow_entry(capability, rank) for capability in CAPABILITIES for rank in RANK_BUCKETS
 }
+
+Measured = tuple[dict[tuple[int, int, int, int], Entry], dict[tuple[int, int], NarrowEntry]]
+
+
+def read_measured(path: FilePath) -> Measured:
+    """Entries of a file that `benchmarks/tune_lora.py` wrote, by the keys of TABLE and of NARROW_TABLE.
+
+    Args:
+        path: JSON, {capability: {"wide": [{"n", "k", "rank", "path", "forward", "grad_x"}, …], "narrow": [{"rank",
+            "shrink", "rows_sum", "grad_b"}, …]}}; what else it holds says how it was measured. No file, no entries.
+
+    Raises:
+        ValueError: it is no such file, or an entry is none that a kernel could run; the message says which.
+    """
+    wide: dict[tuple[int, int, int, int], Entry] = {}
+    narrow: dict[tuple[int, int], NarrowEntry] = {}
+    if not path.exists():
+        return wide, narrow
+    where = str(path)
+    try:
+        for capability, card in json.loads(path.read_bytes()).items():
+            for row in card["wide"]:
+                where = f"{path}: sm_{capability}, {row}"
+                key = (int(capability), _number(row, "n"), _number(row, "k"), _number(row, "rank"))
+                if row["path"] not in get_args(Path) or key[1] % 16 or key[2] % 16 or key[3] not in RANK_BUCKETS:
+                    raise ValueError("no such path, features that are no multiples of 16, or no bucket of ranks")
+                wide[key] = Entry(row["path"], _tile(row, "forward"), _tile(row, "grad_x"))
+            for row in card["narrow"]:
+                where = f"{path}: sm_{capability}, {row}"
+                if _number(row, "rank") not in RANK_BUCKETS:
+                    raise ValueError("no bucket of ranks")
+                grad_b = None if row["grad_b"] is None else _tile(row, "grad_b")
+                narrow[int(capability), row["rank"]] = NarrowEntry(_tile(row, "shrink"), _tile(row, "rows_sum"), grad_b)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{where} is no entry of the LoRA kernels ({error}): write the file anew with benchmarks/tune_lora.py, or"
+            " remove it"
+        ) from error
+    return wide, narrow
+
+
+def _number(row: Mapping[str, Any], name: str) -> int:
+    value = row[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _tile(row: Mapping[str, Any], name: str) -> Tile:
+    tile = Tile(*row[name])
+    sizes = (tile.m, tile.n, tile.k, tile.warps)
+    if any(type(size) is not int or size < 1 or size & (size - 1) for size in sizes) or min(sizes[:3]) < 16:
+        raise ValueError(f"{name} must be [m, n, k, warps, stages], powers of two, blocks from 16 on, got {row[name]}")
+    if type(tile.stages) is not int or not 1 <= tile.stages <= 8 or tile.warps > 16:
+        raise ValueError(f"{name} must have at most 16 warps and 1 to 8 stages, got {row[name]}")
+    return tile
+
+
+_wide, _narrow = read_measured(MEASURED)
+TABLE |= _wide
+NARROW_TABLE |= _narrow
 
 # For float32, and where "split" is forced on an unknown shape or card: they fit everywhere.
 _SMALL = Tile(64, 64, 32, 4, 2)

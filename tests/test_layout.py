@@ -213,7 +213,7 @@ def test_wheel_holds_each_module_once_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "d2f_fast/miniature/__pycache__/stale.pyc").touch()
     built = _python("from setuptools import build_meta; print(build_meta.build_wheel('dist'))", cwd=tmp_path)
     names = zipfile.ZipFile(tmp_path / "dist" / built.split()[-1]).namelist()
-    data = [path for path in _files("d2f_fast", "*") if path.suffix != ".py"]
+    data = [path for name in ("d2f_fast", "kernels") for path in _files(name, "*") if path.suffix != ".py"]
     expected = [_packaged(path).as_posix() for path in [*SOURCES.values(), *data]]
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(expected)
 

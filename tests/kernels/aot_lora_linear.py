@@ -1,9 +1,10 @@
 """Compile the LoRA kernels of the dispatch table for GPUs that are not there, and print what came out as JSON.
 
-    python tests/kernels/aot_lora_linear.py 80,90 16,128        # capabilities, rank buckets
+    python tests/kernels/aot_lora_linear.py 80,90 16,48,128        # capabilities, ranks
 
-Entries that share their blocks are one kernel: features are compile-time constants, of which a kernel knows only that
-they are multiples of its blocks.
+A rank that is no bucket, as 48 of q, k and v packed, is padded in registers. Entries that share
+their blocks are one kernel: features are compile-time constants, of which a kernel knows only that they are multiples
+of its blocks.
 """
 
 import json
@@ -15,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # a
 from aot import SHARED_MEMORY, compile_for  # noqa: E402
 
 from d2f_fast.kernels import lora_kernels  # noqa: E402
-from d2f_fast.kernels.lora_dispatch import NARROW_TABLE, TABLE  # noqa: E402
+from d2f_fast.kernels.lora_dispatch import NARROW_TABLE, TABLE, rank_bucket  # noqa: E402
 
 POINTER = "*bf16"
 
@@ -31,12 +32,12 @@ def compiled(kernel, capability, constants, tile, **float32):  # type: ignore[no
 
 
 def reports(capability: int, rank: int) -> dict[str, dict[str, int]]:
-    common = {"RANK": rank, "R": rank, "UPCAST": False}
-    narrow = NARROW_TABLE[capability, rank]
+    common = {"RANK": rank, "R": rank_bucket(rank), "UPCAST": False}
+    narrow = NARROW_TABLE[capability, rank_bucket(rank)]
     wide = {
         (tile, features, transposed)
         for (cc, n, k, bucket), entry in TABLE.items()
-        if (cc, bucket) == (capability, rank)
+        if (cc, bucket) == (capability, rank_bucket(rank))
         for tile, features, transposed in ((entry.forward, n, False), (entry.grad_x, k, True))
     }
     found = {}

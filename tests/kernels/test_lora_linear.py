@@ -474,6 +474,56 @@ def test_the_table_knows_every_lora_layer_of_stable_diffusion() -> None:
     assert len(TABLE) == len(lora_dispatch.CAPABILITIES) * 4 * len({key[1:3] for key in TABLE})
 
 
+WIDE_ROW = {
+    "n": 320,
+    "k": 336,
+    "rank": 32,
+    "path": "split",
+    "forward": [64, 64, 32, 4, 3],
+    "grad_x": [32, 16, 16, 4, 1],
+}
+NARROW_ROW = {"rank": 64, "shrink": [64, 64, 64, 4, 4], "rows_sum": [128, 64, 64, 4, 3], "grad_b": None}
+
+
+def test_a_measured_table_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    assert lora_dispatch.read_measured(path) == ({}, {})
+    path.write_text(json.dumps({"90": {"device": "H100", "wide": [{**WIDE_ROW, "us": 3}], "narrow": [NARROW_ROW]}}))
+    wide, narrow = lora_dispatch.read_measured(path)
+    assert wide == {(90, 320, 336, 32): ("split", Tile(64, 64, 32, 4, 3), Tile(32, 16, 16, 4, 1))}
+    assert narrow == {(90, 64): (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), None)}
+
+
+CORRUPT: dict[str, tuple[Any, str]] = {
+    "cut": ('{"90": {"wide": [', "measured.json is no entry of the LoRA kernels"),
+    "list": ("[]", "measured.json is no entry"),
+    "capability": ({"wide": [WIDE_ROW], "narrow": []}, "measured.json is no entry"),
+    "no rows": ({"90": {"wide": []}}, r"measured.json is no entry of the LoRA kernels \('narrow'\)"),
+    "path": ({"90": {"wide": [{**WIDE_ROW, "path": "fused"}]}}, "sm_90, .*'fused'.*no such path"),
+    "features": ({"90": {"wide": [{**WIDE_ROW, "k": 24}]}}, "features that are no multiples of 16"),
+    "boolean": ({"90": {"wide": [{**WIDE_ROW, "n": True}]}}, "n must be a positive integer, got True"),
+    "bucket": (
+        {"90": {"wide": [], "narrow": [{**NARROW_ROW, "rank": 48}]}},
+        "sm_90, .*'rank': 48.*no bucket of ranks",
+    ),
+    "tile": ({"90": {"wide": [{**WIDE_ROW, "forward": [64, 64]}]}}, "benchmarks/tune_lora.py, or remove it"),
+    "block": (
+        {"90": {"wide": [{**WIDE_ROW, "grad_x": [64, 48, 32, 4, 3]}]}},
+        r"grad_x must be \[m, n, k, warps, stages\], powers of two, blocks from 16 on, got \[64, 48, 32, 4, 3\]",
+    ),
+    "stages": ({"90": {"wide": [{**WIDE_ROW, "forward": [64, 64, 32, 4, 9]}]}}, "1 to 8 stages, got"),
+    "missing": ({"90": {"wide": [{"n": 320}]}}, r"\('k'\): write the file anew with benchmarks/tune_lora.py"),
+}
+
+
+@pytest.mark.parametrize(("content", "sentence"), CORRUPT.values(), ids=CORRUPT)
+def test_a_corrupt_measured_table_is_refused(content: Any, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=sentence):
+        lora_dispatch.read_measured(path)
+
+
 def compiled_kernels(*arguments: str) -> dict[str, dict[str, int]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("aot_lora_linear.py")), *arguments]
@@ -484,7 +534,7 @@ def compiled_kernels(*arguments: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("90,120", "16,128"), pytest.param(("80,86,89,90,120", "16,32,64,128"), marks=pytest.mark.slow)],
+    [("90,120", "16,128"), pytest.param(("80,86,89,90,120", "16,32,48,64,128"), marks=pytest.mark.slow)],
     ids=["two cards", "every entry"],
 )
 def test_every_entry_compiles_to_what_the_card_can_run(arguments: tuple[str, str]) -> None:

@@ -1,0 +1,320 @@
+"""A whole training step with LoRA, `pytest --benchmark`: peft's as the scripts run it, lever by lever, and ours.
+
+Each row is one provider on one case, appended to `results/<device>-train-step.csv` as soon as it is measured. Before
+the clock starts its loss and its clipped gradients, for the draws of one of its own steps, must agree with the
+script's: relative differences within ALLOWED, gradients as one vector of all of A and B.
+
+    first_step_s    compile and capture included, from an empty compile cache ("cold"); where the environment names
+                    TORCHINDUCTOR_CACHE_DIR, from that one ("kept")
+    to_step_500_s   the first three steps as they were, and 497 medians
+    floor_ms        the least work of a step at the copy bandwidth and the matrix product of the same run; see
+                    `unets.least_work`. share_of_ceiling = floor / median
+    vs_script       time of the script's step over that of the row; on a CPU both are taken in turns, round by round
+    kernels, host_ms  on a GPU: kernels and copies a step, and how long the host is busy with them
+
+Rows of a GPU: provider "d2f_fast" captures the step; "compiled" and "eager" leave levers out.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import clock
+from benchmarks.train_steps import Draws, Levers, PeftStep, TrainerStep, trainer_draws
+from benchmarks.unets import Case, batch_of, least_work
+from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE
+
+CUDA = torch.cuda.is_available()
+# Relative difference of the loss, and of the gradients. In float32 other orders of sums; in bfloat16 every product of a
+# deep network is rounded at 4e-3: the script's own gradients are 1.6e-2 from float32's (miniature, CPU), as are ours.
+ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (5e-3, 5e-2)}
+LATER_STEPS, ROW_SECONDS, MOST_ROUNDS = 500, 20.0, 30
+# Those that a compiled peft gives whoever asks for all of it; on a CPU there is nothing to capture.
+BEST = Levers(compiled="step", channels_last=True, fused=True, captured=CUDA)
+Provider = Callable[[Case, torch.device], Any]
+
+
+def peft(**levers: Any) -> Provider:
+    return lambda case, device: PeftStep(case, device, Levers(**levers))
+
+
+def best(**levers: Any) -> Provider:
+    return lambda case, device: PeftStep(case, device, dataclasses.replace(BEST, **levers))
+
+
+def ours(**options: Any) -> Provider:
+    return lambda case, device: TrainerStep(case, device, **options)
+
+
+FULL = {"compile": True, **({"cuda_graph": True} if CUDA else {})}
+# In the order in which they are measured: a run that is cut has the answers that matter.
+PROVIDERS: dict[str, Provider] = {
+    "d2f_fast": ours(**FULL),
+    "peft best": best(),
+    "peft compiled": peft(compiled="network"),
+    "script": peft(),
+    "base only": best(adapter=False),
+    "peft compiled, channels_last": peft(compiled="network", channels_last=True),
+    "peft compiled step, channels_last, fused AdamW": best(captured=False),
+    "d2f_fast compiled": ours(compile=True),
+    "d2f_fast eager": ours(compile=False),
+    "script, no input cast": peft(input_cast=False),
+    "script, channels_last": peft(channels_last=True),
+    "d2f_fast with EMA": ours(**FULL, ema_decay=0.999),
+    "d2f_fast, addmm": ours(**FULL),
+    "d2f_fast, flash attention": ours(**FULL),
+    "d2f_fast, efficient attention": ours(**FULL),
+    "d2f_fast, cudnn attention": ours(**FULL),
+    "peft best, max-autotune": best(mode="max-autotune-no-cudagraphs"),
+}
+ONLY_ON_A_GPU = {"d2f_fast compiled", "d2f_fast, addmm", "peft best, max-autotune"} | {
+    name for name in PROVIDERS if name.endswith("attention")
+}
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+ALL = [name for name in PROVIDERS if CUDA or name not in ONLY_ON_A_GPU]
+RIVALS = ["d2f_fast", "peft best", "script"]
+STAGES: dict[str, list[tuple[Case, list[str]]]] = {
+    "cpu": [(Case("miniature", 16, 8), ALL), (Case("sd15 halved", 1, 32), ALL)],
+    "b16": [
+        (Case("sd15", 16, 64), ALL),
+        *((Case("sd15", batch, 64, rank), RIVALS) for batch, rank in ((16, 64), (64, 16), (4, 16))),
+        (Case("sd15", 16, 64, targets=None), RIVALS),
+        (Case("sd21", 16, 64), RIVALS),
+    ],
+    "b1": [(Case("sd15", 1, 64), ALL), (Case("sd15", 1, 64, 64), RIVALS), (Case("sd21", 1, 64), RIVALS)],
+    "sdxl": [(Case("sdxl", 4, 128), RIVALS), (Case("sdxl", 1, 128), RIVALS), (Case("sdxl", 1, 128, 64), RIVALS)],
+}
+DRY = Case("miniature", 2, 8)
+ROWS = [
+    pytest.param(case, provider, id=f"{stage}-{case}-{provider}".replace(" ", "_"))
+    for stage in (("b16", "b1", "sdxl") if CUDA else ("cpu",))
+    for case, providers in STAGES[stage]
+    for provider in providers
+]
+
+
+@pytest.fixture
+def step_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Make a provider's step, with what surrounds it until the end of the test."""
+    with contextlib.ExitStack() as stack:
+        torch.compiler.reset()
+        clear()
+
+        def make(case: Case, provider: str, device: torch.device) -> Any:
+            if not clock.KEEPS_COMPILED_CODE:
+                stack.enter_context(fresh_cache())
+            if provider.endswith("addmm"):
+                monkeypatch.setenv(PATH_VARIABLE, "addmm")
+            if provider.endswith("attention"):
+                stack.enter_context(sdpa_kernel(ATTENTION[provider.split()[-2]]))
+            return PROVIDERS[provider](case, device)
+
+        yield make
+    torch.compiler.reset()
+
+
+class Script:
+    """The script's step on the case in hand, for the gates and, on a CPU, beside every row."""
+
+    _held: tuple[Case, PeftStep] | None = None
+
+    @classmethod
+    def on(cls, case: Case, device: torch.device) -> PeftStep:
+        if cls._held is None or cls._held[0] != case:
+            cls._held = None
+            clear()
+            cls._held = case, PeftStep(case, device, Levers())
+        return cls._held[1]
+
+
+def clear() -> None:
+    """Give memory that nothing holds back to the device."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def differences(step: Any, case: Case, device: torch.device) -> tuple[float, float]:
+    """How far a step's loss and gradients are from the script's, relatively; both as of the step's beginning."""
+    adapter = not isinstance(step, PeftStep) or step.levers.adapter
+    if isinstance(step, PeftStep):
+        step.restore()
+        step()
+        draws: Draws = step.draws
+    else:
+        draws = trainer_draws(case, device)  # of its first step, which it has taken
+    loss, gradients = Script.on(case, device).evaluate(draws, zero_adapter=not adapter)
+    of_loss = abs(float(step.loss - loss)) / abs(float(loss))
+    got, want = step.gradients(), gradients if adapter else {}
+    error = sum(float((got[name].double() - want[name].double()).square().sum()) for name in want)
+    size = sum(float(tensor.double().square().sum()) for tensor in want.values())
+    assert not adapter or (got.keys() == want.keys() and size > 0)
+    return of_loss, math.sqrt(error / size) if adapter else 0.0
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    return clock.seconds_of(step, device, 1)
+
+
+def time_rounds(
+    step: Callable[[], None], beside: Callable[[], None] | None, device: torch.device, most: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of a step in each round, and of the one beside it."""
+    once = seconds_of(step, device) + (seconds_of(beside, device) if beside else 0)
+    rounds, calls = max(3, min(most, int(ROW_SECONDS / once))), max(1, round(0.05 / once))
+
+    def several(step: Callable[[], None]) -> float:
+        return seconds_of(lambda: [step() for _ in range(calls)] and None, device) / calls
+
+    pairs = [(several(step), several(beside) if beside else math.nan) for _ in range(rounds)]
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def device_kernels(step: Callable[[], None]) -> int:
+    """Kernels and copies that the device runs in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def host_seconds(step: Callable[[], None], repeats: int = 5) -> float:
+    """How long the host takes to hand a step to an idle device."""
+    seconds = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@pytest.mark.parametrize(("case", "provider"), ROWS)
+def test_train_step(step_of, device, record, dry_run, case, provider):
+    if dry_run:
+        case = DRY
+    script = Script.on(case, device)
+    clear()
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    step = step_of(case, provider, device)
+    first = [seconds_of(step, device)]
+    of_loss, of_gradients = differences(step, case, device)
+    allowed = ALLOWED[case.dtype]
+    assert of_loss <= allowed[0] and of_gradients <= allowed[1], f"{provider}: {of_loss:.1e}, {of_gradients:.1e}"
+    first += [seconds_of(step, device) for _ in range(2)]
+    clear()
+    seconds, beside = time_rounds(step, None if CUDA else script, device, 3 if dry_run else MOST_ROUNDS)
+    peak = torch.cuda.max_memory_allocated() - before if CUDA else 0
+    median, p20, p80 = clock.quantiles_of(seconds)
+    pairs = zip(seconds, beside, strict=True)
+    vs_script = statistics.median(theirs / own for own, theirs in pairs) if not CUDA else script_seconds(case) / median
+    work = least_work(case, provider != "base only")
+    copy_rate, matmul_rate = clock.copy_rate(device), clock.matmul_rate(device)
+    floor = work.seconds(matmul_rate, copy_rate)
+    record(
+        "train-step",
+        {
+            "clock_mhz": clock.clock_mhz(device),
+            "case": str(case),
+            "provider": provider,
+            "compile_cache": "kept" if clock.KEEPS_COMPILED_CODE else "cold",
+            "median_ms": f"{median * 1e3:.4g}",
+            "p20_ms": f"{p20 * 1e3:.4g}",
+            "p80_ms": f"{p80 * 1e3:.4g}",
+            "rounds": len(seconds),
+            "images_per_s": f"{case.batch / median:.4g}",
+            "vs_script": f"{vs_script:.3f}",
+            "first_step_s": f"{first[0]:.4g}",
+            "to_step_500_s": f"{sum(first) + (LATER_STEPS - len(first)) * median:.4g}",
+            "peak_mib": round(peak / 2**20) if CUDA else "",
+            "kernels": device_kernels(step) if CUDA else "",
+            "host_ms": f"{host_seconds(step) * 1e3:.4g}" if CUDA else "",
+            "gflop": f"{work.flops / 1e9:.5g}",
+            "gbyte": f"{work.bytes_moved / 1e9:.4g}",
+            "tflop_per_s": f"{work.flops / median / 1e12:.4g}",
+            "matmul_tflop_per_s": f"{matmul_rate / 1e12:.4g}",
+            "share_of_matmul": f"{work.flops / median / matmul_rate:.4f}",
+            "copy_gb_per_s": f"{copy_rate / 1e9:.4g}",
+            "floor_ms": f"{floor * 1e3:.4g}",
+            "share_of_ceiling": f"{floor / median:.4f}",
+            "loss_difference": f"{of_loss:.1e}",
+            "gradient_difference": f"{of_gradients:.1e}",
+        },
+    )
+
+
+_SCRIPT_SECONDS: dict[Case, float] = {}
+
+
+def script_seconds(case: Case) -> float:
+    """Median of the script's step on a GPU, timed once a case."""
+    if case not in _SCRIPT_SECONDS:
+        assert Script._held is not None
+        step, device = Script._held[1], torch.device("cuda")
+        for _ in range(3):
+            step()
+        _SCRIPT_SECONDS[case] = statistics.median(time_rounds(step, None, device, MOST_ROUNDS)[0])
+        clear()
+    return _SCRIPT_SECONDS[case]
+
+
+CAPS = [(Case("sd15", 1, 64), 6), (Case("sdxl", 1, 128, checkpointing=True), 10)]
+
+
+@pytest.mark.parametrize(("case", "gigabytes"), CAPS, ids=["b1", "sdxl"])
+def test_memory_cap(step_of, device, record, case, gigabytes):
+    """A step of ours under a hard cap of the device's memory."""
+    if not CUDA:
+        pytest.skip("needs a CUDA GPU")
+    Script._held = None
+    clear()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
+    try:
+        step = step_of(case, "d2f_fast", device)
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+        reserved = torch.cuda.max_memory_reserved()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    record("memory-cap", {"case": str(case), "cap_gb": gigabytes, "reserved_gb": f"{reserved / 1e9:.3f}"})
+
+
+def test_buckets(step_of, device, record):
+    """Steps of ours over the aspect ratios of one resolution: how much compiling they cost, and that it ends."""
+    # 768 pixels, widths 384 to 1536 by 64; on a CPU three of the miniature's.
+    case, unit, widths = (Case("sd21", 1, 96), 8, range(48, 193, 8)) if CUDA else (DRY, 2, range(4, 17, 6))
+    shapes = [(case.side**2 // width // unit * unit, width) for width in widths]
+    step = step_of(case, "d2f_fast", device)
+    batches = []
+    for height, width in shapes:
+        latents = torch.randn(case.batch, 4, height, width, device=device)
+        batches.append({**batch_of(case, device), "latents": latents})
+
+    def visit() -> float:
+        def steps() -> None:
+            for batch in batches:
+                step.batch = batch
+                step()
+
+        return seconds_of(steps, device)
+
+    first, second, third = visit(), visit(), visit()
+    row = {"case": str(case), "provider": "d2f_fast", "buckets": len(shapes), "first_s": f"{first:.4g}"}
+    record("buckets", {**row, "second_s": f"{second:.4g}", "third_s": f"{third:.4g}"})

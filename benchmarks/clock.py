@@ -1,0 +1,207 @@
+"""The clock of the benchmarks, the ceilings measured beside them, and the tables of rows that they leave behind."""
+
+import csv
+import functools
+import itertools
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+# Whether this run was told where compiled code is kept; Inductor sets it too, once it is used.
+KEEPS_COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR" in os.environ
+# Columns that are printed, by table; of the others all.
+SHOWN = {
+    "": (
+        *("benchmark", "case", "provider", "timing", "median_us", "p20_us", "p80_us"),
+        *("gb_per_s", "share_of_copy", "tflop_per_s", "share_of_matmul"),
+    ),
+    "train-step": (
+        *("case", "provider", "compile_cache", "median_ms", "p20_ms", "p80_ms", "images_per_s", "vs_script"),
+        *("first_step_s", "to_step_500_s", "peak_mib", "kernels", "host_ms", "share_of_matmul", "share_of_ceiling"),
+    ),
+}
+ROUND_SECONDS = 0.01  # of one round: the clock's own cost, some 10 µs on a GPU, stays below 0.2 %
+
+
+def tensors_of(operands: Any) -> Iterable[Tensor]:
+    return (x for x in operands if isinstance(x, Tensor))
+
+
+def make_round(
+    function: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]], where: torch.device, graph: bool
+) -> tuple[Callable[[], None], int]:
+    """What one round runs, about ROUND_SECONDS of it, and how many calls that is."""
+    operands = [inputs()]
+    if where.type == "cuda":
+        size = sum(x.numel() * x.element_size() for x in tensors_of(operands[0]))
+        cold = 2 * torch.cuda.get_device_properties(where).L2_cache_size
+        operands += [inputs() for _ in range(math.ceil(cold / max(size, 1)) - 1)]
+    for _ in range(3):  # compiles, and fills caches
+        function(*operands[0])
+    if not graph:
+        turns = itertools.cycle(operands)
+        calls = max(1, round(ROUND_SECONDS / seconds_of(lambda: function(*next(turns)), where)))
+
+        def target() -> None:
+            for _ in range(calls):
+                function(*next(turns))
+
+        return target, calls
+    side = torch.cuda.Stream(where)
+    side.wait_stream(torch.cuda.current_stream(where))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function(*operands[0])
+    torch.cuda.current_stream(where).wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for taken in operands:
+            function(*taken)
+    replays = max(1, round(ROUND_SECONDS / seconds_of(captured.replay, where)))
+
+    def replay() -> None:
+        for _ in range(replays):
+            captured.replay()
+
+    return replay, replays * len(operands)
+
+
+def quantiles_of(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    tenths = statistics.quantiles(seconds, n=10)
+    return statistics.median(seconds), tenths[1], tenths[7]
+
+
+def time_calls(
+    function: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]], where: torch.device, rounds: int
+) -> tuple[float, float, float]:
+    """Seconds of one call: median, 20th and 80th percentile; on a GPU replayed from a graph, on operands not in L2."""
+    target, calls = make_round(function, inputs, where, where.type == "cuda")
+    target()
+    return quantiles_of([seconds_of(target, where, 1) / calls for _ in range(rounds)])
+
+
+def seconds_of(function: Callable[[], Any], where: torch.device, repeats: int = 9) -> float:
+    """Median time of a call, host and synchronisation included."""
+    seconds = []
+    for _ in range(repeats):
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        started = time.perf_counter()
+        function()
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@functools.cache
+def copy_rate(where: torch.device) -> float:
+    """Bytes a second that `copy_` reads and writes, on operands far larger than the caches."""
+    source = torch.ones((1 << 28 if where.type == "cuda" else 1 << 26) // 4, device=where)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / seconds_of(lambda: target.copy_(source), where)
+
+
+@functools.cache
+def matmul_rate(where: torch.device) -> float:
+    """Operations a second of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
+    side, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(side, side, device=where, dtype=dtype)
+    return 2 * side**3 / seconds_of(lambda: a @ a, where)
+
+
+@functools.cache
+def clock_mhz(where: torch.device) -> str:
+    """Clock of the GPU's multiprocessors under load; nothing on a CPU, or without nvidia-smi."""
+    if where.type != "cuda" or not shutil.which("nvidia-smi"):
+        return ""
+    a = torch.randn(8192, 8192, device=where, dtype=torch.bfloat16)
+    for _ in range(500):  # half a second or more on the device, queued at once
+        a @ a
+    uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
+    query = ["nvidia-smi", f"--id={uuid}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    clock = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    torch.cuda.synchronize(where)
+    return clock
+
+
+@functools.cache
+def _commit() -> str:
+    """Short hash of the commit, "-dirty" where files other than results were changed; without git, $GIT_COMMIT."""
+    if not shutil.which("git"):
+        return os.environ.get("GIT_COMMIT", "none")
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    status = [*git, "status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results"]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout
+    return (commit or os.environ.get("GIT_COMMIT", "none")) + ("-dirty" if changed else "")
+
+
+def _processor() -> str:
+    """Name of the CPU; `platform.processor()` is empty on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def measured_on() -> dict[str, str]:
+    """Device, commit and package versions of this run."""
+    try:
+        triton_version = version("triton")
+    except PackageNotFoundError:
+        triton_version = "none"
+    return {
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def append(row: Mapping[str, Any], table: str = "", folder: Path | None = None) -> dict[str, Any]:
+    """Add a row to the device's table at once: a run that is cut keeps what it measured.
+
+    Args:
+        row: columns after the date and `measured_on`.
+        table: rows of different columns are in different tables, `<device>-<table>.csv`.
+        folder: of the tables; None for `benchmarks/results`.
+
+    Returns:
+        The whole row.
+    """
+    row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **measured_on(), **row}
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{row['device']} {table}".lower()).strip("-")
+    path = (folder or RESULTS) / f"{slug}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = path.open().readline().strip() if path.exists() else ",".join(row)
+    assert header == ",".join(row), f"{path} has other columns than this version writes: move it away"
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+    return row
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], write: Callable[[str], Any] = print) -> None:
+    """Print these columns of rows, aligned."""
+    table = [list(columns), *([str(row[column]) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table if rows else []:
+        write("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())

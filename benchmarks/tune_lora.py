@@ -1,0 +1,243 @@
+"""Measure a card, and write the entries of the LoRA kernels' dispatch table for it.
+
+    python -m benchmarks.tune_lora --minutes 8
+
+For each width and rank the blocks of the kernels are timed one by one, then forward and backward by these blocks and by
+cuBLAS ("addmm"), at the rows of a batch of 16 pictures and at the fewest rows that the table serves. The kernels are
+chosen where they win at the former and lose nothing at the latter. Every block must be right against float64 first.
+
+`kernels/lora_measured.json` is rewritten after each entry; entries that it has are not measured again, so that a run
+that was cut is continued by the next. Each timing is a row of `<results>/<device>-lora-tuning.csv`.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import clock
+from benchmarks.lora_paths import ADDMM, Operands, Ops, errors_of, operands, run_step, split
+from d2f_fast.checkpoint import write_json
+from d2f_fast.kernels import lora_dispatch
+from d2f_fast.kernels.lora_dispatch import MEASURED, MIN_ROWS, Entry, NarrowEntry, Tile
+from d2f_fast.kernels.lora_kernels import _dividing
+from d2f_fast.kernels.runtime import INTERPRET
+
+try:
+    from triton.runtime.errors import OutOfResources
+except ImportError:
+    OutOfResources = RuntimeError
+
+WINS, LOSES = 0.98, 1.02  # times of the kernels, as shares of addmm's
+ROUNDS = 7
+# q, k and v packed at rank 16 have rank 48, of the bucket 64.
+RANKS = (16, 64, 32, 128)
+# By what they are worth in a step of Stable Diffusion 1.5.
+SHAPES = (
+    *((320, 320), (960, 320), (320, 1280), (2560, 320), (640, 640), (1920, 640), (5120, 640), (640, 2560)),
+    *((1280, 1280), (3840, 1280), (10240, 1280), (1280, 5120)),
+)
+WIDE = tuple(
+    Tile(*sizes)
+    for sizes in (
+        *((128, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (128, 128, 32, 8, 4), (128, 64, 64, 4, 4)),
+        *((64, 64, 64, 4, 4), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)),
+    )
+)
+SHRINK = tuple(
+    Tile(*sizes)
+    for sizes in ((64, 64, 64, 4, 4), (128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 2))
+)
+ROWS_SUM = tuple(
+    Tile(*sizes)
+    for sizes in (
+        (128, 64, 64, 4, 3),
+        (64, 64, 64, 4, 3),
+        (64, 64, 64, 8, 3),
+        (128, 128, 64, 8, 3),
+        (128, 64, 64, 8, 2),
+    )
+)
+GRAD_B = tuple(
+    Tile(*sizes) for sizes in ((256, 64, 64, 8, 2), (128, 64, 64, 8, 2), (128, 64, 64, 4, 2), (256, 32, 64, 8, 2))
+)
+
+
+class Tuner:
+    """Times blocks and paths on one device.
+
+    Args:
+        device: to measure.
+        dtype: of the products.
+        rounds: of each timing.
+        deadline: of `time.monotonic`; nothing is begun after it.
+        results: folder of the rows.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, rounds: int, deadline: float, results: Path) -> None:
+        self.device, self.dtype, self.rounds = device, dtype, rounds
+        self.deadline, self.results = deadline, results
+
+    def narrow_entry(self, rank: int, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+        """Blocks of the products that are `rank` wide, best over rows, n and k of `sizes`."""
+        wide = Entry("split", WIDE[0], WIDE[0])
+        chosen, times = NarrowEntry(SHRINK[0], ROWS_SUM[0], None), {}
+        calls: dict[str, tuple[Sequence[Tile | None], Callable[[Ops, Operands], Any]]] = {
+            "shrink": (SHRINK, lambda ops, o: ops.shrink(o.x, o.a)),
+            "rows_sum": (ROWS_SUM, lambda ops, o: ops.da(o.grad_s, o.x)),
+            "grad_b": ((None, *GRAD_B), lambda ops, o: ops.ds_db(o.grad_y, o.s, o.b)),
+        }
+        for name, (tiles, call) in calls.items():
+            found: dict[Tile | None, float] = {}
+            for tile in tiles:
+                ops, total = split(wide, chosen._replace(**{name: tile})), 0.0
+                for rows, n, k in sizes:
+                    given, took = (rows, n, k, rank), None
+                    if self.is_right(ops, n, k, rank):
+                        took = self.microseconds(lambda *o, ops=ops, call=call: call(ops, Operands(*o)), given)
+                    self.row(name, given, tile, took)
+                    total += math.inf if took is None else took
+                found[tile] = total
+            best = min(found, key=lambda tile, found=found: found[tile])
+            chosen, times[name] = chosen._replace(**{name: best}), round(found[best], 2)
+        return {"rank": rank, **chosen._asdict(), "microseconds": times}
+
+    def wide_entry(
+        self, rows: Sequence[int], n: int, k: int, rank: int, narrow: NarrowEntry, tiles: Sequence[Tile]
+    ) -> dict[str, Any]:
+        """Path of a layer, and blocks of its wide products, at the most rows of `rows`."""
+        given = (rows[0], n, k, rank)
+        found: dict[str, dict[Tile, float]] = {"forward": {}, "grad_x": {}}
+        for tile in tiles:
+            ops = split(Entry("split", tile, tile), narrow)
+            if not self.is_right(ops, n, k, rank):
+                self.row("wide", given, tile, None)
+                continue
+            calls: dict[str, Callable[..., Any]] = {
+                "forward": lambda *o, ops=ops: ops.forward(o[0], o[2], o[3], o[6], o[5]),
+                "grad_x": lambda *o, ops=ops: ops.dx(o[1], o[2], o[7], o[4]),
+            }
+            for name, call in calls.items():
+                took = self.microseconds(call, given)
+                self.row(name, given, tile, took)
+                if took is not None:
+                    found[name][tile] = took
+        chosen = {name: min(times, key=lambda t: times[t]) if times else tiles[0] for name, times in found.items()}
+        ops = split(Entry("split", **chosen), narrow)
+        times, path = {}, "split" if all(found.values()) else "addmm"
+        for count in rows if path == "split" else ():
+            given = (count, n, k, rank)
+            addmm = self.microseconds(lambda *o: run_step(ADDMM, Operands(*o)), given)
+            kernels = self.microseconds(lambda *o: run_step(ops, Operands(*o)), given)
+            self.row("addmm step", given, None, addmm)
+            self.row("split step", given, None, kernels)
+            if addmm is None or kernels is None or kernels > (WINS if count == rows[0] else LOSES) * addmm:
+                path = "addmm"
+            times[str(count)] = {"split": kernels, "addmm": addmm}
+        return {"n": n, "k": k, "rank": rank, "path": path, **chosen, "microseconds": times}
+
+    def is_right(self, ops: Ops, n: int, k: int, rank: int) -> bool:
+        """Whether a path is as near to float64 as cuBLAS; False too where a block is too large for the card."""
+        o = operands(MIN_ROWS + 63 if self.device.type == "cuda" else 40, n, k, rank, self.device, self.dtype)
+        try:
+            errors = errors_of(ops, o)
+        except OutOfResources:
+            return False
+        allowed = [1.2 * error + 1e-6 for error in errors_of(ADDMM, o)]
+        if not all(error <= most for error, most in zip(errors, allowed, strict=True)):
+            raise RuntimeError(f"{n} x {k}, rank {rank}: {errors} from float64, {allowed} allowed: a wrong kernel")
+        return True
+
+    def microseconds(self, call: Callable[..., Any], given: tuple[int, int, int, int]) -> float | None:
+        """Median of a call, rounded; None where a block is too large for the card."""
+        try:
+            inputs = lambda: operands(*given, self.device, self.dtype)  # noqa: E731
+            return round(clock.time_calls(call, inputs, self.device, self.rounds)[0] * 1e6, 2)
+        except OutOfResources:
+            return None
+
+    def row(self, op: str, given: tuple[int, int, int, int], tile: Tile | None, took: float | None) -> None:
+        """Append a timing."""
+        sizes = dict(zip(("rows", "n", "k", "rank"), given, strict=True))
+        row = {"op": op, **sizes, "tile": "x".join(map(str, tile or ())), "us": "too large" if took is None else took}
+        clock.append(row, "lora-tuning", self.results)
+
+    @property
+    def late(self) -> bool:
+        """Whether nothing more is to be begun."""
+        return time.monotonic() > self.deadline
+
+
+def effective(tiles: Iterable[Tile], n: int, k: int) -> list[Tile]:
+    """Blocks that differ for a product of n features summed over k."""
+    kept: dict[Tile, None] = {}
+    for tile in tiles:
+        kept[tile._replace(n=_dividing(tile.n, n), k=_dividing(tile.k, k))] = None
+    return list(kept)
+
+
+def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shapes: dict[tuple[int, int], list[int]],
+         tiles: Sequence[Tile]) -> bool:  # fmt: skip
+    """Measure what the file lacks until the time is up; says whether it is complete."""
+    table: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    lora_dispatch.read_measured(output)  # refuses a corrupt one
+    card = table.setdefault(str(capability), {"measured_on": {}, "wide": [], "narrow": []})
+    card["measured_on"] = clock.measured_on()
+    narrow_sizes = [(rows[0], n, k) for (n, k), rows in shapes.items() if n == k][:2]
+    for rank in ranks:
+        found = next((row for row in card["narrow"] if row["rank"] == rank), None)
+        if found is None:
+            if tuner.late:
+                return False
+            found = tuner.narrow_entry(rank, narrow_sizes)
+            card["narrow"].append(found)
+            write_json(output, table)
+        blocks = {name: found[name] and Tile(*found[name]) for name in NarrowEntry._fields}
+        for (n, k), rows in shapes.items():
+            if any((row["n"], row["k"], row["rank"]) == (n, k, rank) for row in card["wide"]):
+                continue
+            if tuner.late:
+                return False
+            # The rank hardly moves which blocks of a width are best: after the first rank, only those.
+            known = [Tile(*row[name]) for row in card["wide"] if (row["n"], row["k"]) == (n, k)
+                     for name in ("forward", "grad_x")]  # fmt: skip
+            options = effective([*known, WIDE[0], WIDE[1]] if known else tiles, n, k)
+            card["wide"].append(tuner.wide_entry(rows, n, k, rank, NarrowEntry(**blocks), options))
+            write_json(output, table)
+    return True
+
+
+def main() -> None:
+    """Tune this device."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--output", type=Path, default=MEASURED, help="table to write, or to go on with")
+    parser.add_argument("--results", type=Path, default=clock.RESULTS, help="folder of the rows")
+    parser.add_argument("--minutes", type=float, default=30.0, help="nothing is begun after them")
+    parser.add_argument("--dry_run", action="store_true", help="tiny sizes, in Triton's interpreter without a GPU")
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if not cuda and not (options.dry_run and INTERPRET):
+        parser.error("needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none")
+    device, deadline = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes
+    torch.manual_seed(0)
+    rows_of = {320: 65536, 640: 16384, 1280: 4096}
+    shapes = {(n, k): sorted({rows_of[min(n, k)], MIN_ROWS}, reverse=True) for n, k in SHAPES}
+    tuner = Tuner(device, torch.bfloat16, ROUNDS, deadline, options.results)
+    ranks, tiles = RANKS, WIDE
+    if options.dry_run:
+        shapes, ranks, tiles = {(32, 32): [48, 33], (64, 32): [48]}, RANKS[:1], WIDE[:2]
+        tuner.rounds, tuner.dtype = 2, torch.float32  # the interpreter truncates bfloat16
+    complete = tune(tuner, options.output, lora_dispatch._capability(device.type, device.index), ranks, shapes, tiles)
+    wide, narrow = lora_dispatch.read_measured(options.output)
+    chosen = sum(entry.path == "split" for entry in wide.values())
+    print(f"{len(wide)} entries, {chosen} by the kernels, {len(narrow)} ranks; {'complete' if complete else 'go on'}")
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
