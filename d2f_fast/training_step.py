@@ -48,7 +48,7 @@ class StepInputs(NamedTuple):
         """A micro-batch, as views."""
         cut = slice(first, first + size)
         condition = {name: value[cut] for name, value in self.condition.items()}
-        mask = None if self.mask is None else self.mask[cut]
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[cut]
         return StepInputs(self.latents[cut], self.noise[cut], self.t[cut], condition, mask, self.global_size)
 
 
@@ -142,8 +142,7 @@ class TrainingStep:
         return total / max(len(inputs.latents), 1)
 
     def optimizer_was_loaded(self) -> None:
-        """Make good what `optimizer.load_state_dict` replaced: the options that belong to this device, and the graphs,
-        which hold the state that was."""
+        """Restore this device's options, and drop the graphs, which hold the state that was."""
         for group in self.optimizer.param_groups:
             group |= {"lr": self._lr, "fused": True, "capturable": isinstance(self._lr, Tensor)}
         if self.graphs is not None:

@@ -120,6 +120,16 @@ def test_two_runs_are_bitwise_equal(make: Any, options: Any) -> None:
     assert_equal(weights(first), weights(second))
 
 
+def test_one_mask_serves_every_micro_batch(make: Any) -> None:
+    mask = torch.rand(1, 1, 8, 8)
+    whole, parts = make(train_batch_size=4), make(train_batch_size=2, gradient_accumulation_steps=2)
+    each = make(train_batch_size=2, gradient_accumulation_steps=2)
+    loss = parts.step({**batch(), "mask": mask})
+    assert loss.item() == pytest.approx(whole.step({**batch(), "mask": mask}).item(), rel=1e-6)
+    assert torch.equal(loss, each.step({**batch(), "mask": mask.expand(4, 1, 8, 8)}))
+    assert_equal(weights(parts), weights(each))
+
+
 def test_gradient_checkpointing_changes_no_bit(make: Any) -> None:
     plain, checkpointed = make(), make(gradient_checkpointing=True)
     for number in range(2):
@@ -195,7 +205,8 @@ def aot_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def check_compiled(make: Any, steps: int, tolerance: float) -> None:
     """One graph, equal to eager, and after a first step of each of two batch sizes no other for any t and seed."""
-    eager, compiled = make(max_grad_norm=1e9), make(max_grad_norm=1e9, compile=True)
+    options = {"max_grad_norm": 1e9, "conv_rank": 2, "first_last_layers": True}
+    eager, compiled = make(**options), make(**options, compile=True)
     for number in range(steps):
         given = batch((4, 3)[number % 2], number)
         with torch._dynamo.config.patch(error_on_recompile=number >= 2):
@@ -215,7 +226,8 @@ def test_the_compiled_step_is_one_graph_equal_to_eager_for_50_times_and_seeds(ao
 @pytest.mark.slow
 def test_the_step_compiled_by_inductor_too(make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    check_compiled(make, 50, 1e-6)
+    # It sums in another order, and eager's own gradients are up to 8e-7 from those in float64.
+    check_compiled(make, 50, 2e-6)
 
 
 def test_compiled_code_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
