@@ -18,9 +18,9 @@ import torch
 
 from d2f_fast.alignment import NaiveFlow
 from d2f_fast.checkpoint import write_json
-from d2f_fast.demo import CHOICES, OBJECTIVES, DemoSettings, StylePictures, training_config
-from d2f_fast.demo_exam import Exam, noise_of
-from d2f_fast.demo_sampling import ROUTES, Painter
+from d2f_fast.demo.exam import Exam, noise_of
+from d2f_fast.demo.run import CHOICES, OBJECTIVES, DemoSettings, StylePictures, training_config
+from d2f_fast.demo.sampling import ROUTES, Painter
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import load_classifier
 from d2f_fast.trainer import AlignedTrainer

@@ -193,7 +193,7 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Run it all, and return where the report is."""
-        from d2f_fast.demo import run_demo
+        from d2f_fast.demo.run import run_demo
 
         return {"output": str(run_demo(self.output_dir, self.seed))}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2f_fast.alignment import FlowModel, interpolate
 from d2f_fast.base_model import BaseModel
-from d2f_fast.demo_sampling import Painter, Route
+from d2f_fast.demo.sampling import Painter, Route
 from d2f_fast.evaluate import (
     background_accuracy,
     bootstrap_interval,

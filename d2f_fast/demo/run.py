@@ -2,7 +2,7 @@
 
 The base model draws one style of its pictures; three LoRA runs with the same budget, data order and seeds teach it a
 second one: as aligned flow matching (diff2flow), as naive flow matching (fm), and by its own loss (diffusion). Each
-network, and the untouched base, is then drawn from by every sampler of `demo_sampling`, from the same noise, with the
+network, and the untouched base, is then drawn from by every sampler of `sampling`, from the same noise, with the
 same guidance, so that best can be compared with best.
 
 The budget of the default settings, in forward passes of the network on one picture, guidance counted double:
@@ -29,10 +29,10 @@ from tqdm import tqdm
 from d2f_fast.alignment import Alignment, NaiveFlow
 from d2f_fast.base_model import BaseModel
 from d2f_fast.config import ObjectiveName, TrainingConfig
-from d2f_fast.demo_exam import Exam, flow_loss, measure_brightness, noise_of
-from d2f_fast.demo_reading import comparisons
-from d2f_fast.demo_report import write_report
-from d2f_fast.demo_sampling import DDIM, FLOW, ROUTES, Painter, Route, equal_route, one_thread_an_operation
+from d2f_fast.demo.exam import Exam, flow_loss, measure_brightness, noise_of
+from d2f_fast.demo.reading import comparisons
+from d2f_fast.demo.report import write_report
+from d2f_fast.demo.sampling import DDIM, FLOW, ROUTES, Painter, Route, equal_route, one_thread_an_operation
 from d2f_fast.evaluate import gaussian_grey_bias
 from d2f_fast.metrics import write_metrics
 from d2f_fast.miniature import load_miniature, pictures
@@ -40,7 +40,7 @@ from d2f_fast.miniature.classifier import Classifier, load_classifier
 from d2f_fast.trainer import AlignedTrainer, to_pil
 
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
-CHOICES = Path(__file__).with_name("demo_learning_rates.json")
+CHOICES = Path(__file__).with_name("learning_rates.json")
 
 
 @dataclass(frozen=True)

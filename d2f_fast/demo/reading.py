@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2f_fast.demo_sampling import Route
+from d2f_fast.demo.sampling import Route
 
 Row = Mapping[str, Any]
 

@@ -1,0 +1,40 @@
+"""What the demo measures: the loss against its formula, and what is drawn apart from what it is compared with."""
+
+import pytest
+import torch
+
+from d2f_fast.alignment import NaiveFlow
+from d2f_fast.base_model import BaseModel
+from d2f_fast.demo.exam import Exam, flow_loss, noise_of
+from d2f_fast.miniature import pictures
+from d2f_fast.miniature.classifier import Classifier
+
+PROMPTS = ["a cat on a red background", "a boot on a black background"]
+
+
+def test_flow_loss_is_the_objectives_own_at_the_same_times(model: BaseModel) -> None:
+    pixels = torch.rand(4, 3, 32, 32) * 2 - 1
+    noise, prompts = noise_of(4, model, 0), PROMPTS * 2
+    latents = model.scale_latents(model.encode_images(pixels)["mean"])
+    t = (torch.arange(4) + 0.5) / 4
+    condition = model.encode_prompts(prompts)["encoder_hidden_states"]
+    x_t = t[:, None, None, None] * latents + (1 - t[:, None, None, None]) * noise
+    with torch.no_grad():
+        output = model.unet(x_t, 1000 * (1 - t), encoder_hidden_states=condition).sample
+    expected = (-output - (latents - noise)).square().mean().item()
+    assert flow_loss(model, NaiveFlow(), pixels, prompts, noise) == pytest.approx(expected, rel=1e-5)
+    assert flow_loss(model, model.alignment, pixels, prompts, noise) != pytest.approx(expected, rel=1e-2)
+
+
+def test_exam_keeps_the_reference_apart_from_what_is_drawn() -> None:
+    names = sorted(pictures.held_out_names())[:10]
+    exam = Exam(names, 30, Classifier().eval(), seed=0)
+    measured = exam.measure(exam.real, repeats=10)
+    assert measured["samples"] == 30
+    assert len(set(exam.drawn)) == 30
+    assert measured["background_accuracy"] == 1.0
+    assert 0 < measured["background_samples"] <= 30
+    assert measured["frechet_low"] <= measured["frechet_distance"] <= measured["frechet_high"]
+    assert exam.measure(exam.real.flip(1), repeats=10)["background_accuracy"] < 1.0
+    with pytest.raises(ValueError, match="count must be 2 to 78 for 10 names"):
+        Exam(names, 79, Classifier().eval())

@@ -1,0 +1,94 @@
+"""The demo's curves against a whole run, its task and choices, and a small demo from end to end."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.demo.run import CHOICES, Choices, DemoSettings, StylePictures, forward_passes, run_demo, train
+from d2f_fast.demo.sampling import DDIM, DPM, ROUTES
+from d2f_fast.lora import LORA_FILE, load_lora
+from d2f_fast.miniature import pictures
+from d2f_fast.miniature.classifier import Classifier
+from d2f_fast.trainer import AlignedTrainer
+
+
+def test_training_in_parts_is_training_at_once(load: Callable[[], Any], tmp_path: Path) -> None:
+    dataset = StylePictures(pictures.names_in_both_styles()[:3])
+    weights = []
+    for name, points in (("whole", [5]), ("parts", [0, 1, 3, 5])):
+        config = TrainingConfig(
+            output_dir=str(tmp_path / name),
+            cache_dir=str(tmp_path / "cache"),
+            rank=2,
+            resolution=32,
+            max_train_steps=5,
+            checkpointing_steps=0,
+            learning_rate=1e-3,
+        )
+        trainer = AlignedTrainer.from_pretrained(load(), config)
+        seen: list[int] = []
+        train(trainer, dataset, points, seen.append)
+        assert seen == points
+        weights.append({key: value.detach().clone() for key, value in trainer.trainable.items()})
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert any(value.abs().max() > 0 for key, value in weights[0].items() if "lora_B" in key)
+
+
+def test_the_task_shows_no_held_out_name_and_captions_every_background() -> None:
+    dataset = StylePictures([0, 1])
+    assert len(dataset) == 16
+    item = dataset[9]
+    assert item["text"] == pictures.caption(1, 1)
+    assert np.asarray(item["image"])[0, 0].tolist() == list(pictures.BACKGROUNDS["white"])
+
+
+def test_choices_hold_a_rate_and_a_sampler_for_each_objective() -> None:
+    choices = Choices.read(CHOICES)
+    assert set(choices.learning_rate) == set(choices.route) == {"diff2flow", "fm", "diffusion"}
+    assert all(1e-5 < rate < 1e-1 for rate in choices.learning_rate.values())
+    assert all(route in ROUTES for route in choices.route.values())
+
+
+def test_demo_writes_its_folder(load: Callable[[], Any], tmp_path: Path) -> None:
+    settings = DemoSettings(
+        steps=2, batch=2, rank=2, pictures={2: 10, 4: 10}, curve_pictures=4, brightness_pictures=6, repeats=5
+    )
+    report = run_demo(tmp_path / "demo", 3, settings, load, Classifier().eval())
+    folder = tmp_path / "demo"
+    assert report == folder / "report.html"
+    page = report.read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "nan" not in re.sub(r"base64,[^\"]+", "", page)  # nan% of a measure, or a coordinate
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["command"] == "d2f demo"
+    assert metrics["seed"] == 3
+    rows = metrics["results"]
+    quality = {(r["objective"], r["sampler"], r["spacing"], r["steps"]): r for r in rows if r["measure"] == "quality"}
+    assert len(quality) == 4 * len(ROUTES) * 2
+    assert all(r["samples"] == 10 and r["frechet_distance"] > 0 for r in quality.values())
+    for objective in ("base", "diff2flow", "diffusion"):
+        ddim, dpm = (quality[objective, route.sampler, route.spacing, 2] for route in (DDIM, DPM))
+        assert dpm["frechet_distance"] == ddim["frechet_distance"]
+        assert dpm["equal_to"] == "ddim"
+    assert "equal_to" not in quality["fm", "dpm++2m", "trailing", 2]
+    untrained = {r["objective"]: r for r in rows if r["measure"] == "training" and r["training_steps"] == 0}
+    assert untrained["diff2flow"]["flow_loss"] == pytest.approx(untrained["diffusion"]["flow_loss"], rel=1e-6)
+    assert untrained["fm"]["flow_loss"] != pytest.approx(untrained["diffusion"]["flow_loss"], rel=1e-3)
+    assert len([r for r in rows if r["measure"] == "grey_bias"]) == 7 * 2
+    with Image.open(folder / "grid-4.png") as grid:
+        assert grid.size[1] == 40 + 9 * 96
+    for objective in ("diff2flow", "fm", "diffusion"):
+        assert load_file(folder / objective / LORA_FILE)
+    pipe = load()
+    load_lora(pipe, folder / "diff2flow")
+    assert forward_passes(settings) == 4 * 4 * 10 * 6 - 3 * 2 * 10 + 3 * 3 * 4 * 4 + 7 * 2 * 6 * 4
