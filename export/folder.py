@@ -2,13 +2,14 @@
 
 output/                       not there, or a complete export that passed
 .tmp-PID-output/              being made; removed when the process ends, or by the next export after a kill
-.old-PID-output/              being replaced
+.old-PID-output/              being replaced; put back by the next export after a kill between the two renames
 """
 
 import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ def export_folder(options: ExportOptions) -> dict[str, Any]:
     """
     options.check()
     output = Path(options.output)
+    _recover(output)
     if options.verify_only:
         _check_manifest(output)
     else:
@@ -369,15 +371,24 @@ def _check_resources(weights: dict[str, int], output: Path) -> None:
         )
 
 
+def _recover(output: Path) -> None:
+    """Tidy up after an export to the same folder that was killed: put back what it was replacing, drop what it made."""
+    parent = output.absolute().parent
+    for path in list(parent.iterdir()) if parent.is_dir() else []:
+        found = re.fullmatch(rf"\.(old|tmp)-(\d+)-{re.escape(output.name)}", path.name)
+        if found is None or _is_running(int(found[2])):
+            continue
+        if found[1] == "old" and not output.exists():
+            path.rename(output)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def _temporary(output: Path, keep_failed: bool) -> Iterator[Path]:
     """A new hidden folder beside the output; however the block ends, it is gone afterwards or is the output."""
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    for stale in parent.glob(f".tmp-*-{output.name}"):
-        pid = stale.name.split("-")[1]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(stale, ignore_errors=True)
     folder = parent / f".tmp-{os.getpid()}-{output.name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -30,6 +30,7 @@ ALLOWED = {
 # First TensorRT whose parser has the operator of opset 21 and above; everything else here is in 10.0.
 SINCE = {"GroupNormalization": (10, 9), "Attention": (10, 14)}
 _DATA_LIMIT_BYTES = 2**31
+_SHAPE_BYTES = 1024  # a tensor that says a shape is smaller by far
 
 
 def check_readiness(path: Path) -> dict[str, Any]:
@@ -108,6 +109,11 @@ def _data_problems(path: Path, model: onnx.ModelProto) -> list[str]:
 
 def _shape_problems(model: onnx.ModelProto) -> list[str]:
     """Shape inference must pass and leave no value without a rank, and none in float64."""
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) > _SHAPE_BYTES:
+            # Inference reads no weights, but copies them several times.
+            onnx.external_data_helper.set_external_data(tensor, "weights")
+            tensor.ClearField("raw_data")
     try:
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:

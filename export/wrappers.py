@@ -252,7 +252,8 @@ def check_sizes(component: Component) -> list[dict[str, int]]:
         sizes = {"batch": (1, 3, 2)[i], "sequence": (77, 77, 154)[i]}
         for name in ("height", "width", "latent_height", "latent_width"):
             step = component.multiples.get(name, 1)
-            unit = step * math.ceil(8 / step)
+            # A decoder makes 64 pixels of a latent: with half the side it costs a quarter.
+            unit = step * math.ceil((4 if name.startswith("latent") else 8) / step)
             sizes[name] = unit * (height if "height" in name else width)
         limits = component.limits
         found.append({name: min(size, limits.get(name, size)) for name, size in sizes.items() if name in names})

@@ -201,13 +201,6 @@ def test_graphs_of_another_model_fail_the_verification(exported, tiny_folder, tm
         export_folder(options)
 
 
-def test_export_that_fails_its_checks_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
-    _broken_graphs(monkeypatch)
-    with pytest.raises(verify.VerificationError, match="differs from torch"):
-        export_folder(ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="vae_encoder"))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_failed_export_is_kept_where_asked(tiny_folder, tmp_path, monkeypatch):
     _broken_graphs(monkeypatch)
     options = ExportOptions(
@@ -231,12 +224,26 @@ def test_full_disk_is_one_line(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    dead, own = tmp_path / ".tmp-999999999-out", tmp_path / f".tmp-{os.getppid()}-out"
-    for path in (dead, own):
+    dead, own, other = (
+        tmp_path / f".tmp-{name}" for name in ("999999999-out", f"{os.getppid()}-out", "999999999-a-out")
+    )
+    for path in (dead, own, other):
         path.mkdir()
-    with folder_module._temporary(tmp_path / "out", keep_failed=False) as made:
-        assert not dead.exists() and own.exists() and made.is_dir()
-    assert list(tmp_path.iterdir()) == [own]
+    folder_module._recover(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([own, other])
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_export_that_a_killed_run_was_replacing_comes_back(finished, tmp_path):
+    # Killed between its two renames, or after them.
+    (tmp_path / ".old-999999999-out").mkdir()
+    (tmp_path / ".old-999999999-out/export.json").write_text("old")
+    if finished:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/export.json").write_text("new")
+    folder_module._recover(tmp_path / "out")
+    assert (tmp_path / "out/export.json").read_text() == ("new" if finished else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):

@@ -1,7 +1,6 @@
 """The export command, run as a user runs it: exit codes, sentences, and nothing left behind."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -48,7 +47,7 @@ def test_help_needs_no_heavy_import() -> None:
     assert not {"torch", "onnx", "onnxruntime", "numpy", "diffusers"} & imported
 
 
-def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path):
+def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatch, capsys):
     done = _run(
         str(SCRIPT), "--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out", cwd=tmp_path
     )
@@ -56,13 +55,10 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[-1] == "out" and lines[1].startswith("vae_encoder/model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    again = _run(
-        *(str(SCRIPT), "--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out"),
-        *("--verify_only", "--json"),
-        cwd=tmp_path,
-    )
-    assert again.returncode == 0, again.stderr
-    assert max(row["rms"] for row in json.loads(again.stdout)["parity"]) <= 5e-6
+    monkeypatch.chdir(tmp_path)
+    again = ["--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out", "--verify_only", "--json"]
+    assert main(again) == 0
+    assert max(row["rms"] for row in json.loads(capsys.readouterr().out)["parity"]) <= 5e-6
 
 
 @pytest.mark.parametrize(
@@ -184,7 +180,7 @@ def test_operator_without_onnx_form_is_named_with_its_module(tiny_folder, tmp_pa
     assert "operator d2f_test::secret has no ONNX form (module vae.encoder.conv_act)" in line
 
 
-def test_wrong_graph_is_exit_code_1(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_wrong_graph_is_exit_code_1_and_leaves_nothing(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(folder_module.verify, "relative_errors", lambda *_: (0.5, 0.5))
     arguments = ["--model", str(tiny_folder), "--components", "vae_encoder", "--output", str(tmp_path / "out")]
     assert main(arguments) == 1
@@ -193,17 +189,30 @@ def test_wrong_graph_is_exit_code_1(tiny_folder, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_terminated_run_removes_what_it_began(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--output", str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+def _run_until_it_writes(model: Path, output: Path) -> subprocess.Popen[bytes]:
+    """A real process that exports, caught in the middle of its work."""
+    command = [sys.executable, str(SCRIPT), "--model", str(model), "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".tmp-*/*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert list(tmp_path.glob(".tmp-*"))
+    while not list(output.parent.glob(".tmp-*/*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None and list(output.parent.glob(".tmp-*/*"))
+    return process
+
+
+def test_terminated_run_removes_what_it_began(tiny_folder, tmp_path):
+    process = _run_until_it_writes(tiny_folder, tmp_path / "out")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_run_leaves_no_output_and_the_next_removes_its_remains(tiny_folder, tmp_path, capsys):
+    process = _run_until_it_writes(tiny_folder, tmp_path / "out")
+    process.kill()
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    (remains,) = tmp_path.iterdir()
+    assert remains.name == f".tmp-{process.pid}-out"
+    # Whatever the next run to the same folder comes to.
+    assert main(["--model", "model.ckpt", "--output", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []
