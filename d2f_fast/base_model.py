@@ -78,7 +78,7 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         """Where the UNet is."""
-        return torch.device(self.unet.device)
+        return _place(self.unet)[0]
 
     @property
     def downsampling(self) -> int:
@@ -98,7 +98,7 @@ class BaseModel:
         Args:
             pixel_values: [B, 3, H, W] float32 in [-1, 1].
         """
-        posterior = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(pixel_values.to(*_place(self.vae))).latent_dist
         return {"mean": posterior.mean, "std": posterior.std}
 
     def scale_latents(self, latents: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class BaseModel:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of scaled latents, [B, 3, H, W] float32 in [-1, 1] (not clamped)."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(_place(self.vae)[1])).sample.float()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -152,6 +152,12 @@ class BaseModel:
                 digest.update(key.encode())
                 digest.update(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a network, by its first parameter: diffusers' own properties walk all modules, for 4 ms."""
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype
 
 
 def _check_folder(folder: Path) -> None:

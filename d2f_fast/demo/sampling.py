@@ -11,6 +11,7 @@ A naive-flow network keeps its own state and timestep. On DDIM's nodes it is int
 for DPM-Solver++ diffusers has a form for such networks (`use_flow_sigmas`, `flow_prediction`), uniform in flow time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -119,7 +120,8 @@ class Painter:
         model: whose UNet, autoencoder and text encoder draw.
         reader: how the UNet is read.
         guidance_scale: of every picture.
-        batch: pictures in one network call, before guidance doubles them; on a CPU several calls run side by side.
+        batch: pictures in one network call, at most, before guidance doubles them; on a CPU several calls run side by
+            side.
         on_batch: called with the network evaluations, in pictures, that a batch took.
     """
 
@@ -139,7 +141,11 @@ class Painter:
         """Pictures [B, 3, H, W] in [-1, 1] on the CPU; `noise` [B, C, h, w] is the start of each."""
         model = self.model
         unconditional = model.encode_prompts([""])["encoder_hidden_states"]
-        parts = [slice(first, first + self._batch) for first in range(0, len(prompts), self._batch)]
+        # As many side by side as torch would use threads for one, on a CPU; of equal sizes, so that none waits.
+        workers = torch.get_num_threads() if model.device.type == "cpu" else 1
+        count = len(prompts)
+        batches = min(count, workers * math.ceil(count / (workers * self._batch)))
+        parts = [slice(count * i // batches, count * (i + 1) // batches) for i in range(batches)]
         conditions = [model.encode_prompts(prompts[part])["encoder_hidden_states"] for part in parts]
 
         @torch.no_grad()  # which is a property of the thread
@@ -151,8 +157,7 @@ class Painter:
             latents = draw_latents(velocity, start, route, steps, self.reader, model.pipeline.scheduler)
             return model.decode(latents).clamp(-1, 1).cpu()
 
-        # Batches side by side: as many as torch would use threads for one, on a CPU.
-        workers, drawn = torch.get_num_threads() if model.device.type == "cpu" else 1, []
+        drawn = []
         with one_thread_an_operation(), ThreadPoolExecutor(workers) as pool:
             for condition, part in zip(conditions, pool.map(draw_part, parts, conditions), strict=True):
                 drawn.append(part)

@@ -87,3 +87,16 @@ def test_painter_draws_the_same_in_batches(model: BaseModel) -> None:
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     assert counted == [2, 2]
     assert whole.abs().max() <= 1
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [1]), (3, [1, 2]), (8, [4, 4]), (17, [4, 4, 4, 5])])
+def test_painter_gives_each_thread_as_much(model: BaseModel, count: int, expected: list[int]) -> None:
+    counted: list[int] = []
+    painter = Painter(model, model.alignment, 2.0, batch=5, on_batch=counted.append)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        drawn = painter.draw(["a cat on a red background"] * count, noise_of(count, model, 0), FLOW, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(counted) == expected and len(drawn) == count
