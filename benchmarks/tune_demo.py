@@ -1,14 +1,15 @@
-"""Choose the demo's learning rates, each objective's own, and write them beside the demo.
+"""Choose the demo's learning rates, each network's own, and write them beside the demo.
 
     python benchmarks/tune_demo.py
+    python benchmarks/tune_demo.py --networks fm_paper    # the others' rows stay as they are
 
-Every objective is trained at every rate with the demo's settings but another seed, on names that are divided anew: the
+Every network is trained at every rate with the demo's settings but another seed, on names that are divided anew: the
 names that the demo measures on are in neither part. The rate whose best sampler has the smallest Fréchet distance at
-the number of evaluations of the demo's curves wins, and that sampler draws the objective's curve.
+the number of evaluations of the demo's curves wins, and that sampler draws the network's curve.
 """
 
 import argparse
-import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2f_fast.alignment import NaiveFlow
 from d2f_fast.checkpoint import write_json
 from d2f_fast.demo.exam import Exam, noise_of
-from d2f_fast.demo.run import CHOICES, OBJECTIVES, DemoSettings, StylePictures, training_config
-from d2f_fast.demo.sampling import ROUTES, Painter
+from d2f_fast.demo.run import CHOICES, NETWORKS, DemoSettings, StylePictures, make_trainer
+from d2f_fast.demo.sampling import ROUTES, Painter, one_thread_an_operation
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import load_classifier
 from d2f_fast.trainer import AlignedTrainer
@@ -37,19 +37,18 @@ def split_names(seed: int) -> tuple[list[int], list[int]]:
     return rest[order[len(held_out) :]].tolist(), rest[order[: len(held_out)]].tolist()
 
 
-def measure(trainer: AlignedTrainer, exam: Exam, settings: DemoSettings) -> list[dict[str, Any]]:
+def measure(trainer: AlignedTrainer, network: str, exam: Exam, settings: DemoSettings) -> list[dict[str, Any]]:
     """A row for each sampler."""
-    config, steps = trainer.config, settings.steps_of_curves
-    reader = NaiveFlow(trainer.alignment.num_train_timesteps) if config.objective == "fm" else trainer.alignment
-    painter = Painter(trainer.model, reader, settings.guidance_scale)
+    steps = settings.steps_of_curves
+    painter = Painter(trainer.model, trainer.objective.model, settings.guidance_scale)
     rows = []
     with trainer.averaged():
         for route in ROUTES:
             drawn = painter.draw(exam.prompts, noise_of(exam.count, trainer.model, SEED), route, steps)
             rows.append(
                 {
-                    "objective": config.objective,
-                    "learning_rate": config.learning_rate,
+                    "objective": network,
+                    "learning_rate": trainer.config.learning_rate,
                     "sampler": route.sampler,
                     "spacing": route.spacing,
                     "steps": steps,
@@ -63,25 +62,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CHOICES, help="JSON file to write")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to try")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="which to try anew")
     options = parser.parse_args()
     settings = DemoSettings()
     names, measured = split_names(SEED)
     exam = Exam(measured, settings.pictures[settings.steps_of_curves], load_classifier(), SEED)
     dataset, rows = StylePictures(names), []
+    kept = [name for name in NETWORKS if name not in options.networks]
+    if kept:
+        rows = [row for row in json.loads(options.output.read_text())["tried"] if row["objective"] in kept]
     with tempfile.TemporaryDirectory() as folder:
-        for objective in OBJECTIVES:
+        for network in options.networks:
             for rate in options.rates:
-                run = Path(folder) / f"{rate}"
-                config = training_config(settings, objective, rate, SEED, run)
-                config = dataclasses.replace(config, cache_dir=str(Path(folder) / "cache"))
-                trainer = AlignedTrainer.from_pretrained(load_miniature(), config)
-                trainer.fit(dataset)
-                rows += measure(trainer, exam, settings)
-                print(*(f"{row['sampler']} {row['frechet_distance']:.3f}" for row in rows[-len(ROUTES) :]))
+                trainer = make_trainer(load_miniature, settings, network, rate, SEED, Path(folder))
+                with one_thread_an_operation():
+                    trainer.fit(dataset)
+                rows += measure(trainer, network, exam, settings)
+                found = (f"{row['sampler']} {row['frechet_distance']:.3f}" for row in rows[-len(ROUTES) :])
+                print(network, rate, *found, flush=True)
     chosen = {}
-    for objective in OBJECTIVES:
-        row = min((r for r in rows if r["objective"] == objective), key=lambda r: r["frechet_distance"])
-        chosen[objective] = {key: row[key] for key in ("learning_rate", "sampler", "spacing", "frechet_distance")}
+    for network in NETWORKS:
+        row = min((r for r in rows if r["objective"] == network), key=lambda r: r["frechet_distance"])
+        chosen[network] = {key: row[key] for key in ("learning_rate", "sampler", "spacing", "frechet_distance")}
     write_json(
         options.output,
         {

@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may download
 
@@ -88,3 +89,31 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+@pytest.fixture
+def tiny_xl(tiny_folder: Path) -> Any:
+    """A pipeline of SDXL's classes: two text encoders, pooled text and sizes beside the time."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    text = base.text_encoder.config.to_dict() | {"projection_dim": 12}
+    config = dict(base.unet.config) | {
+        "cross_attention_dim": 32,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 12 + 6 * 4,
+        "use_linear_projection": True,
+    }
+    torch.manual_seed(0)
+    return StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=UNet2DConditionModel.from_config(config),
+        scheduler=base.scheduler,
+        add_watermarker=False,
+    )

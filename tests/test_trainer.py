@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -455,6 +455,18 @@ def test_the_second_run_over_the_same_pictures_encodes_nothing(make: Any, monkey
     assert_equal(state(second), state(first))
 
 
+def test_tensorboard_shows_what_the_log_says(make: Any, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = make(report_to="tensorboard", max_train_steps=3)
+    trainer.fit(Pictures())
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "logs"))
+    events.Reload()
+    shown = events.Scalars("loss")
+    assert [event.step for event in shown] == [1, 2, 3]
+    assert [event.value for event in shown] == pytest.approx(losses(trainer), rel=1e-6)
+    assert {"lr", "images_per_second"} <= set(events.Tags()["scalars"])
+
+
 def test_an_image_folder_trains_as_the_same_pictures_in_memory(make: Any, tmp_path: Path) -> None:
     from d2f_fast.data import CaptionedImages
 
@@ -575,6 +587,33 @@ def test_the_lora_file_says_how_to_sample_it(make: Any, tmp_path: Path, objectiv
     _, header = read_tensors(make(objective=objective).save_lora(tmp_path / "lora"))
     assert header["d2f.objective"] == objective and header["d2f.recommended_sigmas"] == sigmas
     assert header["d2f.prediction_type"] == {"diff2flow": "epsilon", "fm": "flow_prediction"}[objective]
+
+
+def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: Any, tmp_path: Path) -> None:
+    """Both text encoders, the pooled text and the sizes reach the network, in training and in sampling."""
+    tiny_xl.save_pretrained(tmp_path / "base")
+    trainer = AlignedTrainer.from_pretrained(tmp_path / "base", config(tmp_path / "run", max_train_steps=3))
+    trainer.fit(Pictures())
+    trainer.save_lora(tmp_path / "lora")
+    noise = torch.Generator().manual_seed(3)
+    pictures = trainer.sample(["ab", "c"], 2, guidance_scale=3.0, negative_prompt="d", generator=noise)
+
+    def stock(pipe: Any) -> Any:
+        pipe.set_progress_bar_config(disable=True)
+        options = {"height": 16, "width": 16, "negative_prompt": ["d", "d"], "guidance_scale": 3.0}
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        return pipe(["ab", "c"], num_inference_steps=2, latents=latents, **options).images
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "base", add_watermarker=False)
+    pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config)
+    untrained = stock(pipe)
+    pipe.load_lora_weights(str(tmp_path / "lora"))
+    difference = np.abs(np.asarray([stock(pipe), untrained], dtype=np.float64) - np.asarray(pictures, dtype=np.float64))
+    assert difference[0].max() <= 1 < difference[1].max()
+    trainer.save_pipeline(tmp_path / "saved")
+    saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
+    saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
+    assert np.abs(np.asarray(stock(saved), dtype=np.float64) - np.asarray(pictures, dtype=np.float64)).max() <= 1
 
 
 def test_full_finetuning_has_no_lora_to_save(make: Any, tmp_path: Path) -> None:

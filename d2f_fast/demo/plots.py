@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = {"base": "#7a7a85", "diff2flow": "#0b7a75", "fm": "#d1495b", "diffusion": "#3d5a98", "real": "#b08900"}
+COLOURS = {
+    "base": "#7a7a85",
+    "diff2flow": "#0b7a75",
+    "fm": "#d1495b",
+    "fm_paper": "#e8998d",
+    "diffusion": "#3d5a98",
+    "real": "#b08900",
+}
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
 

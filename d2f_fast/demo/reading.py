@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2f_fast.demo.sampling import Route
+from d2f_fast.imagenet import NAME
 
 Row = Mapping[str, Any]
 
@@ -11,6 +12,7 @@ NAMES = {
     "base": "the untouched base",
     "diff2flow": "the aligned LoRA (diff2flow)",
     "fm": "the naive-flow LoRA (fm)",
+    "fm_paper": "the naive-flow LoRA with the paper's sign (fm_paper)",
     "diffusion": "the diffusion LoRA",
 }
 
@@ -58,7 +60,8 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for steps in sorted({row["steps"] for row in select(rows, "quality")}):
         ours = best(rows, "diff2flow", steps)
-        others = [best(rows, objective, steps) for objective in ("fm", "diffusion", "base")]
+        rivals = [name for name in ("fm", "fm_paper", "diffusion", "base") if _has(rows, steps, name)]
+        others = [best(rows, objective, steps) for objective in rivals]
         training_free = select(rows, "quality", objective="base", sampler="flow", spacing="uniform", steps=steps)
         others += [row for row in training_free if row is not others[-1]]
         for other in others:
@@ -81,21 +84,21 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "verdict": verdict(ours, other),
                 }
             )
-    curve = sorted(select(rows, "training", objective="fm"), key=lambda row: row["training_steps"])
-    final = curve[-1]
-    found.append(
-        {
-            "measure": "steps_to_reach",
-            "objective": "diff2flow",
-            "adapter": "lora",
-            "steps": final["steps"],
-            "samples": final["samples"],
-            "frechet_distance": final["frechet_distance"],
-            "against": "fm",
-            "training_steps": steps_to_reach(rows, "diff2flow", final["frechet_distance"]),
-            "budget": final["training_steps"],
-        }
-    )
+    for naive in ("fm", "fm_paper"):
+        final = max(select(rows, "training", objective=naive), key=lambda row: row["training_steps"])
+        found.append(
+            {
+                "measure": "steps_to_reach",
+                "objective": "diff2flow",
+                "adapter": "lora",
+                "steps": final["steps"],
+                "samples": final["samples"],
+                "frechet_distance": final["frechet_distance"],
+                "against": naive,
+                "training_steps": steps_to_reach(rows, "diff2flow", final["frechet_distance"]),
+                "budget": final["training_steps"],
+            }
+        )
     return found
 
 
@@ -116,20 +119,26 @@ def reading(rows: Sequence[Row], steps: int) -> str:
         words = {"better": "beats", "worse": "loses to", "level": "cannot be told from"}[row["verdict"]]
         ratio = f", {row['excess_ratio']:.2g} times the excess over real pictures" if row["excess_ratio"] else ""
         said.append(f"It {words} {name} with {route_of(other).label} ({row['against_frechet_distance']:.3g}{ratio}).")
-    reach = select(rows, "steps_to_reach")[0]
-    if reach["training_steps"] is None:
-        said.append(f"It did not reach the final distance of {NAMES['fm']} within {reach['budget']} training steps.")
-    else:
-        said.append(
-            f"It was at the final distance of {NAMES['fm']} ({reach['frechet_distance']:.3g}, after {reach['budget']}"
-            f" training steps) at the first measured point of {reach['training_steps']} steps."
-        )
-    said += [_loss(rows), *(_spacing(rows, count) for count in sorted({2, steps}) if _has(rows, count)), _grey(rows)]
-    return " ".join(said)
+    for reach in select(rows, "steps_to_reach"):
+        naive, budget = NAMES[reach["against"]], reach["budget"]
+        if reach["training_steps"] is None:
+            said.append(f"It did not reach the final distance of {naive} within {budget} training steps.")
+        else:
+            said.append(
+                f"It was at the final distance of {naive} ({reach['frechet_distance']:.3g}, after {budget} training"
+                f" steps) at the first measured point of {reach['training_steps']} steps."
+            )
+    said += [
+        _imagenet(rows, steps),
+        _loss(rows),
+        *(_spacing(rows, count) for count in sorted({2, steps}) if _has(rows, count)),
+        _grey(rows),
+    ]
+    return " ".join(sentence for sentence in said if sentence)
 
 
-def _has(rows: Sequence[Row], steps: int) -> bool:
-    return bool(select(rows, "quality", steps=steps))
+def _has(rows: Sequence[Row], steps: int, objective: str = "base") -> bool:
+    return bool(select(rows, "quality", steps=steps, objective=objective))
 
 
 def _distance(row: Row) -> str:
@@ -137,10 +146,27 @@ def _distance(row: Row) -> str:
     return f"{row['frechet_distance']:.3g} ({interval}, {row['samples']} pictures, {route_of(row).label})"
 
 
+def _imagenet(rows: Sequence[Row], steps: int) -> str:
+    """The same pictures in the features of another judge, where it is installed."""
+    order = ("diff2flow", "fm", "fm_paper", "diffusion", "base")
+    chosen = {name: best(rows, name, steps) for name in order if _has(rows, steps, name)}
+    if "imagenet_frechet_distance" not in chosen["diff2flow"]:
+        return ""
+    parts = [
+        f"{row['imagenet_frechet_distance']:.3g} ({row['imagenet_frechet_low']:.3g} to"
+        f" {row['imagenet_frechet_high']:.3g}) for {name}"
+        for name, row in chosen.items()
+    ]
+    return (
+        f"In the features of a network trained on ImageNet ({NAME}) the same pictures are at {', '.join(parts)}, real"
+        f" ones at {chosen['diff2flow']['imagenet_frechet_floor']:.3g}."
+    )
+
+
 def _loss(rows: Sequence[Row]) -> str:
     """Loss before and after training."""
     parts = []
-    for objective in ("diff2flow", "fm", "diffusion"):
+    for objective in ("diff2flow", "fm", "fm_paper", "diffusion"):
         curve = sorted(select(rows, "training", objective=objective), key=lambda row: row["training_steps"])
         parts.append(f"{curve[0]['flow_loss']:.3g} to {curve[-1]['flow_loss']:.3g} for {objective}")
     return f"The flow loss on held-out pictures went from {', '.join(parts)}."

@@ -1,14 +1,18 @@
 """`d2f demo`: the whole method on the embedded miniature, measured, in one folder.
 
-The base model draws one style of its pictures; three LoRA runs with the same budget, data order and seeds teach it a
-second one: as aligned flow matching (diff2flow), as naive flow matching (fm), and by its own loss (diffusion). Each
-network, and the untouched base, is then drawn from by every sampler of `sampling`, from the same noise, with the
-same guidance, so that best can be compared with best.
+The base model draws one style of its pictures; LoRA runs with the same budget, data order and seeds teach it a second
+one: as aligned flow matching (diff2flow), as naive flow matching (fm), and by its own loss (diffusion). Each network,
+and the untouched base, is then drawn from by every sampler of `sampling`, from the same noise, with the same guidance,
+so that best can be compared with best.
+
+Naive flow matching has two forms. `fm` teaches the network noise - latents, as diffusers' flow-matching models return:
+the sign of the noise that it was trained to return. `fm_paper` teaches it latents - noise, the paper's baseline. It is
+measured at one number of evaluations only.
 
 The budget of the default settings, in forward passes of the network on one picture, guidance counted double:
-training 3 x 160 steps x 32; quality 4 networks x 4 samplers x ((2 + 4) evaluations x 200 pictures + 8 x 128 + 25 x 64),
-123,000; quality against training steps 3 x 7 x 4 x 128, 22,000; brightness 7 routes x 2 groups x 4 x 500, 56,000. Each
-picture drawn is decoded once: 20,000.
+training 4 x 160 steps x 32; quality 4 networks x 4 samplers x ((2 + 4) evaluations x 200 pictures + 8 x 128 + 25 x 64),
+and 4 x 4 x 200 for `fm_paper`, 127,000; quality against training steps 4 x 7 x 4 x 128, 29,000; brightness 7 routes x 2
+groups x 4 x 500, 56,000. Each picture drawn is decoded once: 22,000.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from PIL import Image
@@ -39,7 +43,13 @@ from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import Classifier, load_classifier
 from d2f_fast.trainer import AlignedTrainer, to_pil
 
-OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+# What is trained, and the trainer's name for it.
+NETWORKS: Mapping[str, ObjectiveName] = {
+    "diff2flow": "diff2flow",
+    "fm": "fm",
+    "fm_paper": "fm",
+    "diffusion": "diffusion",
+}
 CHOICES = Path(__file__).with_name("learning_rates.json")
 
 
@@ -113,14 +123,34 @@ class StylePictures:
         return {"image": self._images[index], "text": self._texts[index]}
 
 
-def training_config(
-    settings: DemoSettings, objective: ObjectiveName, learning_rate: float, seed: int, folder: Path
-) -> TrainingConfig:
-    """Options of a run; all but the objective and the learning rate are the same for all."""
-    return TrainingConfig(
-        output_dir=str(folder / objective),
+def make_trainer(
+    load_pipeline: Callable[[], Any],
+    settings: DemoSettings,
+    network: str,
+    learning_rate: float,
+    seed: int,
+    folder: Path,
+) -> AlignedTrainer:
+    """Trainer of one of `NETWORKS`, which differ in the objective, the learning rate and, for one, the output's sign.
+
+    Args:
+        load_pipeline: gives the base model, anew at each call.
+        settings: sizes.
+        network: which.
+        learning_rate: its own.
+        seed: of the run.
+        folder: of the run's files, and of the cache that runs share.
+    """
+    pipeline = load_pipeline()
+    if network == "fm_paper":
+        # The trainer teaches noise - latents: to a network that returns the negative, that is latents - noise.
+        with torch.no_grad():
+            for parameter in pipeline.unet.conv_out.parameters():
+                parameter.neg_()
+    config = TrainingConfig(
+        output_dir=str(folder / network),
         cache_dir=str(folder / "cache"),
-        objective=objective,
+        objective=NETWORKS[network],
         rank=settings.rank,
         resolution=pictures.SIZE,
         random_flip=True,
@@ -131,6 +161,7 @@ def training_config(
         checkpointing_steps=0,
         seed=seed,
     )
+    return AlignedTrainer.from_pretrained(pipeline, config)
 
 
 def train(trainer: AlignedTrainer, dataset: StylePictures, points: Sequence[int], at: Callable[[int], None]) -> None:
@@ -167,7 +198,8 @@ class Demo:
     def painter(self, model: BaseModel, objective: str) -> Painter:
         """Painter of one network, on the common progress bar."""
         self.progress.set_description(f"draw {objective}")
-        reader = NaiveFlow(model.alignment.num_train_timesteps) if objective == "fm" else model.alignment
+        naive = NETWORKS.get(objective) == "fm"
+        reader = NaiveFlow(model.alignment.num_train_timesteps) if naive else model.alignment
         return Painter(model, reader, self.settings.guidance_scale, on_batch=self.progress.update)
 
     def row(self, measure: str, objective: str, route: Route, steps: int, **entries: Any) -> None:
@@ -185,20 +217,27 @@ class Demo:
         )
 
     def measure_quality(self, model: BaseModel, objective: str) -> None:
-        """Every sampler at every number of evaluations."""
+        """Every sampler at every number of evaluations; one number for "fm_paper"."""
         painter, alignment = self.painter(model, objective), model.alignment
         for steps, count in self.settings.pictures.items():
+            if objective == "fm_paper" and steps != self.settings.steps_of_curves:
+                continue
             measured: dict[Route, dict[str, Any]] = {}
+            pixels: dict[Route, Tensor] = {}
             for route in ROUTES:
                 same = equal_route(route, steps, painter.reader)
                 if same is None:
                     drawn = painter.draw(self.exam.prompts[:count], self.noise(model)[:count], route, steps)
-                    measured[route] = self.exam.measure(drawn, self.settings.repeats)
+                    measured[route], pixels[route] = self.exam.measure(drawn, self.settings.repeats), drawn
                     shown = [i for i in self.prompts_shown if i < count]
                     self.shown[objective, route, steps] = drawn[shown]
                 else:
                     measured[route] = measured[same] | {"equal_to": same.sampler}
                     self.shown[objective, route, steps] = self.shown[objective, same, steps]
+            if steps == self.settings.steps_of_curves:
+                closest = min(pixels, key=lambda route: measured[route]["frechet_distance"])
+                measured[closest] |= self.exam.measure_by_imagenet(pixels[closest], self.settings.repeats)
+            for route in ROUTES:
                 start = 0.0 if route.sampler == "flow" else alignment.t_min
                 self.row("quality", objective, route, steps, start=start, **measured[route])
 
@@ -257,6 +296,7 @@ class Demo:
             latents = model.scale_latents(model.encode_images(self.exam.real)["mean"])
             drawn = torch.cat([model.decode(part) for part in latents.split(64)]).clamp(-1, 1).cpu()
         measured = self.exam.measure(drawn, self.settings.repeats)
+        measured |= self.exam.measure_by_imagenet(drawn, self.settings.repeats)
         self.rows.append(
             {
                 "measure": "autoencoder",
@@ -269,12 +309,14 @@ class Demo:
         )
 
 
-def forward_passes(settings: DemoSettings, networks: int = 4) -> int:
+def forward_passes(settings: DemoSettings) -> int:
     """Network evaluations, in pictures, that the progress bar counts."""
-    quality = networks * sum(len(ROUTES) * steps * count for steps, count in settings.pictures.items())
-    quality -= (networks - 1) * 2 * settings.pictures.get(2, 0)
-    curves = len(OBJECTIVES) * len(settings.curve_points()) * settings.curve_pictures * settings.steps_of_curves
-    return quality + curves + (2 * networks - 1) * 2 * settings.brightness_pictures * settings.steps_of_curves
+    whole, middle = len(NETWORKS), settings.steps_of_curves  # as many as `NETWORKS`: the base in place of "fm_paper"
+    quality = whole * sum(len(ROUTES) * steps * count for steps, count in settings.pictures.items())
+    quality += len(ROUTES) * middle * settings.pictures.get(middle, 0)
+    quality -= (whole - 1) * 2 * settings.pictures.get(2, 0)
+    curves = len(NETWORKS) * len(settings.curve_points()) * settings.curve_pictures * middle
+    return quality + curves + (2 * whole - 1) * 2 * settings.brightness_pictures * middle
 
 
 def run_demo(
@@ -311,19 +353,20 @@ def run_demo(
         demo.measure_gaussian(base.alignment)
         demo.measure_quality(base, "base")
         demo.measure_brightness(base, "base")
-        for objective in OBJECTIVES:
-            config = training_config(settings, objective, choices.learning_rate[objective], seed, folder)
-            trainer = AlignedTrainer.from_pretrained(load_pipeline(), config)
-            route = choices.route[objective]
+        for network in NETWORKS:
+            trainer = make_trainer(load_pipeline, settings, network, choices.learning_rate[network], seed, folder)
+            route = choices.route[network]
 
-            def at(step: int, trainer: AlignedTrainer = trainer, route: Route = route) -> None:
-                demo.measure_point(trainer.model, trainer.config.objective, route, step)
+            def at(step: int, trainer: AlignedTrainer = trainer, network: str = network, route: Route = route) -> None:
+                demo.measure_point(trainer.model, network, route, step)
 
             train(trainer, dataset, settings.curve_points(), at)
             with trainer.averaged():
-                demo.measure_quality(trainer.model, objective)
-                demo.measure_brightness(trainer.model, objective)
-            trainer.save_lora(output / objective)
+                demo.measure_quality(trainer.model, network)
+                if network != "fm_paper":
+                    demo.measure_brightness(trainer.model, network)
+            if network != "fm_paper":  # whose LoRA belongs to no base that there is
+                trainer.save_lora(output / network)
     demo.rows += comparisons(demo.rows)
     seconds = time.monotonic() - started
     report = write_report(output, demo.rows, demo.shown, shown_pictures(demo), seed, seconds)

@@ -1,10 +1,12 @@
 """The demo's curves against a whole run, its task and choices, and a small demo from end to end."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,13 +14,44 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from d2f_fast import imagenet
 from d2f_fast.config import TrainingConfig
-from d2f_fast.demo.run import CHOICES, Choices, DemoSettings, StylePictures, forward_passes, run_demo, train
+from d2f_fast.demo.run import (
+    CHOICES,
+    NETWORKS,
+    Choices,
+    DemoSettings,
+    StylePictures,
+    forward_passes,
+    make_trainer,
+    run_demo,
+    train,
+)
 from d2f_fast.demo.sampling import DDIM, DPM, ROUTES
 from d2f_fast.lora import LORA_FILE, load_lora
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.classifier import Classifier
+from d2f_fast.objective import Objective
 from d2f_fast.trainer import AlignedTrainer
+
+
+def test_the_papers_naive_flow_is_taught_latents_minus_noise(load: Callable[[], Any], tmp_path: Path) -> None:
+    """One step's loss on the base's own network, by hand: the output against latents - noise, and its negative."""
+    settings = DemoSettings(steps=1, batch=2, rank=2)
+    batch = {"latents": torch.randn(2, 4, 16, 16), "encoder_hidden_states": torch.randn(2, 7, 16)}
+    losses, expected = {}, {}
+    for network in ("fm", "fm_paper"):
+        trainer = make_trainer(load, settings, network, 1e-3, 0, tmp_path)
+        trainer.config = dataclasses.replace(trainer.config, caption_dropout=0.0)
+        with mock.patch.object(Objective, "inputs", autospec=True, side_effect=Objective.inputs) as inputs:
+            losses[network] = trainer.step(batch).item()
+        latents, noise, t = inputs.call_args.args[1:]
+        x_t = t[:, None, None, None] * latents + (1 - t[:, None, None, None]) * noise
+        with torch.no_grad():
+            output = load().unet(x_t, 1000 * (1 - t), encoder_hidden_states=batch["encoder_hidden_states"]).sample
+        sign = 1 if network == "fm_paper" else -1
+        expected[network] = (sign * output - (latents - noise)).square().mean().item()
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_in_parts_is_training_at_once(load: Callable[[], Any], tmp_path: Path) -> None:
@@ -53,7 +86,7 @@ def test_the_task_shows_no_held_out_name_and_captions_every_background() -> None
 
 def test_choices_hold_a_rate_and_a_sampler_for_each_objective() -> None:
     choices = Choices.read(CHOICES)
-    assert set(choices.learning_rate) == set(choices.route) == {"diff2flow", "fm", "diffusion"}
+    assert set(choices.learning_rate) == set(choices.route) == {"diff2flow", "fm", "fm_paper", "diffusion"}
     assert all(1e-5 < rate < 1e-1 for rate in choices.learning_rate.values())
     assert all(route in ROUTES for route in choices.route.values())
 
@@ -74,7 +107,8 @@ def test_demo_writes_its_folder(load: Callable[[], Any], tmp_path: Path) -> None
     assert metrics["seed"] == 3
     rows = metrics["results"]
     quality = {(r["objective"], r["sampler"], r["spacing"], r["steps"]): r for r in rows if r["measure"] == "quality"}
-    assert len(quality) == 4 * len(ROUTES) * 2
+    assert len(quality) == (4 * 2 + 1) * len(ROUTES)
+    assert {steps for network, _, _, steps in quality if network == "fm_paper"} == {4}
     assert all(r["samples"] == 10 and r["frechet_distance"] > 0 for r in quality.values())
     for objective in ("base", "diff2flow", "diffusion"):
         ddim, dpm = (quality[objective, route.sampler, route.spacing, 2] for route in (DDIM, DPM))
@@ -84,11 +118,17 @@ def test_demo_writes_its_folder(load: Callable[[], Any], tmp_path: Path) -> None
     untrained = {r["objective"]: r for r in rows if r["measure"] == "training" and r["training_steps"] == 0}
     assert untrained["diff2flow"]["flow_loss"] == pytest.approx(untrained["diffusion"]["flow_loss"], rel=1e-6)
     assert untrained["fm"]["flow_loss"] != pytest.approx(untrained["diffusion"]["flow_loss"], rel=1e-3)
+    # To the sign, both naive networks are the base that they begin as.
+    assert untrained["fm_paper"]["flow_loss"] != pytest.approx(untrained["fm"]["flow_loss"], rel=1e-3)
     assert len([r for r in rows if r["measure"] == "grey_bias"]) == 7 * 2
-    with Image.open(folder / "grid-4.png") as grid:
-        assert grid.size[1] == 40 + 9 * 96
+    for steps, drawn in ((2, 9), (4, 11)):
+        with Image.open(folder / f"grid-{steps}.png") as grid:
+            assert grid.size[1] == 40 + drawn * 96
+    judged = {r["objective"] for r in rows if "imagenet_frechet_distance" in r}
+    assert judged == ({"real", "base", *NETWORKS} if imagenet.is_installed() else set())
     for objective in ("diff2flow", "fm", "diffusion"):
         assert load_file(folder / objective / LORA_FILE)
     pipe = load()
     load_lora(pipe, folder / "diff2flow")
-    assert forward_passes(settings) == 4 * 4 * 10 * 6 - 3 * 2 * 10 + 3 * 3 * 4 * 4 + 7 * 2 * 6 * 4
+    assert not (folder / "fm_paper").exists()
+    assert forward_passes(settings) == 4 * 4 * 10 * 6 + 4 * 4 * 10 - 3 * 2 * 10 + 4 * 3 * 4 * 4 + 7 * 2 * 6 * 4
