@@ -162,6 +162,13 @@ def merged_state_dict(unet: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
+def merged_unet(unet: Any) -> Any:
+    """A new UNet on the CPU, without adapter, that computes what this one does; see `merged_state_dict`."""
+    merged = type(unet).from_config(unet.config).to(unet.dtype)
+    merged.load_state_dict(merged_state_dict(unet))
+    return merged.eval()
+
+
 def load_lora(pipeline: Any, source: str | Path) -> None:
     """Load a LoRA file, or the folder that holds `pytorch_lora_weights.safetensors`, into a stock pipeline.
 

@@ -50,7 +50,7 @@ from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
 from d2f_fast.fused_lora import use_fused_lora
 from d2f_fast.half_base import HalfBase
 from d2f_fast.image_folder import validated_text
-from d2f_fast.lora import inject_lora, merged_state_dict, save_lora
+from d2f_fast.lora import inject_lora, merged_unet, save_lora
 from d2f_fast.objective import Objective
 from d2f_fast.sampler import sample_flow, unet_velocity
 from d2f_fast.training_step import StepInputs, TrainingStep, keep_compiled_code, learning_rates
@@ -615,8 +615,7 @@ class AlignedTrainer:
             raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
         pipeline = self.model.pipeline
         with self.averaged():
-            unet = type(self.unet).from_config(self.unet.config)
-            unet.to(self.unet.dtype).load_state_dict(merged_state_dict(self.unet))
+            unet = merged_unet(self.unet)
         config = pipeline.scheduler.config
         # Named, or diffusers would take the other class' defaults for what the base left at its own.
         table = {name: config[name] for name in _SCHEDULE_KEYS if name in config}

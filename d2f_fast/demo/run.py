@@ -15,6 +15,7 @@ and 4 x 4 x 200 for `fm_paper`, 127,000; quality against training steps 4 x 7 x 
 groups x 4 x 500, 56,000. Each picture drawn is decoded once: 22,000.
 """
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -38,6 +39,7 @@ from d2f_fast.demo.reading import comparisons
 from d2f_fast.demo.report import write_report
 from d2f_fast.demo.sampling import DDIM, FLOW, ROUTES, Painter, Route, equal_route, one_thread_an_operation
 from d2f_fast.evaluate import gaussian_grey_bias
+from d2f_fast.lora import merged_unet
 from d2f_fast.metrics import write_metrics
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import Classifier, load_classifier
@@ -174,6 +176,13 @@ def train(trainer: AlignedTrainer, dataset: StylePictures, points: Sequence[int]
                 trainer.fit(dataset)
         with trainer.averaged():
             at(point)
+
+
+def with_merged_unet(model: BaseModel) -> BaseModel:
+    """The same model with its adapter merged into the weights of a UNet of its own: pictures take a fifth less time."""
+    merged = copy.copy(model)
+    merged.unet = merged_unet(model.unet).to(model.device)
+    return merged
 
 
 @dataclass
@@ -358,14 +367,14 @@ def run_demo(
             route = choices.route[network]
 
             def at(step: int, trainer: AlignedTrainer = trainer, network: str = network, route: Route = route) -> None:
-                demo.measure_point(trainer.model, network, route, step)
+                demo.measure_point(with_merged_unet(trainer.model), network, route, step)
 
             train(trainer, dataset, settings.curve_points(), at)
             with trainer.averaged():
-                demo.measure_quality(trainer.model, network)
-                if network != "fm_paper":
-                    demo.measure_brightness(trainer.model, network)
+                model = with_merged_unet(trainer.model)
+            demo.measure_quality(model, network)
             if network != "fm_paper":  # whose LoRA belongs to no base that there is
+                demo.measure_brightness(model, network)
                 trainer.save_lora(output / network)
     demo.rows += comparisons(demo.rows)
     seconds = time.monotonic() - started

@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from d2f_fast import imagenet
+from d2f_fast.base_model import BaseModel
 from d2f_fast.config import TrainingConfig
+from d2f_fast.demo.exam import noise_of
 from d2f_fast.demo.run import (
     CHOICES,
     NETWORKS,
@@ -26,8 +28,9 @@ from d2f_fast.demo.run import (
     make_trainer,
     run_demo,
     train,
+    with_merged_unet,
 )
-from d2f_fast.demo.sampling import DDIM, DPM, ROUTES
+from d2f_fast.demo.sampling import DDIM, DPM, FLOW, ROUTES, Painter
 from d2f_fast.lora import LORA_FILE, load_lora
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.classifier import Classifier
@@ -74,6 +77,21 @@ def test_training_in_parts_is_training_at_once(load: Callable[[], Any], tmp_path
         weights.append({key: value.detach().clone() for key, value in trainer.trainable.items()})
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert any(value.abs().max() > 0 for key, value in weights[0].items() if "lora_B" in key)
+
+
+def test_pictures_of_the_merged_network_are_the_adapted_ones(load: Callable[[], Any], tmp_path: Path) -> None:
+    trainer = make_trainer(load, DemoSettings(steps=1, batch=2, rank=2), "diff2flow", 1e-2, 0, tmp_path)
+    for name, parameter in trainer.trainable.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainer.ema = None
+    noise, drawn = noise_of(2, trainer.model, 0), []
+    with trainer.averaged():
+        for model in (trainer.model, with_merged_unet(trainer.model), BaseModel(load())):
+            painter = Painter(model, model.alignment, 2.0)
+            drawn.append(painter.draw(["a cat on a red background", "a boot"], noise, FLOW, 2))
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-4)
+    assert (drawn[2] - drawn[0]).abs().max() > 1e-2
 
 
 def test_the_task_shows_no_held_out_name_and_captions_every_background() -> None:
