@@ -21,10 +21,9 @@ def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 @pytest.fixture(scope="session")
 def exported_miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The embedded miniature, with a sampler of 4 steps written out; and its report."""
+    """The embedded miniature, every component, with a sampler of 4 steps written out; and its report."""
     folder = tmp_path_factory.mktemp("exported") / "miniature"
-    components = "unet,text_encoder,vae_decoder,sampler"
-    return folder, export_folder(ExportOptions(output=str(folder), unroll=4, components=components, steps="1,4"))
+    return folder, export_folder(ExportOptions(output=str(folder), unroll=4))
 
 
 @pytest.fixture(scope="session")
