@@ -319,6 +319,8 @@ def _load(model: str, vae: str | None) -> BaseModel:
 
 def _load_vae(vae: str, own: Any) -> Any:
     """An autoencoder of the same latents as the model's own."""
+    if not Path(vae).is_dir() and (Path(vae).is_absolute() or vae.startswith(".")):
+        raise ModelError(f"vae {vae} does not exist: give a hub id, or the folder of an autoencoder")
     try:
         found = AutoModel.from_pretrained(vae, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:

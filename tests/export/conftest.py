@@ -28,8 +28,9 @@ def exported_miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 @pytest.fixture(scope="session")
 def exported_half(exported_unet: MakeFolder) -> tuple[Path, dict[str, Any]]:
-    """The tiny UNet in float16, and its sampler without guidance; and the report."""
-    return exported_unet(precision="fp16", components="unet,sampler", guidance=False, steps="1,2")
+    """The tiny UNet in float16, of one size, and its sampler without guidance; and the report."""
+    half = {"precision": "fp16", "static": "1x16x24", "guidance": False}
+    return exported_unet(components="unet,sampler", steps="1,3", **half)
 
 
 @pytest.fixture(scope="session")

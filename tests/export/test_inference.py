@@ -59,7 +59,7 @@ def test_fractional_time_changes_the_miniatures_output(exported_miniature):
     assert differences[0] > 1e-5 and differences[1] > 1e-4
 
 
-@pytest.mark.parametrize("imported", ["", "import diffusers"])
+@pytest.mark.parametrize("imported", ["", "import d2f_fast.alignment"])
 def test_no_torch_is_imported(imported, exported, tmp_path):
     # The second case is the check of the check: an import of torch, at whatever depth, does end the process.
     code = f"""

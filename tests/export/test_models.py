@@ -24,6 +24,14 @@ from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import ExportOptions
 
+# A single level, which the tracer is through with in a third of the time.
+ONE_LEVEL = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+}
+
 
 def _session(folder: Path, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(folder / f"{name}/model.onnx")
@@ -35,6 +43,7 @@ def tiny_xl(tiny_folder):
     base = StableDiffusionPipeline.from_pretrained(tiny_folder)
     text = base.text_encoder.config.to_dict() | {"projection_dim": 12}
     config = dict(base.unet.config) | {
+        **ONE_LEVEL,
         "cross_attention_dim": 32,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 4,
@@ -57,8 +66,8 @@ def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
     folder, pipeline = tmp_path / "out", tiny_xl
     pipeline.save_pretrained(tmp_path / "model")
     components = "unet,text_encoder,vae_decoder,sampler"
-    options = ExportOptions(model=str(tmp_path / "model"), output=str(folder), components=components, steps="2")
-    report = export_folder(options)
+    options = {"model": str(tmp_path / "model"), "output": str(folder), "static": "1x16x16", "steps": "2"}
+    report = export_folder(ExportOptions(**options, components=components))
     assert max(row["rms"] for row in report["parity"]) <= 1e-5
     assert {row["graph"].split("/")[0] for row in report["parity"]} >= {"text_encoder", "text_encoder_2"}
     session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
@@ -75,10 +84,12 @@ def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
     assert np.abs(np.asarray(got, np.int16) - np.asarray(want.images[0], np.int16)).max() <= 1
 
 
-def test_marigold_folder_gives_the_depth_that_diffusers_gives(tiny_folder, tmp_path):
+@pytest.fixture
+def marigold(tiny_folder, tmp_path):
+    """A depth pipeline in Marigold's layout, saved in model/."""
     base = StableDiffusionPipeline.from_pretrained(tiny_folder)
-    marigold = MarigoldDepthPipeline(
-        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | {"in_channels": 8}),
+    pipeline = MarigoldDepthPipeline(
+        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | ONE_LEVEL | {"in_channels": 8}),
         vae=base.vae,
         scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction"),
         text_encoder=base.text_encoder,
@@ -87,10 +98,20 @@ def test_marigold_folder_gives_the_depth_that_diffusers_gives(tiny_folder, tmp_p
         default_denoising_steps=2,
         default_processing_resolution=0,
     )
-    marigold.save_pretrained(tmp_path / "model")
+    pipeline.save_pretrained(tmp_path / "model")
+    return pipeline
+
+
+def test_depth_model_is_told_to_leave_the_sampler_out(marigold, tmp_path):
     options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
     with pytest.raises(RefusedInputError, match=r"takes 8 channels and gives 4 .*leave sampler out of components"):
         export_folder(ExportOptions(**options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_marigold_folder_gives_the_depth_that_diffusers_gives(marigold, tmp_path):
+    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
     folder = tmp_path / "out"
     report = export_folder(ExportOptions(**options, components="text_encoder,unet,vae_encoder,vae_decoder"))
     assert max(row["rms"] for row in report["parity"]) <= 5e-6
@@ -108,9 +129,9 @@ def test_marigold_folder_gives_the_depth_that_diffusers_gives(tiny_folder, tmp_p
     given = {"latents": torch.from_numpy(noise), "processing_resolution": 0, "num_inference_steps": 2}
     want = marigold(Image.fromarray(pixels), **given, ensemble_size=1, match_input_resolution=False).prediction
     image = pixels.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
-    ids = np.asarray(base.tokenizer([""], padding="do_not_pad").input_ids, np.int64)
+    ids = np.asarray(marigold.tokenizer([""], padding="do_not_pad").input_ids, np.int64)
     context = _session(folder, "text_encoder").run(["last_hidden_state"], {"input_ids": ids})[0]
-    scale = base.vae.config.scaling_factor
+    scale = marigold.vae.config.scaling_factor
     picture = np.split(_session(folder, "vae_encoder").run(None, {"sample": image})[0], 2, 1)[0] * scale
     unet, state = _session(folder, "unet"), noise
     scheduler.set_timesteps(2)
@@ -158,7 +179,10 @@ def test_autoencoder_of_another_model_is_refused(tiny_folder, tmp_path):
     UNet2DConditionModel.from_pretrained(tiny_folder / "unet").save_pretrained(tmp_path / "unet")
     with pytest.raises(RefusedInputError, match="unet is a UNet2DConditionModel: give an AutoencoderKL or an"):
         export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "unet"), output="out"))
-    with pytest.raises(RefusedInputError, match=r"vae .*/none cannot be loaded: "):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RefusedInputError, match=r"vae .*/empty cannot be loaded: "):
+        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "empty"), output="out"))
+    with pytest.raises(RefusedInputError, match=r"vae .*/none does not exist: give a hub id, or the folder"):
         export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "none"), output="out"))
 
 
