@@ -19,6 +19,7 @@ from d2f_fast.errors import RefusedInputError
 
 Array = np.ndarray[Any, Any]
 Form = Literal["loop", "folder", "unrolled"]
+Provider = str | tuple[str, dict[str, Any]]
 
 # By the name that the command line has for them; what a provider cannot run goes to the next.
 PROVIDERS = {
@@ -36,9 +37,9 @@ class OnnxPipeline:
         folder: that `export/to_onnx.py` made.
         form: "loop" runs unet/sampler.onnx; "folder" one network evaluation at a time, from unet/model.onnx;
             "unrolled" the sampler that `--unroll` wrote, for its own number of steps.
-        providers: of ONNX Runtime; None for CUDA where there is a GPU, then the CPU. TensorRT builds engines for
-            minutes at its first use, so it is never chosen unasked. One that is asked for and does not load is refused,
-            never replaced.
+        providers: of ONNX Runtime, names or (name, options); None for CUDA where there is a GPU, then the CPU. TensorRT
+            builds engines for minutes at its first use, so it is never chosen unasked. One that is asked for and does
+            not load is refused, never replaced.
         threads: of the CPU provider; 0 for all cores.
 
     Raises:
@@ -46,7 +47,7 @@ class OnnxPipeline:
     """
 
     def __init__(
-        self, folder: str | Path, form: Form = "loop", providers: Sequence[str] | None = None, threads: int = 0
+        self, folder: str | Path, form: Form = "loop", providers: Sequence[Provider] | None = None, threads: int = 0
     ) -> None:
         self.folder, self.form = Path(folder), form
         if not (self.folder / "export.json").is_file():
@@ -54,7 +55,7 @@ class OnnxPipeline:
         self.report = self._json("export.json")
         self.tables = {int(steps): table for steps, table in self._json("unet/steps.json").items()}
         self._asked = providers is not None
-        self._providers = list(default_providers() if providers is None else providers)
+        self._providers: list[Provider] = list(default_providers() if providers is None else providers)
         self._threads = threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._unet_config, self._vae_config = self._json("unet/config.json"), self._json("vae_decoder/config.json")
@@ -264,12 +265,14 @@ class OnnxPipeline:
             options.log_severity_level = 3
             options.intra_op_num_threads = self._threads
             session = onnxruntime.InferenceSession(path, options, providers=self._providers)
-            if session.get_providers()[0] != self._providers[0]:  # ONNX Runtime itself falls back
-                missing = f"{self._providers[0]} does not load here (ONNX Runtime says why)"
+            first = self._providers[0]
+            name = first if isinstance(first, str) else first[0]
+            if session.get_providers()[0] != name:  # ONNX Runtime itself falls back
+                missing = f"{name} does not load here (ONNX Runtime says why)"
                 if self._asked:
                     raise RefusedInputError(f"{missing}: install what it needs, or choose cpu")
                 warnings.warn(f"{missing}: the CPU draws", stacklevel=2)
-                self._providers = PROVIDERS["cpu"]
+                self._providers = list(PROVIDERS["cpu"])
             self._sessions[graph] = session
         return self._sessions[graph]
 

@@ -101,6 +101,7 @@ def test_provider_that_does_not_load_is_refused_not_replaced(exported, tmp_path,
 def test_default_provider_that_does_not_load_says_so_once(exported, monkeypatch):
     if _cuda_loads(exported[0]):
         pytest.skip("CUDA loads here")
+    assert OnnxPipeline(exported[0], providers=[("CPUExecutionProvider", {})])(["ab"], steps=2)[0].size == (16, 16)
     monkeypatch.setattr(inference, "default_providers", lambda: PROVIDERS["cuda"])
     with pytest.warns(UserWarning, match="CUDAExecutionProvider does not load here") as warned:
         assert OnnxPipeline(exported[0])(["ab"], steps=2)[0].size == (16, 16)
