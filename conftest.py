@@ -1,4 +1,6 @@
-"""Options and markers shared by tests/ and benchmarks/; at the root, so that they exist whatever path is given."""
+"""What tests/ and benchmarks/ share, at the root, so that it exists whatever path is given: options, a large model."""
+
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark", action="store_true", help="run benchmarks/ instead of tests/, slow and gpu ones too"
     )
     parser.addoption("--results", default="benchmarks/results", help="folder that benchmarks append their rows to")
+    parser.addoption("--keep", help="folder where benchmarks keep the large model and its export for their next run")
     parser.addoption("--dry_run", action="store_true", help="try each benchmark once at its smallest size")
 
 
@@ -27,3 +30,51 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline in Stable Diffusion 1.5's exact sizes, 1.07 billion parameters, with random weights: 4 GB on disk."""
+    kept = pytestconfig.getoption("--keep")
+    if kept and (Path(kept) / "sd15_size/model_index.json").exists():
+        return Path(kept) / "sd15_size"
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from d2f_fast import load_miniature
+
+    small = load_miniature()
+    small.tokenizer.model_max_length = 77  # its words are ids below 2000, which the large vocabulary has too
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        sample_size=512,
+    )
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=small.tokenizer,
+        unet=unet,
+        scheduler=small.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = Path(kept) / "sd15_size" if kept else tmp_path_factory.mktemp("sd15")
+    pipeline.save_pretrained(folder)
+    return folder

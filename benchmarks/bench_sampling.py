@@ -1,99 +1,123 @@
 """Prompt to picture with guidance: diffusers eager, diffusers compiled, and the three forms of an export.
 
 The embedded miniature at its own 32 x 32 pixels, and a network of Stable Diffusion 1.5's size (random weights) at
-256 x 256. Everything runs in one process on the same threads; the pictures are compared before the clock starts.
+256 x 256, both from 4 x 8 x 8 or 4 x 32 x 32 latents. Each provider runs in a process of its own, one after the other,
+on the same threads; its pictures are compared with diffusers' before its times are written. With `--keep FOLDER` the
+large model, its export and diffusers' pictures outlive the run, so that the providers can be run one by one (`-k`).
 """
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterator
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 
-from d2f_fast import Diff2FlowScheduler, load_miniature
 from d2f_fast.export.folder import export_folder
-from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import ExportOptions
 
-PROMPT, GUIDANCE_SCALE, UNROLLED = "an owl on a blue background", 3.0, 4
-SIZES = {"miniature": 32, "sd15_size": 256}
+WORKER = Path(__file__).with_name("sampling.py")
+STEPS, UNROLLED = (1, 2, 4, 25), 4
 PROVIDERS = ("diffusers", "diffusers_compiled", "onnx_folder", "onnx_loop", "onnx_unrolled")
 
 
-@dataclasses.dataclass
-class Model:
-    """A pipeline in torch, its export, and the noise that every provider begins with."""
+@dataclass(frozen=True)
+class Subject:
+    """A model, its export, and the folder of noise and pictures."""
 
-    pipeline: Any
+    name: str
+    source: str
     graphs: Path
-    noise: np.ndarray[Any, Any]
+    work: Path
     side: int
-    eager: dict[int, np.ndarray[Any, Any]]
+    rounds: dict[int, int]
+
+    def run(self, provider: str) -> dict[str, Any]:
+        """What a provider measures in a process of its own."""
+        steps = [UNROLLED] if provider == "onnx_unrolled" else list(STEPS)
+        settings = {
+            "provider": provider,
+            "model": self.source,
+            "graphs": str(self.graphs),
+            "side": self.side,
+            "steps": steps,
+            "rounds": self.rounds,
+            "noise": str(self.work / "noise.npy"),
+            "pictures": str(self.work / f"{provider}.npz"),
+        }
+        (self.work / "settings.json").write_text(json.dumps(settings))
+        command = [sys.executable, str(WORKER), str(self.work / "settings.json")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=WORKER.parent.parent)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    def file_mb(self, provider: str) -> float:
+        """Size of the files that a provider reads."""
+        if provider.startswith("diffusers"):
+            from d2f_fast import miniature
+
+            folder = Path(miniature.__file__).parent / "pipeline" if self.source == "miniature" else Path(self.source)
+            return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+        graph = {"onnx_folder": "model", "onnx_loop": "sampler", "onnx_unrolled": f"sampler_{UNROLLED}"}[provider]
+        files = [self.graphs / "unet" / f"{graph}.onnx", self.graphs / "unet" / "model.onnx.data"]
+        files += [self.graphs / name / "model.onnx" for name in ("text_encoder", "vae_decoder")]
+        return sum(path.stat().st_size for path in files) / 1e6
 
 
 @pytest.fixture(scope="module", params=["miniature", pytest.param("sd15_size", marks=pytest.mark.slow)])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, dry_run: bool) -> Subject:
     name = request.param
-    source = name if name == "miniature" else str(request.getfixturevalue("sd15_folder"))
-    graphs = tmp_path_factory.mktemp(name) / "graphs"
-    components = "unet,text_encoder,vae_decoder,sampler"
-    options = {"components": components, "unroll": UNROLLED, "steps": "1,2,4,25"}
-    export_folder(ExportOptions(model=source, output=str(graphs), **options))  # type: ignore[arg-type]
-    pipeline = load_miniature() if name == "miniature" else StableDiffusionPipeline.from_pretrained(source)
-    pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    side = SIZES[name]
-    latent = side // pipeline.vae_scale_factor
-    noise = np.random.default_rng(0).standard_normal((1, 4, latent, latent), np.float32)
-    made = Model(pipeline, graphs, noise, side, {})
-    for steps in (1, 2, 4, 25):
-        made.eager[steps] = _with_diffusers(made, steps)()
-    yield made
-
-
-def _with_diffusers(model: Model, steps: int) -> Callable[[], np.ndarray[Any, Any]]:
-    def draw() -> np.ndarray[Any, Any]:
-        latents = torch.from_numpy(model.noise)
-        options = {"height": model.side, "width": model.side, "guidance_scale": GUIDANCE_SCALE}
-        return np.asarray(model.pipeline(PROMPT, num_inference_steps=steps, latents=latents, **options).images[0])
-
-    return draw
-
-
-def _with_onnx(model: Model, steps: int, form: Any) -> Callable[[], np.ndarray[Any, Any]]:
-    pipeline = OnnxPipeline(model.graphs, form=form, threads=torch.get_num_threads())
-
-    def draw() -> np.ndarray[Any, Any]:
-        options = {"height": model.side, "width": model.side, "guidance_scale": GUIDANCE_SCALE}
-        return np.asarray(pipeline([PROMPT], steps=steps, noise=model.noise, **options)[0])
-
-    return draw
+    is_small = name == "miniature"
+    if dry_run and not is_small:
+        pytest.skip("the smallest size is the miniature's")
+    source = name if is_small else str(request.getfixturevalue("sd15_folder"))
+    kept = request.config.getoption("--keep")
+    work = Path(kept) / f"{name}-sampling" if kept else tmp_path_factory.mktemp(name)
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "graphs").exists():
+        components = "unet,text_encoder,vae_decoder,sampler"
+        options = {"components": components, "unroll": UNROLLED, "steps": ",".join(map(str, STEPS))}
+        export_folder(ExportOptions(model=source, output=str(work / "graphs"), **options))  # type: ignore[arg-type]
+    side, factor = (32, 4) if is_small else (256, 8)
+    np.save(
+        work / "noise.npy", np.random.default_rng(0).standard_normal((1, 4, side // factor, side // factor), np.float32)
+    )
+    rounds = {steps: 1 if dry_run else 15 if is_small else 1 if steps > 4 else 3 for steps in STEPS}
+    return Subject(name, source, work / "graphs", work, side, rounds)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("steps", [1, 2, 4, 25])
-def test_sampling(benchmark: Any, model: Model, steps: int, provider: str) -> None:
-    if provider == "onnx_unrolled" and steps != UNROLLED:
-        pytest.skip(f"the graph has {UNROLLED} steps written out")
-    started = time.perf_counter()
-    if provider.startswith("diffusers"):
-        forward = model.pipeline.unet.forward
-        if provider == "diffusers_compiled":
-            model.pipeline.unet.forward = torch.compile(forward)
-        draw = _with_diffusers(model, steps)
-    else:
-        draw = _with_onnx(model, steps, provider.removeprefix("onnx_"))
-    try:
-        # The first picture loads or compiles; and it must be the eager one's.
-        difference = np.abs(draw().astype(np.int16) - model.eager[steps].astype(np.int16)).max()
-        assert difference <= 2, difference
-        benchmark.extra_info["first_picture_s"] = time.perf_counter() - started
-        benchmark.pedantic(draw, rounds=3 if model.side > 32 else 15, iterations=1, warmup_rounds=1)
-    finally:
-        if provider.startswith("diffusers"):
-            model.pipeline.unet.forward = forward
+def test_sampling(subject: Subject, provider: str, record: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+    if not (subject.work / "diffusers.npz").exists() or provider == "diffusers":
+        measured = subject.run("diffusers")
+        (subject.work / "diffusers.json").write_text(json.dumps(measured))
+    if provider != "diffusers":
+        measured = subject.run(provider)
+    eager = json.loads((subject.work / "diffusers.json").read_text())
+    want, got = (np.load(subject.work / f"{name}.npz") for name in ("diffusers", provider))
+    for steps, seconds in measured["seconds"].items():
+        difference = int(np.abs(got[steps].astype(np.int16) - want[steps].astype(np.int16)).max())
+        assert difference <= 2, (steps, difference)
+        median = statistics.median(seconds)
+        record(
+            "sampling",
+            {
+                "case": subject.name,
+                "steps": steps,
+                "provider": provider,
+                "picture_ms": f"{1e3 * median:.2f}",
+                "fastest_ms": f"{1e3 * min(seconds):.2f}",
+                "slowest_ms": f"{1e3 * max(seconds):.2f}",
+                "rounds": len(seconds),
+                "vs_diffusers": f"{statistics.median(eager['seconds'][steps]) / median:.3f}",
+                "load_s": f"{measured['load_s']:.2f}",
+                "file_mb": f"{subject.file_mb(provider):.1f}",
+                "peak_mib": f"{measured['peak_mib']:.0f}",
+                "largest_difference": difference,
+            },
+        )

@@ -29,6 +29,10 @@ SHOWN = {
         *("benchmark", "case", "provider", "timing", "median_us", "p20_us", "p80_us"),
         *("gb_per_s", "share_of_copy", "tflop_per_s", "share_of_matmul"),
     ),
+    "sampling": (
+        *("case", "steps", "provider", "picture_ms", "fastest_ms", "slowest_ms", "vs_diffusers", "load_s", "file_mb"),
+        *("peak_mib", "largest_difference"),
+    ),
     "train-step": (
         *("case", "provider", "compile_cache", "median_ms", "p20_ms", "p80_ms", "images_per_s", "vs_script"),
         *("first_step_s", "to_step_500_s", "peak_mib", "kernels", "host_ms", "share_of_matmul", "share_of_ceiling"),

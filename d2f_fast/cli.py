@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -76,6 +76,7 @@ class Sample:
         model: hub id, pipeline folder, .safetensors file, or "miniature", the embedded model.
         lora: folder or file of LoRA weights.
         onnx: folder of export/to_onnx.py to draw with, by ONNX Runtime, in place of model and lora.
+        onnx_provider: auto, cpu, cuda or tensorrt, for onnx; auto is cuda where there is one.
         num_inference_steps: network evaluations a picture; twice as many with midpoint and heun.
         guidance_scale: 1 is no guidance.
         negative_prompt: led away from.
@@ -95,6 +96,7 @@ class Sample:
     model: str = MINIATURE
     lora: str | None = None
     onnx: str | None = None
+    onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     num_inference_steps: int = 4
     guidance_scale: float = 3.0
     negative_prompt: str = ""
@@ -158,13 +160,14 @@ class Sample:
 
     def _draw_with_onnx(self, folder: str) -> list[Any]:
         """Pictures by ONNX Runtime."""
-        from d2f_fast.export.inference import OnnxPipeline
+        from d2f_fast.export.inference import PROVIDERS, OnnxPipeline
 
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
         for name in ("model", "lora", "prediction_type", "method", "flow_spacing", "shift"):
             if getattr(self, name) != defaults[name]:
                 raise RefusedInputError(f"{name} was settled when {folder} was exported: leave it out, or export again")
-        return OnnxPipeline(folder)(
+        providers = None if self.onnx_provider == "auto" else PROVIDERS[self.onnx_provider]
+        return OnnxPipeline(folder, providers=providers)(
             self.prompts,
             steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,

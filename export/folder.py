@@ -1,25 +1,15 @@
-"""Make the export folder: load, merge, trace, wrap, check, and only then rename it into place.
-
-output/                       not there, or a complete export that passed
-.tmp-PID-output/              being made; removed when the process ends, or by the next export after a kill
-.old-PID-output/              being replaced; put back by the next export after a kill between the two renames
-"""
+"""Make the export folder: load, merge, trace, wrap, check, and only then rename it into place."""
 
 import gc
-import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import AutoModel, DDIMScheduler, EulerDiscreteScheduler
+from safetensors import SafetensorError
 from torch import Tensor
 
 from d2f_fast.base_model import BaseModel
@@ -28,13 +18,21 @@ from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.adapters import fuse_adapter
 from d2f_fast.export.options import MINIATURE, ExportOptions
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
+from d2f_fast.export.staging import (
+    REPORT,
+    check_manifest,
+    check_memory_to_load,
+    check_output,
+    check_resources,
+    into_place,
+    recover,
+    sha256_of,
+    temporary_folder,
+)
 from d2f_fast.export.wrappers import Component, text_encoder_component, unet_component, vae_components
 
-REPORT = "export.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
-# What tracing, conversion and ONNX Runtime take beside the weights.
-_WORKING_BYTES = 700 * 2**20
 _NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -47,18 +45,19 @@ def export_folder(options: ExportOptions) -> dict[str, Any]:
     """
     options.check()
     output = Path(options.output)
-    _recover(output)
+    recover(output)
     if options.verify_only:
-        _check_manifest(output)
+        check_manifest(output)
     else:
-        _check_output(output, options.overwrite)
+        check_output(output, options.overwrite)
+    check_memory_to_load(options.model)
     job = ExportJob(options)
     if options.verify_only:
         return job.verify_folder(output)
-    _check_resources(job.weight_bytes(), output)
-    with _temporary(output, options.keep_failed) as folder:
+    check_resources(job.weight_bytes(), output)
+    with temporary_folder(output, options.keep_failed) as folder:
         report = job.write(folder)
-        _into_place(folder, output)
+        into_place(folder, output)
     return report
 
 
@@ -74,7 +73,7 @@ class ExportJob:
 
     def __init__(self, options: ExportOptions) -> None:
         self.options = options
-        self.model = _load(options.model)
+        self.model = _load(options.model, options.vae)
         self.pipeline = self.model.pipeline
         self.adapters = [fuse_adapter(self.pipeline, path, scale) for path, scale in options.adapters]
         self.components = self._components()
@@ -238,17 +237,21 @@ class ExportJob:
         pipeline = self.pipeline
         config = {**pipeline.scheduler.config, "timestep_spacing": "trailing"}
         config.pop("_use_default_values", None)
-        scheduler = EulerDiscreteScheduler.from_config(config)
+        # Marigold's pipelines never scale the network's input, as Euler's states need it.
+        is_marigold = type(pipeline).__name__.startswith("Marigold")
+        scheduler = (DDIMScheduler if is_marigold else EulerDiscreteScheduler).from_config(config)
         scheduler.save_pretrained(folder / "scheduler")
         for name in ("tokenizer", "tokenizer_2"):
             tokenizer = getattr(pipeline, name, None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / name)
+                # transformers before 5, which optimum uses, reads CLIP's tokenizer from these two.
+                tokenizer.backend_tokenizer.model.save(str(folder / name))
         index: dict[str, Any] = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
         for name, value in pipeline.config.items():
             if not name.startswith("_"):
                 index[name] = [None, None] if name in _NOT_EXPORTED else value
-        index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2, default=list) + "\n", encoding="utf-8")
 
     def _report(self, folder: Path, rows: list[dict[str, Any]], checked: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +260,7 @@ class ExportJob:
         return {
             "format": 1,
             "model": Path(options.model).name,
+            "vae": None if options.vae is None else Path(options.vae).name,
             "adapters": self.adapters,
             "opset": options.opset_version,
             "target": options.target,
@@ -270,38 +274,32 @@ class ExportJob:
             "tolerance": options.largest_error,
             "parity": rows,
             "tensorrt": checked,
-            "trtexec": self._trtexec(),
+            "trtexec": self._trtexec(folder),
             "versions": {name: found for name in _PACKAGES if (found := _version(name))},
             "files": {
-                path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 for path in files
             },
         }
 
-    def _trtexec(self) -> list[str]:
-        """Engine commands for each component, at half, once and one and a half times the model's own size."""
+    def _trtexec(self, folder: Path) -> list[str]:
+        """Engine commands for each graph, at half, once and one and a half times the model's own size."""
         factor, side = self.model.downsampling, self.model.unet.config.sample_size or 64
         step = 2 ** (len(self.model.unet.config.block_out_channels) - 1)
         sides = [max(step, round(side * share / step) * step) for share in (0.5, 1, 1.5)]
-        length = self.pipeline.tokenizer.model_max_length
         lines = []
-        for component in self.components.values():
-            profiles = {}
-            for port in () if self.sizes else component.inputs:
-                if not any(isinstance(d, str) for d in port.dims):
-                    continue
-                shapes = []
-                for latent, pictures in zip(sides, (1, 1, 4), strict=True):
-                    pixels = latent * (factor if component.name == "vae_encoder" else 1)
-                    batch = pictures * (2 if component.name == "unet" and self.guided else 1)
-                    known = {"batch": batch, "sequence": length}
-                    shapes.append([d if isinstance(d, int) else known.get(d, pixels) for d in port.dims])
-                profiles[port.name] = shapes
-            lines.append(readiness.trtexec_line(f"{component.name}/model.onnx", profiles))
+        for path in sorted(folder.glob("*/*.onnx")):
+            name = path.relative_to(folder).as_posix()
+            halves = 2 if name == "unet/model.onnx" and self.guided else 1
+            pixels = [latent * (factor if path.parent.name == "vae_encoder" else 1) for latent in sides]
+            sizes = dict.fromkeys(("height", "width", "latent_height", "latent_width"), pixels)
+            sizes |= {"batch": [halves, halves, 4 * halves], "sequence": [self.pipeline.tokenizer.model_max_length] * 3}
+            sizes["steps"] = [1, 4, max(4, *self.tables)]
+            lines.append(readiness.trtexec_line(name, readiness.profiles_of(path, sizes)))
         return lines
 
 
-def _load(model: str) -> BaseModel:
+def _load(model: str, vae: str | None) -> BaseModel:
     if model == MINIATURE:
         from d2f_fast.miniature import load_miniature
 
@@ -311,8 +309,30 @@ def _load(model: str) -> BaseModel:
     for name in ("vae", "tokenizer", "text_encoder"):
         if getattr(found.pipeline, name, None) is None:
             raise ModelError(f"{model} has no {name}: give a whole Stable Diffusion pipeline")
+    if vae is not None:
+        found.pipeline.register_modules(vae=_load_vae(vae, found.vae))
+        found = BaseModel(found.pipeline)
     if getattr(found.vae.config, "latents_mean", None) is not None:
-        raise ModelError(f"{model}: latents_mean of its autoencoder has no place in the ONNX folder's layout")
+        raise ModelError(f"{vae or model}: latents_mean of its autoencoder has no place in the ONNX folder's layout")
+    return found
+
+
+def _load_vae(vae: str, own: Any) -> Any:
+    """An autoencoder of the same latents as the model's own."""
+    if not Path(vae).is_dir() and (Path(vae).is_absolute() or vae.startswith(".")):
+        raise ModelError(f"vae {vae} does not exist: give a hub id, or the folder of an autoencoder")
+    try:
+        found = AutoModel.from_pretrained(vae, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"vae {vae} cannot be loaded: {' '.join(str(error).split())}") from error
+    if type(found).__name__ not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ModelError(f"vae {vae} is a {type(found).__name__}: give an AutoencoderKL or an AutoencoderTiny")
+    for name, new, old in (
+        ("latent channels", found.config.latent_channels, own.config.latent_channels),
+        ("pixels a latent", *(2 ** (len(one.config.block_out_channels) - 1) for one in (found, own))),
+    ):
+        if new != old:
+            raise ModelError(f"vae {vae} has {new} {name}, the model's own {old}: it is of another model")
     return found
 
 
@@ -320,115 +340,6 @@ def _config_json(component: Component) -> str:
     config = {key: value for key, value in component.config.items() if key != "_use_default_values"}
     config["_diffusers_version"] = diffusers.__version__
     return json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise RefusedInputError(f"output folder {output} is not empty: name another, or give --overwrite")
-        if not (output / REPORT).is_file():
-            raise RefusedInputError(f"output folder {output} holds no export ({REPORT} is missing): remove it yourself")
-    elif output.exists() and not output.is_dir():
-        raise RefusedInputError(f"output {output} is a file: name a folder")
-
-
-def _check_manifest(folder: Path) -> None:
-    """Refuse a folder whose files are not those that its report lists."""
-    if not (folder / REPORT).is_file():
-        raise RefusedInputError(f"{folder} holds no export: {REPORT} is missing")
-    try:
-        files = dict(json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RefusedInputError(f"{folder / REPORT} is no report of an export: export again") from error
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            raise RefusedInputError(f"{path} is missing or not what was exported: export again")
-
-
-def available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _check_resources(weights: dict[str, int], output: Path) -> None:
-    """Refuse early what would run out of memory (the model is loaded already) or of disk."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    # ONNX Runtime holds one graph at a time, and packs a copy of its weights.
-    memory, disk = 2 * max(weights.values(), default=0) + _WORKING_BYTES, int(1.1 * sum(weights.values())) + 2**20
-    free_memory, free_disk = available_memory_bytes(), shutil.disk_usage(parent).free
-    if disk > free_disk or (free_memory is not None and memory > free_memory):
-        have = "?" if free_memory is None else f"{free_memory / 1e9:.1f}"
-        raise RefusedInputError(
-            f"need {memory / 1e9:.1f} GB of free memory and {disk / 1e9:.1f} GB of disk, have {have} and"
-            f" {free_disk / 1e9:.1f}: make room, or export fewer components at a time"
-        )
-
-
-def _recover(output: Path) -> None:
-    """Tidy up after an export to the same folder that was killed: put back what it was replacing, drop what it made."""
-    parent = output.absolute().parent
-    for path in list(parent.iterdir()) if parent.is_dir() else []:
-        found = re.fullmatch(rf"\.(old|tmp)-(\d+)-{re.escape(output.name)}", path.name)
-        if found is None or _is_running(int(found[2])):
-            continue
-        if found[1] == "old" and not output.exists():
-            path.rename(output)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _temporary(output: Path, keep_failed: bool) -> Iterator[Path]:
-    """A new hidden folder beside the output; however the block ends, it is gone afterwards or is the output."""
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f".tmp-{os.getpid()}-{output.name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    except verify.VerificationError as error:
-        if not keep_failed:
-            raise
-        kept = parent / f"{output.name}-failed"
-        shutil.rmtree(kept, ignore_errors=True)
-        folder.rename(kept)
-        raise verify.VerificationError(f"{error}; the graphs are in {kept}") from error
-    except OSError as error:
-        raise RefusedInputError(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _into_place(folder: Path, output: Path) -> None:
-    """Rename a finished folder; an export that it replaces goes only when it stands."""
-    old = output.absolute().with_name(f".old-{os.getpid()}-{output.name}")
-    if output.exists():
-        output.rename(old)
-    folder.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@ pictures = pipeline(["an owl on a blue background"], steps=4, guidance_scale=3.0
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,14 @@ from d2f_fast.errors import RefusedInputError
 
 Array = np.ndarray[Any, Any]
 Form = Literal["loop", "folder", "unrolled"]
+Provider = str | tuple[str, dict[str, Any]]
 
+# By the name that the command line has for them; what a provider cannot run goes to the next.
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -29,26 +37,34 @@ class OnnxPipeline:
         folder: that `export/to_onnx.py` made.
         form: "loop" runs unet/sampler.onnx; "folder" one network evaluation at a time, from unet/model.onnx;
             "unrolled" the sampler that `--unroll` wrote, for its own number of steps.
-        providers: of ONNX Runtime; None for CUDA where there is a GPU, then the CPU. TensorRT builds engines for
-            minutes at its first use, so it is never chosen unasked.
+        providers: of ONNX Runtime, names or (name, options); None for CUDA where there is a GPU, then the CPU. TensorRT
+            builds engines for minutes at its first use, so it is never chosen unasked. One that is asked for and does
+            not load is refused, never replaced.
         threads: of the CPU provider; 0 for all cores.
 
     Raises:
-        RefusedInputError: the folder is no export, or lacks a graph that the form needs.
+        RefusedInputError: the folder is no export, or lacks a graph that the form needs, or the provider does not load.
     """
 
     def __init__(
-        self, folder: str | Path, form: Form = "loop", providers: Sequence[str] | None = None, threads: int = 0
+        self, folder: str | Path, form: Form = "loop", providers: Sequence[Provider] | None = None, threads: int = 0
     ) -> None:
         self.folder, self.form = Path(folder), form
         if not (self.folder / "export.json").is_file():
             raise RefusedInputError(f"{self.folder} is no export folder: export.json is missing")
         self.report = self._json("export.json")
         self.tables = {int(steps): table for steps, table in self._json("unet/steps.json").items()}
-        self._providers = list(providers or default_providers())
+        self._asked = providers is not None
+        self._providers: list[Provider] = list(default_providers() if providers is None else providers)
         self._threads = threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._unet_config, self._vae_config = self._json("unet/config.json"), self._json("vae_decoder/config.json")
+        channels = [self._unet_config[name] for name in ("in_channels", "out_channels")]
+        if channels[0] != channels[1]:
+            raise RefusedInputError(
+                f"{self.folder} draws no pictures of prompts: its network takes {channels[0]} channels, of which only"
+                f" {channels[1]} are noise (depth or inpainting)"
+            )
         self._index = self._json("model_index.json")
         names = [name for name in ("tokenizer", "tokenizer_2") if (self.folder / name).is_dir()]
         self._tokenizers = {name: self._tokenizer(name) for name in names}
@@ -147,8 +163,8 @@ class OnnxPipeline:
     def encode_image(self, image: Image.Image) -> Array:
         """Scaled latents of a picture, [1, C, H / f, W / f]: the posterior's mean."""
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
-        (parameters,) = self._run("vae_encoder/model.onnx", {"sample": pixels})
-        mean = np.split(parameters, 2, axis=1)[0]
+        (encoded,) = self._run("vae_encoder/model.onnx", {"sample": pixels})
+        mean = encoded[:, : self._vae_config["latent_channels"]]  # the log variance comes after it, if at all
         return (mean - self._shift()) * np.float32(self._vae_config["scaling_factor"])
 
     def decode(self, latents: Array) -> list[Image.Image]:
@@ -248,7 +264,16 @@ class OnnxPipeline:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = self._threads
-            self._sessions[graph] = onnxruntime.InferenceSession(path, options, providers=self._providers)
+            session = onnxruntime.InferenceSession(path, options, providers=self._providers)
+            first = self._providers[0]
+            name = first if isinstance(first, str) else first[0]
+            if session.get_providers()[0] != name:  # ONNX Runtime itself falls back
+                missing = f"{name} does not load here (ONNX Runtime says why)"
+                if self._asked:
+                    raise RefusedInputError(f"{missing}: install what it needs, or choose cpu")
+                warnings.warn(f"{missing}: the CPU draws", stacklevel=2)
+                self._providers = list(PROVIDERS["cpu"])
+            self._sessions[graph] = session
         return self._sessions[graph]
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -261,11 +286,10 @@ class OnnxPipeline:
 
 def default_providers() -> list[str]:
     """CUDA where this onnxruntime has it and there is a driver, then the CPU."""
-    providers = ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _NVIDIA_DRIVER.exists():
         onnxruntime.preload_dlls()
-        providers.insert(0, "CUDAExecutionProvider")
-    return providers
+        return PROVIDERS["cuda"]
+    return PROVIDERS["cpu"]
 
 
 def _pictures(images: Array) -> list[Image.Image]:

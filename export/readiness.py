@@ -80,6 +80,21 @@ def trtexec_line(graph: str, profiles: Mapping[str, Sequence[Sequence[int]]]) ->
     return f"{line} --saveEngine={graph.removesuffix('.onnx')}.engine"
 
 
+def profiles_of(path: Path, sizes: Mapping[str, Sequence[int]]) -> dict[str, list[list[int]]]:
+    """Smallest, usual and largest shape of each input of a graph that has free dimensions.
+
+    Args:
+        path: of the graph.
+        sizes: the three sizes of each named dimension.
+    """
+    profiles = {}
+    for value in onnx.load(str(path), load_external_data=False).graph.input:
+        dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        if any(isinstance(d, str) for d in dims):
+            profiles[value.name] = [[sizes[d][i] if isinstance(d, str) else d for d in dims] for i in range(3)]
+    return profiles
+
+
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node

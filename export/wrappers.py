@@ -128,15 +128,16 @@ class TextEncoder(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    """Pixels in [-1, 1] -> mean and log variance of the unscaled latents, concatenated."""
+    """Pixels in [-1, 1] -> mean and log variance of the unscaled latents, concatenated; a tiny one gives latents."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, sample: Tensor) -> Tensor:
-        """latent_parameters [B, 2 C, H / f, W / f]."""
-        return self.vae.encode(sample.to(self.vae.dtype), return_dict=False)[0].parameters.float()
+        """latent_parameters [B, 2 C, H / f, W / f], or latent_sample [B, C, H / f, W / f]."""
+        encoded = self.vae.encode(sample.to(self.vae.dtype), return_dict=False)[0]
+        return (encoded if isinstance(encoded, Tensor) else encoded.parameters).float()
 
 
 class VAEDecoder(nn.Module):
@@ -211,11 +212,13 @@ def vae_components(vae: Any) -> list[Component]:
     """The encoder and the decoder of the autoencoder."""
     config = vae.config
     factor = 2 ** (len(config.block_out_channels) - 1)
+    is_tiny = type(vae).__name__ == "AutoencoderTiny"
+    name, channels = ("latent_sample", 1) if is_tiny else ("latent_parameters", 2)
     encoder = Component(
         name="vae_encoder",
         module=VAEEncoder(vae).eval(),
         inputs=(Port("sample", ("batch", config.in_channels, "height", "width"), _pixels),),
-        outputs=(Port("latent_parameters", ("batch", 2 * config.latent_channels, "latent_height", "latent_width")),),
+        outputs=(Port(name, ("batch", channels * config.latent_channels, "latent_height", "latent_width")),),
         config=config,
         multiples={"height": factor, "width": factor},
     )

@@ -21,16 +21,16 @@ def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 @pytest.fixture(scope="session")
 def exported_miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The embedded miniature, with a sampler of 4 steps written out; and its report."""
+    """The embedded miniature, every component, with a sampler of 4 steps written out; and its report."""
     folder = tmp_path_factory.mktemp("exported") / "miniature"
-    components = "unet,text_encoder,vae_decoder,sampler"
-    return folder, export_folder(ExportOptions(output=str(folder), unroll=4, components=components, steps="1,4"))
+    return folder, export_folder(ExportOptions(output=str(folder), unroll=4))
 
 
 @pytest.fixture(scope="session")
 def exported_half(exported_unet: MakeFolder) -> tuple[Path, dict[str, Any]]:
-    """The tiny UNet in float16, and its sampler without guidance; and the report."""
-    return exported_unet(precision="fp16", components="unet,sampler", guidance=False, steps="1,2")
+    """The tiny UNet in float16, of one size, and its sampler without guidance; and the report."""
+    half = {"precision": "fp16", "static": "1x16x24", "guidance": False}
+    return exported_unet(components="unet,sampler", steps="1,3", **half)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,42 +13,14 @@ import torch
 from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import AutoTokenizer
 
-from d2f_fast import Diff2FlowScheduler
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import folder as folder_module
 from d2f_fast.export import verify
 from d2f_fast.export.folder import export_folder
-from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import ExportOptions
-
-
-@pytest.fixture
-def tiny_xl(tiny_folder):
-    """A pipeline of SDXL's classes: two text encoders, pooled text and sizes beside the time."""
-    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
-    text = base.text_encoder.config.to_dict() | {"projection_dim": 12}
-    config = dict(base.unet.config) | {
-        "cross_attention_dim": 32,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 12 + 6 * 4,
-        "use_linear_projection": True,
-    }
-    return StableDiffusionXLPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=UNet2DConditionModel.from_config(config),
-        scheduler=base.scheduler,
-        add_watermarker=False,
-    )
 
 
 def test_folder_has_the_layout_that_optimum_loads(exported):
@@ -58,6 +29,7 @@ def test_folder_has_the_layout_that_optimum_loads(exported):
     components = ("unet", "text_encoder", "vae_encoder", "vae_decoder")
     expected = {f"{name}/{file}" for name in components for file in ("model.onnx", "config.json")}
     expected |= {"model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "export.json"}
+    expected |= {"tokenizer/vocab.json", "tokenizer/merges.txt"}
     expected |= {"tokenizer/tokenizer_config.json", "unet/model.onnx.data", "unet/sampler.onnx", "unet/sampler_2.onnx"}
     assert files == expected | {"unet/steps.json"}
     index = json.loads((folder / "model_index.json").read_text())
@@ -118,8 +90,7 @@ def test_fractional_time_is_honoured(exported, tiny_folder):
     with torch.no_grad():
         want = unet(sample, torch.tensor(673.16), context).sample.numpy()
     assert _rms(at(673.16), want) <= 5e-6
-    assert _rms(at(673.16), at(673)) > 100 * _rms(at(673.16), want)
-    assert _rms(at(673.16), at(672)) > _rms(at(673.16), at(673))
+    assert _rms(at(673.16), at(672)) > _rms(at(673.16), at(673)) > 1e-3
 
 
 def test_half_precision_halves_the_file_and_keeps_times_in_float32(exported, exported_half):
@@ -139,41 +110,6 @@ def test_static_export_has_numbers_for_sizes(exported_unet, tiny_folder):
     assert shapes["unet/model.onnx"]["sample"] == [2, 4, 16, 8]
     assert shapes["unet/sampler.onnx"]["latents"] == [1, 4, 16, 8]
     assert report["trtexec"][0].count("Shapes") == 0
-
-
-def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
-    folder, pipeline = tmp_path / "out", tiny_xl
-    pipeline.save_pretrained(tmp_path / "model")
-    components = "unet,text_encoder,vae_decoder,sampler"
-    options = ExportOptions(model=str(tmp_path / "model"), output=str(folder), components=components, steps="2")
-    report = export_folder(options)
-    assert max(row["rms"] for row in report["parity"]) <= 1e-5
-    assert {row["graph"].split("/")[0] for row in report["parity"]} >= {"text_encoder", "text_encoder_2"}
-    session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
-    added = ("text_embeds", "time_ids")
-    names = {value.name for value in session.get_inputs()}
-    assert names >= {*added, *(f"negative_{name}" for name in added)}
-    # The whole pipeline against diffusers, prompts, pooled text, sizes and the zeroed empty prompt included.
-    pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
-    size = {"height": 16, "width": 16}
-    want = pipeline("ab", num_inference_steps=2, guidance_scale=3.0, latents=torch.from_numpy(noise), **size)
-    (got,) = OnnxPipeline(folder)(["ab"], steps=2, guidance_scale=3.0, noise=noise, **size)
-    assert np.abs(np.asarray(got, np.int16) - np.asarray(want.images[0], np.int16)).max() <= 1
-
-
-def test_network_of_eight_channels_is_exported_without_sampler(tiny_folder, tmp_path, capsys):
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
-    config = dict(pipeline.unet.config) | {"in_channels": 8}
-    pipeline.unet = UNet2DConditionModel.from_config(config)
-    pipeline.save_pretrained(tmp_path / "model")
-    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    with pytest.raises(RefusedInputError, match=r"takes 8 channels and gives 4 .*leave sampler out of components"):
-        export_folder(ExportOptions(**options))
-    report = export_folder(ExportOptions(**options, components="unet"))
-    assert {row["sizes"]["sample"][1] for row in report["parity"]} == {8}
-    assert max(row["rms"] for row in report["parity"]) <= 5e-6
 
 
 def test_export_can_be_verified_again(exported, tiny_folder):
@@ -221,41 +157,6 @@ def test_full_disk_is_one_line(tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(RefusedInputError, match="out cannot be written: No space left on device"):
         export_folder(ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="vae_encoder"))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    dead, own, other = (
-        tmp_path / f".tmp-{name}" for name in ("999999999-out", f"{os.getppid()}-out", "999999999-a-out")
-    )
-    for path in (dead, own, other):
-        path.mkdir()
-    folder_module._recover(tmp_path / "out")
-    assert sorted(tmp_path.iterdir()) == sorted([own, other])
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_export_that_a_killed_run_was_replacing_comes_back(finished, tmp_path):
-    # Killed between its two renames, or after them.
-    (tmp_path / ".old-999999999-out").mkdir()
-    (tmp_path / ".old-999999999-out/export.json").write_text("old")
-    if finished:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/export.json").write_text("new")
-    folder_module._recover(tmp_path / "out")
-    assert (tmp_path / "out/export.json").read_text() == ("new" if finished else "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):
-    old, new, output = tmp_path / "old", tmp_path / "new", tmp_path / "out"
-    for path in (old, new):
-        path.mkdir()
-        (path / "export.json").write_text(path.name)
-    old.rename(output)
-    folder_module._check_output(output, overwrite=True)
-    folder_module._into_place(new, output)
-    assert (output / "export.json").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_report_has_no_path_of_the_machine(exported, tiny_folder: Path):

@@ -4,12 +4,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import graphs
-from d2f_fast.export.wrappers import Component, Port
+from d2f_fast.export.verify import relative_errors
+from d2f_fast.export.wrappers import Component, Port, unet_component
+from d2f_fast.fused_lora import use_fused_lora
 from d2f_fast.kernels.lora_linear import lora_linear
+from d2f_fast.lora import inject_lora
 
 
 def _normal(shape, generator):
@@ -48,6 +52,29 @@ def test_fused_operations_of_this_package_become_standard_nodes(tmp_path):
     x = torch.randn(3, 6, 4)
     (got,) = onnxruntime.InferenceSession(tmp_path / "toy.onnx").run(None, {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), component.module(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_network_on_the_fused_path_becomes_standard_nodes(tiny_folder, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
+    inject_lora(unet, 2, alpha=4, first_last_layers=True)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    unet.requires_grad_(False).eval()
+    component = unet_component(unet)
+    given = component.make_inputs({"batch": 1, "height": 8, "width": 12, "sequence": 5}, seed=1)
+    with torch.no_grad():
+        want = component.module(*given.values())
+    with use_fused_lora(unet):
+        assert {type(module).__module__ for module in unet.modules()} & {"d2f_fast.fused_layers"}
+        graphs.save(graphs.convert(component, 20), tmp_path / "unet.onnx", external=False)
+    model = onnx.load(tmp_path / "unet.onnx")
+    assert {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node} == {""}
+    feed = {name: value.numpy() for name, value in given.items()}
+    (got,) = onnxruntime.InferenceSession(tmp_path / "unet.onnx").run(None, feed)
+    assert relative_errors(got, want.numpy())[0] <= 5e-6
 
 
 def test_raw_operator_of_this_package_is_refused_with_its_module():

@@ -1,12 +1,14 @@
 """Pictures from an export folder, without torch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -15,7 +17,8 @@ from PIL import Image
 from d2f_fast import Alignment, Diff2FlowScheduler, load_miniature, sample_flow
 from d2f_fast.cli import main
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.inference import OnnxPipeline
+from d2f_fast.export import inference
+from d2f_fast.export.inference import PROVIDERS, OnnxPipeline
 from d2f_fast.sampler import unet_velocity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,17 +59,69 @@ def test_fractional_time_changes_the_miniatures_output(exported_miniature):
     assert differences[0] > 1e-5 and differences[1] > 1e-4
 
 
-def test_no_torch_is_imported(exported, tmp_path):
+@pytest.mark.parametrize("imported", ["", "import d2f_fast.alignment"])
+def test_no_torch_is_imported(imported, exported, tmp_path):
+    # The second case is the check of the check: an import of torch, at whatever depth, does end the process.
     code = f"""
 import sys
-for name in ("torch", "diffusers", "transformers", "onnx"):
+for name in ("torch", "transformers", "onnx"):
+    assert name not in sys.modules
     sys.modules[name] = None
+{imported}
 from d2f_fast.export.inference import OnnxPipeline
-OnnxPipeline({str(exported[0])!r})(["ab c"], steps=2, height=16, width=32)[0].save({str(tmp_path / "a.png")!r})
+for form in ("loop", "folder", "unrolled"):
+    OnnxPipeline({str(exported[0])!r}, form)(["ab c"], steps=2, height=16, width=32)[0].save(form + ".png")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if imported:
+        assert done.returncode == 1 and "import of torch halted" in done.stderr
+        return
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "a.png").size == (32, 16)
+    assert {Image.open(path).size for path in tmp_path.iterdir()} == {(32, 16)}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def _cuda_loads(folder):
+    session = onnxruntime.InferenceSession(folder / "unet/model.onnx", providers=PROVIDERS["cuda"])
+    return session.get_providers()[0] != "CPUExecutionProvider"
+
+
+def test_provider_that_does_not_load_is_refused_not_replaced(exported, tmp_path, capsys):
+    if _cuda_loads(exported[0]):
+        pytest.skip("CUDA loads here")
+    for name, provider in (("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")):
+        command = ["sample", "--prompts", "ab", "--onnx", str(exported[0]), "--output_dir", str(tmp_path / "a")]
+        assert main([*command, "--onnx_provider", name]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"{provider} does not load here (ONNX Runtime says why): install what it needs, or choose cpu" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_provider_that_does_not_load_says_so_once(exported, monkeypatch):
+    if _cuda_loads(exported[0]):
+        pytest.skip("CUDA loads here")
+    assert OnnxPipeline(exported[0], providers=[("CPUExecutionProvider", {})])(["ab"], steps=2)[0].size == (16, 16)
+    monkeypatch.setattr(inference, "default_providers", lambda: PROVIDERS["cuda"])
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider does not load here") as warned:
+        assert OnnxPipeline(exported[0])(["ab"], steps=2)[0].size == (16, 16)
+    assert len(warned) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["loop", "folder", "unrolled"])
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_gpu_draws_the_pictures_of_the_cpu(provider, form, exported_miniature):
+    if provider == "tensorrt":
+        pytest.importorskip("tensorrt")
+    noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    cpu, gpu = (
+        OnnxPipeline(exported_miniature[0], form, providers=PROVIDERS[name])(PROMPTS, steps=4, noise=noise)
+        for name in ("cpu", provider)
+    )
+    for one, other in zip(cpu, gpu, strict=True):
+        # TF32 in products and convolutions: three digits.
+        assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 4
 
 
 def test_token_ids_are_those_of_transformers(exported, tiny_folder):

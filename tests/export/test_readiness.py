@@ -2,12 +2,18 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from d2f_fast.export.readiness import check_readiness, trtexec_line
+from d2f_fast.export import graphs, verify
+from d2f_fast.export.readiness import check_readiness, profiles_of, trtexec_line
+from d2f_fast.export.sampler_graph import write_sampler
+from d2f_fast.export.verify import relative_errors
+from d2f_fast.export.wrappers import unet_component
 
 
 def test_every_graph_of_an_export_is_ready(exported):
@@ -21,7 +27,7 @@ def test_every_graph_of_an_export_is_ready(exported):
 
 
 def test_opset_23_has_one_node_for_each_normalisation_and_attention(exported_unet, tiny_folder):
-    _, report = exported_unet(target="tensorrt", components="unet,sampler", steps="2")
+    _, report = exported_unet(target="tensorrt", components="unet,sampler", steps="2", static="1x16x24")
     found = report["tensorrt"]["unet/model.onnx"]
     unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
     attentions = sum(type(module).__name__ == "Attention" for module in unet.modules())
@@ -30,6 +36,24 @@ def test_opset_23_has_one_node_for_each_normalisation_and_attention(exported_une
     assert (found["ready"], found["opset"], found["minimum_tensorrt"]) == (True, 23, "10.14")
     assert report["tensorrt"]["unet/sampler.onnx"]["ready"]
     assert max(row["rms"] for row in report["parity"]) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("opset", "counts"), [(20, (0, 0)), (23, (32, 61))])
+def test_layout_of_stable_diffusion_15_is_ready(opset, counts, tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), cross_attention_dim=64).eval()
+    graphs.save(graphs.convert(unet_component(unet), opset), tmp_path / "model.onnx", external=True)
+    found = check_readiness(tmp_path / "model.onnx")
+    assert found["problems"] == []
+    assert (found["operators"].get("Attention", 0), found["operators"].get("GroupNormalization", 0)) == counts
+    rows = verify.compare(tmp_path / "model.onnx", verify.component_cases(unet_component(unet)))
+    print(f"\nopset {opset}: {sum(found['operators'].values())} nodes, rms {max(row['rms'] for row in rows):.1e}")
+    assert max(row["rms"] for row in rows) <= 5e-6
+    # The Loop adds 17 nodes, of 1900 or 1200.
+    write_sampler(tmp_path / "sampler.onnx", tmp_path / "model.onnx", guidance=True, scaling={})
+    operators = check_readiness(tmp_path / "sampler.onnx")["operators"]
+    assert sum(operators.values()) <= 1.05 * sum(found["operators"].values())
 
 
 def _save(tmp_path, nodes, initializers=(), **options):
@@ -101,10 +125,61 @@ def test_trtexec_line_has_the_three_shapes_of_each_input():
     assert "Shapes" not in trtexec_line("a.onnx", {})
 
 
-@pytest.mark.gpu
-def test_engine_builds_where_tensorrt_is_installed(exported):
+def test_report_has_an_engine_command_for_every_graph(exported):
+    _, report = exported
+    lines = {line.split()[1].removeprefix("--onnx="): line for line in report["trtexec"]}
+    assert lines.keys() == report["tensorrt"].keys()
+    # Guidance puts two halves into the network's batch; the sampler makes them itself.
+    assert "--optShapes=sample:2x4x8x8,encoder_hidden_states:2x8x16 " in lines["unet/model.onnx"]
+    assert "--minShapes=latents:1x4x4x4,encoder_hidden_states:1x8x16," in lines["unet/sampler.onnx"]
+    assert "timesteps:4,coef_x:4,coef_out:4 --maxShapes=latents:4x4x12x12" in lines["unet/sampler.onnx"]
+    assert "timesteps" not in lines["unet/sampler_2.onnx"]
+    assert "--maxShapes=sample:4x3x24x24 " in lines["vae_encoder/model.onnx"]
+
+
+def _run_engine(path, profiles, feed, output_shape):
+    """Build an engine of a graph, run it once, and return what it gives."""
     tensorrt = pytest.importorskip("tensorrt")
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)
-    network = tensorrt.Builder(logger).create_network()
+    builder = tensorrt.Builder(logger)
+    strongly_typed = getattr(tensorrt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # later the only kind
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = tensorrt.OnnxParser(network, logger)
-    assert parser.parse_from_file(str(exported[0] / "unet/model.onnx")), parser.get_error(0)
+    assert parser.parse_from_file(str(path)), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.clear_flag(tensorrt.BuilderFlag.TF32)
+    for name, shapes in profiles.items():
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    assert plan is not None
+    engine = tensorrt.Runtime(logger).deserialize_cuda_engine(plan)
+    context = engine.create_execution_context()
+    held = {name: torch.from_numpy(np.asarray(value)).cuda().contiguous() for name, value in feed.items()}
+    for name in profiles:
+        context.set_input_shape(name, tuple(held[name].shape))
+    output = torch.empty(output_shape, device="cuda")
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        context.set_tensor_address(name, held.get(name, output).data_ptr())
+    stream = torch.cuda.Stream()
+    assert context.execute_async_v3(stream.cuda_stream)
+    stream.synchronize()
+    return output.cpu().numpy()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+def test_engines_give_what_onnx_runtime_gives(target, exported_unet, tiny_folder):
+    folder, report = exported_unet(target=target, components="unet,sampler", steps="2", unroll=2)
+    sizes = {"height": [4, 8, 12], "width": [4, 8, 12], "batch": [1, 2, 4], "sequence": [8] * 3, "steps": [1, 2, 4]}
+    random = np.random.default_rng(0)
+    for graph in report["tensorrt"]:
+        session = onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
+        feed = {}
+        for value in session.get_inputs():
+            shape = [sizes[size][1] if isinstance(size, str) else size for size in value.shape]
+            feed[value.name] = np.asarray(random.uniform(0.1, 1, shape), np.float32)
+        (want,) = session.run(None, feed)
+        got = _run_engine(folder / graph, profiles_of(folder / graph, sizes), feed, want.shape)
+        assert relative_errors(got, want)[0] <= 1e-4, graph

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import d2f_fast
 from d2f_fast.export import folder as folder_module
+from d2f_fast.export import staging
 from d2f_fast.export.to_onnx import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +152,7 @@ def test_epsilon_at_zero_terminal_snr_is_refused(tiny_folder, tmp_path, capsys):
 @pytest.mark.parametrize("lacking", ["memory", "disk"])
 def test_too_little_memory_or_disk_is_refused(lacking, tiny_folder, tmp_path, monkeypatch, capsys):
     if lacking == "memory":
-        monkeypatch.setattr(folder_module, "available_memory_bytes", lambda: 10**8)
+        monkeypatch.setattr(staging, "available_memory_bytes", lambda: 10**8)
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     line = _refused(["--model", str(tiny_folder), "--output", str(tmp_path / "out")], tmp_path, capsys)

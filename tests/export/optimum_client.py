@@ -1,0 +1,26 @@
+"""Draw latents with optimum-onnx from an export folder: run by the interpreter of its own environment, not ours.
+
+optimum_client.py FOLDER NOISE.npy OUTPUT.npz OPTIONS.json
+"""
+
+import json
+import sys
+
+import numpy as np
+import torch
+from optimum.onnxruntime import ORTDiffusionPipeline
+
+
+def main() -> None:
+    folder, noise, output, options = sys.argv[1:]
+    pipeline = ORTDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    with open(options, encoding="utf-8") as file:
+        calls = json.load(file)
+    latents = torch.from_numpy(np.load(noise))
+    drawn = {name: pipeline(latents=latents, output_type="latent", **call).images for name, call in calls.items()}
+    np.savez(output, pipeline=type(pipeline).__name__, **{name: np.asarray(found) for name, found in drawn.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Other models than a plain Stable Diffusion 1.5: depth, SDXL, SD2, what the trainer saves, tiny autoencoders."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    MarigoldDepthPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from d2f_fast import AlignedTrainer, Diff2FlowScheduler, TrainingConfig
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export.folder import ExportJob, export_folder
+from d2f_fast.export.inference import OnnxPipeline
+from d2f_fast.export.options import ExportOptions
+
+# A single level, which the tracer is through with in a third of the time.
+ONE_LEVEL = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+}
+
+
+def _session(folder: Path, name: str) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(folder / f"{name}/model.onnx")
+
+
+@pytest.fixture
+def tiny_xl(tiny_folder):
+    """A pipeline of SDXL's classes: two text encoders, pooled text and sizes beside the time."""
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    text = base.text_encoder.config.to_dict() | {"projection_dim": 12}
+    config = dict(base.unet.config) | {
+        **ONE_LEVEL,
+        "cross_attention_dim": 32,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 12 + 6 * 4,
+        "use_linear_projection": True,
+    }
+    return StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=UNet2DConditionModel.from_config(config),
+        scheduler=base.scheduler,
+        add_watermarker=False,
+    )
+
+
+def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
+    folder, pipeline = tmp_path / "out", tiny_xl
+    pipeline.save_pretrained(tmp_path / "model")
+    components = "unet,text_encoder,vae_decoder,sampler"
+    options = {"model": str(tmp_path / "model"), "output": str(folder), "static": "1x16x16", "steps": "2"}
+    report = export_folder(ExportOptions(**options, components=components))
+    assert max(row["rms"] for row in report["parity"]) <= 1e-5
+    assert {row["graph"].split("/")[0] for row in report["parity"]} >= {"text_encoder", "text_encoder_2"}
+    session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
+    added = ("text_embeds", "time_ids")
+    names = {value.name for value in session.get_inputs()}
+    assert names >= {*added, *(f"negative_{name}" for name in added)}
+    # The whole pipeline against diffusers, prompts, pooled text, sizes and the zeroed empty prompt included.
+    pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    size = {"height": 16, "width": 16}
+    want = pipeline("ab", num_inference_steps=2, guidance_scale=3.0, latents=torch.from_numpy(noise), **size)
+    (got,) = OnnxPipeline(folder)(["ab"], steps=2, guidance_scale=3.0, noise=noise, **size)
+    assert np.abs(np.asarray(got, np.int16) - np.asarray(want.images[0], np.int16)).max() <= 1
+
+
+@pytest.fixture
+def marigold(tiny_folder, tmp_path):
+    """A depth pipeline in Marigold's layout, saved in model/."""
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline = MarigoldDepthPipeline(
+        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | ONE_LEVEL | {"in_channels": 8}),
+        vae=base.vae,
+        scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction"),
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        prediction_type="depth",
+        default_denoising_steps=2,
+        default_processing_resolution=0,
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    return pipeline
+
+
+def test_depth_model_is_told_to_leave_the_sampler_out(marigold, tmp_path):
+    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
+    with pytest.raises(RefusedInputError, match=r"takes 8 channels and gives 4 .*leave sampler out of components"):
+        export_folder(ExportOptions(**options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_marigold_folder_gives_the_depth_that_diffusers_gives(marigold, tmp_path):
+    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
+    folder = tmp_path / "out"
+    report = export_folder(ExportOptions(**options, components="text_encoder,unet,vae_encoder,vae_decoder"))
+    assert max(row["rms"] for row in report["parity"]) <= 5e-6
+    assert {row["sizes"]["sample"][1] for row in report["parity"] if row["graph"].startswith("unet")} == {8}
+    index = json.loads((folder / "model_index.json").read_text())
+    assert (index["_class_name"], index["prediction_type"]) == ("MarigoldDepthPipeline", "depth")
+    with pytest.raises(RefusedInputError, match=r"out draws no pictures of prompts: its network takes 8 channels"):
+        OnnxPipeline(folder)
+    # Its own pipeline, the scheduler's steps included, against the graphs and the scheduler of the folder.
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    noise = np.random.default_rng(1).standard_normal((1, 4, 8, 16), np.float32)
+    marigold.scheduler = DDIMScheduler.from_config(marigold.scheduler.config, timestep_spacing="trailing")
+    marigold.set_progress_bar_config(disable=True)
+    given = {"latents": torch.from_numpy(noise), "processing_resolution": 0, "num_inference_steps": 2}
+    want = marigold(Image.fromarray(pixels), **given, ensemble_size=1, match_input_resolution=False).prediction
+    image = pixels.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+    ids = np.asarray(marigold.tokenizer([""], padding="do_not_pad").input_ids, np.int64)
+    context = _session(folder, "text_encoder").run(["last_hidden_state"], {"input_ids": ids})[0]
+    scale = marigold.vae.config.scaling_factor
+    picture = np.split(_session(folder, "vae_encoder").run(None, {"sample": image})[0], 2, 1)[0] * scale
+    unet, state = _session(folder, "unet"), noise
+    scheduler.set_timesteps(2)
+    for t in scheduler.timesteps:
+        feed = {"sample": np.concatenate([picture, state], 1), "encoder_hidden_states": context}
+        (output,) = unet.run(None, feed | {"timestep": t.float().numpy()})
+        state = scheduler.step(torch.from_numpy(output), t, torch.from_numpy(state)).prev_sample.numpy()
+    (decoded,) = _session(folder, "vae_decoder").run(None, {"latent_sample": state / np.float32(scale)})
+    got = decoded.mean(1)[0].clip(-1, 1) / 2 + 0.5
+    assert np.abs(got - want[0, :, :, 0]).max() <= 1e-4
+    assert want.std() > 0.01
+
+
+def test_tiny_autoencoder_takes_the_place_of_the_models_own(tiny_folder, tmp_path):
+    torch.manual_seed(1)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+    tiny.save_pretrained(tmp_path / "taesd")
+    folder = tmp_path / "out"
+    options = {"model": str(tiny_folder), "vae": str(tmp_path / "taesd"), "output": str(folder)}
+    report = export_folder(ExportOptions(**options, components="vae_encoder,vae_decoder"))
+    assert max(row["rms"] for row in report["parity"]) <= 5e-6 and report["vae"] == "taesd"
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 24)).astype(np.float32)
+    (latents,) = _session(folder, "vae_encoder").run(["latent_sample"], {"sample": image})
+    (decoded,) = _session(folder, "vae_decoder").run(["sample"], {"latent_sample": latents})
+    with torch.no_grad():
+        want = tiny.encode(torch.from_numpy(image)).latents
+        np.testing.assert_allclose(latents, want, atol=1e-5)
+        np.testing.assert_allclose(decoded, tiny.decode(want).sample, atol=1e-5)
+
+
+def test_autoencoder_of_another_model_is_refused(tiny_folder, tmp_path):
+    for options, sentence in (
+        ({"latent_channels": 16}, "has 16 latent channels, the model's own 4: it is of another model"),
+        ({}, "has 8 pixels a latent, the model's own 2: it is of another model"),
+    ):
+        AutoencoderTiny(**options).save_pretrained(tmp_path / "other")
+        with pytest.raises(RefusedInputError, match=f"vae .*other {sentence}"):
+            export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "other"), output="out"))
+    UNet2DConditionModel.from_pretrained(tiny_folder / "unet").save_pretrained(tmp_path / "unet")
+    with pytest.raises(RefusedInputError, match="unet is a UNet2DConditionModel: give an AutoencoderKL or an"):
+        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "unet"), output="out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RefusedInputError, match=r"vae .*/empty cannot be loaded: "):
+        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "empty"), output="out"))
+    with pytest.raises(RefusedInputError, match=r"vae .*/none does not exist: give a hub id, or the folder"):
+        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "none"), output="out"))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory):
+    """A trainer after three steps, and the folder of what it saved: lora/ and pipeline/."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = TrainingConfig(output_dir=str(folder / "run"), resolution=16, rank=2, learning_rate=0.05)
+    trainer = AlignedTrainer.from_pretrained(tiny_folder, config)
+    for _ in range(3):
+        trainer.step({"latents": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 8, 16)})
+    trainer.save_lora(folder / "lora")
+    trainer.save_pipeline(folder / "pipeline")
+    return trainer, folder
+
+
+def test_what_the_trainer_saves_is_what_is_exported(trained, tiny_folder):
+    trainer, folder = trained
+    merged = ExportJob(ExportOptions(model=str(tiny_folder), lora=(str(folder / "lora"),)))
+    saved = ExportJob(ExportOptions(model=str(folder / "pipeline")))
+    assert merged.adapters[0]["relative_change"] > 0.01
+    weights = saved.model.unet.state_dict()
+    for name, value in merged.model.unet.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=1e-6)
+    # The schedule too: the same steps.
+    assert merged.tables == saved.tables
+    given = torch.randn(1, 4, 8, 8), torch.tensor(673.16), torch.randn(1, 8, 16)
+    with torch.no_grad(), trainer.averaged():
+        want = trainer.unet(*given).sample
+        torch.testing.assert_close(saved.model.unet(*given).sample, want, rtol=1e-4, atol=1e-5)
+
+
+def test_naive_flow_matching_pipeline_is_refused(tiny_folder, tmp_path):
+    trainer = AlignedTrainer.from_pretrained(
+        tiny_folder, TrainingConfig(output_dir=str(tmp_path / "run"), resolution=16, objective="fm", rank=2)
+    )
+    trainer.save_pipeline(tmp_path / "pipeline")
+    with pytest.raises(RefusedInputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        export_folder(ExportOptions(model=str(tmp_path / "pipeline"), output=str(tmp_path / "out")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_sd2_layout_with_v_prediction(precision, tiny_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    config = dict(pipeline.unet.config) | {"use_linear_projection": True, "upcast_attention": True}
+    torch.manual_seed(2)
+    pipeline.unet = UNet2DConditionModel.from_config(config)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "out"
+    options = {"model": str(tmp_path / "model"), "output": str(folder), "precision": precision, "with_vae": True}
+    report = export_folder(ExportOptions(**options, components="unet,text_encoder,vae_decoder,sampler"))
+    assert report["prediction_type"] == "v_prediction"
+    assert max(row["rms"] for row in report["parity"]) <= {"fp32": 1e-5, "fp16": 3e-3}[precision]
+    pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 16), np.float32)
+    given = {"guidance_scale": 3.0, "height": 16, "width": 32}
+    want = pipeline("ab", num_inference_steps=4, latents=torch.from_numpy(noise), **given).images[0]
+    (got,) = OnnxPipeline(folder)(["ab"], steps=4, noise=noise, **given)
+    largest = np.abs(np.asarray(got, np.int16) - np.asarray(want, np.int16)).max()
+    assert largest <= {"fp32": 1, "fp16": 3}[precision]

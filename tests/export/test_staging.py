@@ -1,0 +1,58 @@
+"""What may be replaced, and what a killed run leaves to the next."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export import staging
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    dead, own, other = (
+        tmp_path / f".tmp-{name}" for name in ("999999999-out", f"{os.getppid()}-out", "999999999-a-out")
+    )
+    for path in (dead, own, other):
+        path.mkdir()
+    staging.recover(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([own, other])
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_export_that_a_killed_run_was_replacing_comes_back(finished, tmp_path):
+    # Killed between its two renames, or after them.
+    (tmp_path / ".old-999999999-out").mkdir()
+    (tmp_path / ".old-999999999-out/export.json").write_text("old")
+    if finished:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/export.json").write_text("new")
+    staging.recover(tmp_path / "out")
+    assert (tmp_path / "out/export.json").read_text() == ("new" if finished else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):
+    old, new, output = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    for path in (old, new):
+        path.mkdir()
+        (path / "export.json").write_text(path.name)
+    old.rename(output)
+    staging.check_output(output, overwrite=True)
+    staging.into_place(new, output)
+    assert (output / "export.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_model_larger_than_the_memory_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "model/unet").mkdir(parents=True)
+    save_file({"w": torch.zeros(1000, 1000, dtype=torch.float16)}, tmp_path / "model/unet/w.safetensors")
+    save_file({"w": torch.zeros(1000, 500)}, tmp_path / "model/unet/v.safetensors")
+    # 1.5 million parameters are 6 MB in float32, whatever the files hold.
+    monkeypatch.setattr(staging, "available_memory_bytes", lambda: 6 * 10**6 - 1)
+    with pytest.raises(RefusedInputError, match=r"model takes 0.0 GB of memory in float32, have 0.0: make room"):
+        staging.check_memory_to_load(str(tmp_path / "model"))
+    monkeypatch.setattr(staging, "available_memory_bytes", lambda: 6 * 10**6)
+    staging.check_memory_to_load(str(tmp_path / "model"))
+    staging.check_memory_to_load("a/hub-id")
