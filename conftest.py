@@ -8,6 +8,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark", action="store_true", help="run benchmarks/ instead of tests/, slow and gpu ones too"
     )
     parser.addoption("--results", default="benchmarks/results", help="folder that benchmarks append their rows to")
+    parser.addoption("--go_on", action="store_true", help="leave out what --results has by an earlier --go_on")
     parser.addoption("--dry_run", action="store_true", help="try each benchmark once at its smallest size")
 
 

@@ -471,6 +471,10 @@ def test_the_table_knows_every_lora_layer_of_stable_diffusion() -> None:
         for c in sizes:
             for shape in ((c, c), (3 * c, c), (8 * c, c), (c, 4 * c), (c, text)):
                 assert {(cc, *shape, r) for cc in (80, 86, 89, 90, 120) for r in (16, 32, 64, 128)} <= TABLE.keys()
+    # conv_shortcut of the down blocks, then of the up blocks, whose input has the skip connection's channels too.
+    shortcuts = [(640, 320), (1280, 640), (1280, 2560), (1280, 1920), (640, 1920), (640, 1280), (640, 960)]
+    for shape in (*shortcuts, (320, 960), (320, 640)):
+        assert {(cc, *shape, r) for cc in (80, 86, 89, 90, 120) for r in (16, 32, 64, 128)} <= TABLE.keys()
     assert len(TABLE) == len(lora_dispatch.CAPABILITIES) * 4 * len({key[1:3] for key in TABLE})
 
 
