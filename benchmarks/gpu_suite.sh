@@ -16,14 +16,16 @@
 # Exit code: 0 complete, 1 a command failed (see its log), 2 wrong use, 124 cut by the limit.
 #
 # Needs: Linux, one NVIDIA GPU, Python 3.11 or 3.12, a C compiler (which Triton calls), torch 2.11 with triton 3.6 or
-# newer. `probe` needs nothing else. The other stages import the package's Python dependencies; without a network, fetch
-# them elsewhere under the same Python, about 45 MB, and install them beside the torch that is there:
+# newer. `probe` needs nothing else. The other stages need what a machine without a network cannot fetch: do it
+# elsewhere, under the same Python (60 MB), and install it beside the torch that is there:
 #
-#   names="accelerate diffusers huggingface_hub importlib_metadata numpy peft pillow psutil pytest pytest-benchmark
-#          pyyaml regex safetensors tokenizers tqdm transformers tyro"
-#   grep -Ev '^(torch|triton|scipy)=' constraints.txt > rest.txt
-#   pip download -c rest.txt -d wheels --no-deps $names && (see below for what these import in turn)
-#   pip install --no-index --find-links wheels --no-deps wheels/*.whl
+#   grep -vE '^(torch|triton)=' constraints.txt > rest.txt
+#   pip download --no-deps --only-binary :all: -c rest.txt -d wheels accelerate annotated-doc annotated-types anyio \
+#     certifi charset-normalizer click diffusers docstring_parser h11 hf-xet httpcore2 httpx2 huggingface_hub idna \
+#     importlib_metadata iniconfig lazy-importer markdown-it-py mdurl numpy packaging peft pillow pluggy psutil \
+#     py-cpuinfo2 pydantic pydantic_core pygments pytest pytest-benchmark pyyaml regex requests rich safetensors \
+#     shellingham tokenizers tqdm transformers truststore typeguard typer typing-inspection tyro urllib3 zipp
+#   pip install --no-index --no-deps wheels/*.whl
 #
 # GIT_COMMIT names the commit in the rows where git or the repository's history is not there.
 # D2F_SUITE_SECONDS sets another limit; D2F_SUITE_DRY_RUN=1 tries every command at its smallest size, on a CPU too.
@@ -87,7 +89,9 @@ case $stage in
     run probe 900 python -m benchmarks.probe --minutes 60 --results "$folder/results" ${dry[@]+"${dry[@]}"}
     ;;
   kernels)
-    once tests 200 python -m pytest -q -m gpu tests
+    # Those of the steps and kernels; tests/export asks for TensorRT.
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark[.]gpu' tests | grep -v '^tests/export/' | sort)
+    once tests 200 python -m pytest -q -m gpu "${files[@]}"
     if command -v compute-sanitizer > /dev/null; then
       for tool in memcheck racecheck; do
         once "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 python tests/kernels/small_launches.py

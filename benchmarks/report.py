@@ -42,9 +42,9 @@ def print_tables(folder: Path) -> None:
             continue
         name = next((name for name in clock.SHOWN if name and path.stem.endswith(name)), "")
         columns = [column for column in rows[0] if column not in MEASURED_ON]
-        shown = [column for column in clock.SHOWN[name] if column in columns] if "median_us" in rows[0] or name else []
+        shown = clock.SHOWN[name] if name or "benchmark" in rows[0] else columns
         print(f"\n{path.name}: {', '.join(f'{key} {rows[-1][key]}' for key in MEASURED_ON[1:6])}")
-        clock.print_table(rows, shown or columns)
+        clock.print_table(rows, shown)
 
 
 def bars_of(rows: Sequence[Row]) -> tuple[list[Bar], float, str]:

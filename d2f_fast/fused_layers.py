@@ -16,8 +16,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2f_fast.frozen_conv import FrozenConv2d, autocasts
-from d2f_fast.ops import lora_linear, runs_plain
+from d2f_fast.frozen_conv import FrozenConv2d
+from d2f_fast.ops import autocasts, lora_linear, runs_plain
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 

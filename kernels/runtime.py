@@ -82,6 +82,18 @@ def wants_gradient(*operands: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def autocast_available(device_type: str) -> bool:
+    """Say whether a kind of device has autocast."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Say whether autocast changes the type of a product with x; a tensor of float64 it leaves alone."""
+    device = x.device.type
+    return autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
 def on_device(operand: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the operand's GPU the one that Triton launches on."""
     return torch.cuda.device(operand.device) if operand.is_cuda else contextlib.nullcontext()

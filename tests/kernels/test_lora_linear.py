@@ -336,6 +336,24 @@ def test_nothing_but_x_and_s_is_kept(path: str) -> None:
     assert t["x"].data_ptr() in kept
 
 
+def test_a_second_derivative_is_refused(path: str) -> None:
+    t = operands(5)
+    (grad,) = torch.autograd.grad(lora_linear.lora_linear(**t).square().sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_operands_that_are_not_contiguous_give_the_same(path: str, name: str) -> None:
+    t = operands(9)
+    strided = torch.stack([t[name].detach(), torch.full_like(t[name], float("nan"))], -1)[..., 0]
+    assert not strided.is_contiguous()
+    got = results(lora_linear.lora_linear, {**t, name: strided.requires_grad_(t[name].requires_grad)})
+    want = results(lora_linear.lora_linear, t)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-6, atol=1e-5)
+
+
 def test_gradients_pass_gradcheck(path: str) -> None:
     t = operands(5, n=16, k=16, rank=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(
