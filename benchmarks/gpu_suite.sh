@@ -94,7 +94,7 @@ case $stage in
     once tests 200 python -m pytest -q -m gpu "${files[@]}"
     if command -v compute-sanitizer > /dev/null; then
       for tool in memcheck racecheck; do
-        once "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 python tests/kernels/small_launches.py
+        once "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 python tests/kernels/small_launches.py
       done
     else
       echo "--- compute-sanitizer is not installed: no memcheck, no racecheck"

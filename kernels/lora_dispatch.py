@@ -78,8 +78,10 @@ def _narrow_entry(capability: int, rank: int) -> NarrowEntry:
     if capability == 90:
         grad_b = Tile(256, 64, 64, 8, 2) if rank <= 64 else None
         return NarrowEntry(Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), grad_b)
-    # What fits with one Triton spills with another: 3.9 gives ds of rank 64 on sm_80 and dB on sm_120 fewer registers.
-    shrink = Tile(64, 64, 32, 4, 4) if capability == 80 else Tile(64, 64, 64, 4, 3)
+    # What fits with one Triton spills with another: 3.9 gives s and ds of ranks from 64 on on sm_80, and dB on sm_120,
+    # fewer registers.
+    on_80 = Tile(64, 64, 32, 8 if rank == 128 else 4, 4)
+    shrink = on_80 if capability == 80 else Tile(64, 64, 64, 4, 3)
     grad_b = Tile(256, 32 if capability == 120 else 64, 64, 8, 2) if rank <= 32 else None
     return NarrowEntry(shrink, Tile(64, 64, 64, 8 if capability == 120 else 4, 3), grad_b)
 
