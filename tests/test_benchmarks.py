@@ -63,6 +63,9 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path):
     assert "1 failed, 1 passed" in first.stdout, first.stdout
     assert "1 failed, 1 deselected" in second.stdout
     assert len((tmp_path / "rows/measured.txt").read_text().splitlines()) == 1
+    (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
+    third = run(tmp_path, "--go_on", "--results", "rows")
+    assert third.returncode == 0 and "1 deselected" in third.stdout
 
 
 # Printed and drawn
