@@ -87,7 +87,8 @@ def draw(folder: Path, pictures: Path) -> list[Path]:
                 continue
             name = "-".join(filter(None, (path.stem, re.sub(r"[^a-z0-9]+", "-", benchmark))))
             written.append(pictures / f"{name}.svg")
-            written[-1].write_text(picture(rows, f"{benchmark or path.stem}: {rows[-1]['device']}"))
+            title = f"{benchmark or path.stem}, {rows[-1]['device']}: medians, 20th to 80th percentile"
+            written[-1].write_text(picture(rows, title))
     return written
 
 
