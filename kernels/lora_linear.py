@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from d2f_fast.kernels import lora_kernels
 from d2f_fast.kernels.lora_dispatch import Path, choose_path
-from d2f_fast.kernels.runtime import STORED_DTYPES, autocast_available, autocasts, library, triton_available
+from d2f_fast.kernels.runtime import AUTOCAST_DEVICES, STORED_DTYPES, autocasts, library, triton_available
 
 _DTYPES = (*STORED_DTYPES, torch.float64)
 
@@ -124,7 +124,7 @@ def _(grad_s: Tensor, x: Tensor) -> Tensor:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False) if autocast_available(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST_DEVICES else nullcontext()
 
 
 class _LoRALinear(torch.autograd.Function):
