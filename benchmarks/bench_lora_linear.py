@@ -56,7 +56,10 @@ def peft_layer(n: int, k: int, rank: int, device: torch.device) -> Layer:
 
 
 def transformer_engine(weight: Tensor, bias: Tensor, lora_a: Tensor, lora_b: Tensor) -> Callable[[Tensor], Tensor]:
-    """Its operation fuser: x is forked, and the adapter added in place, by products with beta = 1 both ways."""
+    """Its operation fuser: x is forked, and the adapter added in place, by products with beta = 1 both ways.
+
+    Not run: it was never installed where this was written. Where it is, the gate against float64 comes first.
+    """
     ops = pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed").ops
 
     def linear(weight: Tensor, bias: Tensor | None = None) -> Any:

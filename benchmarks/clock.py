@@ -178,6 +178,21 @@ def measured_on() -> dict[str, str]:
     }
 
 
+def path_of(table: str = "", folder: Path | None = None) -> Path:
+    """File of this device's table."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{measured_on()['device']} {table}".lower()).strip("-")
+    return (folder or RESULTS) / f"{slug}.csv"
+
+
+def measured(table: str, columns: Sequence[str], folder: Path | None = None) -> set[tuple[str, ...]]:
+    """Values of these columns in the rows that this device's table has."""
+    path = path_of(table, folder)
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[column] for column in columns) for row in csv.DictReader(file)}
+
+
 def append(row: Mapping[str, Any], table: str = "", folder: Path | None = None) -> dict[str, Any]:
     """Add a row to the device's table at once: a run that is cut keeps what it measured.
 
@@ -190,8 +205,7 @@ def append(row: Mapping[str, Any], table: str = "", folder: Path | None = None) 
         The whole row.
     """
     row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **measured_on(), **row}
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{row['device']} {table}".lower()).strip("-")
-    path = (folder or RESULTS) / f"{slug}.csv"
+    path = path_of(table, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = path.open().readline().strip() if path.exists() else ",".join(row)
     assert header == ",".join(row), f"{path} has other columns than this version writes: move it away"

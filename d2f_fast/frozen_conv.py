@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from d2f_fast.ops import autocasts
+
 Pair = tuple[int, int]
 
 
@@ -56,18 +58,11 @@ class FrozenConv2d(nn.Conv2d):
         unusual = self.padding_mode != "zeros" or isinstance(self.padding, str) or x.ndim != 4
         if trains or unusual or not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_exporting():
             return super().forward(x)
-        if autocasts(
-            x
-        ):  # here, where autograd sees it: in the Function it would cast inside, and dy come in another type
+        if autocasts(x):
+            # Here, where autograd sees it: in the Function it would cast inside, and dy come in another type.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         geometry = self.stride, self.padding, self.dilation, self.groups
         return _FrozenConv2d.apply(x, self.weight, self.bias, *geometry)
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast changes the type of a product with x; a tensor of float64 it leaves alone."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _is_channels_last(x: Tensor) -> bool:

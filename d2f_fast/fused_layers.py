@@ -16,8 +16,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2f_fast.frozen_conv import FrozenConv2d, autocasts
-from d2f_fast.ops import lora_linear, runs_plain
+from d2f_fast.frozen_conv import FrozenConv2d
+from d2f_fast.ops import autocasts, lora_linear, runs_plain
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -70,7 +70,7 @@ def serves(layer: Any) -> bool:
     """Whether the fused forward, and not peft's, is the right one for a layer now."""
     if layer.disable_adapters or layer.merged:  # the base layer alone, or a merge to undo
         return False
-    return bool(active_adapters(layer)) and obstacle(layer) is None
+    return len(active_adapters(layer)) > 0 and obstacle(layer) is None  # bool() of a list: torch 2.11 cannot trace it
 
 
 def obstacle(layer: Any, *, training: bool = False) -> str | None:

@@ -16,13 +16,14 @@ from d2f_fast.config import LossWeighting
 from d2f_fast.kernels.align import align as fused_align
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
-from d2f_fast.kernels.runtime import kernel_path
+from d2f_fast.kernels.runtime import autocasts, kernel_path
 from d2f_fast.kernels.velocity_loss import velocity_loss
 
 __all__ = [
     "MIN_ROWS",
     "align",
     "aligned_loss",
+    "autocasts",
     "check_operands",
     "choose_path",
     "kernel_path",
@@ -92,14 +93,16 @@ def aligned_loss(
         float32 scalar, or [B]; float64 where t is float64.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, t is not float32 of shape [B], or an unknown weighting or
-            reduction.
+        ValueError: shapes, types or devices do not fit, t is not float32 of shape [B], an unknown weighting or
+            reduction, or a gamma that is not positive.
     """
     check_operands(latents, noise, t, model_output, mask)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     if weighting not in get_args(LossWeighting):
         raise ValueError(f"loss_weighting must be one of {get_args(LossWeighting)}, got {weighting!r}")
+    if not 0 < snr_gamma < math.inf:
+        raise ValueError(f"snr_gamma must be a positive number, got {snr_gamma!r}")
     if weighting == "min_snr" and model.prediction_type == "flow_prediction":
         raise ValueError('loss_weighting "min_snr" needs a diffusion prediction: flow_prediction has no SNR of its own')
     ends = (model.t_min, model.t_max)
@@ -130,6 +133,8 @@ def check_operands(
         mask.ndim != latents.ndim or any(m not in (1, n) for m, n in zip(mask.shape, latents.shape, strict=True))
     ):
         raise ValueError(f"mask must have {latents.ndim} dimensions that broadcast to {shape}, got {list(mask.shape)}")
+    if mask is not None and mask.is_complex():
+        raise ValueError(f"mask must hold real numbers, got {mask.dtype}")
     for name, tensor in (("noise", noise), ("t", t), ("model_output", model_output), ("mask", mask)):
         if tensor is not None and tensor.device != latents.device:
             raise ValueError(f"{name} must be on {latents.device} as the latents, got {tensor.device}")

@@ -15,9 +15,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from d2f_fast.frozen_conv import autocasts
 from d2f_fast.fused_layers import FusedLinear, hooked, operands, serves
-from d2f_fast.ops import MIN_ROWS, choose_path, lora_linear_packed, runs_plain
+from d2f_fast.ops import MIN_ROWS, autocasts, choose_path, lora_linear_packed, runs_plain
 
 
 class PackedAttention(Attention):

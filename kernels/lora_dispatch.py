@@ -5,10 +5,10 @@
 
 `benchmarks/tune_lora.py` measures a card and writes `lora_measured.json` beside this file, whose entries stand in place
 of those below. Entries that were not measured follow a byte and FLOP model. The adapter's own traffic is worth fusing
-where the base product is bound by memory, which is where N K / (N + K) is small: one of N and K is 320, or both are
-640. From 1280 on the product is bound by arithmetic, and a Triton product that is slower than cuBLAS's loses more than
-fusion saves. The blocks are those that compile without spills into each card's shared memory; a test compiles every
-one. Unknown cards, unknown shapes and small batches take "addmm".
+where the base product is bound by memory, which is where N K / (N + K) is small: one of N and K is 320, or one is 640
+and the other not much more. Wider products are bound by arithmetic, and a Triton product that is slower than cuBLAS's
+loses more than fusion saves. The blocks are those that compile without spills into each card's shared memory; a test
+compiles every one. Unknown cards, unknown shapes and small batches take "addmm".
 """
 
 import json
@@ -29,9 +29,13 @@ RANK_BUCKETS = (16, 32, 64, 128)
 CAPABILITIES = (80, 86, 89, 90, 120)
 
 # (N, K), output and input features, of Stable Diffusion 1.5, 2.1 and XL; 3 N for q, k, v packed into one product.
-SPLIT_SHAPES = ((320, 320), (960, 320), (2560, 320), (320, 1280), (640, 640), (1920, 640))
+SPLIT_SHAPES = (
+    *((320, 320), (960, 320), (2560, 320), (320, 1280), (640, 640), (1920, 640)),
+    *((320, 640), (640, 320), (320, 960), (640, 960)),  # 1x1 convolutions round a ResNet block
+)
 ADDMM_SHAPES = (
     *((5120, 640), (640, 2560), (1280, 1280), (3840, 1280), (10240, 1280), (1280, 5120)),
+    *((640, 1280), (640, 1920), (1280, 640), (1280, 1920), (1280, 2560)),  # 1x1 convolutions
     *((n, k) for n in (320, 640, 1280) for k in (768, 1024, 2048)),  # text keys and values
 )
 
@@ -74,8 +78,10 @@ def _narrow_entry(capability: int, rank: int) -> NarrowEntry:
     if capability == 90:
         grad_b = Tile(256, 64, 64, 8, 2) if rank <= 64 else None
         return NarrowEntry(Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), grad_b)
-    # What fits with one Triton spills with another: 3.9 gives ds of rank 64 on sm_80 and dB on sm_120 fewer registers.
-    shrink = Tile(64, 64, 32, 4, 4) if capability == 80 else Tile(64, 64, 64, 4, 3)
+    # What fits with one Triton spills with another: 3.9 gives s and ds of ranks from 64 on on sm_80, and dB on sm_120,
+    # fewer registers.
+    on_80 = Tile(64, 64, 32, 8 if rank == 128 else 4, 4)
+    shrink = on_80 if capability == 80 else Tile(64, 64, 64, 4, 3)
     grad_b = Tile(256, 32 if capability == 120 else 64, 64, 8, 2) if rank <= 32 else None
     return NarrowEntry(shrink, Tile(64, 64, 64, 8 if capability == 120 else 4, 3), grad_b)
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from d2f_fast.kernels import lora_kernels
 from d2f_fast.kernels.lora_dispatch import Path, choose_path
-from d2f_fast.kernels.runtime import STORED_DTYPES, library, triton_available
+from d2f_fast.kernels.runtime import AUTOCAST_DEVICES, STORED_DTYPES, autocasts, library, triton_available
 
 _DTYPES = (*STORED_DTYPES, torch.float64)
 
@@ -124,8 +124,7 @@ def _(grad_s: Tensor, x: Tensor) -> Tensor:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST_DEVICES else nullcontext()
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -205,10 +204,10 @@ def lora_linear(
         raise ValueError("scale must be a number, got a tensor: multiply lora_b by it")
     if torch.compiler.is_exporting():
         return lora_linear_reference(x, weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias, scale)
-    autocasts = _autocasts(x)
-    if weight.dtype != x.dtype and not autocasts:
+    cast = autocasts(x)
+    if weight.dtype != x.dtype and not cast:
         raise ValueError(f"weight must be of x's dtype {x.dtype}, got {weight.dtype}: cast one, or use autocast")
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
     (n, k), rank = weight.shape, lora_a.shape[0]
     rows = x.reshape(-1, k).to(dtype)
     path = choose_path(rows.shape[0], n, k, rank, dtype, x.device)
@@ -266,11 +265,6 @@ def lora_linear_packed(
     scaled = [b if scale == 1 else b * scale for b, scale in zip(lora_bs, scales, strict=True)]
     y = lora_linear(x, packed_weight, torch.cat(list(lora_as)), torch.block_diag(*scaled), packed_bias)
     return y.split([b.shape[0] for b in lora_bs], -1)
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def _check_operands(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:

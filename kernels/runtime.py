@@ -25,6 +25,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # What kernels read and write; their arithmetic is float32.
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# Asked once, here: torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
 # Lanes of a program hold 32-bit positions within a sample; everything across samples is 64 bits wide.
 MOST_ELEMENTS = 2**31 - 2**16
 
@@ -80,6 +83,12 @@ def serves(t: Tensor, *operands: Tensor) -> bool:
 def wants_gradient(*operands: Tensor | None) -> bool:
     """Say whether autograd would follow one of these."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Say whether autocast changes the type of a product with x; a tensor of float64 it leaves alone."""
+    device = x.device.type
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
 
 def on_device(operand: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -1,10 +1,15 @@
-"""The rows that benchmarks write: a known duration comes out, and tables with other columns are not spoilt."""
+"""The rows that benchmarks write, what is printed and drawn of them, and the GPU suite, on a CPU."""
 
 import csv
+import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = """
@@ -16,8 +21,8 @@ def test_sleep(measure):
 """
 
 
-def run(folder):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark"]
+def run(folder, *options):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark", *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -45,3 +50,128 @@ def test_a_row_holds_the_time_of_one_call_and_is_appended(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 1 and "has other columns than this version writes: move it away" in done.stdout
     assert table.read_text() == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_what_is_missing(tmp_path):
+    for name in ("conftest.py", "pyproject.toml", "benchmarks/clock.py", "benchmarks/conftest.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    fails = "\n\ndef test_fails():\n    assert False\n"
+    (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK + fails)
+    first, second = (run(tmp_path, "--go_on", "--results", "rows") for _ in range(2))
+    assert "1 failed, 1 passed" in first.stdout, first.stdout
+    assert "1 failed, 1 deselected" in second.stdout
+    assert len((tmp_path / "rows/measured.txt").read_text().splitlines()) == 1
+    (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
+    third = run(tmp_path, "--go_on", "--results", "rows")
+    assert third.returncode == 0 and "1 deselected" in third.stdout
+
+
+# Printed and drawn
+
+
+ROWS = """date,commit,device,torch,triton,threads,clock_mhz,case,provider,median_ms,p20_ms,p80_ms
+1,a,CPU,2,3,2,,small,script,80,70,90
+1,a,CPU,2,3,2,,small,d2f_fast,99,98,100
+2,b,CPU,2,3,2,,small,d2f_fast,40,30,50
+2,b,CPU,2,3,2,,large <b>,script,800,700,900
+"""
+
+
+def test_a_report_prints_and_draws_the_newest_row_of_each_provider(tmp_path):
+    (tmp_path / "cpu-some-step.csv").write_text(ROWS)
+    (tmp_path / "cpu-lora-tuning.csv").write_text("date,op,us\n1,shrink,3\n")
+    command = [sys.executable, "-m", "benchmarks.report", str(tmp_path)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "40" in printed and "99" not in printed and "shrink" not in printed
+    (path,) = tmp_path.glob("*.svg")
+    picture = path.read_text()
+    script, ours, large = (float(w) for w in re.findall(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)"', picture))
+    assert ours == pytest.approx(script / 2, abs=0.2) and large > 0
+    assert path.name == "cpu-some-step.svg" and "large &lt;b&gt;" in picture and "<b>" not in picture
+
+
+# The GPU suite
+
+
+def suite(folder, stage, seconds, **environment):
+    """Run a stage; returns the process and how long it took."""
+    environment = {**os.environ, "D2F_SUITE_DRY_RUN": "1", "D2F_SUITE_SECONDS": str(seconds), **environment}
+    started = time.monotonic()
+    command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), stage, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return done, time.monotonic() - started
+
+
+STUB = """#!/bin/bash
+case "$*" in
+  *benchmarks.report*) cat "$3"/*.csv ;;
+  *) echo "row of $*" >> "{folder}/results/a.csv"; {then} ;;
+esac
+"""
+
+
+def stub(tmp_path, then):
+    """Put a `python` before the real one that writes a row, and then does something."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin/python"
+    script.write_text(STUB.format(folder=tmp_path / "out", then=then))
+    script.chmod(0o755)
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("stage", ["probe", "kernels", "step-b16", "step-b1", "sdxl"])
+def test_a_stage_that_is_cut_keeps_its_rows_and_prints_them_last(tmp_path, stage):
+    done, took = suite(tmp_path / "out", stage, 1, **stub(tmp_path, "sleep 300"))
+    assert done.returncode == 124 and took < 60, done.stderr
+    rows = (tmp_path / "out/results/a.csv").read_text()
+    assert rows.startswith("row of") and done.stdout.endswith(rows)
+    assert (tmp_path / "out/summary.txt").read_text() == rows
+    assert not list((tmp_path / "out").glob("*.done"))
+
+
+def test_a_stage_tells_of_a_failure_and_goes_on(tmp_path):
+    done, _ = suite(tmp_path / "out", "kernels", 60, **stub(tmp_path, "[[ $* != *tune_lora* ]]"))
+    assert done.returncode == 1 and "--- tuning: failed (1)" in done.stdout
+    assert "bench_lora_linear.py" in (tmp_path / "out/results/a.csv").read_text()
+    first = (tmp_path / "out/results/a.csv").read_text().count("-m gpu tests/")
+    suite(tmp_path / "out", "kernels", 60, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert first == (tmp_path / "out/results/a.csv").read_text().count("-m gpu tests/") == 1  # done is done
+
+
+@pytest.mark.parametrize("arguments", [[], ["probe"], ["everything", "out"]])
+def test_wrong_use_of_the_suite_is_refused(tmp_path, arguments):
+    command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    usage = "usage: bash benchmarks/gpu_suite.sh probe|kernels|step-b16|step-b1|sdxl FOLDER\n"
+    assert (done.returncode, done.stderr) == (2, usage) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_probe_measures_every_row_once(tmp_path):
+    for _ in range(2):
+        done, _ = suite(tmp_path, "probe", 500)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (table,) = (tmp_path / "results").glob("*-probe.csv")
+        with table.open() as file:
+            rows = list(csv.DictReader(file))
+        linears = [row["provider"] for row in rows if row["case"].startswith("linear") and float(row["median_us"])]
+        assert linears == ["base", "addmm", "split"] and len(rows) == 7
+    assert "complete" in done.stdout and "linear 48x32x32 r16" in (tmp_path / "summary.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_step_stage_that_is_cut_keeps_the_steps_that_it_measured(tmp_path):
+    done, _ = suite(tmp_path, "step-b1", 400)
+    (table,) = (tmp_path / "results").glob("*-train-step.csv")
+    with table.open() as file:
+        assert next(csv.DictReader(file))["provider"] == "d2f_fast"
+    assert done.returncode in (0, 124) and "miniature r16 b2 8x8" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_kernel_is_launched_for_the_sanitizer():
+    script = ROOT / "tests/kernels/small_launches.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert "49 outputs, all finite" in done.stdout

@@ -286,6 +286,10 @@ def test_naive_flow_loss_is_the_plain_error_of_noise_minus_latents():
         ({"t": torch.zeros(6, device="meta")}, "t must be on cpu as the latents, got meta"),
         ({"model_output": torch.zeros(SHAPE, device="meta")}, "model_output must be on cpu as the latents, got meta"),
         ({"mask": torch.ones(1, 1, 1, 1, device="meta")}, "mask must be on cpu as the latents, got meta"),
+        ({"mask": torch.ones(SHAPE) * 1j}, "mask must hold real numbers, got torch.complex64"),
+        ({"snr_gamma": 0.0}, r"snr_gamma must be a positive number, got 0\.0"),
+        ({"snr_gamma": float("nan")}, "snr_gamma must be a positive number, got nan"),
+        ({"t": torch.zeros(6, 1)}, r"t must be float32 of shape \[6\], got torch.float32 \[6, 1\]"),
     ],
 )
 def test_unusable_operands_are_refused(change, sentence):

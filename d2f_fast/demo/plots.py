@@ -138,9 +138,9 @@ def line_plot(
     return _svg(parts, title)
 
 
-def bar_plot(bars: Sequence[Bar], title: str, level: float = 1.0) -> str:
-    """Horizontal bars with intervals, and a line at one level."""
-    row, left = 26, 190
+def bar_plot(bars: Sequence[Bar], title: str, level: float = 1.0, left: float = 190) -> str:
+    """Horizontal bars with intervals, and a line at one level; `left` pixels are for the labels."""
+    row = 26
     height = row * len(bars) + 34
     x = _Scale(0, max([level, *(bar.high for bar in bars)]) * 1.05, left, WIDTH - RIGHT, log=False)
     parts = []

@@ -12,11 +12,9 @@ from diffusers import (
     DDIMScheduler,
     MarigoldDepthPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from d2f_fast import AlignedTrainer, Diff2FlowScheduler, TrainingConfig
 from d2f_fast.errors import RefusedInputError
@@ -35,31 +33,6 @@ ONE_LEVEL = {
 
 def _session(folder: Path, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(folder / f"{name}/model.onnx")
-
-
-@pytest.fixture
-def tiny_xl(tiny_folder):
-    """A pipeline of SDXL's classes: two text encoders, pooled text and sizes beside the time."""
-    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
-    text = base.text_encoder.config.to_dict() | {"projection_dim": 12}
-    config = dict(base.unet.config) | {
-        **ONE_LEVEL,
-        "cross_attention_dim": 32,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 12 + 6 * 4,
-        "use_linear_projection": True,
-    }
-    return StableDiffusionXLPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=UNet2DConditionModel.from_config(config),
-        scheduler=base.scheduler,
-        add_watermarker=False,
-    )
 
 
 def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):

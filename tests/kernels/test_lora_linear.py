@@ -77,7 +77,7 @@ def launches(rows: int, n: int, k: int, rank: int, dtype: torch.dtype, tile: Til
 
 
 # Rows that fill no block, ranks that are padded, features that 32 does not divide, and blocks of 16.
-CASES = [(1, 32, 32, 1), (63, 48, 32, 4), (70, 32, 80, 24), (33, 16, 16, 128), (40, 64, 32, 16)]
+CASES = [(1, 32, 32, 1), (63, 48, 32, 4), (70, 32, 80, 24), (33, 16, 16, 128), (40, 64, 32, 16), (200, 32, 48, 64)]
 
 
 @interpreted
@@ -100,6 +100,36 @@ def test_16_bit_kernels_are_within_an_ulp(dtype: torch.dtype, ulp: float) -> Non
         # One rounding, at the store, which the interpreter truncates: an ulp; sums over the rows stay float32.
         tolerance = 1e-5 if wide else ulp
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def in_torch(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """What the kernels compute, in plain torch, in the type of the operands."""
+    y = F.linear(x, w, bias) + s @ b.t()
+    return {"s": x @ a.t(), "y": y, "ds": dy @ b, "db": dy.t() @ s, "dx": dy @ w + s @ a, "da": s.t() @ x}
+
+
+@interpreted
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero adapter"])
+def test_16_bit_products_are_as_near_float64_as_torchs(zero: bool) -> None:
+    """In float16, which the interpreter rounds as a GPU does; bfloat16 in `tests/test_lora_on_a_gpu.py`."""
+    rows, n, k, rank = 200, 64, 48, 16
+    shapes = ((rows, k), (n, k), (n,), (rank, k), (n, rank), (rows, rank), (rows, n))
+    x, w, bias, a, b, s, dy = operands = [torch.randn(shape).half() for shape in shapes]
+    if zero:
+        b.zero_()
+    exact, plain = in_torch(*(tensor.double() for tensor in operands)), in_torch(*operands)
+    ds, db = lora_kernels.launch_backward_ds_db(dy, s, b, TILE)
+    got = {
+        "s": lora_kernels.launch_shrink(x, a, TILE),
+        "y": lora_kernels.launch_forward(x, w, bias, s, b, TILE),
+        **{"ds": ds, "db": db, "da": lora_kernels.launch_backward_da(s, x, TILE)},
+        "dx": lora_kernels.launch_backward_dx(dy, w, s, a, TILE),
+    }
+    for name, truth in exact.items():
+        ours, theirs = (float((result[name].double() - truth).norm()) for result in (got, plain))
+        assert ours <= 1.2 * theirs, (name, ours, theirs)
+    base = F.linear(x, w, bias).double() - F.linear(x.double(), w.double(), bias.double())
+    assert not zero or (got["y"].double() - exact["y"]).norm() <= 1.2 * base.norm()
 
 
 @interpreted
@@ -306,6 +336,24 @@ def test_nothing_but_x_and_s_is_kept(path: str) -> None:
     assert t["x"].data_ptr() in kept
 
 
+def test_a_second_derivative_is_refused(path: str) -> None:
+    t = operands(5)
+    (grad,) = torch.autograd.grad(lora_linear.lora_linear(**t).square().sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_operands_that_are_not_contiguous_give_the_same(path: str, name: str) -> None:
+    t = operands(9)
+    strided = torch.stack([t[name].detach(), torch.full_like(t[name], float("nan"))], -1)[..., 0]
+    assert not strided.is_contiguous()
+    got = results(lora_linear.lora_linear, {**t, name: strided.requires_grad_(t[name].requires_grad)})
+    want = results(lora_linear.lora_linear, t)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-6, atol=1e-5)
+
+
 def test_gradients_pass_gradcheck(path: str) -> None:
     t = operands(5, n=16, k=16, rank=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(
@@ -471,6 +519,10 @@ def test_the_table_knows_every_lora_layer_of_stable_diffusion() -> None:
         for c in sizes:
             for shape in ((c, c), (3 * c, c), (8 * c, c), (c, 4 * c), (c, text)):
                 assert {(cc, *shape, r) for cc in (80, 86, 89, 90, 120) for r in (16, 32, 64, 128)} <= TABLE.keys()
+    # conv_shortcut of the down blocks, then of the up blocks, whose input has the skip connection's channels too.
+    shortcuts = [(640, 320), (1280, 640), (1280, 2560), (1280, 1920), (640, 1920), (640, 1280), (640, 960)]
+    for shape in (*shortcuts, (320, 960), (320, 640)):
+        assert {(cc, *shape, r) for cc in (80, 86, 89, 90, 120) for r in (16, 32, 64, 128)} <= TABLE.keys()
     assert len(TABLE) == len(lora_dispatch.CAPABILITIES) * 4 * len({key[1:3] for key in TABLE})
 
 

@@ -443,7 +443,7 @@ def compiled():
     """What Triton makes of the kernels for GPUs that are not here; `aot_velocity_loss.py` says which cases."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("aot_velocity_loss.py")
-    environment["PYTHONPATH"] = str(script.parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(script.parents[2])])
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

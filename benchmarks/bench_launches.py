@@ -1,0 +1,89 @@
+"""How many times one call of the objective reaches the device: align, loss, and the loss' gradient; nothing is timed.
+
+    eager      operations that are no view and no allocation, each a launch on a GPU; of d2f_fast those of torch beside
+               its Triton launches
+    triton     launches of our kernels, counted by a stand-in for Triton's launcher
+    compiled   kernels of the code that Inductor generates, here for this device, and our launches
+
+It needs no GPU. The published operators are those of `bench_align.py` and `bench_velocity_loss.py`, without the test
+for NaN that waits for the device.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torch._inductor import metrics
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import bench_align, bench_velocity_loss
+from d2f_fast import Alignment
+
+MOST = 4  # launches of ours: one before the network, loss and its sum after it, and what scales the gradient
+KERNELS = {"align": ("_align_kernel",), "velocity_loss": ("_error_kernel", "_sum_kernel")}
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what would run on a device; our ops are launched, on Triton kernels that only count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "d2f_fast":
+            module = sys.modules[f"d2f_fast.kernels.{name}"]
+            with mock.patch.multiple(module, **dict.fromkeys(KERNELS[name], self)):
+                return getattr(module, f"{name}_launch")(*args)
+        self.operations += not func.is_view and not func.name().startswith(("aten::empty", "aten::new_empty"))
+        return func(*args, **(kwargs or {}))
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*_: Any, **__: Any) -> None:
+            self.launches += 1
+
+        return launch
+
+
+def objective(provider: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Align and loss of one provider; the network's output is given."""
+    table = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    alignment, device = (
+        Alignment.from_scheduler(DDIMScheduler(**table, prediction_type="v_prediction")),
+        torch.device("cpu"),
+    )
+    before, after = (bench.provider_of(provider, alignment, device) for bench in (bench_align, bench_velocity_loss))
+
+    def run(output: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return after(output, latents, noise, t), *before(latents, noise, t)
+
+    return run
+
+
+@pytest.mark.parametrize("provider", ["published", "torch eager", "d2f_fast"])
+def test_launches(record, monkeypatch, provider):
+    for name in KERNELS:  # as on a GPU
+        monkeypatch.setattr(sys.modules[f"d2f_fast.kernels.{name}"], "serves", lambda *_: provider == "d2f_fast")
+    output, latents, noise, t = *torch.randn(3, 16, 4, 64, 64), torch.rand(16)
+    output, run, upstream = output.requires_grad_(), objective(provider), torch.ones(())
+
+    def call(function: Callable[..., tuple[Tensor, ...]]) -> None:
+        torch.autograd.grad(function(output, latents, noise, t)[0], output, upstream)
+
+    call(run)  # makes tables
+    with Recorder() as recorder:
+        call(run)
+    torch.compiler.reset()
+    metrics.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        call(torch.compile(run, fullgraph=True))
+    row = {"case": "16x4x64x64 v_prediction", "provider": provider.removesuffix(" eager"), "eager": recorder.operations}
+    compiled = metrics.generated_kernel_count + recorder.launches
+    record("launches", {**row, "triton": recorder.launches, "compiled": compiled})
+    assert recorder.launches <= MOST and (provider == "d2f_fast") == (recorder.launches > 0)

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# What only a GPU can answer, in stages of at most nine minutes: bash benchmarks/gpu_suite.sh STAGE FOLDER
+#
+#   probe      six minutes: products and attention kernels of torch and Triton alone
+#   kernels    pytest -m gpu (real shapes against float64, 100 repeats bitwise, graph replay, no sync); memcheck and
+#              racecheck where compute-sanitizer is installed; tuning; the kernels' benchmarks beside their peers
+#   step-b16   whole training steps of SD1.5 and SD2.1 at batch 4 to 64, lever by lever, beside peft
+#   step-b1    the same at batch 1; aspect-ratio buckets; memory caps
+#   sdxl       steps of SDXL at 128 x 128 latents
+#
+# FOLDER gets results/*.csv, each row as it is measured; a log of each command; and lora_measured.json, the dispatch
+# table of the LoRA kernels, which later stages use: to keep it, commit it as kernels/lora_measured.json. A stage that is
+# cut, by its own limit or from outside, keeps all this, and the same command goes on: what FOLDER has is not measured
+# again. All rows are printed last, and drawn into results/*.svg.
+#
+# Exit code: 0 complete, 1 a command failed (see its log), 2 wrong use, 124 cut by the limit.
+#
+# Needs: Linux, one NVIDIA GPU, Python 3.11 or 3.12, a C compiler (which Triton calls), torch 2.11 with triton 3.6 or
+# newer. `probe` needs nothing else. The other stages need what a machine without a network cannot fetch: do it
+# elsewhere, under the same Python (60 MB), and install it beside the torch that is there:
+#
+#   grep -vE '^(torch|triton)=' constraints.txt > rest.txt
+#   pip download --no-deps --only-binary :all: -c rest.txt -d wheels accelerate annotated-doc annotated-types anyio \
+#     certifi charset-normalizer click diffusers docstring_parser h11 hf-xet httpcore2 httpx2 huggingface_hub idna \
+#     importlib_metadata iniconfig lazy-importer markdown-it-py mdurl numpy packaging peft pillow pluggy psutil \
+#     py-cpuinfo2 pydantic pydantic_core pygments pytest pytest-benchmark pyyaml regex requests rich safetensors \
+#     shellingham tokenizers tqdm transformers truststore typeguard typer typing-inspection tyro urllib3 zipp
+#   pip install --no-index --no-deps wheels/*.whl
+#
+# GIT_COMMIT names the commit in the rows where git or the repository's history is not there.
+# D2F_SUITE_SECONDS sets another limit; D2F_SUITE_DRY_RUN=1 tries every command at its smallest size, on a CPU too.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stage=${1:-} folder=${2:-}
+case $stage in
+  probe) seconds=360 ;;
+  kernels | step-b16 | step-b1 | sdxl) seconds=540 ;;
+  *) folder= ;;
+esac
+if [[ -z $folder ]] || ! mkdir -p "$folder/results"; then
+  echo "usage: bash benchmarks/gpu_suite.sh probe|kernels|step-b16|step-b1|sdxl FOLDER" >&2
+  exit 2
+fi
+folder=$(cd "$folder" && pwd)
+limit=${D2F_SUITE_SECONDS:-$((seconds - 40))} # what is over is for the report
+dry=()
+if [[ ${D2F_SUITE_DRY_RUN:-} == 1 ]]; then
+  dry=(--dry_run)
+  command -v nvidia-smi > /dev/null || export TRITON_INTERPRET=1
+fi
+failed=0 cut=0
+
+# run NAME SECONDS COMMAND...: no longer than that, nor than what is left of the stage.
+run() {
+  local name=$1 most=$2 code
+  shift 2
+  ((most <= limit - SECONDS)) || most=$((limit - SECONDS))
+  if ((most <= 0)); then
+    echo "--- $name: no time left"
+    cut=1
+    return 1
+  fi
+  echo "--- $name, at most $most s: $*"
+  timeout --kill-after=10 "$most" "$@" 2>&1 | tee -a "$folder/$stage-$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) echo "--- $name: done, $SECONDS s after the start" ;;
+    124 | 137) cut=1 && echo "--- $name: cut" ;;
+    *) failed=1 && echo "--- $name: failed ($code)" ;;
+  esac
+  return "$code"
+}
+
+# once NAME SECONDS COMMAND...: the same, unless it is done.
+once() {
+  [[ -e $folder/$1.done ]] || { run "$@" && touch "$folder/$1.done"; }
+}
+
+bench() {
+  run "$1" 900 python -m pytest -q --benchmark --go_on --results "$folder/results" ${dry[@]+"${dry[@]}"} "${@:2}"
+}
+
+if [[ -e $folder/lora_measured.json && -z ${dry[*]-} ]]; then
+  cp "$folder/lora_measured.json" kernels/
+fi
+case $stage in
+  probe)
+    run probe 900 python -m benchmarks.probe --minutes 60 --results "$folder/results" ${dry[@]+"${dry[@]}"}
+    ;;
+  kernels)
+    # Those of the steps and kernels; tests/export asks for TensorRT.
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark[.]gpu' tests | grep -v '^tests/export/' | sort)
+    once tests 200 python -m pytest -q -m gpu "${files[@]}"
+    if command -v compute-sanitizer > /dev/null; then
+      for tool in memcheck racecheck; do
+        once "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 python tests/kernels/small_launches.py
+      done
+    else
+      echo "--- compute-sanitizer is not installed: no memcheck, no racecheck"
+    fi
+    run tuning 240 python -m benchmarks.tune_lora --minutes 3 --output "$folder/lora_measured.json" \
+      --results "$folder/results" ${dry[@]+"${dry[@]}"}
+    if [[ -e $folder/lora_measured.json && -z ${dry[*]-} ]]; then
+      cp "$folder/lora_measured.json" kernels/
+    fi
+    bench benchmarks benchmarks/bench_lora_linear.py benchmarks/bench_velocity_loss.py benchmarks/bench_align.py
+    ;;
+  step-b16) bench steps benchmarks/bench_train_step.py -k '[b16-' ;;
+  step-b1) bench steps benchmarks/bench_train_step.py -k '[b1- or [b1] or test_buckets' ;;
+  sdxl) bench steps benchmarks/bench_train_step.py -k '[sdxl' ;;
+esac
+python -m benchmarks.report "$folder/results" 2>&1 | tee "$folder/summary.txt"
+((failed)) && exit 1
+((cut)) && exit 124
+exit 0
