@@ -10,9 +10,9 @@ the sign of the noise that it was trained to return. `fm_paper` teaches it laten
 measured at one number of evaluations only.
 
 The budget of the default settings, in forward passes of the network on one picture, guidance counted double:
-training 4 x 160 steps x 32; quality 4 networks x 4 samplers x ((2 + 4) evaluations x 200 pictures + 8 x 128 + 25 x 64),
-and 4 x 4 x 200 for `fm_paper`, 127,000; quality against training steps 4 x 7 x 4 x 128, 29,000; brightness 7 routes x 2
-groups x 4 x 500, 56,000. Each picture drawn is decoded once: 22,000.
+training 4 x 160 steps x 32; quality 4 networks x 4 samplers x ((2 + 4) evaluations x 200 pictures + 8 x 128 + 25 x 48),
+and 4 x 4 x 200 for `fm_paper`, 114,000; quality against training steps 4 x 7 x 4 x 128, 29,000; brightness 7 routes x 2
+groups x 4 x 500, 56,000. Each picture drawn is decoded once: 20,000.
 """
 
 import copy
@@ -77,7 +77,7 @@ class DemoSettings:
     rank: int = 16
     ema_decay: float = 0.99
     guidance_scale: float = 2.0
-    pictures: Mapping[int, int] = field(default_factory=lambda: {2: 200, 4: 200, 8: 128, 25: 64})
+    pictures: Mapping[int, int] = field(default_factory=lambda: {2: 200, 4: 200, 8: 128, 25: 48})
     curve_pictures: int = 128
     brightness_pictures: int = 500
     steps_of_curves: int = 4
