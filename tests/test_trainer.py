@@ -592,7 +592,9 @@ def test_the_lora_file_says_how_to_sample_it(make: Any, tmp_path: Path, objectiv
 def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: Any, tmp_path: Path) -> None:
     """Both text encoders, the pooled text and the sizes reach the network, in training and in sampling."""
     tiny_xl.save_pretrained(tmp_path / "base")
-    trainer = AlignedTrainer.from_pretrained(tmp_path / "base", config(tmp_path / "run", max_train_steps=3))
+    trainer = AlignedTrainer.from_pretrained(
+        tmp_path / "base", config(tmp_path / "run", max_train_steps=5, learning_rate=0.3, ema_decay=0.0)
+    )
     trainer.fit(Pictures())
     trainer.save_lora(tmp_path / "lora")
     noise = torch.Generator().manual_seed(3)
@@ -609,7 +611,7 @@ def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: An
     untrained = stock(pipe)
     pipe.load_lora_weights(str(tmp_path / "lora"))
     difference = np.abs(np.asarray([stock(pipe), untrained], dtype=np.float64) - np.asarray(pictures, dtype=np.float64))
-    assert difference[0].max() <= 1 < difference[1].max()
+    assert difference[0].max() <= 1 and difference[1].max() >= 8
     trainer.save_pipeline(tmp_path / "saved")
     saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
     saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
