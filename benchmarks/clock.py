@@ -1,5 +1,6 @@
 """The clock of the benchmarks, the ceilings measured beside them, and the tables of rows that they leave behind."""
 
+import argparse
 import csv
 import functools
 import itertools
@@ -38,7 +39,23 @@ SHOWN = {
         *("first_step_s", "to_step_500_s", "peak_mib", "kernels", "host_ms", "share_of_matmul", "share_of_ceiling"),
     ),
 }
+# What a script that measures a GPU is told where there is none, to be tried at tiny sizes.
+WITHOUT_GPU = "needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none"
 ROUND_SECONDS = 0.01  # of one round: the clock's own cost, some 10 µs on a GPU, stays below 0.2 %
+
+
+def gpu_script(document: str | None, minutes: float) -> argparse.ArgumentParser:
+    """Options of a script that measures a GPU: where its rows go, when it stops, and trying it.
+
+    Args:
+        document: of the script, whose first line is its description.
+        minutes: unless the user says otherwise.
+    """
+    parser = argparse.ArgumentParser(description=(document or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--minutes", type=float, default=minutes, help="nothing is begun after them")
+    parser.add_argument("--dry_run", action="store_true", help="tiny sizes, in Triton's interpreter without a GPU")
+    return parser
 
 
 def tensors_of(operands: Any) -> Iterable[Tensor]:

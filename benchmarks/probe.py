@@ -12,7 +12,6 @@ Forward, and forward with backward. What is timed was compared with float64 firs
 fusing: where split takes more than addmm / 1.2, addmm and not the kernels deserve further work.
 """
 
-import argparse
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -192,14 +191,11 @@ def measure(
 
 def main() -> None:
     """Probe this device."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--results", type=Path, default=clock.RESULTS, help="folder of the rows")
-    parser.add_argument("--minutes", type=float, default=6.0, help="nothing is begun after them")
-    parser.add_argument("--dry_run", action="store_true", help="tiny sizes, in Triton's interpreter without a GPU")
+    parser = clock.gpu_script(__doc__, minutes=6)
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not (options.dry_run and INTERPRET):
-        parser.error("needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none")
+        parser.error(clock.WITHOUT_GPU)
     device, dtype, rows, rounds = torch.device("cuda"), torch.bfloat16, probes(), ROUNDS
     if options.dry_run:  # one shape of each kind; the interpreter truncates bfloat16
         rounds, rows = 3, [LinearProbe(48, 32, 16, path, False) for path in ("base", "addmm", "split")]

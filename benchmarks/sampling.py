@@ -4,14 +4,14 @@ sampling.py SETTINGS.json: prints what it measured as one JSON line, and saves t
 """
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from d2f_fast.memory import peak_resident_bytes
 
 PROMPT, GUIDANCE_SCALE = "an owl on a blue background", 3.0
 
@@ -34,10 +34,7 @@ def main() -> None:
         pictures[str(steps)] = draw(steps)
         seconds[steps] = [_seconds_of(draw, steps) for _ in range(settings["rounds"][str(steps)])]
     np.savez(settings["pictures"], **pictures)
-    # Linux' ru_maxrss begins with that of the process that started this one.
-    (high_water,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    peak_mib = int(high_water) / 1024
-    print(json.dumps({"load_s": load_s, "peak_mib": peak_mib, "seconds": seconds}))
+    print(json.dumps({"load_s": load_s, "peak_mib": peak_resident_bytes() / 2**20, "seconds": seconds}))
 
 
 def _seconds_of(draw: Draw, steps: int) -> float:

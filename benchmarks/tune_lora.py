@@ -10,7 +10,6 @@ chosen where they win at the former and lose nothing at the latter. Every block 
 that was cut is continued by the next. Each timing is a row of `<results>/<device>-lora-tuning.csv`.
 """
 
-import argparse
 import json
 import math
 import time
@@ -225,15 +224,12 @@ def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shap
 
 def main() -> None:
     """Tune this device."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser = clock.gpu_script(__doc__, minutes=30)
     parser.add_argument("--output", type=Path, default=MEASURED, help="table to write, or to go on with")
-    parser.add_argument("--results", type=Path, default=clock.RESULTS, help="folder of the rows")
-    parser.add_argument("--minutes", type=float, default=30.0, help="nothing is begun after them")
-    parser.add_argument("--dry_run", action="store_true", help="tiny sizes, in Triton's interpreter without a GPU")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not (options.dry_run and INTERPRET):
-        parser.error("needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none")
+        parser.error(clock.WITHOUT_GPU)
     device, deadline = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes
     torch.manual_seed(0)
     rows_of = {320: 65536, 640: 16384, 1280: 4096}

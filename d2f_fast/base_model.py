@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -68,6 +69,9 @@ class BaseModel:
             return cls(DiffusionPipeline.from_pretrained(str(model), **options))
         except ModelError as error:
             raise ModelError(f"{model}: {error}") from error
+        except SingleFileComponentError as error:
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"{model}: {reason} Give a file with every part, or a pipeline folder") from error
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
 

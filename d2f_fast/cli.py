@@ -46,6 +46,7 @@ class Train:
 
     def run(self) -> dict[str, Any]:
         """Train, save, and return the result."""
+        silence_libraries()
         from d2f_fast.data import CaptionedImages
         from d2f_fast.metrics import write_metrics
         from d2f_fast.trainer import AlignedTrainer
@@ -133,6 +134,7 @@ class Sample:
 
     def _draw(self) -> list[Any]:
         """Pictures by diffusers."""
+        silence_libraries()
         import torch
 
         from d2f_fast.base_model import BaseModel
@@ -196,9 +198,23 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Run it all, and return where the report is."""
+        silence_libraries()
         from d2f_fast.demo.run import run_demo
 
         return {"output": str(run_demo(self.output_dir, self.seed))}
+
+
+def silence_libraries() -> None:
+    """Turn off the advice and the loading bars of diffusers and transformers: a command has its own.
+
+    Before their pipelines are imported, which is when some of the advice is given.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
 
 
 def _model(name: str) -> Any:

@@ -164,7 +164,7 @@ def merged_state_dict(unet: nn.Module) -> dict[str, Tensor]:
 
 def merged_unet(unet: Any) -> Any:
     """A new UNet on the CPU, without adapter, that computes what this one does; see `merged_state_dict`."""
-    merged = type(unet).from_config(unet.config).to(unet.dtype)
+    merged = type(unet).from_config(unet.config).type(unet.dtype)  # diffusers' `to` warns of a list that is empty
     merged.load_state_dict(merged_state_dict(unet))
     return merged.eval()
 

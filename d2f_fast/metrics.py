@@ -1,8 +1,6 @@
 """`metrics.json`: what a command did and measured, beside what it made."""
 
 import platform
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from d2f_fast.checkpoint import write_json
+from d2f_fast.memory import peak_resident_bytes
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 
@@ -32,8 +31,6 @@ def write_metrics(
         Path of the file.
     """
     on_gpu = torch.cuda.is_available()
-    # Linux gives kilobytes, macOS bytes.
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     path = Path(folder) / "metrics.json"
     write_json(
@@ -44,7 +41,7 @@ def write_metrics(
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name() if on_gpu else cpu,
             "seconds": round(seconds, 3),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
             "results": list(results),
         },
     )

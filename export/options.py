@@ -38,7 +38,7 @@ class ExportOptions:
         verify_only: check the export in the output folder against the model again.
         skip_verify: do not run the graphs; needed for bf16, which ONNX Runtime has no CPU kernels for.
         keep_failed: keep the folder of an export that failed its checks, under another name.
-        json: print the report as JSON.
+        json: print the report, the seconds and the peak memory as JSON.
     """
 
     model: str = MINIATURE

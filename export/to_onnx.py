@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a graph does not do what torch does, 2 refused input, 143 
 import json
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ if not __package__:  # run as `python export/to_onnx.py`: import the checkout, n
 import tyro
 
 from d2f_fast import __version__
+from d2f_fast.cli import silence_libraries
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.options import ExportOptions
+from d2f_fast.memory import peak_resident_bytes
 
 PROGRAM = "to_onnx.py"
 
@@ -39,13 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: ExportOptions) -> int:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-
+    started = time.monotonic()
+    silence_libraries()
     from d2f_fast.export.folder import export_folder
     from d2f_fast.export.verify import VerificationError, table_of
 
@@ -55,7 +53,8 @@ def _export(options: ExportOptions) -> int:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
     if options.json:
-        print(json.dumps(report))
+        costs = {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_resident_bytes()}
+        print(json.dumps(report | costs))
         return 0
     for adapter in report["adapters"]:
         print(

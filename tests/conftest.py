@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 # Kernels run in Triton's interpreter where there is no GPU; it must be chosen before triton is imported.
 if not torch.cuda.is_available():
@@ -33,6 +34,34 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def check_capture() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
+    """Assert that a function runs without waiting for the GPU, and that a CUDA graph of it replays the same bits."""
+
+    def check(run: Callable[[], Sequence[Tensor]]) -> None:
+        eager = run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for tensor in captured:
+            tensor.fill_(float("nan"))
+        for _ in range(3):
+            graph.replay()
+            assert all(torch.equal(*pair) for pair in zip(captured, eager, strict=True))
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -166,19 +166,18 @@ def _panel(svg: str, caption: str, keys: str = "") -> str:
 def _quality_plots(rows: Sequence[Row], evaluations: Sequence[int]) -> str:
     """Best with best, then each network by each sampler on a common scale of evaluations."""
     labels = ("network evaluations", "Fréchet distance")
+    # A single number of evaluations is no curve.
+    drawn = [name for name in OBJECTIVES if all(select(rows, "quality", objective=name, steps=n) for n in evaluations)]
     lines = [
         Line(LABELS[name], COLOURS[name], [_point(steps, best(rows, name, steps)) for steps in evaluations])
-        for name in OBJECTIVES
-        if name != "fm_paper"
+        for name in drawn
     ]
     floor = select(rows, "autoencoder")[0]
     levels = [("autoencoder", floor["frechet_distance"]), ("real pictures", floor["frechet_floor"])]
     title = "Each network with its best sampler"
     keys = legend([(line.label, line.colour, "") for line in lines])
     panels = [_panel(line_plot(lines, title, *labels, evaluations, levels), f"{title}; bars are 95 % intervals.", keys)]
-    for name in OBJECTIVES:
-        if name == "fm_paper":  # a single number of evaluations is no curve
-            continue
+    for name in drawn:
         lines = []
         for route, dash in DASHES.items():
             found = select(rows, "quality", objective=name, sampler=route.sampler, spacing=route.spacing)

@@ -12,7 +12,7 @@ measured at one number of evaluations only.
 The budget of the default settings, in forward passes of the network on one picture, guidance counted double:
 training 4 x 160 steps x 32; quality 4 networks x 4 samplers x ((2 + 4) evaluations x 200 pictures + 8 x 128 + 25 x 48),
 and 4 x 4 x 200 for `fm_paper`, 114,000; quality against training steps 4 x 7 x 4 x 128, 29,000; brightness 7 routes x 2
-groups x 4 x 500, 56,000. Each picture drawn is decoded once: 20,000.
+groups x 4 x 1000, 112,000. Each picture drawn is decoded once: 27,000.
 """
 
 import copy
@@ -45,12 +45,28 @@ from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import Classifier, load_classifier
 from d2f_fast.trainer import AlignedTrainer, to_pil
 
-# What is trained, and the trainer's name for it.
-NETWORKS: Mapping[str, ObjectiveName] = {
-    "diff2flow": "diff2flow",
-    "fm": "fm",
-    "fm_paper": "fm",
-    "diffusion": "diffusion",
+
+@dataclass(frozen=True)
+class Network:
+    """What is trained.
+
+    Args:
+        objective: the trainer's name for it.
+        negated: the network is taught the negative of its target. Its LoRA belongs to no base that there is: nothing is
+            saved of it, and its brightness is not measured.
+        one_number: it is drawn at one number of evaluations only, that of the curves.
+    """
+
+    objective: ObjectiveName
+    negated: bool = False
+    one_number: bool = False
+
+
+NETWORKS: Mapping[str, Network] = {
+    "diff2flow": Network("diff2flow"),
+    "fm": Network("fm"),
+    "fm_paper": Network("fm", negated=True, one_number=True),
+    "diffusion": Network("diffusion"),
 }
 CHOICES = Path(__file__).with_name("learning_rates.json")
 
@@ -79,7 +95,7 @@ class DemoSettings:
     guidance_scale: float = 2.0
     pictures: Mapping[int, int] = field(default_factory=lambda: {2: 200, 4: 200, 8: 128, 25: 48})
     curve_pictures: int = 128
-    brightness_pictures: int = 500
+    brightness_pictures: int = 1000
     steps_of_curves: int = 4
     repeats: int = 100
 
@@ -144,7 +160,7 @@ def make_trainer(
         folder: of the run's files, and of the cache that runs share.
     """
     pipeline = load_pipeline()
-    if network == "fm_paper":
+    if NETWORKS[network].negated:
         # The trainer teaches noise - latents: to a network that returns the negative, that is latents - noise.
         with torch.no_grad():
             for parameter in pipeline.unet.conv_out.parameters():
@@ -152,7 +168,7 @@ def make_trainer(
     config = TrainingConfig(
         output_dir=str(folder / network),
         cache_dir=str(folder / "cache"),
-        objective=NETWORKS[network],
+        objective=NETWORKS[network].objective,
         rank=settings.rank,
         resolution=pictures.SIZE,
         random_flip=True,
@@ -207,7 +223,7 @@ class Demo:
     def painter(self, model: BaseModel, objective: str) -> Painter:
         """Painter of one network, on the common progress bar."""
         self.progress.set_description(f"draw {objective}")
-        naive = NETWORKS.get(objective) == "fm"
+        naive = objective in NETWORKS and NETWORKS[objective].objective == "fm"
         reader = NaiveFlow(model.alignment.num_train_timesteps) if naive else model.alignment
         return Painter(model, reader, self.settings.guidance_scale, on_batch=self.progress.update)
 
@@ -226,10 +242,11 @@ class Demo:
         )
 
     def measure_quality(self, model: BaseModel, objective: str) -> None:
-        """Every sampler at every number of evaluations; one number for "fm_paper"."""
+        """Every sampler at every number of evaluations, or at the only one of this network."""
         painter, alignment = self.painter(model, objective), model.alignment
+        one_number = objective in NETWORKS and NETWORKS[objective].one_number
         for steps, count in self.settings.pictures.items():
-            if objective == "fm_paper" and steps != self.settings.steps_of_curves:
+            if one_number and steps != self.settings.steps_of_curves:
                 continue
             measured: dict[Route, dict[str, Any]] = {}
             pixels: dict[Route, Tensor] = {}
@@ -320,9 +337,10 @@ class Demo:
 
 def forward_passes(settings: DemoSettings) -> int:
     """Network evaluations, in pictures, that the progress bar counts."""
-    whole, middle = len(NETWORKS), settings.steps_of_curves  # as many as `NETWORKS`: the base in place of "fm_paper"
+    middle, only = settings.steps_of_curves, sum(network.one_number for network in NETWORKS.values())
+    whole = 1 + len(NETWORKS) - only  # the base too
     quality = whole * sum(len(ROUTES) * steps * count for steps, count in settings.pictures.items())
-    quality += len(ROUTES) * middle * settings.pictures.get(middle, 0)
+    quality += only * len(ROUTES) * middle * settings.pictures.get(middle, 0)
     quality -= (whole - 1) * 2 * settings.pictures.get(2, 0)
     curves = len(NETWORKS) * len(settings.curve_points()) * settings.curve_pictures * middle
     return quality + curves + (2 * whole - 1) * 2 * settings.brightness_pictures * middle
@@ -373,7 +391,7 @@ def run_demo(
             with trainer.averaged():
                 model = with_merged_unet(trainer.model)
             demo.measure_quality(model, network)
-            if network != "fm_paper":  # whose LoRA belongs to no base that there is
+            if not NETWORKS[network].negated:
                 demo.measure_brightness(model, network)
                 trainer.save_lora(output / network)
     demo.rows += comparisons(demo.rows)

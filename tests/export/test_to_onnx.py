@@ -59,7 +59,9 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     again = ["--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out", "--verify_only", "--json"]
     assert main(again) == 0
-    assert max(row["rms"] for row in json.loads(capsys.readouterr().out)["parity"]) <= 5e-6
+    report = json.loads(capsys.readouterr().out)
+    assert max(row["rms"] for row in report["parity"]) <= 5e-6
+    assert 0 < report["seconds"] < 600 and 2**26 < report["peak_memory_bytes"] < 2**36
 
 
 @pytest.mark.parametrize(
