@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from d2f_fast.checkpoint import read_tensors, write_tensors
+from d2f_fast.checkpoint import atomic_path, read_tensors, write_tensors
 from d2f_fast.errors import ModelError
 
 ADAPTER = "default"
@@ -131,19 +131,22 @@ def save_lora(unet: Any, folder: str | Path, metadata: Mapping[str, str] | None 
         metadata: further header entries.
 
     Raises:
-        CheckpointError: a weight is not finite, or the disk is full; nothing is written.
+        CheckpointError: a weight is not finite, or the disk is full.
         ModelError: the reloaded file does not give the same output.
+
+    An error leaves what was there before.
     """
     path = Path(folder) / LORA_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors, header = lora_state_dict(unet)
-    write_tensors(path, tensors, header | dict(metadata or {}))
-    difference = reloaded_difference(unet, path)
-    # Nothing but rounding: 1e-6 in float32; a pipeline in half precision also rounds the adapter that it loads.
-    if not difference <= 8 * torch.finfo(unet.dtype).eps:
-        raise ModelError(
-            f"{path} does not reload to the same output (relative difference {difference:.1e}): not shareable"
-        )
+    with atomic_path(path) as temporary:
+        write_tensors(temporary, tensors, header | dict(metadata or {}))
+        difference = reloaded_difference(unet, temporary)
+        # Nothing but rounding: 1e-6 in float32; a pipeline in half precision also rounds the adapter that it loads.
+        if not difference <= 8 * torch.finfo(unet.dtype).eps:
+            raise ModelError(
+                f"{path} does not reload to the same output (relative difference {difference:.1e}): not shareable"
+            )
     return path
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from d2f_fast.alignment import Alignment
 from d2f_fast.base_model import BaseModel
-from d2f_fast.cache import EmbeddingCache, LatentCache
 from d2f_fast.checkpoint import (
+    atomic_path,
     find_checkpoint,
     pack_optimizer,
     read_json,
@@ -44,12 +44,12 @@ from d2f_fast.checkpoint import (
     write_tensors,
 )
 from d2f_fast.config import Method, TrainingConfig
-from d2f_fast.data import BatchPlan, ImageDataset, choose_caption, load_sample, plan_batches, steps_per_epoch
+from d2f_fast.data import ImageDataset, plan_batches, steps_per_epoch
 from d2f_fast.ema import EMA
-from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
+from d2f_fast.encoding import BatchEncoder
+from d2f_fast.errors import CheckpointError, RefusedInputError
 from d2f_fast.fused_lora import use_fused_lora
 from d2f_fast.half_base import HalfBase
-from d2f_fast.image_folder import validated_text
 from d2f_fast.lora import inject_lora, merged_unet, save_lora
 from d2f_fast.objective import Objective
 from d2f_fast.sampler import sample_flow, unet_velocity
@@ -117,6 +117,9 @@ class AlignedTrainer:
             config.logit_std,
             config.flow_shift,
         )
+        # A few elements of each weight tell base models apart; a full finetuning takes its UNet from the checkpoint.
+        unet = ("unet",) if config.adapter == "lora" else ()
+        self._base = model.fingerprint(*unet, "vae", "text_encoder", "text_encoder_2", most=4096)[:16]
         self.trainable = self._prepare_unet()
         self._half_base: HalfBase | None = None
         if config.adapter == "lora" and self._precision == "bf16":
@@ -288,6 +291,8 @@ class AlignedTrainer:
         self._resume()
         self._write_config()
         log, tracker, started = _Log(Path(config.output_dir)), self._tracker(), time.monotonic()
+        if config.resume_from_checkpoint is not None and self.accelerator.is_main_process:
+            log.cut(self.global_step)
         progress = tqdm(
             total=config.max_train_steps,
             initial=self.global_step,
@@ -342,15 +347,7 @@ class AlignedTrainer:
         config, accelerator = self.config, self.accelerator
         if self.global_step >= config.max_train_steps:
             return
-        cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
-        latents = None
-        if config.cache_latents:
-            latents = LatentCache(
-                cache_dir, model=self.model.fingerprint("vae"), resolution=config.resolution, center_crop=True
-            )
-        texts = EmbeddingCache(
-            cache_dir, model=self.model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        )
+        encode = BatchEncoder(self.model, config)
         plans = plan_batches(
             len(dataset),
             self.global_batch_size,
@@ -360,69 +357,7 @@ class AlignedTrainer:
             world_size=accelerator.num_processes,
         )
         for plan in plans:
-            yield self._encode(dataset, plan, latents, texts)
-
-    def _encode(
-        self, dataset: ImageDataset, plan: BatchPlan, latents: LatentCache | None, texts: EmbeddingCache
-    ) -> dict[str, Any]:
-        """Posterior and text condition of one share."""
-        config = self.config
-
-        def load(position: int) -> tuple[Tensor, str]:
-            return load_sample(
-                dataset,
-                plan.index[position],
-                plan.draws[position],
-                config.resolution,
-                random_flip=config.random_flip,
-                center_crop=config.center_crop,
-            )
-
-        positions = range(len(plan.index))
-        if not positions:
-            return self._empty_share(plan)
-        if latents is None:
-            samples = [load(position) for position in positions]
-            captions = [caption for _, caption in samples]
-            posterior = self.model.encode_images(torch.stack([pixels for pixels, _ in samples]))
-        else:
-            keys, captions = [], []
-            for index, draws in zip(plan.index, plan.draws, strict=True):
-                # Datasets that can name a file and its caption without decoding it are not decoded.
-                if hasattr(dataset, "path") and hasattr(dataset, "text"):
-                    source, text, name = dataset.path(index), dataset.text(index), None
-                else:
-                    item, name = dataset[index], f"sample {index}"
-                    source, text = item.get("image"), validated_text(item.get("text"), f'{name}: "text"')
-                    if not isinstance(source, Image.Image):
-                        raise DatasetError(f'{name}: "image" must be a PIL image, got {type(source).__name__}')
-                keys.append(latents.key(source, config.random_flip and draws.mirrored, name))
-                captions.append(choose_caption(text, draws.caption))
-            posterior = latents.get_or_compute(
-                keys, lambda missing: _one_by_one(self.model.encode_images, [load(i)[0][None] for i in missing])
-            )
-        condition = texts.get_or_compute(
-            [texts.key(caption) for caption in captions],
-            lambda missing: _one_by_one(self.model.encode_prompts, [[captions[i]] for i in missing]),
-        )
-        added = self.model.added_cond_kwargs(condition, config.resolution, config.resolution)
-        return {
-            **posterior,
-            "encoder_hidden_states": condition["encoder_hidden_states"],
-            "added_cond_kwargs": added,
-            "offset": plan.offset,
-            "global_batch_size": plan.global_batch_size,
-        }
-
-    def _empty_share(self, plan: BatchPlan) -> dict[str, Any]:
-        """Share of a process that a last, small batch of an epoch leaves without a sample."""
-        side = self.config.resolution // self.model.downsampling
-        return {
-            "latents": torch.empty(0, self.unet.config.in_channels, side, side),
-            "encoder_hidden_states": torch.empty(0, 1, self.unet.config.cross_attention_dim),
-            "offset": plan.offset,
-            "global_batch_size": plan.global_batch_size,
-        }
+            yield encode(dataset, plan)
 
     def _stop_if_not_finite(self) -> None:
         """Read the counters; the one place that waits for the device."""
@@ -470,7 +405,7 @@ class AlignedTrainer:
         kept = {name: value for name, value in config.items() if name not in _FREE_ON_RESUME}
         if not self.config.lr_scheduler.startswith("constant"):  # the others fall towards the last step
             kept["max_train_steps"] = self.config.max_train_steps
-        kept["mixed_precision"] = self._precision
+        kept |= {"mixed_precision": self._precision, "base_model": self._base}
         return json.loads(json.dumps(kept | {"global_batch_size": self.global_batch_size}))
 
     def _write_config(self) -> None:
@@ -655,23 +590,27 @@ class AlignedTrainer:
 
 
 class _Log:
-    """JSON lines, one for each logged step; a continuation appends."""
+    """JSON lines, one for each logged step."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "log.jsonl"
+
+    def cut(self, step: int) -> None:
+        """Drop the rows after a step, which a run that was killed had logged and its continuation takes again."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            with atomic_path(self._path) as temporary:
+                temporary.write_text("".join(kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
         # JSON has no NaN: the loss of a skipped step is null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
-
-
-def _one_by_one(encode: Callable[[Any], dict[str, Tensor]], batches: Sequence[Any]) -> dict[str, Tensor]:
-    """Encode batches of one: rounding then depends on no neighbour, and so on no kill that left a cache half filled."""
-    encoded = [encode(batch) for batch in batches]
-    return {name: torch.cat([tensors[name] for tensors in encoded]) for name in encoded[0]}
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -176,6 +176,7 @@ def test_a_file_that_reloads_to_another_output_is_refused(
 ) -> None:
     inject_lora(unet, 2, alpha=3.0)
     randomize(unet)
+    before = save_lora(unet, tmp_path).read_bytes()
     state_dict = lora.lora_state_dict
 
     def unfolded(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -185,6 +186,8 @@ def test_a_file_that_reloads_to_another_output_is_refused(
     monkeypatch.setattr(lora, "lora_state_dict", unfolded)
     with pytest.raises(ModelError, match=r"does not reload to the same output .* not shareable"):
         save_lora(unet, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.read_bytes() == before
 
 
 @pytest.mark.parametrize("layer", ["conv_in", "conv_out"])

@@ -367,11 +367,30 @@ def test_resuming_may_split_the_same_global_batch_otherwise(make: Any) -> None:
     assert resumed.fit(Pictures())["steps"] == 7
 
 
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_resuming_on_another_base_model_is_refused(
+    make: Any, tiny_folder: Path, tmp_path: Path, adapter: str, part: str
+) -> None:
+    make(max_train_steps=1, adapter=adapter).fit(Pictures())
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    with torch.no_grad():
+        next(getattr(pipeline, part).parameters()).mul_(1.01)
+    resuming = config(tmp_path / "run", adapter=adapter, resume_from_checkpoint="latest", max_train_steps=2)
+    trainer = AlignedTrainer.from_pretrained(pipeline, resuming)
+    if (adapter, part) == ("full", "unet"):  # whose weights are the checkpoint's
+        assert trainer.fit(Pictures())["steps"] == 2
+    else:
+        with pytest.raises(CheckpointError, match=r"state\.json: base_model was '\w{16}', now '\w{16}'; resume with"):
+            trainer.fit(Pictures())
+
+
 def test_resuming_on_another_network_is_refused(make: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    make(max_train_steps=1).fit(Pictures())
+    make(max_train_steps=1, adapter="full").fit(Pictures())
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "block_out_channels": (16, 16)})
-    trainer = AlignedTrainer.from_pretrained(pipeline, config(tmp_path / "run", resume_from_checkpoint="latest"))
+    resuming = config(tmp_path / "run", adapter="full", resume_from_checkpoint="latest")
+    trainer = AlignedTrainer.from_pretrained(pipeline, resuming)
     with pytest.raises(CheckpointError, match=r"trainable\.safetensors holds other parameters: it is of another model"):
         trainer.fit(Pictures())
 
@@ -719,6 +738,8 @@ def kill_runs(model: Path, root: Path) -> dict[str, Any]:
             verify_checkpoint(path)
     assert finish(start(model, killed, resume_from_checkpoint="latest")) == 0
     assert_equal(final(killed), expected)
+    logged = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, STEPS + 1))
     return {"code": code, "rows": rows, "saved": saved, "starts": starts}
 
 
