@@ -785,8 +785,12 @@ def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path) -> N
     one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     assert_equal(first, second)
     assert distance(first, one) <= 1e-4
+    logs = []
     for world in (1, 2):
         assert (tmp_path / f"world{world}" / "checkpoint-7").is_dir()
+        rows = (tmp_path / f"world{world}" / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(row)["loss"] for row in rows])
+    assert len(logs[0]) == 7 and logs[1] == pytest.approx(logs[0], rel=1e-4)
 
 
 if __name__ == "__main__":
