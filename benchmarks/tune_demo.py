@@ -19,7 +19,7 @@ import torch
 
 from d2f_fast.checkpoint import write_json
 from d2f_fast.demo.exam import Exam, noise_of
-from d2f_fast.demo.run import CHOICES, NETWORKS, DemoSettings, StylePictures, make_trainer
+from d2f_fast.demo.run import CHOICES, NETWORKS, DemoSettings, StylePictures, make_trainer, with_merged_unet
 from d2f_fast.demo.sampling import ROUTES, Painter, one_thread_an_operation
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import load_classifier
@@ -40,22 +40,20 @@ def split_names(seed: int) -> tuple[list[int], list[int]]:
 def measure(trainer: AlignedTrainer, network: str, exam: Exam, settings: DemoSettings) -> list[dict[str, Any]]:
     """A row for each sampler."""
     steps = settings.steps_of_curves
-    painter = Painter(trainer.model, trainer.objective.model, settings.guidance_scale)
-    rows = []
     with trainer.averaged():
-        for route in ROUTES:
-            drawn = painter.draw(exam.prompts, noise_of(exam.count, trainer.model, SEED), route, steps)
-            rows.append(
-                {
-                    "objective": network,
-                    "learning_rate": trainer.config.learning_rate,
-                    "sampler": route.sampler,
-                    "spacing": route.spacing,
-                    "steps": steps,
-                    **exam.measure(drawn, settings.repeats),
-                }
-            )
-    return rows
+        model = with_merged_unet(trainer.model)
+    painter, noise = Painter(model, trainer.objective.model, settings.guidance_scale), noise_of(exam.count, model, SEED)
+    return [
+        {
+            "objective": network,
+            "learning_rate": trainer.config.learning_rate,
+            "sampler": route.sampler,
+            "spacing": route.spacing,
+            "steps": steps,
+            **exam.measure(painter.draw(exam.prompts, noise, route, steps), settings.repeats),
+        }
+        for route in ROUTES
+    ]
 
 
 def main() -> None:
