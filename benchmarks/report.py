@@ -4,7 +4,7 @@
     python -m benchmarks.report FOLDER --pictures docs
 
 Of each case and provider the newest row counts. Bars are medians, the line across one is from the 20th to the 80th
-percentile; ours are green, and the dashed line is the first of them.
+percentile, or from the fastest to the slowest picture; ours are green, and the dashed line is the first of them.
 """
 
 import argparse
@@ -18,9 +18,13 @@ from benchmarks import clock
 from d2f_fast.demo.plots import WIDTH, Bar, bar_plot
 
 Row = dict[str, str]
-KEYS = ("benchmark", "case", "provider", "pass", "timing")
+KEYS = ("benchmark", "case", "steps", "provider", "pass", "timing")
 MEASURED_ON = ("date", "commit", "device", "torch", "triton", "threads", "clock_mhz")
-TIMES = (("median_ms", "p20_ms", "p80_ms"), ("median_us", "p20_us", "p80_us"))
+TIMES = (
+    ("median_ms", "p20_ms", "p80_ms"),
+    ("median_us", "p20_us", "p80_us"),
+    ("picture_ms", "fastest_ms", "slowest_ms"),
+)
 STYLE = (
     "svg{font:11px sans-serif;fill:#333;background:#fff}.title{font-weight:bold}.grid{stroke:#ddd}"
     ".level{stroke:#333;stroke-dasharray:4 3}.interval{stroke:#333}"
@@ -52,7 +56,7 @@ def bars_of(rows: Sequence[Row]) -> tuple[list[Bar], float, str]:
     times = next(names for names in TIMES if names[0] in rows[0])
     bars, level = [], 0.0
     for row in rows:
-        ours = row["provider"].startswith(("d2f_fast", "split"))
+        ours = row["provider"].startswith(("d2f_fast", "split", "onnx_"))
         colour = "#0b7a75" if ours else "#7a7a85" if row["provider"] in ("base", "base only") else "#3d5a98"
         bars.append(Bar(row["provider"], colour, *(float(row[name]) for name in times)))
         level = level or (bars[-1].value if ours else 0.0)
@@ -63,7 +67,9 @@ def picture(rows: Sequence[Row], title: str) -> str:
     """One SVG file: a panel of bars for each case."""
     panels: dict[str, list[Row]] = {}
     for row in rows:
-        panels.setdefault(" ".join(filter(None, (row["case"], row.get("pass"), row.get("timing")))), []).append(row)
+        steps = f"{row['steps']} steps" if row.get("steps") else ""
+        name = " ".join(filter(None, (row["case"], steps, row.get("pass"), row.get("timing"))))
+        panels.setdefault(name, []).append(row)
     parts, top = [f'<text class="title" x="4" y="14">{escape(title)}</text>'], 22
     for name, group in panels.items():
         bars, level, unit = bars_of(group)
@@ -87,7 +93,8 @@ def draw(folder: Path, pictures: Path) -> list[Path]:
                 continue
             name = "-".join(filter(None, (path.stem, re.sub(r"[^a-z0-9]+", "-", benchmark))))
             written.append(pictures / f"{name}.svg")
-            title = f"{benchmark or path.stem}, {rows[-1]['device']}: medians, 20th to 80th percentile"
+            spread = "fastest to slowest" if "picture_ms" in rows[0] else "20th to 80th percentile"
+            title = f"{benchmark or path.stem}, {rows[-1]['device']}: medians, {spread}"
             written[-1].write_text(picture(rows, title))
     return written
 

@@ -92,6 +92,20 @@ def test_a_report_prints_and_draws_the_newest_row_of_each_provider(tmp_path):
     assert path.name == "cpu-some-step.svg" and "large &lt;b&gt;" in picture and "<b>" not in picture
 
 
+def test_a_report_draws_each_number_of_steps_of_a_sampler(tmp_path):
+    shown = (
+        "case,steps,provider,picture_ms,fastest_ms,slowest_ms,vs_diffusers,load_s,file_mb,peak_mib,largest_difference"
+    )
+    rows = [f"date,commit,device,torch,triton,threads,{shown}"]
+    forms = [(steps, provider) for provider in ("diffusers", "onnx_loop") for steps in (1, 4)]
+    rows += [f"1,a,CPU,2,3,2,small,{n},{provider},{10 * n},{9 * n},{12 * n},1,1,1,1,0" for n, provider in forms]
+    (tmp_path / "cpu-sampling.csv").write_text("\n".join(rows) + "\n")
+    command = [sys.executable, "-m", "benchmarks.report", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    picture = (tmp_path / "cpu-sampling.svg").read_text()
+    assert picture.count("<rect") == 4 and "small 4 steps, ms" in picture and "fastest to slowest" in picture
+
+
 # The GPU suite
 
 
