@@ -21,17 +21,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from benchmarks.unets import SD15
 from d2f_fast import use_fused_lora
 from d2f_fast.lora import inject_lora
 
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 RANK, MIB = 16, 2**20
 PRECISIONS = {"scripts": (torch.bfloat16, True), "fp32": (torch.float32, False)}
 TARGETS: dict[str, dict[str, Any]] = {

@@ -17,19 +17,11 @@ from d2f_fast.kernels.align import align_launch, align_reference
 from d2f_fast.kernels.runtime import INTERPRET
 from d2f_fast.ops import align
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One element, less than a block, a block exactly, several blocks and a part.
 SHAPES = [(5, 1, 1, 1), (1, 1, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory(monkeypatch):
-    """`torch.empty` is full of NaN: an element that no program writes is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def model_of(prediction_type, zero_snr=False):

@@ -23,6 +23,7 @@ from d2f_fast.kernels.runtime import INTERPRET
 from d2f_fast.kernels.velocity_loss import velocity_loss_launch, velocity_loss_reference
 from d2f_fast.ops import align, aligned_loss
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 WEIGHTINGS = ("flow", "native", "min_snr")
@@ -30,15 +31,6 @@ CASES = [(p, w) for p in PREDICTION_TYPES for w in WEIGHTINGS if (p, w) != ("flo
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One element, less than a block, a block exactly, several blocks and a part.
 SHAPES = [(5, 1, 1, 1), (1, 1, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory(monkeypatch):
-    """`torch.empty` is full of NaN: an element that no program writes is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def model_of(prediction_type, zero_snr=False):
