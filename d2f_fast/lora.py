@@ -131,7 +131,8 @@ def save_lora(unet: Any, folder: str | Path, metadata: Mapping[str, str] | None 
         metadata: further header entries.
 
     Raises:
-        CheckpointError: a weight is not finite, or the disk is full.
+        CheckpointError: a weight is not finite.
+        RefusedInputError: the disk is full.
         ModelError: the reloaded file does not give the same output.
 
     An error leaves what was there before.
