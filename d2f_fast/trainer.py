@@ -200,7 +200,8 @@ class AlignedTrainer:
                 the global batch, and its size.
 
         Returns:
-            The mean loss over this share, float32 scalar on the device, detached; reading it syncs with the device.
+            The mean loss, float32 scalar on the device, detached: over the global batch with several processes, else
+            over this share. Reading it syncs with the device.
         """
         generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, self.global_step))
         if self._half_base is not None:
@@ -314,7 +315,7 @@ class AlignedTrainer:
                     self._stop_if_not_finite()
                     now = time.monotonic()
                     rate = (step - last_step) * self.global_batch_size / (now - last_time)
-                    last_loss, last_time, last_step = self._global_mean(loss, batch), now, step
+                    last_loss, last_time, last_step = loss.item(), now, step
                     row: dict[str, Any] = {"step": step, "loss": last_loss, "lr": self._learning_rate(step)}
                     row |= {"images_per_second": rate, "skipped_steps": int(self._training_step.skipped)}
                     progress.set_postfix(loss=f"{last_loss:.4f}", images_s=f"{rate:.1f}")
@@ -358,14 +359,6 @@ class AlignedTrainer:
         )
         for plan in plans:
             yield encode(dataset, plan)
-
-    def _global_mean(self, loss: Tensor, batch: Mapping[str, Any]) -> float:
-        """Mean loss over the global batch, of each process' mean over its share of this batch."""
-        if self.accelerator.num_processes > 1:
-            size = len(batch["encoder_hidden_states"])
-            total, count = self.accelerator.reduce(torch.stack([loss * size, loss.new_tensor(size)]), "sum")
-            loss = total / count
-        return loss.item()
 
     def _stop_if_not_finite(self) -> None:
         """Read the counters; the one place that waits for the device."""

@@ -110,7 +110,8 @@ class TrainingStep:
         """Take one step.
 
         Returns:
-            The mean loss over the share, float32 scalar on the device, detached.
+            The mean loss, float32 scalar on the device, detached: over the global batch with several processes, which
+            sum it with the gradients, else over the share.
         """
         if isinstance(self._lr, Tensor):
             self._lr.fill_(learning_rate)
@@ -138,8 +139,9 @@ class TrainingStep:
             # A sum over the global batch: the size of the parts and of the shares changes nothing.
             (per_sample.sum() / inputs.global_size).backward()
             total += per_sample.detach().sum()
-        self._update(total, summed=self._num_processes > 1 and not dry)
-        return total / max(len(inputs.latents), 1)
+        summed = self._num_processes > 1 and not dry
+        self._update(total, summed=summed)
+        return total / (inputs.global_size if summed else max(len(inputs.latents), 1))
 
     def optimizer_was_loaded(self) -> None:
         """Restore this device's options, and drop the graphs, which hold the state that was."""
@@ -190,18 +192,22 @@ class TrainingStep:
         return self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
 
     def _update(self, loss: Tensor, *, summed: bool) -> None:
-        """Clip, step and average, or change nothing where loss or gradient is not finite; no host sync."""
+        """Clip, step and average, or change nothing where loss or gradient is not finite; no host sync.
+
+        Args:
+            loss: of the share; in place that of all processes, if it is summed.
+            summed: over the processes, with the gradients.
+        """
         for parameter in self.trainable.values():
             if parameter.grad is None:  # an empty share
                 parameter.grad = torch.zeros_like(parameter)
         if summed:
             # Summed here, once a step, and not by DDP: shares may be empty, or of unequal numbers of backward passes.
-            together = [loss.clone(), *(p.grad for p in self.trainable.values() if p.grad is not None)]
+            together = [loss, *(p.grad for p in self.trainable.values() if p.grad is not None)]
             flat = torch.cat([tensor.reshape(-1) for tensor in together])
             torch.distributed.all_reduce(flat)
             parts = flat.split([tensor.numel() for tensor in together])
             torch._foreach_copy_(together, [part.view_as(tensor) for part, tensor in zip(parts, together, strict=True)])
-            loss = together[0]
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
         not_finite = ~torch.isfinite(norm + loss)
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
