@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2f_fast.kernels.runtime import INTERPRET
+
 RESULTS = Path(__file__).parent / "results"
 # Whether this run was told where compiled code is kept; Inductor sets it too, once it is used.
 KEEPS_COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR" in os.environ
@@ -39,8 +41,6 @@ SHOWN = {
         *("first_step_s", "to_step_500_s", "peak_mib", "kernels", "host_ms", "share_of_matmul", "share_of_ceiling"),
     ),
 }
-# What a script that measures a GPU is told where there is none, to be tried at tiny sizes.
-WITHOUT_GPU = "needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none"
 ROUND_SECONDS = 0.01  # of one round: the clock's own cost, some 10 µs on a GPU, stays below 0.2 %
 
 
@@ -56,6 +56,14 @@ def gpu_script(document: str | None, minutes: float) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=minutes, help="nothing is begun after them")
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, in Triton's interpreter without a GPU")
     return parser
+
+
+def gpu_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Options of such a script; it ends here where there is no GPU, unless it is tried in Triton's interpreter."""
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and not (options.dry_run and INTERPRET):
+        parser.error("needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none")
+    return options
 
 
 def tensors_of(operands: Any) -> Iterable[Tensor]:

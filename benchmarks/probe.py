@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import clock
 from benchmarks.lora_paths import ADDMM, Operands, errors_of, operands, run_base, run_forward, run_step, split
 from d2f_fast.kernels.lora_dispatch import entry_of, narrow_entry_of
-from d2f_fast.kernels.runtime import INTERPRET
 
 TABLE, ROUNDS = "probe", 15
 BACKENDS = {
@@ -191,11 +190,7 @@ def measure(
 
 def main() -> None:
     """Probe this device."""
-    parser = clock.gpu_script(__doc__, minutes=6)
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if not cuda and not (options.dry_run and INTERPRET):
-        parser.error(clock.WITHOUT_GPU)
+    options, cuda = clock.gpu_options(clock.gpu_script(__doc__, minutes=6)), torch.cuda.is_available()
     device, dtype, rows, rounds = torch.device("cuda"), torch.bfloat16, probes(), ROUNDS
     if options.dry_run:  # one shape of each kind; the interpreter truncates bfloat16
         rounds, rows = 3, [LinearProbe(48, 32, 16, path, False) for path in ("base", "addmm", "split")]

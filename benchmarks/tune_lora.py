@@ -25,7 +25,6 @@ from d2f_fast.checkpoint import write_json
 from d2f_fast.kernels import lora_dispatch
 from d2f_fast.kernels.lora_dispatch import MEASURED, MIN_ROWS, Entry, NarrowEntry, Tile
 from d2f_fast.kernels.lora_kernels import _dividing
-from d2f_fast.kernels.runtime import INTERPRET
 
 try:
     from triton.runtime.errors import OutOfResources
@@ -226,10 +225,7 @@ def main() -> None:
     """Tune this device."""
     parser = clock.gpu_script(__doc__, minutes=30)
     parser.add_argument("--output", type=Path, default=MEASURED, help="table to write, or to go on with")
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if not cuda and not (options.dry_run and INTERPRET):
-        parser.error(clock.WITHOUT_GPU)
+    options, cuda = clock.gpu_options(parser), torch.cuda.is_available()
     device, deadline = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes
     torch.manual_seed(0)
     rows_of = {320: 65536, 640: 16384, 1280: 4096}
