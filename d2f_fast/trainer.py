@@ -104,6 +104,10 @@ class AlignedTrainer:
             raise RefusedInputError(f"cuda_graph needs a CUDA GPU, got {self.device.type}: leave it out")
         if config.compile:
             keep_compiled_code()
+        # A few elements of each weight tell base models apart; a full finetuning takes its UNet from the checkpoint.
+        # Read before the model moves: on a GPU each of them would be fetched on its own.
+        unet = ("unet",) if config.adapter == "lora" else ()
+        self._base = model.fingerprint(*unet, "vae", "text_encoder", "text_encoder_2", most=4096)[:16]
         self.model = model.to(self.device)
         self.unet = model.unet
         self.alignment: Alignment = model.alignment
@@ -117,9 +121,6 @@ class AlignedTrainer:
             config.logit_std,
             config.flow_shift,
         )
-        # A few elements of each weight tell base models apart; a full finetuning takes its UNet from the checkpoint.
-        unet = ("unet",) if config.adapter == "lora" else ()
-        self._base = model.fingerprint(*unet, "vae", "text_encoder", "text_encoder_2", most=4096)[:16]
         self.trainable = self._prepare_unet()
         self._half_base: HalfBase | None = None
         if config.adapter == "lora" and self._precision == "bf16":
