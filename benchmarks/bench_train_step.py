@@ -87,18 +87,28 @@ ATTENTION = {
 }
 ALL = list(PROVIDERS)
 RIVALS = ["d2f_fast", "peft best", "script"]
+LEVERS = [name for name in ALL if name not in RIVALS]
+# The rivals of the largest batches before the levers of one: compiling takes most of a row's time.
 STAGES: dict[str, list[tuple[Case, list[str]]]] = {
     "cpu": [
         (case, [name for name in ALL if name not in ONLY_ON_A_GPU])
         for case in (Case("miniature", 16, 8), Case("sd15 halved", 1, 32))
     ],
     "b16": [
-        (Case("sd15", 16, 64), ALL),
-        *((Case("sd15", batch, 64, rank), RIVALS) for batch, rank in ((16, 64), (64, 16), (4, 16))),
+        (Case("sd15", 16, 64), RIVALS),
+        (Case("sd15", 64, 64), RIVALS),
+        (Case("sd15", 16, 64), LEVERS),
+        (Case("sd15", 16, 64, 64), RIVALS),
+        (Case("sd15", 4, 64), RIVALS),
         (Case("sd15", 16, 64, targets=None), RIVALS),
         (Case("sd21", 16, 64), RIVALS),
     ],
-    "b1": [(Case("sd15", 1, 64), ALL), (Case("sd15", 1, 64, 64), RIVALS), (Case("sd21", 1, 64), RIVALS)],
+    "b1": [
+        (Case("sd15", 1, 64), RIVALS),
+        (Case("sd15", 1, 64), LEVERS),
+        (Case("sd15", 1, 64, 64), RIVALS),
+        (Case("sd21", 1, 64), RIVALS),
+    ],
     "sdxl": [(Case("sdxl", 4, 128), RIVALS), (Case("sdxl", 1, 128), RIVALS), (Case("sdxl", 1, 128, 64), RIVALS)],
 }
 DRY = Case("miniature", 2, 8)
@@ -214,6 +224,8 @@ def test_train_step(step_of, device, record, dry_run, stage, case, provider):
     elif (stage == "cpu") == CUDA:
         pytest.skip(f"for a {'CPU' if CUDA else 'CUDA GPU'}")
     script = Script.on(case, device)
+    if CUDA:
+        script_seconds(case)  # now: beside another step's graph there may be no room for its activations
     clear()
     before = torch.cuda.memory_allocated() if CUDA else 0
     step = step_of(case, provider, device)

@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.train_steps import EVALUATED_AT_ONCE, MAX_NORM, Levers, PeftStep
+from benchmarks.unets import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = """
@@ -182,6 +186,21 @@ def test_a_dry_run_of_a_step_stage_that_is_cut_keeps_the_steps_that_it_measured(
     with table.open() as file:
         assert next(csv.DictReader(file))["provider"] == "d2f_fast"
     assert done.returncode in (0, 124) and "miniature r16 b2 8x8" in done.stdout
+
+
+def test_the_script_that_judges_a_step_sums_a_few_pictures_at_a_time():
+    case = Case("miniature", 2 * EVALUATED_AT_ONCE + 1, 8, dtype=torch.float32)
+    script = PeftStep(case, torch.device("cpu"), Levers())
+    draws = torch.randn(case.batch, 4, case.side, case.side), torch.rand(case.batch)
+    whole = script._mean_loss(script._latents, *draws, script._condition)
+    whole.backward()
+    torch.nn.utils.clip_grad_norm_(script.trainable.values(), MAX_NORM)
+    wanted = {name: parameter.grad for name, parameter in script.trainable.items()}
+
+    loss, gradients = script.evaluate(draws)
+    torch.testing.assert_close(loss, whole.detach(), rtol=1e-6, atol=0)
+    size = float(torch.stack([tensor.norm() for tensor in wanted.values()]).norm())
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-5 * size)
 
 
 @pytest.mark.slow
