@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2f_fast.kernels.lora_dispatch import MAX_RANK, Tile, entry_of, narrow_entry_of, rank_bucket
-from d2f_fast.kernels.runtime import INTERPRET
+from d2f_fast.kernels.runtime import INTERPRET, on_device
 
 GROUP = 8  # blocks of rows that share a tile of the weight
 BLOCKS = 8  # blocks of rows that one program of a sum over the rows adds up
@@ -218,21 +218,22 @@ def launch_backward_ds_db(
     grad_s, blocks = grad_y.new_empty(rows, rank), -(-rows // tile.m)
     parts = grad_y.new_empty(blocks, n, rank, dtype=torch.float32)
     if rows:
-        _grad_b_kernel[(blocks,)](
-            grad_y.contiguous(),
-            s.contiguous(),
-            b.contiguous(),
-            grad_s,
-            parts,
-            rows,
-            N=n,
-            RANK=rank,
-            R=rank_bucket(rank),
-            BLOCK_M=tile.m,
-            BLOCK_N=_dividing(tile.n, n),
-            UPCAST=INTERPRET,
-            **_options(tile),
-        )
+        with on_device(grad_y):
+            _grad_b_kernel[(blocks,)](
+                grad_y.contiguous(),
+                s.contiguous(),
+                b.contiguous(),
+                grad_s,
+                parts,
+                rows,
+                N=n,
+                RANK=rank,
+                R=rank_bucket(rank),
+                BLOCK_M=tile.m,
+                BLOCK_N=_dividing(tile.n, n),
+                UPCAST=INTERPRET,
+                **_options(tile),
+            )
     return grad_s, parts.sum(0)
 
 
@@ -248,21 +249,22 @@ def _launch_narrow(x: Tensor, a: Tensor, rank: int, strides: tuple[int, int], ti
     tile = tile or narrow_entry_of(rank, x.dtype, x.device).shrink
     s = x.new_empty(rows, rank)
     if rows:
-        _narrow_kernel[(-(-rows // tile.m),)](
-            x.contiguous(),
-            a,
-            s,
-            rows,
-            K=k,
-            RANK=rank,
-            R=rank_bucket(rank),
-            STRIDE_A_RANK=strides[0],
-            STRIDE_A_K=strides[1],
-            BLOCK_M=tile.m,
-            BLOCK_K=_dividing(tile.k, k),
-            UPCAST=INTERPRET,
-            **_options(tile),
-        )
+        with on_device(x):
+            _narrow_kernel[(-(-rows // tile.m),)](
+                x.contiguous(),
+                a,
+                s,
+                rows,
+                K=k,
+                RANK=rank,
+                R=rank_bucket(rank),
+                STRIDE_A_RANK=strides[0],
+                STRIDE_A_K=strides[1],
+                BLOCK_M=tile.m,
+                BLOCK_K=_dividing(tile.k, k),
+                UPCAST=INTERPRET,
+                **_options(tile),
+            )
     return s
 
 
@@ -283,30 +285,31 @@ def _launch_wide(
     _check(k, rank)
     y, block_n = x.new_empty(rows, n), _dividing(tile.n, n)
     if rows:
-        _wide_kernel[(-(-rows // tile.m) * (n // block_n),)](
-            x.contiguous(),
-            weight,
-            s.contiguous(),
-            b,
-            x if bias is None else bias.contiguous(),
-            y,
-            rows,
-            N=n,
-            K=k,
-            RANK=rank,
-            R=rank_bucket(rank),
-            STRIDE_WEIGHT_N=weight_strides[0],
-            STRIDE_WEIGHT_K=weight_strides[1],
-            STRIDE_B_N=b_strides[0],
-            STRIDE_B_RANK=b_strides[1],
-            HAS_BIAS=bias is not None,
-            BLOCK_M=tile.m,
-            BLOCK_N=block_n,
-            BLOCK_K=_dividing(tile.k, k),
-            GROUP=GROUP,
-            UPCAST=INTERPRET,
-            **_options(tile),
-        )
+        with on_device(x):
+            _wide_kernel[(-(-rows // tile.m) * (n // block_n),)](
+                x.contiguous(),
+                weight,
+                s.contiguous(),
+                b,
+                x if bias is None else bias.contiguous(),
+                y,
+                rows,
+                N=n,
+                K=k,
+                RANK=rank,
+                R=rank_bucket(rank),
+                STRIDE_WEIGHT_N=weight_strides[0],
+                STRIDE_WEIGHT_K=weight_strides[1],
+                STRIDE_B_N=b_strides[0],
+                STRIDE_B_RANK=b_strides[1],
+                HAS_BIAS=bias is not None,
+                BLOCK_M=tile.m,
+                BLOCK_N=block_n,
+                BLOCK_K=_dividing(tile.k, k),
+                GROUP=GROUP,
+                UPCAST=INTERPRET,
+                **_options(tile),
+            )
     return y
 
 
@@ -318,20 +321,21 @@ def _launch_rows_sum(x: Tensor, s: Tensor, tile: Tile | None) -> Tensor:
     block_n, blocks = _dividing(tile.n, n), -(-rows // (tile.m * BLOCKS))
     parts = x.new_empty(blocks, n, rank, dtype=torch.float32)
     if rows:
-        _rows_sum_kernel[(blocks, n // block_n)](
-            x.contiguous(),
-            s.contiguous(),
-            parts,
-            rows,
-            N=n,
-            RANK=rank,
-            R=rank_bucket(rank),
-            BLOCKS=BLOCKS,
-            BLOCK_M=tile.m,
-            BLOCK_N=block_n,
-            UPCAST=INTERPRET,
-            **_options(tile),
-        )
+        with on_device(x):
+            _rows_sum_kernel[(blocks, n // block_n)](
+                x.contiguous(),
+                s.contiguous(),
+                parts,
+                rows,
+                N=n,
+                RANK=rank,
+                R=rank_bucket(rank),
+                BLOCKS=BLOCKS,
+                BLOCK_M=tile.m,
+                BLOCK_N=block_n,
+                UPCAST=INTERPRET,
+                **_options(tile),
+            )
     return parts.sum(0)
 
 

@@ -39,6 +39,8 @@ def _shrink(x: Tensor, a: Tensor) -> Tensor:
     return x @ a.t()
 
 
+# The two that add in place are ops of their own: in Inductor's graph of plain torch addmm_ becomes an addmm that first
+# copies the base product.
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, weight, bias).addmm_(s, b.t())
 
@@ -65,9 +67,10 @@ def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 library.define("lora_shrink(Tensor x, Tensor a) -> Tensor")
-library.define("lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor b) -> Tensor")
+for _path in ("", "_addmm"):
+    library.define(f"lora_forward{_path}(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor b) -> Tensor")
+    library.define(f"lora_backward_dx{_path}(Tensor grad_y, Tensor weight, Tensor grad_s, Tensor a) -> Tensor")
 library.define("lora_backward_ds_db(Tensor grad_y, Tensor s, Tensor b) -> (Tensor, Tensor)")
-library.define("lora_backward_dx(Tensor grad_y, Tensor weight, Tensor grad_s, Tensor a) -> Tensor")
 library.define("lora_backward_da(Tensor grad_s, Tensor x) -> Tensor")
 
 _REFERENCES = {
@@ -87,6 +90,9 @@ _LAUNCHES = {
 for _name, _reference in _REFERENCES.items():
     library.impl(_name, _reference, "CPU")
     library.impl(_name, _LAUNCHES[_name] if triton_available() else _reference, "CUDA")
+for _name, _reference in (("lora_forward_addmm", _forward), ("lora_backward_dx_addmm", _backward_dx)):
+    library.impl(_name, _reference, "CPU")
+    library.impl(_name, _reference, "CUDA")
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,6 +109,7 @@ def _(x: Tensor, a: Tensor) -> Tensor:
 
 
 @_fake("lora_forward")
+@_fake("lora_forward_addmm")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -114,6 +121,7 @@ def _(grad_y: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_fake("lora_backward_dx")
+@_fake("lora_backward_dx_addmm")
 def _(grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor) -> Tensor:
     return grad_y.new_empty(grad_y.shape[0], weight.shape[1])
 
@@ -143,9 +151,11 @@ class _LoRALinear(torch.autograd.Function):
         with _without_autocast(x.device):
             a, b = lora_a.to(x.dtype), (lora_b if scale == 1 else lora_b * scale).to(x.dtype)
             s = op.lora_shrink(x, a) if path == "split" else _shrink(x, a)
-            y = op.lora_forward(x, weight, bias, s, b) if path == "split" else _forward(x, weight, bias, s, b)
-        _, weight_grad, _, a_grad, b_grad, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if weight_grad or a_grad else None, s if b_grad else None, weight, a, b)
+            y = (op.lora_forward if path == "split" else op.lora_forward_addmm)(x, weight, bias, s, b)
+        x_grad, weight_grad, _, a_grad, b_grad, *_ = ctx.needs_input_grad
+        # Of several layers together the weight is a copy; text, which they share, needs no gradient.
+        kept = (x, weight_grad or a_grad), (s, b_grad), (weight, x_grad), (a, x_grad), (b, x_grad or a_grad or b_grad)
+        ctx.save_for_backward(*(tensor if needed else None for tensor, needed in kept))
         ctx.scale, ctx.path, ctx.master_dtypes = scale, path, (lora_a.dtype, lora_b.dtype)
         return y
 
@@ -167,8 +177,8 @@ class _LoRALinear(torch.autograd.Function):
             if a_grad:
                 grad_a = (op.lora_backward_da(grad_s, x) if split else _backward_da(grad_s, x)).to(a_dtype)
             if x_grad:
-                operands = grad_y, weight, grad_s, a
-                grad_x = op.lora_backward_dx(*operands) if split else _backward_dx(*operands)
+                backward_dx = op.lora_backward_dx if split else op.lora_backward_dx_addmm
+                grad_x = backward_dx(grad_y, weight, grad_s, a)
             if weight_grad:
                 grad_weight = grad_y.t() @ x
             if bias_grad:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,29 @@ def test_strided_operands_are_copied_and_not_misread() -> None:
     dy = torch.ones(()).expand(20, 16)  # what .sum().backward() sends
     for got, want in zip(lora_kernels.launch_backward_ds_db(dy, s, b, TILE), (dy @ b, dy.t() @ s), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_every_kernel_is_launched_on_the_device_of_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Tensor] = []
+    left: list[Tensor] = []
+
+    @contextmanager
+    def on_device(operand: Tensor) -> Iterator[None]:
+        entered.append(operand)
+        yield
+        left.append(operand)
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda x, *_, **__: kernels.append(len(entered) == len(left) + 1 and entered[-1] is x)
+
+    kernels: list[bool] = []
+    monkeypatch.setattr(lora_kernels, "on_device", on_device)
+    for name in ("_narrow_kernel", "_wide_kernel", "_grad_b_kernel", "_rows_sum_kernel"):
+        monkeypatch.setattr(lora_kernels, name, Kernel())
+    launches(40, 16, 32, 4, torch.float32, TILE)
+    assert kernels and all(kernels)
 
 
 @interpreted
@@ -325,6 +349,7 @@ def test_only_what_is_needed_is_computed_and_kept(path: str, wanted: set[str]) -
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-6)
     rows_kept = sum(tensor.shape[1] for tensor in kept if tensor.shape[0] == 50)
     assert rows_kept == 32 * ("lora_a" in wanted) + 4 * ("lora_b" in wanted)
+    assert any(tensor.data_ptr() == t["weight"].data_ptr() for tensor in kept) == ("x" in wanted)
 
 
 def test_nothing_but_x_and_s_is_kept(path: str) -> None:
@@ -365,9 +390,13 @@ def test_ops_declare_what_they_do() -> None:
     x, w, a, b, bias = (tensor.detach() for tensor in operands(6).values())
     s, dy, op = x @ a.t(), torch.randn(6, 48), torch.ops.d2f_fast
     torch.library.opcheck(op.lora_shrink.default, (x, a))
-    torch.library.opcheck(op.lora_forward.default, (x, w, bias, s, b))
+    for forward, backward_dx in (
+        (op.lora_forward, op.lora_backward_dx),
+        (op.lora_forward_addmm, op.lora_backward_dx_addmm),
+    ):
+        torch.library.opcheck(forward.default, (x, w, bias, s, b))
+        torch.library.opcheck(backward_dx.default, (dy, w, s, a))
     torch.library.opcheck(op.lora_backward_ds_db.default, (dy, s, b))
-    torch.library.opcheck(op.lora_backward_dx.default, (dy, w, s, a))
     torch.library.opcheck(op.lora_backward_da.default, (s, x))
     fake = torch.ops.d2f_fast.lora_backward_da(s.bfloat16().to("meta"), x.bfloat16().to("meta"))
     assert fake.dtype == torch.float32
