@@ -1,8 +1,8 @@
 """Projections of attention layers with LoRA, several in one product.
 
     self-attention      q, k and v of a layer, where the table of the kernels says that the packed product is fused
-    cross-attention     keys and values of every layer that sees the text, from one product at the start of the UNet's
-                        forward: 32 small products in Stable Diffusion 1.5
+    cross-attention     keys and values of the layers that see the text, several layers' to a product, at the start of
+                        the UNet's forward: 32 small products in Stable Diffusion 1.5
 
 On a GPU only; elsewhere, and for what is not recognised, each layer projects by itself. The base weights are
 concatenated at each call: a kept copy would go stale when weights are loaded, merged or moved.
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from d2f_fast.fused_layers import FusedLinear, hooked, operands, serves
 from d2f_fast.ops import MIN_ROWS, autocasts, choose_path, lora_linear_packed, runs_plain
+
+# Of the text products made as one. The packed B is dense, and nearly all of it zero: all 140 of SDXL together would take
+# 1.5 GB of float32 at rank 16, and 6 GB at rank 64.
+MOST_PACKED_RANKS = 128
 
 
 class PackedAttention(Attention):
@@ -61,7 +65,7 @@ class TextProducts:
 
 
 def pack_text_products(unet: Any) -> Callable[[], None]:
-    """Have a UNet make the text's keys and values in one product, where that pays; returns what undoes it."""
+    """Have a UNet make the text's keys and values of several layers together, where that pays; returns what undoes it."""
     products = TextProducts(unet)
     for index, attention in enumerate(products.attentions):
         attention.text_products, attention.text_index = products, index
@@ -82,7 +86,7 @@ def pack_text_products(unet: Any) -> Callable[[], None]:
 
 
 def _project_text(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the UNet's forward: the product of all the text's keys and values, if this call is one to pack."""
+    """Before the UNet's forward: the products of all the text's keys and values, if this call is one to pack."""
     products: TextProducts = unet.text_products
     text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
     layers = [layer for attention in products.attentions for layer in (attention.to_k, attention.to_v)]
@@ -93,8 +97,9 @@ def _project_text(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     if not plain_call or checkpoints or not isinstance(text, Tensor) or text.ndim != 3 or not _pays_for_text(text):
         return
     known = all(type(attention.processor) is AttnProcessor2_0 for attention in products.attentions)
-    if known and len(layers) > 2 and _can_pack(layers):
-        projected = _packed(text, layers)
+    groups = _grouped(layers) if known and len(layers) > 2 and _can_pack(layers) else []
+    if 0 < len(groups) < len(layers):
+        projected = [product for group in groups for product in _packed(text, group)]
         products.text, products.projected = text, list(zip(projected[::2], projected[1::2], strict=True))
 
 
@@ -135,7 +140,7 @@ def _takes_text(attention: Any) -> bool:
 
 
 def _pays_for_text(text: Tensor) -> bool:
-    """Few rows: the launches of many small products cost more than the packed one's zero blocks of B."""
+    """Few rows: the launches of many small products cost more than the packed ones' zero blocks of B."""
     return not runs_plain(text.device) and text.shape[0] * text.shape[1] < MIN_ROWS
 
 
@@ -146,6 +151,20 @@ def _can_pack(layers: Sequence[Any]) -> bool:
         and len({layer.in_features for layer in layers}) == 1
         and len({layer.base_layer.bias is None for layer in layers}) == 1
     )
+
+
+def _grouped(layers: Sequence[Any]) -> list[list[Any]]:
+    """The layers in order, as many to a group as MOST_PACKED_RANKS allows."""
+    groups: list[list[Any]] = []
+    ranks = MOST_PACKED_RANKS
+    for layer in layers:
+        rank = operands(layer)[0].shape[0]
+        if ranks + rank > MOST_PACKED_RANKS:
+            groups.append([])
+            ranks = 0
+        groups[-1].append(layer)
+        ranks += rank
+    return groups
 
 
 def _packed(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:

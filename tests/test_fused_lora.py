@@ -398,6 +398,20 @@ def test_text_and_self_attention_are_packed(monkeypatch: pytest.MonkeyPatch, pac
         assert unet.text_products.text is None and not unet.text_products.projected
 
 
+@pytest.mark.parametrize(("ranks", "products"), [(12, [3, 3, 2]), (31, [7, 1]), (7, [])])
+def test_text_is_packed_up_to_a_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, packed: list[int], ranks: int, products: list[int]
+) -> None:
+    unet = adapted()
+    want = step(unet)
+    monkeypatch.setenv(PATH_VARIABLE, "addmm")
+    monkeypatch.setattr(packed_attention, "MOST_PACKED_RANKS", ranks)
+    with use_fused_lora(unet):
+        got = step(unet)
+    assert packed == products
+    assert largest_error(got, want) <= 2e-5
+
+
 def test_a_scale_given_to_the_call_counts(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
     unet = adapted()
     want = step(unet, cross_attention_kwargs={"scale": 0.5})
