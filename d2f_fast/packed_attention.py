@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from d2f_fast.fused_layers import FusedLinear, hooked, operands, serves
 from d2f_fast.ops import MIN_ROWS, autocasts, choose_path, lora_linear_packed, runs_plain
 
-# Of the text products made as one. The packed B is dense, and nearly all of it zero: all 140 of SDXL together would take
-# 1.5 GB of float32 at rank 16, and 6 GB at rank 64.
+# Of the text products made as one. The packed B is dense, and nearly all of it zero: that of all 140 of SDXL would take
+# 1.5 GB at rank 16, and 6 GB at rank 64.
 MOST_PACKED_RANKS = 128
 
 
@@ -65,7 +65,7 @@ class TextProducts:
 
 
 def pack_text_products(unet: Any) -> Callable[[], None]:
-    """Have a UNet make the text's keys and values of several layers together, where that pays; returns what undoes it."""
+    """Have a UNet make the text's keys and values of several layers at once where that pays; returns what undoes it."""
     products = TextProducts(unet)
     for index, attention in enumerate(products.attentions):
         attention.text_products, attention.text_index = products, index
