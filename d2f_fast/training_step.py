@@ -10,12 +10,14 @@ a CUDA graph (`step_graphs`).
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend
 
 from d2f_fast.config import TrainingConfig
@@ -118,7 +120,10 @@ class TrainingStep:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-        if self.graphs is None or not len(inputs.latents):
+        # A captured all-reduce has to be captured, and replayed, by all processes at once. Shares differ by one at most:
+        # where one is the mean all are.
+        alike = len(inputs.latents) * self._num_processes == inputs.global_size
+        if self.graphs is None or not len(inputs.latents) or (self._num_processes > 1 and not alike):
             return self.run(inputs)
         return self.graphs(inputs)
 
@@ -170,11 +175,14 @@ class TrainingStep:
 
     def _compiled(self) -> Callable[..., Tensor]:
         """The loss, compiled as one graph."""
+        # torch.compile counts recompiles by code object, and fails at the ninth: each trainer of a process has its own.
+        code = TrainingStep._loss.__code__.replace()
+        loss = MethodType(FunctionType(code, globals()), self)
         if self._device.type != "cpu":
-            return torch.compile(self._loss, fullgraph=True)
+            return torch.compile(loss, fullgraph=True)
         # On a CPU Inductor's conversion of convolutions to channels_last costs a sixth of the step of SD1.5 at half its
         # width (AMD EPYC, torch 2.13), and in a UNet of 8 and 16 channels it gave gradients that were 27 % wrong.
-        return torch.compile(self._loss, fullgraph=True, options={"layout_optimization": False})
+        return torch.compile(loss, fullgraph=True, options={"layout_optimization": False})
 
     def _loss(
         self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None
@@ -235,6 +243,8 @@ def keep_compiled_code() -> None:
     except OSError:  # no home, or none of ours: Inductor's own choice serves
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    # Graphs with an autograd Function too, which torch leaves out by default: both its passes, traced, are in the key.
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def learning_rates(config: TrainingConfig) -> Callable[[int], float]:

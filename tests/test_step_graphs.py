@@ -324,6 +324,17 @@ def test_shares_of_other_global_batches_and_empty_ones(events: list[str], make: 
     assert len(graphed._training_step.graphs) == 2 and events.count("replay") == 3
 
 
+def test_with_several_processes_only_what_all_capture_at_once_is_captured(
+    events: list[str], make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = captured(make(caption_dropout=0.0))
+    trainer._training_step._num_processes = 4
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    for size, whole in ((3, 12), (3, 10), (2, 10), (1, 1), (2, 8)):  # 10 are 3, 3, 2 and 2
+        trainer.step(batch(size, global_batch_size=whole))
+    assert len(trainer._training_step.graphs) == 2 and events.count("replay") == 2
+
+
 def test_a_resumed_run_is_captured_anew(events: list[str], make: Any) -> None:
     straight = captured(make("straight"))
     for number in range(4):

@@ -20,6 +20,7 @@ from d2f_fast.cli import main
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE
+from d2f_fast.kernels.lora_linear import lora_linear
 from d2f_fast.lora import inject_lora
 from d2f_fast.trainer import AlignedTrainer, _step_seed
 from d2f_fast.training_step import keep_compiled_code, learning_rates
@@ -228,6 +229,26 @@ def test_the_step_compiled_by_inductor_too(make: Any, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     # It sums in another order, and eager's own gradients are up to 8e-7 from those in float64.
     check_compiled(make, 50, 2e-6)
+
+
+def test_trainers_of_one_process_do_not_use_up_each_others_recompiles(aot_eager: None, make: Any) -> None:
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(2):
+            trainer = make(compile=True)
+            for size in (4, 3):
+                trainer.step(batch(size))
+
+
+def test_compiled_code_with_a_lora_linear_in_it_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv(PATH_VARIABLE, "split")
+    keep_compiled_code()
+    operands = [torch.randn(shape, requires_grad=True) for shape in ((5, 32), (16, 32), (4, 32), (16, 4))]
+    for found in (0, 1):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.compile(lora_linear, fullgraph=True)(*operands).sum().backward()
+        assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == found
 
 
 def test_compiled_code_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
