@@ -312,7 +312,8 @@ class AlignedTrainer:
                 progress.update()
                 step = self.global_step
                 done = step == config.max_train_steps
-                if step % config.logging_steps == 0 or done:
+                logged = step % config.logging_steps == 0 or done
+                if logged:
                     self._stop_if_not_finite()
                     now = time.monotonic()
                     rate = (step - last_step) * self.global_batch_size / (now - last_time)
@@ -325,11 +326,10 @@ class AlignedTrainer:
                         if tracker is not None:
                             for name in ("loss", "lr", "images_per_second"):
                                 tracker.add_scalar(name, row[name], step)
-                if self._signal is not None:
+                asked = self._asked_to_stop(logged)
+                if asked is not None:
                     self._save_checkpoint()
-                    raise InterruptedRunError(
-                        f"stopped by {signal.Signals(self._signal).name} after step {step}: saved"
-                    )
+                    raise InterruptedRunError(f"stopped by {signal.Signals(asked).name} after step {step}: saved")
                 if config.checkpointing_steps and (done or step % config.checkpointing_steps == 0):
                     self._save_checkpoint()
                 if done:
@@ -370,6 +370,19 @@ class AlignedTrainer:
                 f" {self.global_step}: lower learning_rate, or check the data; the weights are those before these steps"
             )
 
+    def _asked_to_stop(self, logged: bool) -> int | None:
+        """Signal to stop for, after the step in progress; several processes agree where they log, and wait anyway.
+
+        One that stopped by itself would leave the others inside the sum of the next step's gradients.
+        """
+        if self.accelerator.num_processes == 1:
+            return self._signal
+        if not logged:
+            return None
+        asked = torch.tensor(self._signal or 0, device=self.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return int(asked) or None
+
     def _tracker(self) -> Any:
         """TensorBoard writer, on the main process where it was asked for."""
         if self.config.report_to != "tensorboard" or not self.accelerator.is_main_process:
@@ -380,7 +393,7 @@ class AlignedTrainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Note SIGTERM and SIGINT; the loop saves after the step in progress. A second one ends the process at once."""
+        """Note SIGTERM and SIGINT; the loop stops where it sees one. A second one ends the process at once."""
         previous = {}
         self._signal = None
 

@@ -120,8 +120,8 @@ class TrainingStep:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-        # A captured all-reduce has to be captured, and replayed, by all processes at once. Shares differ by one at most:
-        # where one is the mean all are.
+        # A captured all-reduce has to be captured, and replayed, by all processes together. Shares differ by one
+        # at most: where one is the mean, all are.
         alike = len(inputs.latents) * self._num_processes == inputs.global_size
         if self.graphs is None or not len(inputs.latents) or (self._num_processes > 1 and not alike):
             return self.run(inputs)

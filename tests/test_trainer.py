@@ -772,15 +772,42 @@ def train_as_process(model: Path, root: Path) -> dict[str, Any]:
     return {"processes": trainer.accelerator.num_processes}
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path) -> None:
+def stop_as_process(model: Path, root: Path) -> dict[str, Any]:
+    """Train as one of two processes, of which the second alone gets SIGTERM, in its third step."""
+    trainer = AlignedTrainer.from_pretrained(
+        model, config(root, train_batch_size=1, logging_steps=2, max_train_steps=9)
+    )
+    step = trainer.step
+
+    def stopped(batch: Any) -> Tensor:
+        if trainer.global_step == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch)
+
+    trainer.step = stopped  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after step 4: saved"):
+        trainer.fit(Pictures(9))
+    return {"step": trainer.global_step}
+
+
+def results_of_two(script: str, *arguments: Path) -> list[Any]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        run_script("train_as_process", tiny_folder, tmp_path, **common, RANK=rank, LOCAL_RANK=rank) for rank in "01"
-    ]
-    assert [result(process)["processes"] for process in processes] == [2, 2]
+    processes = [run_script(script, *arguments, **common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    return [result(process) for process in processes]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(tiny_folder: Path, tmp_path: Path) -> None:
+    assert results_of_two("stop_as_process", tiny_folder, tmp_path) == [{"step": 4}, {"step": 4}]
+    found = find_checkpoint(tmp_path, "latest")
+    assert found is not None and verify_checkpoint(found) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tiny_folder: Path, tmp_path: Path) -> None:
+    assert [each["processes"] for each in results_of_two("train_as_process", tiny_folder, tmp_path)] == [2, 2]
     assert result(run_script("train_as_process", tiny_folder, tmp_path))["processes"] == 1
     one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     assert_equal(first, second)
