@@ -62,6 +62,46 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(folder: StrPath) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder` that becomes it at the end of the block, whole or not at all.
+
+    Raises:
+        RefusedInputError: `folder` exists, cannot be made, or the disk is full.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
+    temporary = make_folder(folder.parent) / f".tmp-{secrets.token_hex(4)}-{folder.name}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_full_disk(error):
+            free = _mib(shutil.disk_usage(folder.parent).free)
+            raise RefusedInputError(f"{folder}: the disk is full, {free} free; make room and run again") from error
+        raise
+
+
+def make_folder(path: StrPath) -> Path:
+    """Make a folder, and those above it, where they are missing.
+
+    Raises:
+        RefusedInputError: it cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedInputError(f"{path} cannot be made a folder ({error.strerror}): name another") from error
+    return path
+
+
 def write_json(path: StrPath, obj: Any) -> None:
     """Write `obj` as JSON in UTF-8, atomically.
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 refused input, 143 saved after SIGTERM or SIGINT.
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from d2f_fast.config import TrainingConfig
+from d2f_fast.config import (
+    Method,
+    PredictionType,
+    Spacing,
+    TrainingConfig,
+    check_number,
+    check_positive,
+)
 from d2f_fast.errors import RefusedInputError
 
 MINIATURE = "miniature"
@@ -51,13 +59,14 @@ class Train:
         from d2f_fast.metrics import write_metrics
         from d2f_fast.trainer import AlignedTrainer
 
-        started = time.monotonic()
+        started, output = time.monotonic(), Path(self.options.output_dir)
+        if self.options.adapter == "full" and (output / "pipeline").exists():  # before the training, not after it
+            raise RefusedInputError(f"{output / 'pipeline'} exists: move it away, or choose another output_dir")
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
         trainer = AlignedTrainer.from_pretrained(_model(self.pretrained_model_name_or_path), self.options)
         if trainer.accelerator.is_main_process:
             print(f"d2f: {trainer.paths}", file=sys.stderr)
         result = trainer.fit(dataset)
-        output = Path(self.options.output_dir)
         if not trainer.accelerator.is_main_process:
             return result | {"output": str(output)}
         saved = (
@@ -101,9 +110,9 @@ class Sample:
     num_inference_steps: int = 4
     guidance_scale: float = 3.0
     negative_prompt: str = ""
-    prediction_type: str | None = None
-    method: str = "euler"
-    flow_spacing: str = "uniform"
+    prediction_type: PredictionType | None = None
+    method: Method = "euler"
+    flow_spacing: Spacing = "uniform"
     shift: float = 1.0
     height: int | None = None
     width: int | None = None
@@ -114,15 +123,19 @@ class Sample:
 
     def run(self) -> dict[str, Any]:
         """Draw, write the pictures, and return where they are."""
-        from d2f_fast.checkpoint import atomic_path
+        from d2f_fast.checkpoint import atomic_path, make_folder
         from d2f_fast.metrics import write_metrics
 
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
+        for name, least in (("num_inference_steps", 1), ("height", 8), ("width", 8), ("seed", 0)):
+            check_number(name, getattr(self, name), least)
+        check_positive("shift", self.shift)
+        if not math.isfinite(self.guidance_scale):
+            raise RefusedInputError(f"guidance_scale must be finite, got {self.guidance_scale}")
+        output = make_folder(self.output_dir)
         started = time.monotonic()
         pictures = self._draw() if self.onnx is None else self._draw_with_onnx(self.onnx)
-        output = Path(self.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
         files = [str(output / f"{i:03d}.png") for i in range(len(pictures))]
         for file, picture in zip(files, pictures, strict=True):
             with atomic_path(file) as temporary:
@@ -137,24 +150,32 @@ class Sample:
         silence_libraries()
         import torch
 
-        from d2f_fast.base_model import BaseModel
-        from d2f_fast.lora import load_lora
+        from d2f_fast.base_model import load_pipeline
+        from d2f_fast.export.adapters import fuse_adapter
         from d2f_fast.scheduler import Diff2FlowScheduler
 
         model = _model(self.model)
-        pipe = BaseModel.load(model).pipeline if isinstance(model, str) else model
+        pipe = load_pipeline(model) if isinstance(model, str) else model
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and size % pipe.vae_scale_factor:
+                raise RefusedInputError(f"{name} must be a multiple of {pipe.vae_scale_factor}, got {size}")
         options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, "shift": self.shift}
         if self.prediction_type is not None:
             options["prediction_type"] = self.prediction_type
-        pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
+        try:
+            pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
+            pipe.scheduler.set_timesteps(self.num_inference_steps)
+        except ValueError as error:
+            raise RefusedInputError(str(error)) from error
         if self.lora is not None:
-            load_lora(pipe, self.lora)
+            fuse_adapter(pipe, Path(self.lora), 1.0)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         return pipe(
             list(self.prompts),
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
-            negative_prompt=[self.negative_prompt] * len(self.prompts),
+            # None: SDXL's own empty prompt is zeros, and not the encoded "".
+            negative_prompt=[self.negative_prompt] * len(self.prompts) if self.negative_prompt else None,
             height=self.height,
             width=self.width,
             generator=torch.Generator().manual_seed(self.seed),
@@ -182,7 +203,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Demo:
-    """Finetune the miniature three ways, sample each by every route, and write report.html.
+    """Finetune the miniature four ways, sample each by every route, and write report.html.
 
     Args:
         output_dir: of the report; overwritten.

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,14 +31,16 @@ from tqdm import tqdm
 from d2f_fast.alignment import Alignment
 from d2f_fast.base_model import BaseModel
 from d2f_fast.checkpoint import (
+    MANIFEST,
+    atomic_folder,
     atomic_path,
     find_checkpoint,
+    make_folder,
     pack_optimizer,
     read_json,
     read_tensors,
     save_checkpoint,
     unpack_optimizer,
-    verify_checkpoint,
     write_json,
     write_tensors,
 )
@@ -268,7 +269,7 @@ class AlignedTrainer:
     def _null(self) -> dict[str, Tensor]:
         """Condition of the empty prompt, encoded once."""
         if self._null_condition is None:
-            self._null_condition = self.model.encode_prompts([""]) if self.config.caption_dropout else {}
+            self._null_condition = self.model.empty_condition() if self.config.caption_dropout else {}
         return self._null_condition
 
     # The run
@@ -425,7 +426,7 @@ class AlignedTrainer:
 
     def _write_config(self) -> None:
         if self.accelerator.is_main_process:
-            Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
+            make_folder(self.config.output_dir)
             write_json(Path(self.config.output_dir) / "config.json", dataclasses.asdict(self.config))
 
     def _save_checkpoint(self) -> None:
@@ -468,7 +469,7 @@ class AlignedTrainer:
         unpack_optimizer(self.optimizer, read_tensors(folder / "optimizer.safetensors")[0], state["optimizer"])
         self._training_step.optimizer_was_loaded()
         self._training_step.skipped.fill_(state["skipped_steps"])
-        self.global_step = verify_checkpoint(folder)
+        self.global_step = read_json(folder / MANIFEST)["step"]
         logger.info("resumed from %s at step %d", folder, self.global_step)
 
     # Sampling and saving
@@ -503,7 +504,7 @@ class AlignedTrainer:
             prompts: one, or several.
             num_inference_steps: network evaluations a picture (twice as many with midpoint and heun).
             guidance_scale: 1 is no guidance.
-            negative_prompt: led away from.
+            negative_prompt: led away from; "" is the model's own empty prompt.
             height, width: pixels; None for the training resolution.
             generator: on the device or the CPU, of the noise.
             method: of the integration.
@@ -522,7 +523,10 @@ class AlignedTrainer:
         positive, negative = self.model.encode_prompts(prompts), None
         added = self.model.added_cond_kwargs(positive, height, width)
         if guidance_scale != 1:
-            negative = self.model.encode_prompts([negative_prompt] * len(prompts))
+            if negative_prompt:
+                negative = self.model.encode_prompts([negative_prompt] * len(prompts))
+            else:
+                negative = self.model.empty_condition(len(prompts))
             if added is not None:
                 negative_added = self.model.added_cond_kwargs(negative, height, width) or {}
                 added = {name: torch.cat([negative_added[name], value]) for name, value in added.items()}
@@ -557,34 +561,40 @@ class AlignedTrainer:
         Args:
             folder: must not exist; it appears whole or not at all.
 
+        Returns:
+            The folder.
+
         Raises:
-            RefusedInputError: `folder` exists.
+            RefusedInputError: `folder` exists or cannot be made, or the disk is full.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
         pipeline = self.model.pipeline
         with self.averaged():
             unet = merged_unet(self.unet)
-        config = pipeline.scheduler.config
-        # Named, or diffusers would take the other class' defaults for what the base left at its own.
-        table = {name: config[name] for name in _SCHEDULE_KEYS if name in config}
-        scheduler_options = table | {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
-        if self.config.objective == "fm":
-            steps = self.alignment.num_train_timesteps
-            scheduler: Any = FlowMatchEulerDiscreteScheduler(steps, shift=self.config.flow_shift)
-        else:
-            scheduler = EulerDiscreteScheduler.from_config(config, **scheduler_options)
-        saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": scheduler})
-        temporary = folder.with_name(f".tmp-{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": self._stock_scheduler()})
+        with atomic_folder(folder) as temporary:
             saved.save_pretrained(temporary)
             write_json(temporary / "d2f.json", self._tags())
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return folder
+        return Path(folder)
+
+    def _stock_scheduler(self) -> Any:
+        """The stock scheduler that samples what was trained, in any pipeline of Stable Diffusion."""
+        config, shift = self.model.pipeline.scheduler.config, self.config.flow_shift
+        if self.config.objective == "fm":
+            # Of first order it is Euler in flow time. diffusers' own flow scheduler fits none of these pipelines.
+            return DPMSolverMultistepScheduler(
+                self.alignment.num_train_timesteps,
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=shift,
+                solver_order=1,
+                steps_offset=1,  # unused; what the pipelines ask for
+                final_sigmas_type="zero",
+            )
+        # Named, or diffusers would take the other class' defaults for what the base left at its own.
+        table = {name: config[name] for name in _SCHEDULE_KEYS if name in config}
+        return EulerDiscreteScheduler.from_config(
+            config, **table, timestep_spacing="trailing", final_sigmas_type="zero"
+        )
 
     def _tags(self) -> dict[str, str]:
         """Header entries that say what the file is and how to sample it."""
@@ -608,8 +618,7 @@ class _Log:
     """JSON lines, one for each logged step."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "log.jsonl"
+        self._path = make_folder(folder) / "log.jsonl"
 
     def cut(self, step: int) -> None:
         """Drop the rows after a step, which a run that was killed had logged and its continuation takes again."""

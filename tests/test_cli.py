@@ -99,8 +99,25 @@ def test_a_wrong_configuration_file_is_refused(tmp_path, text, sentence, capsys)
     [
         (["--train_data_dir", "no-such-folder"], "no-such-folder is not a folder"),
         (["--train_data_dir", "x", "--pretrained_model_name_or_path", "./model.ckpt"], "is a pickle"),
-        (["--train_data_dir", "x", "--rank", "0", "--pretrained_model_name_or_path", "./nothing"], "x is not a folder"),
-        (["--train_data_dir", "x", "--caption_dropout", "1.5"], "caption_dropout must be in [0, 1)"),
+        (["--train_data_dir", "x", "--pretrained_model_name_or_path", "./nothing"], "x is not a folder"),
+        *(
+            (["--train_data_dir", "x", f"--{option}", *values.split()], sentence)
+            for option, values, sentence in (
+                ("rank", "0", "rank must be at least 1, got 0"),
+                ("seed", "-1", "seed must be at least 0, got -1"),
+                ("checkpoints_total_limit", "0", "checkpoints_total_limit must be at least 1, got 0"),
+                ("caption_dropout", "1.5", "caption_dropout must be in [0, 1), got 1.5"),
+                ("adam_beta1", "2", "adam_beta1 must be in [0, 1), got 2.0"),
+                ("learning_rate", "nan", "learning_rate must be positive and finite, got nan"),
+                ("max_grad_norm", "0", "max_grad_norm must be positive and finite, got 0.0"),
+                ("lora_alpha", "0", "lora_alpha must be positive and finite, got 0.0"),
+                ("flow_shift", "inf", "flow_shift must be positive and finite, got inf"),
+                ("adam_weight_decay", "-1", "adam_weight_decay must be at least 0, got -1.0"),
+                ("logit_mean", "nan", "logit_mean must be finite, got nan"),
+                ("objective", "fm --loss_weighting native", "objective fm has no loss_weighting but flow, got native"),
+                ("lr_scheduler", "foo", "lr_scheduler"),
+            )
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence, pictures, tmp_path, capsys, monkeypatch):
@@ -115,12 +132,48 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence, pictures, tm
     assert not (tmp_path / "d2f-output").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--shift", "-1"], "shift must be positive and finite, got -1.0"),
+        (["--guidance_scale", "nan"], "guidance_scale must be finite, got nan"),
+        (["--height", "17"], "height must be a multiple of 2, got 17"),
+        (
+            ["--flow_spacing", "trailing", "--num_inference_steps", "1500"],
+            "steps must be 1 to 1000 with trailing spacing",
+        ),
+        (["--flow_spacing", "trailing", "--prediction_type", "flow_prediction"], 'spacing must be "uniform"'),
+        (["--method", "rk4"], "method"),
+        (["--output_dir", "file"], "file cannot be made a folder (File exists): name another"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused(options, sentence, tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    try:
+        code = main(["sample", "--prompts", "ab", "--model", str(tiny_folder), *options])
+    except SystemExit as exit_:  # raised by the option parser
+        code = exit_.code
+    assert code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_full_finetuning_that_could_not_be_saved_is_not_begun(pictures, tiny_folder, tmp_path, capsys):
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    command = ["train", "--train_data_dir", str(pictures), "--pretrained_model_name_or_path", str(tiny_folder)]
+    assert main([*command, "--adapter", "full", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "pipeline exists: move it away" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["pipeline"]
+
+
 def test_a_lora_of_another_model_is_refused_by_file_and_key(tiny_folder, tmp_path, capsys):
     import torch
     from safetensors.torch import save_file
 
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 9, 3, 3)}, file)
+    halves = {"A": torch.zeros(2, 9, 3, 3), "B": torch.zeros(8, 2, 1, 1)}
+    save_file({f"unet.conv_in.lora_{half}.weight": value for half, value in halves.items()}, file)
     command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--lora"]
     assert main([*command, str(file)]) == 2
     assert "unet.conv_in" in (error := capsys.readouterr().err) or "conv_in" in error

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2f_fast import checkpoint
-from d2f_fast.base_model import BaseModel
+from d2f_fast.base_model import BaseModel, load_pipeline
 from d2f_fast.checkpoint import find_checkpoint, pack_optimizer, read_tensors, verify_checkpoint
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
@@ -616,12 +616,16 @@ def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: An
     )
     trainer.fit(Pictures())
     trainer.save_lora(tmp_path / "lora")
-    noise = torch.Generator().manual_seed(3)
-    pictures = trainer.sample(["ab", "c"], 2, guidance_scale=3.0, negative_prompt="d", generator=noise)
 
-    def stock(pipe: Any) -> Any:
+    def ours(negative: str) -> Any:
+        noise = torch.Generator().manual_seed(3)
+        return trainer.sample(["ab", "c"], 2, guidance_scale=3.0, negative_prompt=negative, generator=noise)
+
+    pictures = ours("d")
+
+    def stock(pipe: Any, negative: list[str] | None = ["d", "d"]) -> Any:  # noqa: B006
         pipe.set_progress_bar_config(disable=True)
-        options = {"height": 16, "width": 16, "negative_prompt": ["d", "d"], "guidance_scale": 3.0}
+        options = {"height": 16, "width": 16, "negative_prompt": negative, "guidance_scale": 3.0}
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         return pipe(["ab", "c"], num_inference_steps=2, latents=latents, **options).images
 
@@ -631,6 +635,9 @@ def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: An
     pipe.load_lora_weights(str(tmp_path / "lora"))
     difference = np.abs(np.asarray([stock(pipe), untrained], dtype=np.float64) - np.asarray(pictures, dtype=np.float64))
     assert difference[0].max() <= 1 and difference[1].max() >= 8
+    # No negative prompt is zeros, in training too.
+    assert np.abs(np.asarray(stock(pipe, None), dtype=np.float64) - np.asarray(ours(""), dtype=np.float64)).max() <= 1
+    assert all(value.count_nonzero() == 0 for value in trainer._null().values())
     trainer.save_pipeline(tmp_path / "saved")
     saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
     saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
@@ -654,6 +661,29 @@ def test_a_saved_pipeline_holds_the_averaged_network(make: Any, tmp_path: Path, 
         torch.testing.assert_close(saved.unet(sample, 673, text).sample, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(RefusedInputError, match="saved exists: name a new folder, or remove it"):
         trainer.save_pipeline(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("objective", ["diff2flow", "fm"])
+def test_a_saved_pipeline_draws_what_the_trainer_draws(make: Any, tmp_path: Path, objective: str) -> None:
+    shift = 2.0 if objective == "fm" else 1.0
+    trainer = make(objective=objective, flow_shift=shift, max_train_steps=5, learning_rate=0.3)
+    trainer.fit(Pictures())
+    noise = torch.Generator().manual_seed(3)
+    expected = np.asarray(trainer.sample(["ab", "c"], 4, guidance_scale=3.0, generator=noise), dtype=np.float64)
+
+    def draw(pipe: Any, **options: Any) -> Any:
+        pipe.set_progress_bar_config(disable=True)
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        options |= {"guidance_scale": 3.0, "latents": latents}
+        return np.asarray(pipe(["ab", "c"], height=16, width=16, **options).images, dtype=np.float64)
+
+    saved = StableDiffusionPipeline.from_pretrained(trainer.save_pipeline(tmp_path / "saved"), safety_checker=None)
+    # Stock schedulers start 0.001 from pure noise, and round fm's timesteps to whole ones.
+    choice = {"num_inference_steps": 4} if objective == "fm" else {"sigmas": trainer.alignment.sigmas(4)}
+    assert np.abs(draw(saved, **choice) - expected).mean() <= 1
+    saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
+    assert np.abs(draw(saved, num_inference_steps=4) - expected).max() <= 1
+    assert load_pipeline(tmp_path / "saved").unet is not None
 
 
 # Processes that are killed
