@@ -64,7 +64,8 @@ class TrainingConfig:
         resume_from_checkpoint: "latest", or a checkpoint's name or path.
         logging_steps: steps between log lines.
         report_to: tensorboard, or none; metrics are always in log.jsonl.
-        dataloader_num_workers: threads that decode pictures.
+        dataloader_num_workers: threads that read and decode, a batch each, while the step runs; with more than one the
+            data set is read from several at once; 0 reads when asked.
         seed: of everything.
     """
 
@@ -109,7 +110,7 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = None
     logging_steps: int = 10
     report_to: Literal["tensorboard", "none"] = "none"
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:

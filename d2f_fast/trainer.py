@@ -13,9 +13,10 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,10 +46,10 @@ from d2f_fast.checkpoint import (
     write_tensors,
 )
 from d2f_fast.config import Method, TrainingConfig
-from d2f_fast.data import ImageDataset, plan_batches, steps_per_epoch
+from d2f_fast.data import ImageDataset, check_dataset, load_ahead, plan_batches
 from d2f_fast.ema import EMA
 from d2f_fast.encoding import BatchEncoder
-from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
 from d2f_fast.fused_lora import use_fused_lora
 from d2f_fast.half_base import HalfBase
 from d2f_fast.lora import inject_lora, merged_unet, save_lora
@@ -281,8 +282,8 @@ class AlignedTrainer:
             dataset: length and items {"image": PIL image, "text": caption or captions}; see `data.CaptionedImages`.
 
         Returns:
-            {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss (None where no step was left), and what
-            this call took.
+            {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss (None where it was not finite, or there
+            was no step left), and what this call took.
 
         Raises:
             DatasetError, CheckpointError: input that cannot be used.
@@ -290,7 +291,7 @@ class AlignedTrainer:
             NonFiniteRunError: ten steps in a row were not finite; the last checkpoint is intact.
         """
         config = self.config
-        steps_per_epoch(len(dataset), self.global_batch_size)
+        check_dataset(dataset)
         self._resume()
         self._write_config()
         log, tracker, started = _Log(Path(config.output_dir)), self._tracker(), time.monotonic()
@@ -304,12 +305,13 @@ class AlignedTrainer:
             disable=not self.accelerator.is_main_process,
         )
         last_loss: float | None = None
-        last_time, last_step = started, self.global_step
+        last_time, pictures = time.monotonic(), 0
         logger.info("%s", self.paths)
         half = nullcontext() if self._half_base is None else self._half_base.in_use()
-        with self._signals(), progress, half:
-            for batch in self._batches(dataset):
+        with self._signals(), progress, half, closing(self._batches(dataset)) as batches:
+            for batch in self._saved_where_a_sample_fails(batches):
                 loss = self.step(batch)
+                pictures += batch["global_batch_size"]
                 progress.update()
                 step = self.global_step
                 done = step == config.max_train_steps
@@ -317,11 +319,11 @@ class AlignedTrainer:
                 if logged:
                     self._stop_if_not_finite()
                     now = time.monotonic()
-                    rate = (step - last_step) * self.global_batch_size / (now - last_time)
-                    last_loss, last_time, last_step = loss.item(), now, step
-                    row: dict[str, Any] = {"step": step, "loss": last_loss, "lr": self._learning_rate(step)}
+                    value, rate = loss.item(), pictures / (now - last_time)
+                    last_loss, last_time, pictures = value if math.isfinite(value) else None, now, 0
+                    row: dict[str, Any] = {"step": step, "loss": value, "lr": self._learning_rate(step)}
                     row |= {"images_per_second": rate, "skipped_steps": int(self._training_step.skipped)}
-                    progress.set_postfix(loss=f"{last_loss:.4f}", images_s=f"{rate:.1f}")
+                    progress.set_postfix(loss=f"{value:.4f}", images_s=f"{rate:.1f}")
                     if self.accelerator.is_main_process:
                         log.write(row)
                         if tracker is not None:
@@ -345,12 +347,12 @@ class AlignedTrainer:
             "seconds": seconds,
         }
 
-    def _batches(self, dataset: ImageDataset) -> Iterator[dict[str, Any]]:
+    def _batches(self, dataset: ImageDataset) -> Generator[dict[str, Any]]:
         """This process' share of each global batch from the current step on, encoded, through the cache."""
         config, accelerator = self.config, self.accelerator
         if self.global_step >= config.max_train_steps:
             return
-        encode = BatchEncoder(self.model, config)
+        encoder = BatchEncoder(self.model, config)
         plans = plan_batches(
             len(dataset),
             self.global_batch_size,
@@ -359,8 +361,20 @@ class AlignedTrainer:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        for plan in plans:
-            yield encode(dataset, plan)
+        left = islice(plans, config.max_train_steps - self.global_step)
+        for plan, loaded in load_ahead(left, partial(encoder.load, dataset), config.dataloader_num_workers):
+            yield encoder.encode(plan, loaded)
+
+    def _saved_where_a_sample_fails(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; a sample that cannot be used stops the run only when its steps so far are saved."""
+        began = self.global_step
+        try:
+            yield from batches
+        except DatasetError as error:
+            if self.global_step == began:
+                raise
+            self._save_checkpoint()
+            raise DatasetError(f"{error}; step {self.global_step} is saved") from error
 
     def _stop_if_not_finite(self) -> None:
         """Read the counters; the one place that waits for the device."""
