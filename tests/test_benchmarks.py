@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton import knobs
 
 from benchmarks.bench_train_step import ROWS
+from benchmarks.compile_ahead import Ahead, Launch
 from benchmarks.train_steps import EVALUATED_AT_ONCE, MAX_NORM, Levers, PeftStep
 from benchmarks.unets import Case
+from d2f_fast.kernels.lora_dispatch import Tile
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = """
@@ -229,3 +232,54 @@ def test_every_kernel_is_launched_for_the_sanitizer():
     script = ROOT / "tests/kernels/small_launches.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert "49 outputs, all finite" in done.stdout
+
+
+TUNING = """
+import random, sys, time
+from pathlib import Path
+from unittest import mock
+import torch
+from triton.backends.compiler import GPUTarget
+from benchmarks import clock, compile_ahead, lora_paths, tune_lora
+
+folder, target = Path(sys.argv[1]), GPUTarget("cuda", 90, 32)
+ahead = compile_ahead.Ahead(2, target)
+compile_ahead.compile_only(target)  # no GPU: here too Triton compiles, or finds, what it would launch
+launched = []
+
+def run(ops, o):
+    launched.append(lora_paths.run_step(ops, o))
+    return [0.0] * 4
+
+def time_calls(call, inputs, *_):
+    launched.append(call(*inputs()))
+    return random.random(), 0.0, 0.0
+
+tuner = tune_lora.Tuner(torch.device("cpu"), torch.bfloat16, 1, time.monotonic() + 3600, folder)
+shapes = {(32, 32): [64, 48], (64, 32): [64, 48]}
+patches = {name: getattr(tune_lora, name)[:2] for name in ("SHRINK", "ROWS_SUM", "GRAD_B")} | {"errors_of": run}
+with mock.patch.multiple(tune_lora, **patches), mock.patch.object(clock, "time_calls", time_calls):
+    complete = tune_lora.tune(tuner, folder / "table.json", 90, (16, 64), shapes, tune_lora.WIDE[:2], ahead)
+ahead.close()
+print(complete, len(launched) > 50, ahead.missed, "missed")
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_of_a_tuning_is_compiled_ahead(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", TUNING, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True True 0 missed", done.stdout
+
+
+def test_where_compiling_ahead_fails_the_tuning_goes_on_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    ahead = Ahead(1)
+    for rank in (16, 32):
+        ahead.wait([Launch("unknown", Tile(64, 64, 64, 4, 2), 32, 32, rank)])
+    ahead.close()
+    printed = capsys.readouterr().out
+    assert printed == "compiling ahead failed, kernels compile where they are launched: KeyError: 'unknown'\n"
