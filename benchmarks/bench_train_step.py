@@ -14,7 +14,9 @@ script's: relative differences within ALLOWED, gradients as one vector of all of
                     step, whose warm-up before a capture runs uncaptured, or in any later one: replays allocate nothing
     kernels, host_ms  on a GPU: kernels and copies a step, and how long the host is busy with them
 
-Rows of a GPU: provider "d2f_fast" captures the step; "compiled" and "eager" leave levers out.
+Rows of a GPU: provider "d2f_fast" compiles and captures the step; "compiled" and "eager" leave levers out.
+
+Tables of their own: memory caps, aspect-ratio buckets, and the first step, cold and from a warm cache.
 """
 
 import contextlib
@@ -346,7 +348,8 @@ def test_memory_cap(step_of, device, record, case, provider, gigabytes):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert step.loss.isfinite()
-    record("memory-cap", {"case": str(case), "cap_gb": gigabytes, "reserved_gb": f"{reserved / 1e9:.3f}"})
+    row = {"case": str(case), "provider": provider, "cap_gb": gigabytes, "reserved_gb": f"{reserved / 1e9:.3f}"}
+    record("memory-cap", row)
 
 
 def test_first_step(device, record, dry_run, tmp_path, monkeypatch):
