@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -373,11 +374,19 @@ def test_a_captured_run_goes_on_uncaptured_and_back(events: list[str], make: Any
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Algorithms that sum in one order; warn_only: cuBLAS is, on one stream, whatever its workspace."""
+    """Algorithms that sum in one order; warn_only: cuBLAS is, on one stream, whatever its workspace.
+
+    Attention by plain products: the other kernels' backward passes add in any order, and under warn_only they stay
+    allowed. Compiled code knows its sizes: else a trainer that meets a second size, which it runs uncaptured, takes
+    code for every size at the first one too, while the graph replays the code for that size.
+    """
+    torch.compiler.reset()  # code objects are shared: the trainers of other tests count towards the recompile limit
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    yield
+    with sdpa_kernel(SDPBackend.MATH), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
     torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
 
 
 @pytest.mark.gpu
@@ -398,10 +407,13 @@ def test_replay_on_a_gpu_is_bit_for_bit_the_uncaptured_step(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_step_on_a_gpu_does_not_wait_for_it(make: Any, cuda_graph: bool) -> None:
-    trainer = make(cuda_graph=cuda_graph, caption_dropout=0.3, mixed_precision="bf16")
-    trainer.step(batch(4))
+def test_a_step_on_a_gpu_does_not_wait_for_it(make: Any, cuda_graph: bool, compile: bool) -> None:
+    torch.compiler.reset()
+    trainer = make(cuda_graph=cuda_graph, compile=compile, caption_dropout=0.3, mixed_precision="bf16")
+    for number in range(2):  # compiling, choosing among kernels and capturing wait
+        trainer.step(batch(4, number))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(3):
