@@ -90,10 +90,10 @@ class Sample:
         num_inference_steps: network evaluations a picture; twice as many with midpoint and heun.
         guidance_scale: 1 is no guidance.
         negative_prompt: led away from.
-        prediction_type: flow_prediction for a network trained on naive flow matching; None for the model's own.
+        prediction_type: flow_prediction for a network trained on naive flow matching; None for what the file says.
         method: euler, midpoint or heun.
         flow_spacing: uniform in flow time, or trailing.
-        shift: factor on the sampling sigmas.
+        shift: factor on the sampling sigmas; None for that of the training, or 1.
         height: pixels; None for the model's own.
         width: pixels; None for the model's own.
         seed: of the noise.
@@ -113,7 +113,7 @@ class Sample:
     prediction_type: PredictionType | None = None
     method: Method = "euler"
     flow_spacing: Spacing = "uniform"
-    shift: float = 1.0
+    shift: float | None = None
     height: int | None = None
     width: int | None = None
     seed: int = 0
@@ -156,19 +156,22 @@ class Sample:
 
         model = _model(self.model)
         pipe = load_pipeline(model) if isinstance(model, str) else model
-        for name, size in (("height", self.height), ("width", self.width)):
+        sizes = {"height": self.height, "width": self.width}
+        for name, size in sizes.items():
             if size is not None and size % pipe.vae_scale_factor:
                 raise RefusedInputError(f"{name} must be a multiple of {pipe.vae_scale_factor}, got {size}")
-        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, "shift": self.shift}
-        if self.prediction_type is not None:
-            options["prediction_type"] = self.prediction_type
+        if any(sizes.values()):  # given one of them, diffusers would take neither
+            own = pipe.unet.config.sample_size
+            own_sizes = zip(sizes, own if isinstance(own, list | tuple) else (own, own), strict=True)
+            sizes = {name: sizes[name] or side * pipe.vae_scale_factor for name, side in own_sizes}
+        if self.lora is not None:
+            fuse_adapter(pipe, Path(self.lora), 1.0)
+        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, **self._of_training()}
         try:
             pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
             pipe.scheduler.set_timesteps(self.num_inference_steps)
         except ValueError as error:
             raise RefusedInputError(str(error)) from error
-        if self.lora is not None:
-            fuse_adapter(pipe, Path(self.lora), 1.0)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         return pipe(
             list(self.prompts),
@@ -176,10 +179,24 @@ class Sample:
             guidance_scale=self.guidance_scale,
             # None: SDXL's own empty prompt is zeros, and not the encoded "".
             negative_prompt=[self.negative_prompt] * len(self.prompts) if self.negative_prompt else None,
-            height=self.height,
-            width=self.width,
+            **sizes,
             generator=torch.Generator().manual_seed(self.seed),
         ).images
+
+    def _of_training(self) -> dict[str, Any]:
+        """Prediction type and shift: those given, else those that the LoRA file or the pipeline's folder tells."""
+        from d2f_fast.checkpoint import read_json
+        from d2f_fast.lora import lora_tags
+
+        beside = Path(self.model) / "d2f.json"
+        tags = read_json(beside) if beside.is_file() else {}
+        tags |= {} if self.lora is None else lora_tags(self.lora)
+        told = {name: tags.get(f"d2f.{name}") for name in ("prediction_type", "shift")}
+        chosen = {
+            "prediction_type": self.prediction_type or told["prediction_type"],
+            "shift": self.shift if self.shift is not None or told["shift"] is None else float(told["shift"]),
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def _draw_with_onnx(self, folder: str) -> list[Any]:
         """Pictures by ONNX Runtime."""
@@ -288,16 +305,17 @@ def parse(arguments: Sequence[str]) -> Any:
     command = COMMANDS.get(rest[0]) if rest else None
     if from_file and command is not None:
         # Made into arguments, so that they go through the same checks as typed ones, which replace them.
-        known = {option.name for option in dataclasses.fields(command)} | {
-            option.name for option in dataclasses.fields(TrainingConfig) if command is Train
-        }
+        options = [*dataclasses.fields(command), *(dataclasses.fields(TrainingConfig) if command is Train else ())]
+        known = {option.name: option.type for option in options}
         for name, value in from_file.items():
             if name not in known:
                 raise RefusedInputError(f"--config: {name} is no option of d2f {rest[0]}: see d2f {rest[0]} --help")
             if any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in rest):
                 continue
-            if isinstance(value, bool):
+            if isinstance(value, bool) and known[name] is bool:
                 typed.append(f"--{name}" if value else f"--no_{name}")
+            elif isinstance(value, bool):  # YAML's yes and no, meant as words
+                typed += [f"--{name}", "yes" if value else "no"]
             elif isinstance(value, list):
                 typed += [f"--{name}", *map(str, value)]
             else:
@@ -326,5 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"d2f: {error}", file=sys.stderr)
         return int(code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"d2f: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     print(json.dumps(result) if command.json else result["output"])
     return 0

@@ -150,6 +150,13 @@ def save_lora(unet: Any, folder: str | Path, metadata: Mapping[str, str] | None 
     return path
 
 
+def lora_tags(source: str | Path) -> dict[str, str]:
+    """What a LoRA file, or the folder that holds one, says of itself: header entries that begin with "d2f."."""
+    path = Path(source)
+    _, header = read_tensors(path / LORA_FILE if path.is_dir() else path)
+    return {name: value for name, value in header.items() if name.startswith("d2f.")}
+
+
 @torch.no_grad()
 def merged_state_dict(unet: nn.Module) -> dict[str, Tensor]:
     """State of the UNet as if it had no adapter, each adapted weight plus scale * B A, computed in float32."""

@@ -36,6 +36,7 @@ from d2f_fast.checkpoint import (
     atomic_folder,
     atomic_path,
     find_checkpoint,
+    list_checkpoints,
     make_folder,
     pack_optimizer,
     read_json,
@@ -48,8 +49,8 @@ from d2f_fast.checkpoint import (
 from d2f_fast.config import Method, TrainingConfig
 from d2f_fast.data import ImageDataset, check_dataset, load_ahead, plan_batches
 from d2f_fast.ema import EMA
-from d2f_fast.encoding import BatchEncoder
-from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
+from d2f_fast.encoding import BatchEncoder, check_batch
+from d2f_fast.errors import CheckpointError, DatasetError, ModelError, RefusedInputError
 from d2f_fast.fused_lora import use_fused_lora
 from d2f_fast.half_base import HalfBase
 from d2f_fast.lora import inject_lora, merged_unet, save_lora
@@ -102,8 +103,15 @@ class AlignedTrainer:
             raise RefusedInputError(f"mixed_precision must be no or bf16, got {self._precision}")
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world != self.accelerator.num_processes:  # each would train alone, and write over the others
+            raise RefusedInputError(
+                f"{world} processes were started, and accelerate sees {self.accelerator.num_processes}: on a CPU set"
+                " ACCELERATE_USE_CPU=true"
+            )
         if config.cuda_graph and self.device.type != "cuda":
             raise RefusedInputError(f"cuda_graph needs a CUDA GPU, got {self.device.type}: leave it out")
+        _check_trainable(model, config)
         if config.compile:
             keep_compiled_code()
         # A few elements of each weight tell base models apart; a full finetuning takes its UNet from the checkpoint.
@@ -140,7 +148,7 @@ class AlignedTrainer:
         )
         self.optimizer = self._training_step.optimizer
         self._learning_rate = learning_rates(config)
-        self.global_step = 0
+        self.global_step, self._samples = 0, 0
         self._null_condition: dict[str, Tensor] | None = None
         self._signal: int | None = None
 
@@ -205,7 +213,11 @@ class AlignedTrainer:
         Returns:
             The mean loss, float32 scalar on the device, detached: over the global batch with several processes, else
             over this share. Reading it syncs with the device.
+
+        Raises:
+            RefusedInputError: see `encoding.check_batch`.
         """
+        check_batch(batch)
         generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, self.global_step))
         if self._half_base is not None:
             self._half_base.use()
@@ -259,7 +271,11 @@ class AlignedTrainer:
                 ids = self._on_device(batch["input_ids"])
                 condition = {"encoder_hidden_states": self.model.pipeline.text_encoder(ids)[0]}
         condition |= batch.get("added_cond_kwargs") or {}
-        return {name: self._on_device(value) for name, value in condition.items()}
+        # In the type of the frozen weights, which that of the text encoder, or of a cache, need not be; the network
+        # takes sizes as they are.
+        dtype = self.unet.conv_in.weight.dtype
+        given = {name: self._on_device(value) for name, value in condition.items()}
+        return {name: value if name == "time_ids" else value.to(dtype) for name, value in given.items()}
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         """A tensor of the batch on the device; a GPU fetches it by itself, while the host goes on."""
@@ -287,11 +303,13 @@ class AlignedTrainer:
 
         Raises:
             DatasetError, CheckpointError: input that cannot be used.
+            RefusedInputError: `output_dir` holds another run's checkpoints.
             InterruptedRunError: after SIGTERM or SIGINT, and a checkpoint.
             NonFiniteRunError: ten steps in a row were not finite; the last checkpoint is intact.
         """
         config = self.config
         check_dataset(dataset)
+        self._samples = len(dataset)
         self._resume()
         self._write_config()
         log, tracker, started = _Log(Path(config.output_dir)), self._tracker(), time.monotonic()
@@ -454,17 +472,33 @@ class AlignedTrainer:
                 write_tensors(folder / "ema.safetensors", self.ema.state_dict())
             tensors, optimizer = pack_optimizer(self.optimizer)
             write_tensors(folder / "optimizer.safetensors", tensors)
-            state = {"identity": self._identity(), "optimizer": optimizer}
+            state = {"identity": self._identity(), "samples": self._samples, "optimizer": optimizer}
             write_json(folder / "state.json", state | {"skipped_steps": int(self._training_step.skipped)})
 
         save_checkpoint(self.config.output_dir, self.global_step, write, self.config.checkpoints_total_limit)
 
     def _resume(self) -> None:
         """Continue from the checkpoint that the configuration names, if it names one."""
-        folder = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
+        output, resume_from = Path(self.config.output_dir), self.config.resume_from_checkpoint
+        others = list_checkpoints(output)
+        if resume_from is None and others and self.global_step == 0:
+            raise RefusedInputError(
+                f"{output} holds {others[0][1].name} of another run: --resume_from_checkpoint latest goes on with it;"
+                " else name a new output_dir"
+            )
+        folder = find_checkpoint(output, resume_from)
         if folder is None:
             return
-        state = read_json(folder / "state.json")
+        state, step = read_json(folder / "state.json"), read_json(folder / MANIFEST)["step"]
+        if not isinstance(state, dict) or not {"identity", "samples", "optimizer", "skipped_steps"} <= state.keys():
+            raise CheckpointError(f"{folder / 'state.json'} is not of a training run: resume from another checkpoint")
+        if step > self.config.max_train_steps:
+            raise CheckpointError(f"{folder} is past max_train_steps {self.config.max_train_steps}: raise it")
+        if state["samples"] != self._samples:
+            logger.warning(
+                "the dataset had %d samples, and has %d: the run goes on, in another order than it would have",
+                *(state["samples"], self._samples),
+            )
         own = self._identity()
         for name in sorted(own.keys() | state["identity"].keys()):
             if own.get(name) != state["identity"].get(name):
@@ -483,7 +517,7 @@ class AlignedTrainer:
         unpack_optimizer(self.optimizer, read_tensors(folder / "optimizer.safetensors")[0], state["optimizer"])
         self._training_step.optimizer_was_loaded()
         self._training_step.skipped.fill_(state["skipped_steps"])
-        self.global_step = read_json(folder / MANIFEST)["step"]
+        self.global_step = step
         logger.info("resumed from %s at step %d", folder, self.global_step)
 
     # Sampling and saving
@@ -638,8 +672,15 @@ class _Log:
         """Drop the rows after a step, which a run that was killed had logged and its continuation takes again."""
         if not self._path.exists():
             return
-        lines = self._path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+        def stays(line: str) -> bool:
+            try:
+                return line.endswith("\n") and json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):  # no row of ours, or one that a power cut left
+                return False
+
+        lines = self._path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if stays(line)]
         if kept != lines:
             with atomic_path(self._path) as temporary:
                 temporary.write_text("".join(kept))
@@ -647,8 +688,29 @@ class _Log:
     def write(self, row: Mapping[str, Any]) -> None:
         # JSON has no NaN: the loss of a skipped step is null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:  # no reason to stop a run
+            logger.warning("%s: step %s is not logged (%s)", self._path, row["step"], error.strerror)
+
+
+def _check_trainable(model: BaseModel, config: TrainingConfig) -> None:
+    """Refuse a base that would fail in its first step."""
+    unet, latents = model.unet.config, model.vae.config.latent_channels
+    if unet.in_channels != latents:
+        raise ModelError(
+            f"the UNet takes {unet.in_channels} channels and the autoencoder makes {latents}: text-to-image only"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if unet.get(name) is not None:
+            raise ModelError(
+                f"the UNet has {name} {unet[name]}: it takes an input that no text-to-image training gives"
+            )
+    if any(parameter.dtype == torch.float16 for parameter in model.unet.parameters()):
+        raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")
+    if config.resolution % model.downsampling:
+        raise RefusedInputError(f"resolution must be a multiple of {model.downsampling}, got {config.resolution}")
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -60,6 +60,26 @@ def test_train_then_sample_with_its_lora(pictures, tiny_folder, tmp_path, capsys
     assert np.array_equal(drawn[1], drawn[2]) and drawn[0][0].shape == (16, 16, 3)
 
 
+def test_sampling_goes_by_what_the_files_say_of_their_training(pictures, tiny_folder, tmp_path, capsys):
+    options = ["--objective", "fm", "--flow_shift", "3", "--learning_rate", "0.1"]
+    assert train(pictures, tiny_folder, tmp_path / "lora", *options) == 0
+    assert train(pictures, tiny_folder, tmp_path / "full", *options, "--adapter", "full") == 0
+    saved, base = str(tmp_path / "full" / "pipeline"), str(tiny_folder)
+    said, other = (
+        ["--prediction_type", "flow_prediction", "--shift", "3"],
+        ["--prediction_type", "epsilon", "--shift", "1"],
+    )
+    for model, lora in ((base, ["--lora", str(tmp_path / "lora")]), (saved, [])):
+        drawn = []
+        for more in ([], said, other):
+            command = ["sample", "--prompts", "ab", "--model", model, *lora, "--height", "16", *more, "--json"]
+            assert main([*command, "--output_dir", str(tmp_path / "drawn")]) == 0
+            (file,) = json.loads(capsys.readouterr().out.splitlines()[-1])["files"]
+            drawn.append(np.asarray(Image.open(file)))
+        assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+        assert drawn[0].shape == (16, 16, 3)
+
+
 def test_options_come_from_the_file_and_typed_ones_win(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("rank: 7\nlearning_rate: 3.0e-5\ncenter_crop: true\nobjective: fm\ntrain_data_dir: somewhere\n")
@@ -67,6 +87,12 @@ def test_options_come_from_the_file_and_typed_ones_win(tmp_path):
     assert (command.options.rank, command.options.learning_rate) == (9, 3e-5)
     assert (command.options.objective, command.train_data_dir) == ("fm", "somewhere")
     assert command.options.max_train_steps == 5
+
+
+def test_yaml_words_that_it_takes_for_truth_values_stay_words(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("mixed_precision: no\ntrain_data_dir: somewhere\n")
+    assert parse(["train", "--config", str(config)]).options.mixed_precision == "no"
 
 
 def test_dry_run_prints_the_resolved_options_and_touches_nothing(tmp_path, capsys):

@@ -27,10 +27,17 @@ from torch import Tensor
 
 from d2f_fast import checkpoint
 from d2f_fast.base_model import BaseModel, load_pipeline
-from d2f_fast.checkpoint import find_checkpoint, pack_optimizer, read_tensors, verify_checkpoint
+from d2f_fast.checkpoint import (
+    find_checkpoint,
+    pack_optimizer,
+    read_tensors,
+    save_checkpoint,
+    verify_checkpoint,
+    write_json,
+)
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data import batch_indices
-from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
+from d2f_fast.errors import CheckpointError, DatasetError, ModelError, RefusedInputError
 from d2f_fast.scheduler import Diff2FlowScheduler
 from d2f_fast.trainer import AlignedTrainer, InterruptedRunError, NonFiniteRunError
 
@@ -400,6 +407,56 @@ def test_a_finished_run_resumes_to_its_end_at_once(make: Any) -> None:
     make().fit(Pictures())
     result = make(resume_from_checkpoint="latest").fit(Pictures())
     assert result["steps"] == 7 and result["loss"] is None
+    with pytest.raises(CheckpointError, match="checkpoint-7 is past max_train_steps 5: raise it"):
+        make(resume_from_checkpoint="latest", max_train_steps=5).fit(Pictures())
+
+
+def test_a_new_run_does_not_mix_with_another_ones_checkpoints(make: Any) -> None:
+    first = make(max_train_steps=3)
+    first.fit(Pictures())
+    first.fit(Pictures())  # its own: nothing is left to do
+    log = Path(first.config.output_dir, "log.jsonl").read_bytes()
+    with pytest.raises(RefusedInputError, match=r"run holds checkpoint-3 of another run: --resume"):
+        make(max_train_steps=4).fit(Pictures())
+    assert Path(first.config.output_dir, "log.jsonl").read_bytes() == log
+
+
+def test_a_dataset_of_another_length_is_told(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make(max_train_steps=1).fit(Pictures(9))
+    make(max_train_steps=2, resume_from_checkpoint="latest").fit(Pictures(8))
+    assert "the dataset had 9 samples, and has 8: the run goes on, in another order than it would have" in caplog.text
+
+
+def test_a_log_that_holds_other_lines_is_cut_all_the_same(make: Any) -> None:
+    trainer = make(max_train_steps=1)
+    trainer.fit(Pictures())
+    log = Path(trainer.config.output_dir, "log.jsonl")
+    row = log.read_bytes()
+    log.write_bytes(row + b'\xff\xfe\n{"a": 1}\n[1]\n' + row.replace(b'"step": 1', b'"step": 2'))
+    make(max_train_steps=1, resume_from_checkpoint="latest").fit(Pictures())
+    assert log.read_bytes() == row
+
+
+def test_a_log_that_cannot_be_written_stops_no_run(
+    make: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, opened = make(max_train_steps=2), Path.open
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "log.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert trainer.fit(Pictures())["steps"] == 2
+    assert "log.jsonl: step 1 is not logged (No space left on device)" in caplog.text
+
+
+def test_a_checkpoint_of_something_else_is_refused(make: Any) -> None:
+    trainer = make()
+    save_checkpoint(trainer.config.output_dir, 1, lambda folder: write_json(folder / "state.json", {}))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1/state\.json is not of a training run"):
+        make(resume_from_checkpoint="latest").fit(Pictures())
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,6 +624,75 @@ def test_a_sample_that_cannot_be_used_is_refused(
 
     with pytest.raises(DatasetError, match=sentence):
         make(cache_latents=cache_latents).fit(Damaged())
+
+
+# What is refused
+
+
+def small_pipeline(tiny_folder: Path, **unet: Any) -> Any:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    if unet:
+        pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **unet})
+    return pipeline
+
+
+@pytest.mark.parametrize(("unet", "sentence"), [
+    ({"in_channels": 9}, "the UNet takes 9 channels and the autoencoder makes 4: text-to-image only"),
+    ({"num_class_embeds": 3}, "the UNet has num_class_embeds 3: it takes an input that no text-to-image"),
+    ({"time_cond_proj_dim": 8}, "the UNet has time_cond_proj_dim 8"),
+])  # fmt: skip
+def test_a_network_of_another_kind_is_refused(
+    tiny_folder: Path, tmp_path: Path, unet: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        AlignedTrainer.from_pretrained(small_pipeline(tiny_folder, **unet), config(tmp_path))
+
+
+def test_a_half_base_trains_in_bfloat16_and_not_in_float16(tiny_folder: Path, tmp_path: Path) -> None:
+    pipeline = small_pipeline(tiny_folder)
+    with pytest.raises(ModelError, match="the UNet is float16, whose gradients overflow: load it in bf"):
+        AlignedTrainer.from_pretrained(pipeline.to(torch.float16), config(tmp_path))
+    for number, (adapter, precision) in enumerate((("lora", "no"), ("lora", "bf16"), ("full", "no"))):
+        half = small_pipeline(tiny_folder).to(torch.bfloat16)
+        options = {"adapter": adapter, "mixed_precision": precision, "max_train_steps": 2}
+        trainer = AlignedTrainer.from_pretrained(half, config(tmp_path / str(number), **options))
+        assert np.isfinite(trainer.fit(Pictures())["loss"])
+        assert len(trainer.sample(["ab", "c"], 2, guidance_scale=2.0)) == 2
+
+
+def test_text_of_another_type_is_cast_to_that_of_the_network(make: Any) -> None:
+    given = batch()
+    text = given["encoder_hidden_states"].half()
+    first = make("first").step({**given, "encoder_hidden_states": text})
+    assert torch.equal(first, make("second").step({**given, "encoder_hidden_states": text.float()}))
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"latents": None}, "latents must be a tensor, got NoneType"),
+    ({"latents": torch.zeros(4, 4, 8, 8, dtype=torch.uint8)}, r"latents must be floating, .* got \[4, 4, 8, 8\] torch"),
+    ({"latents": torch.zeros(4, 8, 8)}, r"latents must be floating, \[samples, .*\], got \[4, 8, 8\]"),
+    ({"encoder_hidden_states": torch.zeros(5, 8, 16)}, "encoder_hidden_states has 5 samples and latents 4: they"),
+    ({"mask": torch.ones(3, 1, 8, 8)}, "mask has 3 samples and latents 4"),
+    ({"mask": torch.ones(8, 8)}, r"mask must be floating, .* got \[8, 8\] torch.float32"),
+])  # fmt: skip
+def test_a_batch_that_is_none_is_refused(make: Any, change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        make().step({**batch(), **change})
+
+
+@pytest.mark.parametrize(("keys", "sentence"), [
+    ([], "a batch needs latents or pixel_values, got nothing"),
+    (["latents"], "a batch needs encoder_hidden_states or input_ids, got latents"),
+])  # fmt: skip
+def test_a_batch_without_its_keys_is_refused(make: Any, keys: list[str], sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        make().step({name: batch()[name] for name in keys})
+
+
+def test_processes_that_would_train_alone_are_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RefusedInputError, match="2 processes were started, and accelerate sees 1: on a CPU"):
+        make()
 
 
 # Sampling and saving
