@@ -304,6 +304,13 @@ class Alignment:
         """Sigmas (1 - t) / t of the uniform nodes, for any stock scheduler's `set_timesteps(sigmas=...)`; ends in 0.0.
 
         The first one makes a stock Euler step start at t = 0: sigma_max + sigma_1 for ε-prediction, 4096 otherwise.
+
+        Args:
+            steps: network evaluations, at least 1.
+            shift: multiplies each sigma.
+
+        Raises:
+            ValueError: fewer than one step, or a shift that is not positive.
         """
         nodes = shifted_uniform_times(steps, self.t_min, shift)[1:]
         later = ((1 - nodes) / nodes).tolist()

@@ -94,6 +94,18 @@ class AlignedTrainer:
     Args:
         model: the base model; its UNet is trained in place.
         config: options of the run.
+
+    Attributes:
+        unet: the network, its adapter in place.
+        alignment: of the base model, on the device.
+        trainable: the parameters that train, by name.
+        ema: their average; None where `ema_decay` is 0.
+        optimizer: AdamW.
+        global_step: optimizer steps taken.
+
+    Raises:
+        ModelError: the base is float16, or takes an input that no text-to-image training gives.
+        RefusedInputError: options that this device or model cannot serve.
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
@@ -156,8 +168,12 @@ class AlignedTrainer:
     def from_pretrained(cls, model: str | Path | Any, config: TrainingConfig | None = None) -> "AlignedTrainer":
         """Trainer of a hub id, a pipeline folder, a `.safetensors` file, or a loaded diffusers pipeline.
 
+        Args:
+            model: any of these; a pipeline's UNet is trained in place.
+            config: options of the run; None for the defaults.
+
         Raises:
-            ModelError: see `BaseModel`.
+            ModelError: see `BaseModel` and `load_pipeline`.
         """
         base = BaseModel.load(model) if isinstance(model, str | Path) else BaseModel(model)
         return cls(base, config or TrainingConfig())
@@ -557,6 +573,9 @@ class AlignedTrainer:
             generator: on the device or the CPU, of the noise.
             method: of the integration.
 
+        Returns:
+            One RGB picture for each prompt.
+
         Raises:
             RefusedInputError: the autoencoder has no latents of this height or width.
         """
@@ -595,8 +614,16 @@ class AlignedTrainer:
     def save_lora(self, folder: str | Path) -> Path:
         """Write the averaged adapter as `pytorch_lora_weights.safetensors`, and check that it reloads.
 
+        Args:
+            folder: made when missing.
+
+        Returns:
+            The file.
+
         Raises:
-            RefusedInputError: the run is a full finetuning.
+            RefusedInputError: the run is a full finetuning, or the disk is full.
+            CheckpointError: a weight is not finite.
+            ModelError: the reloaded file does not give the same output.
         """
         if self.config.adapter != "lora":
             raise RefusedInputError("adapter is full: there is no LoRA to save; use save_pipeline")
