@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,7 +33,6 @@ from d2f_fast.base_model import BaseModel
 from d2f_fast.checkpoint import (
     MANIFEST,
     atomic_folder,
-    atomic_path,
     find_checkpoint,
     list_checkpoints,
     make_folder,
@@ -55,16 +53,14 @@ from d2f_fast.fused_lora import use_fused_lora
 from d2f_fast.half_base import HalfBase
 from d2f_fast.lora import inject_lora, merged_unet, save_lora
 from d2f_fast.objective import Objective
+from d2f_fast.run_log import RunLog
 from d2f_fast.sampler import sample_flow, unet_velocity
+from d2f_fast.saving import stock_scheduler, tags_of
 from d2f_fast.training_step import StepInputs, TrainingStep, keep_compiled_code, learning_rates
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-_SCHEDULE_KEYS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("prediction_type", "rescale_betas_zero_snr"),
-)
 
 
 class InterruptedRunError(RuntimeError):
@@ -328,8 +324,8 @@ class AlignedTrainer:
         self._samples = len(dataset)
         self._resume()
         self._write_config()
-        log, tracker, started = _Log(Path(config.output_dir)), self._tracker(), time.monotonic()
-        if config.resume_from_checkpoint is not None and self.accelerator.is_main_process:
+        log, started = RunLog(config, self.accelerator.is_main_process), time.monotonic()
+        if config.resume_from_checkpoint is not None:
             log.cut(self.global_step)
         progress = tqdm(
             total=config.max_train_steps,
@@ -358,11 +354,7 @@ class AlignedTrainer:
                     row: dict[str, Any] = {"step": step, "loss": value, "lr": self._learning_rate(step)}
                     row |= {"images_per_second": rate, "skipped_steps": int(self._training_step.skipped)}
                     progress.set_postfix(loss=f"{value:.4f}", images_s=f"{rate:.1f}")
-                    if self.accelerator.is_main_process:
-                        log.write(row)
-                        if tracker is not None:
-                            for name in ("loss", "lr", "images_per_second"):
-                                tracker.add_scalar(name, row[name], step)
+                    log.write(row)
                 asked = self._asked_to_stop(logged)
                 if asked is not None:
                     self._save_checkpoint()
@@ -371,8 +363,7 @@ class AlignedTrainer:
                     self._save_checkpoint()
                 if done:
                     break
-        if tracker is not None:
-            tracker.close()
+        log.close()
         seconds = time.monotonic() - started
         return {
             "steps": self.global_step,
@@ -431,14 +422,6 @@ class AlignedTrainer:
         asked = torch.tensor(self._signal or 0, device=self.device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return int(asked) or None
-
-    def _tracker(self) -> Any:
-        """TensorBoard writer, on the main process where it was asked for."""
-        if self.config.report_to != "tensorboard" or not self.accelerator.is_main_process:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(Path(self.config.output_dir) / "logs"))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -628,7 +611,7 @@ class AlignedTrainer:
         if self.config.adapter != "lora":
             raise RefusedInputError("adapter is full: there is no LoRA to save; use save_pipeline")
         with self.averaged():
-            return save_lora(self.unet, folder, self._tags())
+            return save_lora(self.unet, folder, tags_of(self.config, self.objective))
 
     def save_pipeline(self, folder: str | Path) -> Path:
         """Write the averaged model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
@@ -645,81 +628,13 @@ class AlignedTrainer:
         pipeline = self.model.pipeline
         with self.averaged():
             unet = merged_unet(self.unet)
-        saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": self._stock_scheduler()})
+        saved = type(pipeline)(
+            **{**pipeline.components, "unet": unet, "scheduler": stock_scheduler(self.config, self.model)}
+        )
         with atomic_folder(folder) as temporary:
             saved.save_pretrained(temporary)
-            write_json(temporary / "d2f.json", self._tags())
+            write_json(temporary / "d2f.json", tags_of(self.config, self.objective))
         return Path(folder)
-
-    def _stock_scheduler(self) -> Any:
-        """The stock scheduler that samples what was trained, in any pipeline of Stable Diffusion."""
-        config, shift = self.model.pipeline.scheduler.config, self.config.flow_shift
-        if self.config.objective == "fm":
-            # Of first order it is Euler in flow time. diffusers' own flow scheduler fits none of these pipelines.
-            return DPMSolverMultistepScheduler(
-                self.alignment.num_train_timesteps,
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                flow_shift=shift,
-                solver_order=1,
-                steps_offset=1,  # unused; what the pipelines ask for
-                final_sigmas_type="zero",
-            )
-        # Named, or diffusers would take the other class' defaults for what the base left at its own.
-        table = {name: config[name] for name in _SCHEDULE_KEYS if name in config}
-        return EulerDiscreteScheduler.from_config(
-            config, **table, timestep_spacing="trailing", final_sigmas_type="zero"
-        )
-
-    def _tags(self) -> dict[str, str]:
-        """Header entries that say what the file is and how to sample it."""
-        config = self.config
-        reader = self.objective.model
-        recommended = self.alignment.sigmas(4, config.flow_shift)
-        if config.objective == "fm":  # whose sigma, in diffusers, is 1 - t
-            recommended = (1 - reader.times(4, shift=config.flow_shift)).tolist()
-        sigmas = ", ".join(f"{sigma:.4g}" for sigma in recommended)
-        return {
-            "d2f.objective": config.objective,
-            "d2f.prediction_type": reader.prediction_type,
-            "d2f.zero_snr": str(self.alignment.schedule.zero_terminal_snr).lower(),
-            "d2f.loss_weighting": config.loss_weighting,
-            "d2f.shift": str(config.flow_shift),
-            "d2f.recommended_sigmas": sigmas,
-        }
-
-
-class _Log:
-    """JSON lines, one for each logged step."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = make_folder(folder) / "log.jsonl"
-
-    def cut(self, step: int) -> None:
-        """Drop the rows after a step, which a run that was killed had logged and its continuation takes again."""
-        if not self._path.exists():
-            return
-
-        def stays(line: str) -> bool:
-            try:
-                return line.endswith("\n") and json.loads(line)["step"] <= step
-            except (ValueError, TypeError, KeyError):  # no row of ours, or one that a power cut left
-                return False
-
-        lines = self._path.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if stays(line)]
-        if kept != lines:
-            with atomic_path(self._path) as temporary:
-                temporary.write_text("".join(kept))
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        # JSON has no NaN: the loss of a skipped step is null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(finite) + "\n")
-        except OSError as error:  # no reason to stop a run
-            logger.warning("%s: step %s is not logged (%s)", self._path, row["step"], error.strerror)
 
 
 def _check_trainable(model: BaseModel, config: TrainingConfig) -> None:
