@@ -65,7 +65,13 @@ class Train:
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
         trainer = AlignedTrainer.from_pretrained(_model(self.pretrained_model_name_or_path), self.options)
         if trainer.accelerator.is_main_process:
+            epochs = self.options.max_train_steps / -(-len(dataset) // trainer.global_batch_size)
             print(f"d2f: {trainer.paths}", file=sys.stderr)
+            print(
+                f"d2f: {len(dataset)} pictures, {trainer.global_batch_size} a step:"
+                f" {self.options.max_train_steps} steps are {epochs:.4g} epochs",
+                file=sys.stderr,
+            )
         result = trainer.fit(dataset)
         if not trainer.accelerator.is_main_process:
             return result | {"output": str(output)}

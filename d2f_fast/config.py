@@ -15,6 +15,7 @@ LearningRateSchedule = Literal[
 ]
 Method = Literal["euler", "midpoint", "heun"]
 Spacing = Literal["uniform", "trailing"]
+SNR_GAMMA = 5.0
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
@@ -72,7 +73,7 @@ class TrainingConfig:
     output_dir: str = "d2f-output"
     objective: ObjectiveName = "diff2flow"
     loss_weighting: LossWeighting = "flow"
-    snr_gamma: float = 5.0
+    snr_gamma: float = SNR_GAMMA
     timestep_sampling: TimestepSampling = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -128,6 +129,8 @@ class TrainingConfig:
             raise RefusedInputError(f"logit_mean must be finite, got {self.logit_mean}")
         if self.objective == "fm" and self.loss_weighting != "flow":
             raise RefusedInputError(f"objective fm has no loss_weighting but flow, got {self.loss_weighting}")
+        if self.snr_gamma != SNR_GAMMA and self.loss_weighting != "min_snr":  # diffusers' scripts switch it on by this
+            raise RefusedInputError(f"snr_gamma is of loss_weighting min_snr, got {self.loss_weighting}")
         if self.cache_latents and not self.center_crop:
             raise RefusedInputError("cache_latents needs center_crop: a random crop has no one latent")
 

@@ -44,6 +44,7 @@ def test_train_then_sample_with_its_lora(pictures, tiny_folder, tmp_path, capsys
     printed = capsys.readouterr()
     assert printed.out.strip() == str(output / "pytorch_lora_weights.safetensors")
     assert sum(line.startswith("d2f: step on ") for line in printed.err.splitlines()) == 1
+    assert "d2f: 3 pictures, 2 a step: 2 steps are 1 epochs\n" in printed.err
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["command"] == "d2f train" and metrics["peak_memory_bytes"] > 0
     assert metrics["results"][0]["steps"] == 2
@@ -142,6 +143,7 @@ def test_a_wrong_configuration_file_is_refused(tmp_path, text, sentence, capsys)
                 ("logit_mean", "nan", "logit_mean must be finite, got nan"),
                 ("objective", "fm --loss_weighting native", "objective fm has no loss_weighting but flow, got native"),
                 ("lr_scheduler", "foo", "lr_scheduler"),
+                ("snr_gamma", "3", "snr_gamma is of loss_weighting min_snr, got flow"),
             )
         ),
     ],
