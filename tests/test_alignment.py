@@ -215,6 +215,16 @@ def test_times_keep_their_count_and_stay_inside_the_table():
         torch.testing.assert_close(alignment.times(steps, "trailing")[1:-1], expected[1:])
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.5])
+def test_trailing_times_have_ddims_sigmas_times_the_shift(shift):
+    alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
+    ddim = DDIMScheduler.from_config(scheduler_of("sd", "epsilon").config, timestep_spacing="trailing")
+    ddim.set_timesteps(4)
+    abar = ddim.alphas_cumprod.double()[ddim.timesteps[1:]]
+    times = alignment.times(4, "trailing", shift)[1:-1].double()
+    torch.testing.assert_close((1 - times) / times, shift * ((1 - abar) / abar).sqrt(), rtol=1e-6, atol=0)
+
+
 def test_low_precision_latents_are_rounded_once():
     alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
     t, latents, noise, output = (x.to(torch.bfloat16) for x in draws(300, torch.float32))

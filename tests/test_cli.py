@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from d2f_fast.checkpoint import read_tensors
 from d2f_fast.cli import main, parse
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.lora import inject_lora, save_lora
+from d2f_fast.scheduler import Diff2FlowScheduler
 
 
 @pytest.fixture
@@ -36,6 +41,82 @@ def train(folder: Path, model: Path, output: Path, *more: str) -> int:
         str(output),
     ]
     return main(["train", *paths, *options, *more])
+
+
+def test_full_finetuning_leaves_the_averaged_pipeline_and_no_lora(pictures, tiny_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(pictures, tiny_folder, output, "--adapter", "full", "--learning_rate", "0.01") == 0
+    assert capsys.readouterr().out.strip() == str(output / "pipeline")
+    assert not list(output.rglob("pytorch_lora_weights.safetensors"))
+    saved = StableDiffusionPipeline.from_pretrained(output / "pipeline").unet.state_dict()
+    average, _ = read_tensors(output / "checkpoint-2" / "ema.safetensors")
+    assert all(torch.equal(tensor, average[f"shadow.{name}"]) for name, tensor in saved.items())
+    base = UNet2DConditionModel.from_pretrained(tiny_folder / "unet").state_dict()
+    assert not any(torch.equal(saved[name], base[name]) for name in saved)
+
+
+@pytest.fixture(scope="session")
+def lora(tiny_folder, tmp_path_factory):
+    """Folder of a LoRA that changes the tiny model's pictures."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
+    inject_lora(unet, 2, first_last_layers=True)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return save_lora(unet, tmp_path_factory.mktemp("lora")).parent
+
+
+def drawn_by_hand(
+    model, *, lora=None, method="euler", flow_spacing="uniform", shift=1.0, prediction_type="epsilon", seed=0, **options
+):
+    """The pictures of the stock pipeline."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.scheduler = Diff2FlowScheduler.from_config(
+        pipe.scheduler.config,
+        method=method,
+        flow_spacing=flow_spacing,
+        shift=shift,
+        prediction_type=prediction_type,
+    )
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": "", **options}
+    options["negative_prompt"] = [options["negative_prompt"]] * 2
+    return pipe(["ab", "cd"], generator=torch.Generator().manual_seed(seed), **options).images
+
+
+@pytest.mark.parametrize("option", [
+    {},
+    {"method": "midpoint"},
+    {"method": "heun"},
+    {"flow_spacing": "trailing"},
+    {"shift": 3.0},
+    {"prediction_type": "v_prediction"},
+    {"prediction_type": "flow_prediction"},
+    {"seed": 7},
+    {"guidance_scale": 8.0},
+    {"num_inference_steps": 3},
+    {"negative_prompt": "xyz"},
+    {"height": 24, "width": 32},
+    {"lora": ""},
+], ids=str)  # fmt: skip
+def test_sample_draws_what_the_stock_pipeline_does(tiny_folder, lora, tmp_path, option):
+    option = {name: str(lora) if name == "lora" else value for name, value in option.items()}
+    typed = [word for name, value in option.items() for word in (f"--{name}", str(value))]
+    command = ["sample", "--prompts", "ab", "cd", "--model", str(tiny_folder), "--output_dir", str(tmp_path)]
+    assert main([*command, *typed]) == 0
+    got = [np.asarray(Image.open(tmp_path / f"00{i}.png"), np.int16) for i in range(2)]
+    want, plain = (
+        [np.asarray(picture, np.int16) for picture in drawn_by_hand(tiny_folder, **options)] for options in (option, {})
+    )
+    rounding = 1 if "lora" in option else 0
+    for ours, theirs, other in zip(got, want, plain, strict=True):
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= rounding
+        assert not option or theirs.shape != other.shape or np.abs(theirs - other).max() > rounding
 
 
 def test_train_then_sample_with_its_lora(pictures, tiny_folder, tmp_path, capsys):
@@ -101,6 +182,16 @@ def test_dry_run_prints_the_resolved_options_and_touches_nothing(tmp_path, capsy
     assert main(["train", "--train_data_dir", "x", "--output_dir", str(output), "--dry_run"]) == 0
     assert json.loads(capsys.readouterr().out)["options"]["output_dir"] == str(output)
     assert not output.exists()
+
+
+def test_the_file_may_hold_switches_and_lists(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("center_crop: false\ncache_latents: false\nrandom_flip: true\ntarget_modules: [to_q, to_k]\n")
+    options = parse(["train", "--config", str(config), "--train_data_dir", "x"]).options
+    assert (options.center_crop, options.cache_latents, options.random_flip) == (False, False, True)
+    assert options.target_modules == ("to_q", "to_k")
+    config.write_text("prompts:\n- two words\n- b\n")
+    assert parse(["sample", "--config", str(config)]).prompts == ("two words", "b")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +287,6 @@ def test_a_full_finetuning_that_could_not_be_saved_is_not_begun(pictures, tiny_f
 
 
 def test_a_lora_of_another_model_is_refused_by_file_and_key(tiny_folder, tmp_path, capsys):
-    import torch
     from safetensors.torch import save_file
 
     file = tmp_path / "pytorch_lora_weights.safetensors"

@@ -171,20 +171,24 @@ def test_a_lora_of_a_half_precision_base_is_saved(tmp_path: Path, unet: Any) -> 
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
+@pytest.mark.parametrize(
+    ("factor", "difference"), [(1 / 1.5, r"\d\.\de-0[12]"), (1.001, r"\d\.\de-0[45]")], ids=["scale", "rounding"]
+)
 def test_a_file_that_reloads_to_another_output_is_refused(
-    tmp_path: Path, unet: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, unet: Any, monkeypatch: pytest.MonkeyPatch, factor: float, difference: str
 ) -> None:
     inject_lora(unet, 2, alpha=3.0)
     randomize(unet)
     before = save_lora(unet, tmp_path).read_bytes()
     state_dict = lora.lora_state_dict
 
-    def unfolded(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def wrong(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, header = state_dict(unet)
-        return {key: value / 1.5 if ".lora_B" in key else value for key, value in tensors.items()}, header
+        return {key: value * factor if ".lora_B" in key else value for key, value in tensors.items()}, header
 
-    monkeypatch.setattr(lora, "lora_state_dict", unfolded)
-    with pytest.raises(ModelError, match=r"does not reload to the same output .* not shareable"):
+    monkeypatch.setattr(lora, "lora_state_dict", wrong)
+    sentence = rf"does not reload to the same output \(relative difference {difference}\): not shareable"
+    with pytest.raises(ModelError, match=sentence):
         save_lora(unet, tmp_path)
     (kept,) = tmp_path.iterdir()
     assert kept.read_bytes() == before

@@ -346,6 +346,18 @@ def test_two_nodes_that_share_a_timestep_are_told_apart():
     assert_close(run(scheduler, noise), sample_flow(velocity, noise, times=times))
 
 
+def test_a_first_sigma_starts_at_the_end_of_the_table_however_it_was_rounded():
+    scheduler = Diff2FlowScheduler(**SD)
+    abar = scheduler.alphas_cumprod[-1].item()
+    largest = ((1 - abar) / abar) ** 0.5
+    assert largest < 14.62  # as a list of four digits has it, rounded up
+    for first in (largest, 14.62):
+        scheduler.set_timesteps(sigmas=[first, 1.0, 0.0])
+        np.testing.assert_allclose(scheduler.sigmas, [first, 1.0, 0.0], rtol=1e-6)
+    scheduler.set_timesteps(sigmas=[1.002 * largest, 1.0, 0.0])
+    assert scheduler.sigmas.tolist() == [float("inf"), 1.0, 0.0]
+
+
 @pytest.mark.parametrize("sequence", [list, tuple, np.array, torch.tensor])
 def test_nodes_may_be_any_sequence(recwarn, sequence):
     scheduler = Diff2FlowScheduler(**SD)

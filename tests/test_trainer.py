@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,58 @@ def test_the_loss_of_a_step_is_the_closed_form(make: Any, tiny_folder: Path, obj
     assert trainer.step(given).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("options", "weight"), [
+    ({"loss_weighting": "native"}, lambda t: t**2),  # 1 / Q² of an ε-prediction
+    ({"loss_weighting": "min_snr", "snr_gamma": 0.3}, lambda t: (0.3 * ((1 - t) / t) ** 2).clamp(max=1)),
+], ids=["native", "min_snr"])  # fmt: skip
+def test_the_weighting_asked_for_is_trained_on(
+    make: Any, tiny_folder: Path, options: dict[str, Any], weight: Callable[[Tensor], Tensor]
+) -> None:
+    trainer = make(caption_dropout=0.0, seed=4, **options)
+    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
+    ddim = DDIMScheduler.from_pretrained(tiny_folder / "scheduler")
+    draws = drawn(trainer, batch())
+    with torch.no_grad():
+        each = [closed_form("diff2flow", unet, ddim, *(x[i : i + 1] for x in draws)) for i in range(4)]
+    weights = weight(draws[2].double())
+    assert 0.01 < weights.min() < 0.9
+    expected = (weights * torch.stack(each)).mean()
+    assert trainer.step(batch()).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+TIMES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
+    "timestep_sampling": (
+        {"timestep_sampling": "mode"},
+        lambda u, z: 1 - u - 1.29 * ((torch.pi / 2 * u).cos() ** 2 - 1 + u),
+    ),
+    "logit_mean": ({"timestep_sampling": "logit_normal", "logit_mean": -0.7}, lambda u, z: (z - 0.7).sigmoid()),
+    "logit_std": ({"timestep_sampling": "logit_normal", "logit_std": 0.4}, lambda u, z: (0.4 * z).sigmoid()),
+    "flow_shift": ({"flow_shift": 3.0}, lambda u, z: 3 * u / (1 + 2 * u)),
+}
+
+
+@pytest.mark.parametrize("option", TIMES)
+def test_the_density_asked_for_is_trained_on(make: Any, option: str) -> None:
+    from d2f_fast.trainer import _step_seed
+
+    options, sigma = TIMES[option]
+    trainer, times = make(**options), list[Tensor]()
+    compute = trainer._training_step.loss
+
+    def noting(latents: Tensor, noise: Tensor, t: Tensor, *others: Any) -> Tensor:
+        times.append(t)
+        return compute(latents, noise, t, *others)
+
+    trainer._training_step.loss = noting
+    trainer.step(batch())
+    generator = torch.Generator().manual_seed(_step_seed(trainer.config.seed, 0))
+    torch.randn(2, *batch()["latents"].shape, generator=generator)  # of the posterior, and of the state
+    state = generator.get_state()
+    u = torch.rand(4, generator=generator).double()
+    z = torch.randn(4, generator=generator.set_state(state)).double()
+    torch.testing.assert_close(1 - times[0].double(), sigma(u, z), rtol=0, atol=1e-6)
+
+
 def test_the_captions_of_the_dropped_share_become_the_empty_prompt(make: Any) -> None:
     trainer = make(caption_dropout=0.5)
     given = batch(64)
@@ -304,6 +357,15 @@ def test_ten_such_steps_in_a_row_stop_the_run_and_nothing_is_lost(make: Any) -> 
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["loss"] is None for row in rows] == [False] * 5 + [True] * 9
     assert rows[-1]["skipped_steps"] == 9
+
+
+def test_skipped_steps_are_counted_over_a_resumed_run(make: Any) -> None:
+    trainer = make(cache_latents=False, max_train_steps=4)
+    poison(trainer, 2, 3)
+    assert trainer.fit(Pictures())["skipped_steps"] == 2
+    resumed = make(cache_latents=False, max_train_steps=6, resume_from_checkpoint="latest")
+    poison(resumed, 5, 5)
+    assert resumed.fit(Pictures())["skipped_steps"] == 3
 
 
 def test_nine_such_steps_do_not_stop_the_run(make: Any) -> None:
@@ -544,6 +606,23 @@ def test_tensorboard_shows_what_the_log_says(make: Any, tmp_path: Path) -> None:
     assert {"lr", "images_per_second"} <= set(events.Tags()["scalars"])
 
 
+def test_the_last_step_is_logged_and_rates_count_every_picture(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(train_batch_size=2, gradient_accumulation_steps=2, logging_steps=3, checkpointing_steps=0)
+    step, now = trainer.step, 0.0
+
+    def slow(batch: Any) -> Tensor:
+        nonlocal now
+        now += 0.5
+        return step(batch)
+
+    trainer.step = slow  # type: ignore[method-assign]
+    monkeypatch.setattr("d2f_fast.trainer.time", SimpleNamespace(monotonic=lambda: now))
+    assert trainer.fit(Pictures())["seconds"] == 3.5
+    rows = [json.loads(line) for line in (Path(trainer.config.output_dir) / "log.jsonl").read_text().splitlines()]
+    # Ten pictures are batches of 4, 4 and 2.
+    assert [(row["step"], row["images_per_second"]) for row in rows] == [(3, 10 / 1.5), (6, 10 / 1.5), (7, 4 / 0.5)]
+
+
 def test_an_image_folder_trains_as_the_same_pictures_in_memory(make: Any, tmp_path: Path) -> None:
     from d2f_fast.data import CaptionedImages
 
@@ -769,13 +848,29 @@ def test_pictures_have_the_size_asked_for(trained: AlignedTrainer) -> None:
         trained.sample("a", height=17)
 
 
-@pytest.mark.parametrize(
-    ("objective", "sigmas"), [("diff2flow", "17.61, 3, 1, 0.3333, 0"), ("fm", "1, 0.75, 0.5, 0.25, 0")]
-)
-def test_the_lora_file_says_how_to_sample_it(make: Any, tmp_path: Path, objective: str, sigmas: str) -> None:
-    _, header = read_tensors(make(objective=objective).save_lora(tmp_path / "lora"))
-    assert header["d2f.objective"] == objective and header["d2f.recommended_sigmas"] == sigmas
-    assert header["d2f.prediction_type"] == {"diff2flow": "epsilon", "fm": "flow_prediction"}[objective]
+@pytest.mark.parametrize(("objective", "scheduler", "shift", "sigmas"), [
+    ("diff2flow", {}, 1.0, "17.61, 3, 1, 0.3333, 0"),
+    ("diff2flow", {}, 2.0, "20.61, 6, 2, 0.6667, 0"),
+    ("diff2flow", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, 1.5, "4096, 4.5, 1.5, 0.5, 0"),
+    ("fm", {}, 1.0, "1, 0.75, 0.5, 0.25, 0"),
+    ("fm", {}, 2.0, "1, 0.8571, 0.6667, 0.4, 0"),  # 2 s / (1 + s)
+])  # fmt: skip
+def test_the_lora_file_says_how_to_sample_it(
+    tiny_folder: Path, tmp_path: Path, objective: str, scheduler: dict[str, Any], shift: float, sigmas: str
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **scheduler)
+    weighting = "flow" if objective == "fm" else "native"
+    options = config(tmp_path, objective=objective, flow_shift=shift, loss_weighting=weighting)
+    _, header = read_tensors(AlignedTrainer.from_pretrained(pipeline, options).save_lora(tmp_path / "lora"))
+    assert {name: value for name, value in header.items() if name.startswith("d2f.")} == {
+        "d2f.objective": objective,
+        "d2f.prediction_type": "flow_prediction" if objective == "fm" else scheduler.get("prediction_type", "epsilon"),
+        "d2f.zero_snr": "true" if scheduler else "false",
+        "d2f.loss_weighting": weighting,
+        "d2f.shift": str(shift),
+        "d2f.recommended_sigmas": sigmas,
+    }
 
 
 def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: Any, tmp_path: Path) -> None:
