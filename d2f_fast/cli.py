@@ -22,6 +22,7 @@ from d2f_fast.config import (
     TrainingConfig,
     check_number,
     check_positive,
+    check_seed,
 )
 from d2f_fast.errors import RefusedInputError
 
@@ -134,8 +135,9 @@ class Sample:
 
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
-        for name, least in (("num_inference_steps", 1), ("height", 8), ("width", 8), ("seed", 0)):
+        for name, least in (("num_inference_steps", 1), ("height", 8), ("width", 8)):
             check_number(name, getattr(self, name), least)
+        check_seed(self.seed)
         check_positive("shift", self.shift)
         if not math.isfinite(self.guidance_scale):
             raise RefusedInputError(f"guidance_scale must be finite, got {self.guidance_scale}")
@@ -194,14 +196,17 @@ class Sample:
         from d2f_fast.checkpoint import read_json
         from d2f_fast.lora import lora_tags
 
-        beside = Path(self.model) / "d2f.json"
-        tags = read_json(beside) if beside.is_file() else {}
-        tags |= {} if self.lora is None else lora_tags(self.lora)
-        told = {name: tags.get(f"d2f.{name}") for name in ("prediction_type", "shift")}
-        chosen = {
-            "prediction_type": self.prediction_type or told["prediction_type"],
-            "shift": self.shift if self.shift is not None or told["shift"] is None else float(told["shift"]),
-        }
+        source = Path(self.model) / "d2f.json" if self.lora is None else Path(self.lora)
+        tags = lora_tags(source) if self.lora is not None else read_json(source) if source.is_file() else {}
+        chosen: dict[str, Any] = {"prediction_type": self.prediction_type, "shift": self.shift}
+        try:
+            if self.shift is None:
+                chosen["shift"] = float(tags.get("d2f.shift", 1))
+            # Any other type is that of the base, which has it in its own configuration.
+            if self.prediction_type is None and tags.get("d2f.prediction_type") == "flow_prediction":
+                chosen["prediction_type"] = "flow_prediction"
+        except (AttributeError, TypeError, ValueError) as error:
+            raise RefusedInputError(f"{source} tells no usable shift ({error}): give --shift") from error
         return {name: value for name, value in chosen.items() if value is not None}
 
     def _draw_with_onnx(self, folder: str) -> list[Any]:
@@ -242,6 +247,7 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Run it all, and return where the report is."""
+        check_seed(self.seed)
         silence_libraries()
         from d2f_fast.demo.run import run_demo
 

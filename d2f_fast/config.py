@@ -120,6 +120,7 @@ class TrainingConfig:
             check_word(name, getattr(self, name), words)
         for name, least in _AT_LEAST.items():
             check_number(name, getattr(self, name), least)
+        check_seed(self.seed)
         for name in ("caption_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise RefusedInputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -143,7 +144,7 @@ _WORDS = {
 _AT_LEAST = {
     **{"resolution": 8, "rank": 1, "conv_rank": 0, "train_batch_size": 1, "gradient_accumulation_steps": 1},
     **{"max_train_steps": 1, "lr_warmup_steps": 0, "checkpointing_steps": 0, "checkpoints_total_limit": 1},
-    **{"logging_steps": 1, "dataloader_num_workers": 0, "seed": 0, "adam_weight_decay": 0},
+    **{"logging_steps": 1, "dataloader_num_workers": 0, "adam_weight_decay": 0},
 }
 _POSITIVE = (*("learning_rate", "lora_alpha", "snr_gamma", "logit_std", "flow_shift", "adam_epsilon", "max_grad_norm"),)
 
@@ -166,6 +167,16 @@ def check_number(name: str, value: float | None, least: float) -> None:
     """
     if value is not None and not value >= least:
         raise RefusedInputError(f"{name} must be at least {least}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what torch's generators do not take.
+
+    Raises:
+        RefusedInputError: negative, or of more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise RefusedInputError(f"seed must be in [0, 2**63), got {seed}")
 
 
 def check_positive(name: str, value: float | None) -> None:

@@ -1,6 +1,7 @@
 """The command line as a user types it: options, refusals, exit codes, and what is left on the disk."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -222,7 +223,8 @@ def test_a_wrong_configuration_file_is_refused(tmp_path, text, sentence, capsys)
             (["--train_data_dir", "x", f"--{option}", *values.split()], sentence)
             for option, values, sentence in (
                 ("rank", "0", "rank must be at least 1, got 0"),
-                ("seed", "-1", "seed must be at least 0, got -1"),
+                ("seed", "-1", "seed must be in [0, 2**63), got -1"),
+                ("seed", str(2**63), "seed must be in [0, 2**63), got 9223372036854775808"),
                 ("checkpoints_total_limit", "0", "checkpoints_total_limit must be at least 1, got 0"),
                 ("caption_dropout", "1.5", "caption_dropout must be in [0, 1), got 1.5"),
                 ("adam_beta1", "2", "adam_beta1 must be in [0, 1), got 2.0"),
@@ -255,7 +257,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence, pictures, tm
     ("options", "sentence"),
     [
         (["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
-        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seed", "-1"], "seed must be in [0, 2**63), got -1"),
         (["--shift", "-1"], "shift must be positive and finite, got -1.0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite, got nan"),
         (["--height", "17"], "height must be a multiple of 2, got 17"),
@@ -276,6 +278,15 @@ def test_sampling_that_cannot_be_is_refused(options, sentence, tiny_folder, tmp_
     except SystemExit as exit_:  # raised by the option parser
         code = exit_.code
     assert code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_shift_that_is_none_is_refused_by_its_file(tiny_folder, tmp_path, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    for text in ('{"d2f.shift": "wide"}', "[1]", '{"d2f.shift": null}'):
+        (tmp_path / "model" / "d2f.json").write_text(text)
+        assert main(["sample", "--prompts", "ab", "--model", str(tmp_path / "model")]) == 2
+        error = capsys.readouterr().err
+        assert "d2f.json tells no usable shift" in error and error.count("\n") == 1
 
 
 def test_a_full_finetuning_that_could_not_be_saved_is_not_begun(pictures, tiny_folder, tmp_path, capsys):
