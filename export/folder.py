@@ -33,6 +33,15 @@ from d2f_fast.export.wrappers import Component, text_encoder_component, unet_com
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+# The folder's scheduler takes its steps at the trained times, down to no noise, whatever the model's own was set to.
+_STOCK_STEPS = {
+    "timestep_spacing": "trailing",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "final_sigmas_type": "zero",
+}
 _NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -235,7 +244,7 @@ class ExportJob:
     def _write_pipeline(self, folder: Path) -> None:
         """model_index.json, the scheduler and the tokenizers: what optimum and diffusers load beside the graphs."""
         pipeline = self.pipeline
-        config = {**pipeline.scheduler.config, "timestep_spacing": "trailing"}
+        config = {**pipeline.scheduler.config, **_STOCK_STEPS}
         config.pop("_use_default_values", None)
         # Marigold's pipelines never scale the network's input, as Euler's states need it.
         is_marigold = type(pipeline).__name__.startswith("Marigold")

@@ -10,16 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import (
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from transformers import AutoTokenizer
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import folder as folder_module
 from d2f_fast.export import verify
-from d2f_fast.export.folder import export_folder
+from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.options import ExportOptions
 
 
@@ -44,6 +41,22 @@ def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, tiny_fold
     assert torch.equal(scheduler.alphas_cumprod, source.scheduler.alphas_cumprod)
     assert scheduler.config.prediction_type == "epsilon"
     assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ab c").input_ids == source.tokenizer("ab c").input_ids
+
+
+@pytest.mark.parametrize("sampling", ["use_karras_sigmas", "use_exponential_sigmas", "interpolation_type"])
+def test_scheduler_takes_the_trained_times_whatever_the_models_own_did(sampling, tiny_folder, tmp_path):
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_folder, model)
+    source = DDIMScheduler.from_pretrained(tiny_folder / "scheduler")
+    own = {sampling: "log_linear" if sampling == "interpolation_type" else True, "final_sigmas_type": "sigma_min"}
+    EulerDiscreteScheduler.from_config(source.config, **own).save_pretrained(model / "scheduler")
+    folder.mkdir()
+    ExportJob(ExportOptions(model=str(model)))._write_pipeline(folder)
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    want = [float((1 / source.alphas_cumprod[t] - 1) ** 0.5) for t in (999, 749, 499, 249)]
+    assert scheduler.sigmas.tolist() == pytest.approx([*want, 0], rel=1e-5)
 
 
 def test_report_lists_every_file_and_its_hash(exported):
