@@ -16,6 +16,7 @@ from d2f_fast.base_model import BaseModel
 from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.adapters import fuse_adapter
+from d2f_fast.export.inference import latent_sides
 from d2f_fast.export.options import MINIATURE, ExportOptions
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
 from d2f_fast.export.staging import (
@@ -293,15 +294,17 @@ class ExportJob:
 
     def _trtexec(self, folder: Path) -> list[str]:
         """Engine commands for each graph, at half, once and one and a half times the model's own size."""
-        factor, side = self.model.downsampling, self.model.unet.config.sample_size or 64
-        step = 2 ** (len(self.model.unet.config.block_out_channels) - 1)
-        sides = [max(step, round(side * share / step) * step) for share in (0.5, 1, 1.5)]
+        factor, config = self.model.downsampling, self.model.unet.config
+        step = 2 ** (len(config.block_out_channels) - 1)
         lines = []
         for path in sorted(folder.glob("*/*.onnx")):
             name = path.relative_to(folder).as_posix()
             halves = 2 if name == "unet/model.onnx" and self.guided else 1
-            pixels = [latent * (factor if path.parent.name == "vae_encoder" else 1) for latent in sides]
-            sizes = dict.fromkeys(("height", "width", "latent_height", "latent_width"), pixels)
+            unit = factor if path.parent.name == "vae_encoder" else 1
+            sizes = {}
+            for axis, side in zip(("height", "width"), latent_sides(config), strict=True):
+                sides = [unit * max(step, round(side * share / step) * step) for share in (0.5, 1, 1.5)]
+                sizes[axis] = sizes[f"latent_{axis}"] = sides
             sizes |= {"batch": [halves, halves, 4 * halves], "sequence": [self.pipeline.tokenizer.model_max_length] * 3}
             sizes["steps"] = [1, 4, max(4, *self.tables)]
             lines.append(readiness.trtexec_line(name, readiness.profiles_of(path, sizes)))

@@ -6,7 +6,7 @@ pictures = pipeline(["an owl on a blue background"], steps=4, guidance_scale=3.0
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,9 +227,9 @@ class OnnxPipeline:
         return dict(self.tables[steps])
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own = (self._unet_config.get("sample_size") or 64) * self.downsampling
         fixed = self.report["static"]
-        sizes = [int(size) for size in fixed.split("x")[1:]] if fixed else [own, own]
+        own = [latent * self.downsampling for latent in latent_sides(self._unet_config)]
+        sizes = [int(size) for size in fixed.split("x")[1:]] if fixed else own
         chosen = (height or sizes[0], width or sizes[1])
         step = self.downsampling * 2 ** (len(self._unet_config["block_out_channels"]) - 1)
         for name, size in zip(("height", "width"), chosen, strict=True):
@@ -282,6 +282,12 @@ class OnnxPipeline:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RefusedInputError(f"{path} cannot be read: export that component too") from error
+
+
+def latent_sides(unet_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width, in latents, that a network was trained at."""
+    size = unet_config.get("sample_size") or 64
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def default_providers() -> list[str]:

@@ -178,6 +178,15 @@ def test_what_the_export_cannot_serve_is_refused(options, sentence, exported, tm
     assert not (tmp_path / "a").exists()
 
 
+def test_network_of_a_wide_picture_draws_it(exported, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    config = json.loads((copy / "unet/config.json").read_text())
+    (copy / "unet/config.json").write_text(json.dumps(config | {"sample_size": [8, 12]}))
+    (picture,) = OnnxPipeline(copy)(["ab"])
+    assert picture.size == (24, 16)
+
+
 def test_folder_that_lacks_a_part_is_refused(exported, tmp_path):
     with pytest.raises(RefusedInputError, match=r"is no export folder: export\.json is missing"):
         OnnxPipeline(tmp_path)
