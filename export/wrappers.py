@@ -109,8 +109,8 @@ class UNet(nn.Module):
         extra = {}
         if text_embeds is not None:
             assert time_ids is not None
-            # In float32: diffusers casts them itself, after it has joined the pooled text and the embedded sizes. Cast here,
-            # the two came to be of different types in the graph.
+            # In float32: diffusers casts them itself, after it has joined the pooled text and the embedded sizes. Cast
+            # here, the two came to be of different types in the graph.
             extra["added_cond_kwargs"] = {"text_embeds": text_embeds, "time_ids": time_ids}
         output = self.unet(
             sample.to(dtype),

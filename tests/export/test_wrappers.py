@@ -54,9 +54,8 @@ def test_ports_have_optimums_names(components):
 def test_network_of_another_input_is_refused(option, value, taken, pipeline):
     added = {"encoder_hid_dim": 16} if option == "encoder_hid_dim_type" else {}
     unet = UNet2DConditionModel.from_config({**pipeline.unet.config, option: value, **added})
-    with pytest.raises(ModelError, match=rf"{option} .*takes? {re.escape(taken)}.*leave unet and sampler out") as raised:
+    with pytest.raises(ModelError, match=rf"with {option} .* takes {re.escape(taken)}.*leave unet and sampler out"):
         unet_component(unet)
-    assert "\n" not in str(raised.value)
 
 
 def test_outputs_are_those_of_the_pipeline(components, pipeline):
