@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.adapters import fuse_adapter
 from d2f_fast.export.inference import latent_sides
-from d2f_fast.export.options import MINIATURE, ExportOptions
+from d2f_fast.export.options import COMPONENTS, MINIATURE, ExportOptions
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
 from d2f_fast.export.staging import (
     REPORT,
@@ -58,6 +59,7 @@ def export_folder(options: ExportOptions) -> dict[str, Any]:
     recover(output)
     if options.verify_only:
         check_manifest(output)
+        options = as_exported(options, output)
     else:
         check_output(output, options.overwrite)
     check_memory_to_load(options.model)
@@ -69,6 +71,44 @@ def export_folder(options: ExportOptions) -> dict[str, Any]:
         report = job.write(folder)
         into_place(folder, output)
     return report
+
+
+def as_exported(options: ExportOptions, output: Path) -> ExportOptions:
+    """The options with which an earlier export was made, as far as its report tells; a tolerance asked for is kept.
+
+    Raises:
+        RefusedInputError: it was made with a LoRA or another autoencoder, of which it has only the name.
+    """
+    try:
+        made = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        lora = " ".join(f"--lora {entry['file']}:{entry['scale']:g}" for entry in made["adapters"])
+        needed = [(lora, options.lora), (f"--vae {made['vae']}" if made["vae"] else "", options.vae)]
+        names = [name for name in COMPONENTS if name in made["precision"]]
+        names += ["sampler"] if "unet/sampler.onnx" in made["files"] else []
+        # The autoencoder's alone may be float32 in an export of half precision.
+        precision = min(made["precision"].items(), key=lambda entry: entry[0].startswith("vae"))[1]
+        tables = output / "unet/steps.json"
+        counts = json.loads(tables.read_text(encoding="utf-8")) if "unet" in names else options.step_counts
+        found = replace(
+            options,
+            components=",".join(names),
+            precision=precision,
+            steps=",".join(map(str, counts)),
+            guidance=made["guidance"],
+            with_vae=made["with_vae"],
+            static=made["static"],
+            unroll=made["unroll"],
+            tolerance=made["tolerance"] if options.tolerance is None else options.tolerance,
+        )
+        found.check()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RefusedInputError):
+            raise
+        raise RefusedInputError(f"{output / REPORT} is no report of an export: export again") from error
+    for option, given in needed:
+        if option and not given:
+            raise RefusedInputError(f"{output} was exported with {option}: give it again, to verify against")
+    return found
 
 
 class ExportJob:

@@ -35,7 +35,8 @@ class ExportOptions:
         unroll: also write the sampler with this many steps written out, for engines; 0 for none.
         tolerance: largest relative error of a network against torch in float32; None for 1e-5, 3e-3 (fp16).
         overwrite: replace an earlier export in the output folder.
-        verify_only: check the export in the output folder against the model again.
+        verify_only: check the export in the output folder against the model again, with the options that it was made
+            with; model, lora and vae are to be given again.
         skip_verify: do not run the graphs; needed for bf16, which ONNX Runtime has no CPU kernels for.
         keep_failed: keep the folder of an export that failed its checks, under another name.
         json: print the report, the seconds and the peak memory as JSON.

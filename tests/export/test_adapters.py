@@ -1,6 +1,7 @@
 """LoRA files merged into the weights, against peft's own adapters."""
 
 import re
+from dataclasses import replace
 
 import onnx
 import onnxruntime
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export.adapters import fuse_adapter, sgm_name
+from d2f_fast.export.folder import export_folder
+from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.verify import relative_errors
 from d2f_fast.lora import LORA_FILE, inject_lora, lora_layers, save_lora
 
@@ -60,7 +63,7 @@ def test_merged_weights_equal_the_active_adapter(kind, adapted, tiny_folder):
     assert done["change"] > 0 and done["relative_change"] > 0
 
 
-def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_unet):
+def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_unet, tiny_folder):
     unet, files = adapted
     folder, report = exported_unet(
         lora=(f"{files['kohya']}:0.3", f"{files['peft']}:0.4")
@@ -76,6 +79,12 @@ def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_
     assert not [tensor.name for tensor in models[0].initializer if "lora" in tensor.name]
     adapters = [(entry["file"], entry["scale"]) for entry in report["adapters"]]
     assert adapters == [("kohya.safetensors", 0.3), (LORA_FILE, 0.4)]
+    again = ExportOptions(model=str(tiny_folder), output=str(folder), verify_only=True)
+    asked = rf"exported with --lora kohya\.safetensors:0\.3 --lora {re.escape(LORA_FILE)}:0\.4: give it again"
+    with pytest.raises(RefusedInputError, match=asked):
+        export_folder(again)
+    given = (f"{files['kohya']}:0.3", f"{files['peft']}:0.4")
+    assert export_folder(replace(again, lora=given))["parity"] == report["parity"]
 
 
 @pytest.mark.parametrize("spelling", ["text_encoder.text_model.", "text_encoder.", "lora_te_text_model_", "lora_te1_"])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +126,30 @@ def test_static_export_has_numbers_for_sizes(exported_static):
     assert report["trtexec"][0].count("Shapes") == 0
 
 
-def test_export_can_be_verified_again(exported, tiny_folder):
-    folder, report = exported
-    options = ExportOptions(model=str(tiny_folder), output=str(folder), unroll=2, verify_only=True)
-    assert [row["rms"] for row in export_folder(options)["parity"]] == [row["rms"] for row in report["parity"]]
+@pytest.mark.parametrize("made", ["exported", "exported_half", "exported_static"])
+def test_export_is_verified_again_as_it_was_made(made, tiny_folder, request):
+    folder, report = request.getfixturevalue(made)
+    options = ExportOptions(model=str(tiny_folder), output=str(folder), verify_only=True)
+    assert export_folder(options)["parity"] == report["parity"]
+    # A tolerance that is asked for is kept.
+    with pytest.raises(verify.VerificationError, match=r"allowed is \d\.\de-0?9: the export is not usable"):
+        export_folder(replace(options, tolerance=1e-9))
+
+
+def test_report_that_tells_no_options_is_refused(exported, tiny_folder, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "copy")
+    (tmp_path / "copy/export.json").write_text('{"files": {}}')
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    with pytest.raises(RefusedInputError, match=r"export\.json is no report of an export: export again"):
+        export_folder(options)
+
+
+def test_autoencoder_of_the_export_is_asked_for_again(exported, tiny_folder, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "copy")
+    (tmp_path / "copy/export.json").write_text(json.dumps(exported[1] | {"vae": "taesd"}))
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    with pytest.raises(RefusedInputError, match="copy was exported with --vae taesd: give it again"):
+        export_folder(options)
 
 
 def test_verification_of_changed_files_is_refused(exported, tiny_folder, tmp_path):
