@@ -177,11 +177,12 @@ class ExportJob:
         for component in self.components.values():
             component.module.to("meta")
         gc.collect()
+        written = sorted(folder.glob("*/*.onnx"))
+        for path in written:
+            verify.check_structure(path)
         rows = self._compare(folder, cases)
         verify.check_rows(rows, options.largest_error)
-        checked = {
-            str(path.relative_to(folder)): readiness.check_readiness(path) for path in sorted(folder.glob("*/*.onnx"))
-        }
+        checked = {str(path.relative_to(folder)): readiness.check_readiness(path) for path in written}
         unready = {name: found["problems"] for name, found in checked.items() if not found["ready"]}
         if unready and options.target == "tensorrt":
             name, problems = next(iter(unready.items()))

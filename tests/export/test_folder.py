@@ -117,6 +117,28 @@ def test_half_precision_halves_the_file_and_keeps_times_in_float32(exported, exp
             assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
+def test_bfloat16_is_a_valid_graph_of_opset_23(exported_unet):
+    folder, report = exported_unet(precision="bf16", skip_verify=True, static="1x16x16")
+    assert (report["opset"], report["verified"], report["parity"]) == (23, False, [])
+    graph = onnx.load(folder / "unet/model.onnx", load_external_data=False).graph
+    types = {tensor.data_type for tensor in graph.initializer if tensor.dims and tensor.name.startswith("unet.")}
+    assert types == {onnx.TensorProto.BFLOAT16}
+
+
+def test_graphs_that_are_not_run_are_checked_all_the_same(tiny_folder, tmp_path, monkeypatch):
+    save = folder_module.graphs.save
+
+    def save_wrong(model, path, external):
+        next(node for node in model.graph if node.op_type == "MatMul").op_type = "Sin"
+        save(model, path, external)
+
+    monkeypatch.setattr(folder_module.graphs, "save", save_wrong)
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="text_encoder")
+    with pytest.raises(verify.VerificationError, match=r"text_encoder/model\.onnx is no valid ONNX model"):
+        export_folder(replace(options, skip_verify=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_static_export_has_numbers_for_sizes(exported_static):
     _, report = exported_static
     assert max(row["rms"] for row in report["parity"]) <= 1e-5

@@ -82,6 +82,10 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatc
             ["--precision", "bf16"],
             "bf16 graphs do not run on the ONNX Runtime CPU provider: use --precision fp16 or --skip_verify",
         ),
+        (
+            ["--precision", "bf16", "--skip_verify", "--opset", "20"],
+            "bf16 needs opset 23, got 20: before 22 ONNX has no convolution of bfloat16; leave opset out",
+        ),
         (["--model", "model.ckpt"], "model.ckpt is a pickle, which can run code: convert it to safetensors first"),
         (["--model", "empty"], "empty has no model_index.json: give the folder of a diffusers pipeline"),
         (["--lora", "lora.bin"], "lora.bin is not safetensors, other formats can run code"),
