@@ -8,6 +8,8 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
@@ -119,6 +121,56 @@ def test_header_of_a_peft_file_gives_the_scale(adapted, tiny_folder, tmp_path):
     before = weight.clone()
     fuse_adapter(pipeline, tmp_path / "peft.safetensors", 1.0)
     torch.testing.assert_close(weight, before + (4 * b.flatten(1) @ a.flatten(1)).reshape(weight.shape))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_rslora": True, "alpha_pattern": {"attn2.to_q": 3}},
+        {"alpha_pattern": {r"attn1\.to_k": 5}},
+        {"alpha_pattern": {r"down_blocks.*to_k": 5}},
+        {"alpha_pattern": {"^down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k": 32}},
+        {"alpha_pattern": {"attn1.to_q": 3, "to_q": 30}, "rank_pattern": {"attn2.*": 2}},
+    ],
+    ids=["rslora", "escaped", "wildcard", "anchored", "first match"],
+)
+def test_patterns_of_a_peft_file_scale_as_in_peft(config, tiny_folder, tmp_path):
+    adapted, pipeline = (StableDiffusionPipeline.from_pretrained(tiny_folder) for _ in range(2))
+    given = _inputs()
+    with torch.no_grad():
+        base = adapted.unet(*given).sample
+    modules = ["to_q", "to_k"]
+    adapted.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules, **config))
+    adapted.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(adapted.unet),
+        unet_lora_adapter_metadata=adapted.unet.peft_config["default"].to_dict() | {"target_modules": modules},
+    )
+    fuse_adapter(pipeline, tmp_path, 1.0)
+    with torch.no_grad():
+        got, want = pipeline.unet(*given).sample, adapted.unet(*given).sample
+    assert relative_errors(got.numpy(), want.numpy())[0] <= 5e-6
+    assert relative_errors(base.numpy(), want.numpy())[0] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ("[1]", "lora_adapter_metadata in its header is no JSON object: save the LoRA again"),
+        ('{"unet', "lora_adapter_metadata in its header is no JSON object"),
+        ('{"unet.lora_alpha": "a"}', "lora_alpha or alpha_pattern of unet in its header is no number"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "lora_alpha or alpha_pattern of unet"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"conv_in": [2]}}', "lora_alpha or alpha_pattern of unet"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}', "lora_alpha or alpha_pattern of unet"),
+    ],
+)
+def test_header_that_tells_no_scale_is_refused(header, sentence, tiny_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    shape = pipeline.unet.conv_in.weight.shape
+    tensors = {"unet.conv_in.lora_A.weight": torch.ones(1, *shape[1:]), "unet.conv_in.lora_B.weight": torch.ones(8, 1)}
+    save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": header})
+    with pytest.raises(ModelError, match=rf"peft\.safetensors: {sentence}"):
+        fuse_adapter(pipeline, tmp_path / "peft.safetensors", 1.0)
 
 
 def test_sgm_names_are_those_that_diffusers_maps_back():
