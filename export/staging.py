@@ -61,7 +61,7 @@ def available_memory_bytes() -> int | None:
 def check_memory_to_load(model: str) -> None:
     """Refuse a local model whose float32 weights do not fit, before they are read; of a hub id nothing is known yet."""
     path, free = Path(model), available_memory_bytes()
-    files = sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    files = _loaded_files(path) if path.is_dir() else [path] if path.is_file() else []
     parameters = 0
     for file in files:
         try:
@@ -73,6 +73,25 @@ def check_memory_to_load(model: str) -> None:
         raise RefusedInputError(
             f"{path.name} takes {4e-9 * parameters:.1f} GB of memory in float32, have {free / 1e9:.1f}: make room"
         )
+
+
+def _loaded_files(folder: Path) -> list[Path]:
+    """Weights of a pipeline's folder that are read: no variants (fp16, non_ema), and no safety checker."""
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+        parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+        found = []
+        for part in set(parts) - {"safety_checker"}:
+            for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+                shards = folder / part / f"{name}.index.json"
+                if (folder / part / name).is_file():
+                    found.append(folder / part / name)
+                elif shards.is_file():
+                    names = set(json.loads(shards.read_bytes())["weight_map"].values())
+                    found += [folder / part / shard for shard in names]
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return []  # the loader says what is wrong with it
 
 
 def check_resources(weights: dict[str, int], output: Path) -> None:

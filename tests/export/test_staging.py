@@ -1,5 +1,6 @@
 """What may be replaced, and what a killed run leaves to the next."""
 
+import json
 import os
 
 import pytest
@@ -46,9 +47,20 @@ def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):
 
 
 def test_model_larger_than_the_memory_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
-    (tmp_path / "model/unet").mkdir(parents=True)
-    save_file({"w": torch.zeros(1000, 1000, dtype=torch.float16)}, tmp_path / "model/unet/w.safetensors")
-    save_file({"w": torch.zeros(1000, 500)}, tmp_path / "model/unet/v.safetensors")
+    parts = ("unet", "vae", "safety_checker", "image_encoder")
+    for part in parts:
+        (tmp_path / "model" / part).mkdir(parents=True)
+    index = {part: ["library", "class"] for part in parts} | {"image_encoder": [None, None], "_class_name": "Pipeline"}
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index))
+    vae, weights = tmp_path / "model/vae", {"w": torch.zeros(1000, 500)}
+    name = "diffusion_pytorch_model"
+    save_file({"w": torch.zeros(1000, 1000, dtype=torch.float16)}, tmp_path / f"model/unet/{name}.safetensors")
+    for shard in ("1", "2"):
+        save_file({shard: torch.zeros(500, 500)}, vae / f"{shard}.safetensors")
+    (vae / f"{name}.safetensors.index.json").write_text('{"weight_map": {"1": "1.safetensors", "2": "2.safetensors"}}')
+    # Never read: variants, the safety checker, and what the pipeline has not.
+    for unread in (f"unet/{name}.fp16", f"vae/{name}.non_ema", "safety_checker/model", "image_encoder/model"):
+        save_file(weights, tmp_path / f"model/{unread}.safetensors")
     # 1.5 million parameters are 6 MB in float32, whatever the files hold.
     monkeypatch.setattr(staging, "available_memory_bytes", lambda: 6 * 10**6 - 1)
     with pytest.raises(RefusedInputError, match=r"model takes 0.0 GB of memory in float32, have 0.0: make room"):
