@@ -25,6 +25,7 @@ from d2f_fast.export.staging import (
     check_manifest,
     check_memory_to_load,
     check_output,
+    check_place,
     check_resources,
     into_place,
     recover,
@@ -55,7 +56,9 @@ def export_folder(options: ExportOptions) -> dict[str, Any]:
         VerificationError: a graph does not do what torch does; the output folder is as it was.
     """
     options.check()
-    output = Path(options.output)
+    output = Path(options.output).resolve()  # of a link, the folder that it leads to
+    if not options.verify_only:
+        check_place(output)
     recover(output)
     if options.verify_only:
         check_manifest(output)

@@ -25,6 +25,19 @@ REPORT = "export.json"
 _WORKING_BYTES = 700 * 2**20
 
 
+def check_place(output: Path) -> None:
+    """Refuse a place where no finished folder could be renamed to, before anything is made for it."""
+    if Path.cwd().is_relative_to(output):
+        raise RefusedInputError(f"output {output} is the current folder, or holds it: name a new folder")
+    if output.is_mount():
+        raise RefusedInputError(f"output {output} is a mount point, which cannot be replaced: name a folder in it")
+    parent = _existing_parent(output)
+    if not parent.is_dir():
+        raise RefusedInputError(f"output {output} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RefusedInputError(f"output {output} cannot be made: {parent} is not writable")
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
@@ -96,18 +109,19 @@ def _loaded_files(folder: Path) -> list[Path]:
 
 def check_resources(weights: dict[str, int], output: Path) -> None:
     """Refuse early what would run out of memory (the model is loaded already) or of disk."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
     # ONNX Runtime holds one graph at a time, and packs a copy of its weights.
     memory, disk = 2 * max(weights.values(), default=0) + _WORKING_BYTES, int(1.1 * sum(weights.values())) + 2**20
-    free_memory, free_disk = available_memory_bytes(), shutil.disk_usage(parent).free
+    free_memory, free_disk = available_memory_bytes(), shutil.disk_usage(_existing_parent(output)).free
     if disk > free_disk or (free_memory is not None and memory > free_memory):
         have = "?" if free_memory is None else f"{free_memory / 1e9:.1f}"
         raise RefusedInputError(
             f"need {memory / 1e9:.1f} GB of free memory and {disk / 1e9:.1f} GB of disk, have {have} and"
             f" {free_disk / 1e9:.1f}: make room, or export fewer components at a time"
         )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def recover(output: Path) -> None:
@@ -127,11 +141,11 @@ def recover(output: Path) -> None:
 def temporary_folder(output: Path, keep_failed: bool) -> Iterator[Path]:
     """A new hidden folder beside the output; however the block ends, it is gone afterwards or is the output."""
     parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f".tmp-{os.getpid()}-{output.name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         yield folder
     except VerificationError as error:
         if not keep_failed:

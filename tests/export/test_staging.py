@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import staging
+from d2f_fast.export.to_onnx import main
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
@@ -32,6 +35,38 @@ def test_export_that_a_killed_run_was_replacing_comes_back(finished, tmp_path):
     staging.recover(tmp_path / "out")
     assert (tmp_path / "out/export.json").read_text() == ("new" if finished else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        (".", "here is the current folder, or holds it: name a new folder"),
+        ("..", "is the current folder, or holds it: name a new folder"),
+        ("/proc", "output /proc is a mount point, which cannot be replaced: name a folder in it"),
+        ("file/a/out", "file/a/out cannot be made: .*/file is a file"),
+        ("sealed/a/out", "sealed/a/out cannot be made: .*/sealed is not writable"),
+    ],
+)
+def test_place_that_no_folder_can_be_renamed_to_is_refused_first(output, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("file").write_text("mine")
+    Path("sealed").mkdir()
+    access = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sealed" and access(path, mode))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["--model", "model.ckpt", "--output", output]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(sentence, line), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folder_that_cannot_be_made_after_all_is_one_line(tmp_path):
+    with (
+        pytest.raises(RefusedInputError, match="/proc/none/out cannot be written: "),
+        staging.temporary_folder(Path("/proc/none/out"), False),
+    ):
+        raise AssertionError("nothing was to be made")
 
 
 def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):
