@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from d2f_fast.checkpoint import read_tensors
@@ -86,7 +87,8 @@ def fuse_adapter(pipeline: Any, source: Path, scale: float) -> dict[str, Any]:
             f"LoRA {path}: {len(layers) - len(missing)} of {len(layers)} layers match this model, not {missing[0]}:"
             " it is of another model (SDXL LoRA on SD1.5?)"
         )
-    deltas = {name: _delta(path, name, half, modules[name], header) for name, half in layers.items()}
+    metadata = _metadata(path, header)
+    deltas = {name: _delta(path, name, half, modules[name], metadata) for name, half in layers.items()}
     change = math.sqrt(sum(delta.square().sum().item() for delta in deltas.values())) * abs(scale)
     if not 0 < change < math.inf:
         what = "holds NaN or infinity" if scale and change else "changes nothing"
@@ -157,7 +159,7 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def _delta(path: Path, name: str, half: Mapping[str, Tensor], module: Any, header: Mapping[str, str]) -> Tensor:
+def _delta(path: Path, name: str, half: Mapping[str, Tensor], module: Any, metadata: Mapping[str, Any]) -> Tensor:
     """(alpha / r) * B A in the shape of the module's weight, float32."""
     own = module.weight.shape
     if "down" not in half or "up" not in half:
@@ -169,21 +171,31 @@ def _delta(path: Path, name: str, half: Mapping[str, Tensor], module: Any, heade
             f" model's {list(own)}: it is of another model"
         )
     rank = down.shape[0]
-    factor = half["alpha"].item() / rank if "alpha" in half else _header_factor(name, rank, header)
+    factor = half["alpha"].item() / rank if "alpha" in half else _header_factor(path, name, rank, metadata)
     return ((up @ down) * factor).reshape(own)
 
 
-def _header_factor(name: str, rank: int, header: Mapping[str, str]) -> float:
-    """alpha / r of a peft file's own header; 1 where it says nothing, as diffusers takes it."""
+def _metadata(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """peft's configuration in a file's header, empty where there is none."""
     try:
         metadata = json.loads(header.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        return 1.0
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ModelError(f"LoRA {path}: lora_adapter_metadata in its header is no JSON object: save the LoRA again")
+    return metadata
+
+
+def _header_factor(path: Path, name: str, rank: int, metadata: Mapping[str, Any]) -> float:
+    """alpha / r of a peft file's own header; 1 where it says nothing, as diffusers takes it."""
     component, _, module = name.partition(".")
     alpha = metadata.get(f"{component}.lora_alpha")
     if alpha is None:
         return 1.0
-    for pattern, value in (metadata.get(f"{component}.alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
-            alpha = value
+    try:
+        patterns = dict(metadata.get(f"{component}.alpha_pattern") or {})
+        alpha = float(patterns.get(get_pattern_key(list(patterns), module), alpha))
+    except (TypeError, ValueError, re.error) as error:
+        reason = f"lora_alpha or alpha_pattern of {component} in its header is no number ({error})"
+        raise ModelError(f"LoRA {path}: {reason}: save the LoRA again") from error
     return alpha / (math.sqrt(rank) if metadata.get(f"{component}.use_rslora") else rank)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from d2f_fast.base_model import BaseModel
 from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.adapters import fuse_adapter
-from d2f_fast.export.options import MINIATURE, ExportOptions
+from d2f_fast.export.inference import latent_sides
+from d2f_fast.export.options import COMPONENTS, MINIATURE, ExportOptions
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
 from d2f_fast.export.staging import (
     REPORT,
     check_manifest,
     check_memory_to_load,
     check_output,
+    check_place,
     check_resources,
     into_place,
     recover,
@@ -33,6 +36,15 @@ from d2f_fast.export.wrappers import Component, text_encoder_component, unet_com
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+# The folder's scheduler takes its steps at the trained times, down to no noise, whatever the model's own was set to.
+_STOCK_STEPS = {
+    "timestep_spacing": "trailing",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "final_sigmas_type": "zero",
+}
 _NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -44,10 +56,13 @@ def export_folder(options: ExportOptions) -> dict[str, Any]:
         VerificationError: a graph does not do what torch does; the output folder is as it was.
     """
     options.check()
-    output = Path(options.output)
+    output = Path(options.output).resolve()  # of a link, the folder that it leads to
+    if not options.verify_only:
+        check_place(output)
     recover(output)
     if options.verify_only:
         check_manifest(output)
+        options = as_exported(options, output)
     else:
         check_output(output, options.overwrite)
     check_memory_to_load(options.model)
@@ -59,6 +74,44 @@ def export_folder(options: ExportOptions) -> dict[str, Any]:
         report = job.write(folder)
         into_place(folder, output)
     return report
+
+
+def as_exported(options: ExportOptions, output: Path) -> ExportOptions:
+    """The options with which an earlier export was made, as far as its report tells; a tolerance asked for is kept.
+
+    Raises:
+        RefusedInputError: it was made with a LoRA or another autoencoder, of which it has only the name.
+    """
+    try:
+        made = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        lora = " ".join(f"--lora {entry['file']}:{entry['scale']:g}" for entry in made["adapters"])
+        needed = [(lora, options.lora), (f"--vae {made['vae']}" if made["vae"] else "", options.vae)]
+        names = [name for name in COMPONENTS if name in made["precision"]]
+        names += ["sampler"] if "unet/sampler.onnx" in made["files"] else []
+        # The autoencoder's alone may be float32 in an export of half precision.
+        precision = min(made["precision"].items(), key=lambda entry: entry[0].startswith("vae"))[1]
+        tables = output / "unet/steps.json"
+        counts = json.loads(tables.read_text(encoding="utf-8")) if "unet" in names else options.step_counts
+        found = replace(
+            options,
+            components=",".join(names),
+            precision=precision,
+            steps=",".join(map(str, counts)),
+            guidance=made["guidance"],
+            with_vae=made["with_vae"],
+            static=made["static"],
+            unroll=made["unroll"],
+            tolerance=made["tolerance"] if options.tolerance is None else options.tolerance,
+        )
+        found.check()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RefusedInputError):
+            raise
+        raise RefusedInputError(f"{output / REPORT} is no report of an export: export again") from error
+    for option, given in needed:
+        if option and not given:
+            raise RefusedInputError(f"{output} was exported with {option}: give it again, to verify against")
+    return found
 
 
 class ExportJob:
@@ -127,11 +180,12 @@ class ExportJob:
         for component in self.components.values():
             component.module.to("meta")
         gc.collect()
+        written = sorted(folder.glob("*/*.onnx"))
+        for path in written:
+            verify.check_structure(path)
         rows = self._compare(folder, cases)
         verify.check_rows(rows, options.largest_error)
-        checked = {
-            str(path.relative_to(folder)): readiness.check_readiness(path) for path in sorted(folder.glob("*/*.onnx"))
-        }
+        checked = {str(path.relative_to(folder)): readiness.check_readiness(path) for path in written}
         unready = {name: found["problems"] for name, found in checked.items() if not found["ready"]}
         if unready and options.target == "tensorrt":
             name, problems = next(iter(unready.items()))
@@ -235,7 +289,7 @@ class ExportJob:
     def _write_pipeline(self, folder: Path) -> None:
         """model_index.json, the scheduler and the tokenizers: what optimum and diffusers load beside the graphs."""
         pipeline = self.pipeline
-        config = {**pipeline.scheduler.config, "timestep_spacing": "trailing"}
+        config = {**pipeline.scheduler.config, **_STOCK_STEPS}
         config.pop("_use_default_values", None)
         # Marigold's pipelines never scale the network's input, as Euler's states need it.
         is_marigold = type(pipeline).__name__.startswith("Marigold")
@@ -284,15 +338,17 @@ class ExportJob:
 
     def _trtexec(self, folder: Path) -> list[str]:
         """Engine commands for each graph, at half, once and one and a half times the model's own size."""
-        factor, side = self.model.downsampling, self.model.unet.config.sample_size or 64
-        step = 2 ** (len(self.model.unet.config.block_out_channels) - 1)
-        sides = [max(step, round(side * share / step) * step) for share in (0.5, 1, 1.5)]
+        factor, config = self.model.downsampling, self.model.unet.config
+        step = 2 ** (len(config.block_out_channels) - 1)
         lines = []
         for path in sorted(folder.glob("*/*.onnx")):
             name = path.relative_to(folder).as_posix()
             halves = 2 if name == "unet/model.onnx" and self.guided else 1
-            pixels = [latent * (factor if path.parent.name == "vae_encoder" else 1) for latent in sides]
-            sizes = dict.fromkeys(("height", "width", "latent_height", "latent_width"), pixels)
+            unit = factor if path.parent.name == "vae_encoder" else 1
+            sizes = {}
+            for axis, side in zip(("height", "width"), latent_sides(config), strict=True):
+                sides = [unit * max(step, round(side * share / step) * step) for share in (0.5, 1, 1.5)]
+                sizes[axis] = sizes[f"latent_{axis}"] = sides
             sizes |= {"batch": [halves, halves, 4 * halves], "sequence": [self.pipeline.tokenizer.model_max_length] * 3}
             sizes["steps"] = [1, 4, max(4, *self.tables)]
             lines.append(readiness.trtexec_line(name, readiness.profiles_of(path, sizes)))

@@ -5,10 +5,12 @@ pictures = pipeline(["an owl on a blue background"], steps=4, guidance_scale=3.0
 """
 
 import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnxruntime
@@ -27,6 +29,9 @@ PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+# What a drawing reads of the export's own files.
+_REPORT_KEYS = ("guidance", "with_vae", "unroll", "static")
+_TABLE_KEYS = {"timesteps": 0, "coef_x": 0, "coef_out": 0, "alphas": 1, "noise_scales": 1}  # numbers beside the steps
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -43,22 +48,30 @@ class OnnxPipeline:
         threads: of the CPU provider; 0 for all cores.
 
     Raises:
-        RefusedInputError: the folder is no export, or lacks a graph that the form needs, or the provider does not load.
+        RefusedInputError: the folder is no export or is damaged, has no such form, or the provider does not load.
     """
 
     def __init__(
         self, folder: str | Path, form: Form = "loop", providers: Sequence[Provider] | None = None, threads: int = 0
     ) -> None:
         self.folder, self.form = Path(folder), form
+        if form not in get_args(Form):
+            raise RefusedInputError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
         if not (self.folder / "export.json").is_file():
             raise RefusedInputError(f"{self.folder} is no export folder: export.json is missing")
-        self.report = self._json("export.json")
-        self.tables = {int(steps): table for steps, table in self._json("unet/steps.json").items()}
+        self.report = self._json("export.json", *_REPORT_KEYS)
+        if form == "unrolled" and not self.report["unroll"]:
+            raise RefusedInputError(f"{self.folder} has no unrolled sampler: export with --unroll, or choose loop")
+        self.tables = self._tables()
+        static = self.report["static"]
+        self._static_sizes = [int(size) for size in str(static).split("x")] if static else []  # batch, height, width
         self._asked = providers is not None
         self._providers: list[Provider] = list(default_providers() if providers is None else providers)
         self._threads = threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self._unet_config, self._vae_config = self._json("unet/config.json"), self._json("vae_decoder/config.json")
+        self._unet_config = self._json("unet/config.json", "in_channels", "out_channels", "block_out_channels")
+        needed = ("block_out_channels", "latent_channels", "scaling_factor")
+        self._vae_config = self._json("vae_decoder/config.json", *needed)
         channels = [self._unet_config[name] for name in ("in_channels", "out_channels")]
         if channels[0] != channels[1]:
             raise RefusedInputError(
@@ -66,8 +79,7 @@ class OnnxPipeline:
                 f" {channels[1]} are noise (depth or inpainting)"
             )
         self._index = self._json("model_index.json")
-        names = [name for name in ("tokenizer", "tokenizer_2") if (self.folder / name).is_dir()]
-        self._tokenizers = {name: self._tokenizer(name) for name in names}
+        self._tokenizers = {name: self._tokenizer(name) for _, name in self._encoders()}
 
     @property
     def is_xl(self) -> bool:
@@ -81,7 +93,7 @@ class OnnxPipeline:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         steps: int = 4,
         guidance_scale: float = 3.0,
@@ -96,9 +108,11 @@ class OnnxPipeline:
         """Draw one picture a prompt.
 
         Args:
-            prompts: texts.
+            prompts: one or several texts; as many as the pictures of a static export.
             steps: network evaluations; a number that the export has a table for.
-            guidance_scale: 1 is no guidance; an export without guidance takes no other.
+            guidance_scale: 1 is no guidance, and half the work: the Loop would evaluate both halves, so the network is
+                then run step by step, as in the folder form. Graphs of a static or unrolled export do evaluate both. An
+                export without guidance takes no other.
             negative_prompt: led away from.
             height, width: pixels; None for the model's own size, or the export's where that is fixed.
             seed: of the noise.
@@ -109,6 +123,8 @@ class OnnxPipeline:
         Raises:
             RefusedInputError: a size, a number of steps or a strength that the export cannot serve.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self._check_call(prompts, guidance_scale, seed)
         table = self._table(steps)
         height, width = self._size(height, width)
         latents = self._noise((len(prompts), height, width), seed, noise)
@@ -119,18 +135,16 @@ class OnnxPipeline:
             first_step = steps - max(1, round(steps * strength))
             encoded = self.encode_image(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
             latents = table["alphas"][first_step] * encoded + table["noise_scales"][first_step] * latents
-        condition = self.encode_prompts(prompts, height, width)
-        negative = self.encode_prompts([negative_prompt] * len(prompts), height, width, negative=True)
-        if self.form == "folder":
+        condition, negative = self.encode_prompts(prompts, height, width), None
+        # A network of fixed sizes has room for both halves, whatever the scale.
+        if guidance_scale != 1 or (self.report["guidance"] and (self.report["static"] or self.form == "unrolled")):
+            negative = self.encode_prompts([negative_prompt] * len(prompts), height, width, negative=True)
+        if self.form == "folder" or (self.report["guidance"] and negative is None):
             latents = self._loop(latents.astype(np.float32), condition, negative, guidance_scale, table, first_step)
             return self.decode(latents)
-        if not self.report["guidance"] and guidance_scale != 1:
-            raise RefusedInputError(
-                f"this sampler was exported without guidance: guidance_scale must be 1, got {guidance_scale}"
-            )
         feed = {"latents": latents.astype(np.float32), **condition}
         feed |= {name: np.asarray(table[name][first_step:], np.float32) for name in ("timesteps", "coef_x", "coef_out")}
-        if self.report["guidance"]:
+        if negative is not None:
             feed |= {f"negative_{name}": value for name, value in negative.items()}
             feed["guidance_scale"] = np.asarray(guidance_scale, np.float32)
         graph = "unet/sampler.onnx"
@@ -148,9 +162,7 @@ class OnnxPipeline:
         if not self.is_xl:
             return {"encoder_hidden_states": self._encode("text_encoder", "tokenizer", prompts)["last_hidden_state"]}
         states = []
-        for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-            if encoder == "text_encoder" and not (self.folder / encoder).is_dir():
-                continue  # the refiner has the second only
+        for encoder, tokenizer in self._encoders():
             encoded = self._encode(encoder, tokenizer, prompts)
             last = max(int(name.rpartition(".")[2]) for name in encoded if name.startswith("hidden_states."))
             states.append(encoded[f"hidden_states.{last - 1}"])
@@ -163,8 +175,9 @@ class OnnxPipeline:
     def encode_image(self, image: Image.Image) -> Array:
         """Scaled latents of a picture, [1, C, H / f, W / f]: the posterior's mean."""
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+        pixels = np.repeat(pixels, self._static_sizes[0] if self._static_sizes else 1, axis=0)
         (encoded,) = self._run("vae_encoder/model.onnx", {"sample": pixels})
-        mean = encoded[:, : self._vae_config["latent_channels"]]  # the log variance comes after it, if at all
+        mean = encoded[:1, : self._vae_config["latent_channels"]]  # the log variance comes after it, if at all
         return (mean - self._shift()) * np.float32(self._vae_config["scaling_factor"])
 
     def decode(self, latents: Array) -> list[Image.Image]:
@@ -177,24 +190,25 @@ class OnnxPipeline:
         self,
         state: Array,
         condition: dict[str, Array],
-        negative: dict[str, Array],
+        negative: dict[str, Array] | None,
         guidance_scale: float,
         table: dict[str, list[float]],
         first_step: int,
     ) -> Array:
-        """The steps one by one; the condition stays on the device."""
-        session = self._session("unet/model.onnx")
-        guided = guidance_scale != 1
+        """The steps one by one, unguided where there is no negative; the condition stays on the device."""
+        graph = "unet/model.onnx"
+        session, guided = self._session(graph), negative is not None
         binding = session.io_binding()
         device = "cuda" if session.get_providers()[0] != "CPUExecutionProvider" else "cpu"
         for name, value in condition.items():
-            held = np.concatenate([negative[name], value]) if guided else value
+            held = value if negative is None else np.concatenate([negative[name], value])
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(held, device, 0))
         for k in range(first_step, len(table["timesteps"])):
             binding.bind_cpu_input("sample", np.concatenate([state, state]) if guided else state)
             binding.bind_cpu_input("timestep", np.asarray(table["timesteps"][k], np.float32))
             binding.bind_output("out_sample", "cpu")
-            session.run_with_iobinding(binding)
+            with self._named(graph):
+                session.run_with_iobinding(binding)
             (output,) = binding.copy_outputs_to_cpu()
             if guided:
                 uncond, cond = np.split(output, 2)
@@ -205,20 +219,67 @@ class OnnxPipeline:
     def _encode(self, encoder: str, tokenizer: str, prompts: Sequence[str]) -> dict[str, Array]:
         encoded = self._tokenizers[tokenizer].encode_batch(list(prompts))
         ids = np.asarray([entry.ids for entry in encoded], np.int64)
-        session = self._session(f"{encoder}/model.onnx")
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(None, {"input_ids": ids}), strict=True))
+        graph = f"{encoder}/model.onnx"
+        names = [output.name for output in self._session(graph).get_outputs()]
+        return dict(zip(names, self._run(graph, {"input_ids": ids}), strict=True))
+
+    def _encoders(self) -> list[tuple[str, str]]:
+        """Text encoders with their tokenizers; SDXL's refiner has the second only."""
+        if not self.is_xl:
+            return [("text_encoder", "tokenizer")]
+        both = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")]
+        return [pair for pair in both if self._index.get(pair[0]) != [None, None]]
 
     def _tokenizer(self, name: str) -> Tokenizer:
-        tokenizer = Tokenizer.from_file(str(self.folder / name / "tokenizer.json"))
-        config = self._json(f"{name}/tokenizer_config.json")
+        path = self.folder / name / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises no other class
+            raise RefusedInputError(f"{path} is missing or damaged ({error}): export again") from error
+        config = self._json(f"{name}/tokenizer_config.json", "eos_token")
         encoder = self._json(f"{name.replace('tokenizer', 'text_encoder')}/config.json")
         length = min(config.get("model_max_length") or 77, encoder.get("max_position_embeddings", 77))
         padding = config.get("pad_token") or config["eos_token"]
         padding = padding["content"] if isinstance(padding, dict) else padding
         tokenizer.enable_truncation(length)
-        tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(padding), pad_token=padding)
+        pad_id = tokenizer.token_to_id(padding)
+        if pad_id is None:
+            config_file = path.with_name("tokenizer_config.json")
+            raise RefusedInputError(f"{config_file}: {padding} is no token of tokenizer.json: export again")
+        tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=padding)
         return tokenizer
+
+    def _check_call(self, prompts: list[str], guidance_scale: float, seed: int) -> None:
+        """Refuse what the graphs cannot serve, before any is opened."""
+        if not prompts:
+            raise RefusedInputError("prompts: give at least one")
+        if not _is_finite(guidance_scale):
+            raise RefusedInputError(f"guidance_scale must be a number, got {guidance_scale}")
+        if seed < 0:
+            raise RefusedInputError(f"seed must be 0 or above, got {seed}")
+        if self._static_sizes and len(prompts) != self._static_sizes[0]:
+            raise RefusedInputError(
+                f"the graphs in {self.folder} draw {self._static_sizes[0]} pictures at a time (--static"
+                f" {self.report['static']}), got {len(prompts)} prompts"
+            )
+        takes_any = self.form == "folder" and not self._static_sizes
+        if not self.report["guidance"] and guidance_scale != 1 and not takes_any:
+            raise RefusedInputError(
+                f"this sampler was exported without guidance: guidance_scale must be 1, got {guidance_scale}"
+            )
+
+    def _tables(self) -> dict[int, dict[str, list[float]]]:
+        """The step tables by number of steps."""
+        tables, path = {}, self.folder / "unet/steps.json"
+        for steps, table in self._json("unet/steps.json").items():
+            for name, more in _TABLE_KEYS.items():
+                row = table.get(name) if isinstance(table, dict) and steps.isdecimal() else None
+                if not isinstance(row, list) or len(row) != int(steps) + more or not all(map(_is_finite, row)):
+                    raise RefusedInputError(f"{path}: {name} of {steps} steps is not whole: export again")
+            tables[int(steps)] = table
+        if not tables:
+            raise RefusedInputError(f"{path} holds no table: export again")
+        return tables
 
     def _table(self, steps: int) -> dict[str, list[float]]:
         if steps not in self.tables:
@@ -227,15 +288,15 @@ class OnnxPipeline:
         return dict(self.tables[steps])
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own = (self._unet_config.get("sample_size") or 64) * self.downsampling
-        fixed = self.report["static"]
-        sizes = [int(size) for size in fixed.split("x")[1:]] if fixed else [own, own]
-        chosen = (height or sizes[0], width or sizes[1])
+        own = [latent * self.downsampling for latent in latent_sides(self._unet_config)]
+        sizes = self._static_sizes[1:] or own
+        chosen = (sizes[0] if height is None else height, sizes[1] if width is None else width)
         step = self.downsampling * 2 ** (len(self._unet_config["block_out_channels"]) - 1)
         for name, size in zip(("height", "width"), chosen, strict=True):
             if size < step or size % step:
                 raise RefusedInputError(f"{name} {size} is not a multiple of {step}")
-        if fixed and chosen != tuple(sizes):
+        if self._static_sizes and chosen != tuple(sizes):
+            fixed = self.report["static"]
             raise RefusedInputError(f"the graphs were exported for {fixed} (--static), got {chosen[0]}x{chosen[1]}")
         return chosen
 
@@ -253,7 +314,9 @@ class OnnxPipeline:
         return float(self._vae_config.get("shift_factor") or 0.0)
 
     def _run(self, graph: str, feed: dict[str, Array]) -> list[Array]:
-        return list(self._session(graph).run(None, feed))
+        session = self._session(graph)
+        with self._named(graph):
+            return list(session.run(None, feed))
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
         """The graph's session, opened at its first use."""
@@ -264,7 +327,8 @@ class OnnxPipeline:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = self._threads
-            session = onnxruntime.InferenceSession(path, options, providers=self._providers)
+            with self._named(graph):
+                session = onnxruntime.InferenceSession(path, options, providers=self._providers)
             first = self._providers[0]
             name = first if isinstance(first, str) else first[0]
             if session.get_providers()[0] != name:  # ONNX Runtime itself falls back
@@ -276,12 +340,41 @@ class OnnxPipeline:
             self._sessions[graph] = session
         return self._sessions[graph]
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
+    @contextmanager
+    def _named(self, graph: str) -> Iterator[None]:
+        """Turn an exception of ONNX Runtime's into the package's own, which names the file that is to blame."""
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise RefusedInputError(f"{path} cannot be read: export that component too") from error
+            yield
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            listed = self.report.get("files") or {}
+            for name in (graph, f"{graph.partition('/')[0]}/model.onnx.data"):
+                path, size = self.folder / name, dict(listed.get(name) or {}).get("bytes")
+                found = path.stat().st_size if path.is_file() else None
+                if size is not None and found != size:
+                    what = "is missing" if found is None else f"has {found} bytes of the {size} that were exported"
+                    raise RefusedInputError(f"{path} {what}: copy the folder again, or export again") from error
+            raise RefusedInputError(f"{self.folder / graph} does not run: {str(error).splitlines()[0]}") from error
+
+    def _json(self, name: str, *keys: str) -> dict[str, Any]:
+        """A JSON object of the folder, with these keys at least."""
+        path = self.folder / name
+        mend = "export that component too" if "/" in name else "export again"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RefusedInputError(f"{path} cannot be read: {mend}") from error
+        if not isinstance(found, dict):
+            raise RefusedInputError(f"{path} is no JSON object: export again")
+        for key in keys:
+            if key not in found:
+                raise RefusedInputError(f"{path} has no {key}: export again")
+        return found
+
+
+def latent_sides(unet_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width, in latents, that a network was trained at."""
+    size = unet_config.get("sample_size") or 64
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def default_providers() -> list[str]:
@@ -290,6 +383,10 @@ def default_providers() -> list[str]:
         onnxruntime.preload_dlls()
         return PROVIDERS["cuda"]
     return PROVIDERS["cpu"]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _pictures(images: Array) -> list[Image.Image]:

@@ -25,9 +25,9 @@ class ExportOptions:
             a fraction of the time, which at 4 steps is half of the whole.
         output: folder to make.
         components: of unet, text_encoder, vae_encoder, vae_decoder, sampler; separated by commas.
-        precision: of the weights; inputs, outputs, times and step tables are float32 always.
+        precision: of the weights; inputs, outputs, times and step tables are float32 always. bf16 needs opset 23.
         target: ort for opset 20, tensorrt for opset 23, whose normalisations and attentions TensorRT fuses.
-        opset: in place of the target's.
+        opset: in place of the target's; of bf16 it is 23, as convolutions take bfloat16 from 22 on.
         steps: numbers of steps to make tables for, separated by commas.
         guidance: build classifier-free guidance into the sampler; without it half the batch.
         with_vae: let the sampler decode its latents to a picture.
@@ -35,8 +35,10 @@ class ExportOptions:
         unroll: also write the sampler with this many steps written out, for engines; 0 for none.
         tolerance: largest relative error of a network against torch in float32; None for 1e-5, 3e-3 (fp16).
         overwrite: replace an earlier export in the output folder.
-        verify_only: check the export in the output folder against the model again.
-        skip_verify: do not run the graphs; needed for bf16, which ONNX Runtime has no CPU kernels for.
+        verify_only: check the export in the output folder against the model again, with the options that it was made
+            with; model, lora and vae are to be given again.
+        skip_verify: check that the graphs are valid, but do not run them; needed for bf16, which ONNX Runtime has no
+            CPU kernels for.
         keep_failed: keep the folder of an export that failed its checks, under another name.
         json: print the report, the seconds and the peak memory as JSON.
     """
@@ -87,6 +89,10 @@ class ExportOptions:
             raise RefusedInputError(
                 "bf16 graphs do not run on the ONNX Runtime CPU provider: use --precision fp16 or --skip_verify"
             )
+        if self.precision == "bf16" and self.opset_version < 22:
+            raise RefusedInputError(
+                f"bf16 needs opset 23, got {self.opset}: before 22 ONNX has no convolution of bfloat16; leave opset out"
+            )
         if self.verify_only and self.skip_verify:
             raise RefusedInputError("verify_only and skip_verify exclude each other")
         _ = self.step_counts, self.static_sizes, self.adapters
@@ -98,8 +104,8 @@ class ExportOptions:
 
     @property
     def opset_version(self) -> int:
-        """The opset asked for, or the target's."""
-        return self.opset or (23 if self.target == "tensorrt" else 20)
+        """The opset asked for, or that of the target and the precision."""
+        return self.opset or (23 if self.target == "tensorrt" or self.precision == "bf16" else 20)
 
     @property
     def largest_error(self) -> float:

@@ -25,6 +25,19 @@ REPORT = "export.json"
 _WORKING_BYTES = 700 * 2**20
 
 
+def check_place(output: Path) -> None:
+    """Refuse a place where no finished folder could be renamed to, before anything is made for it."""
+    if Path.cwd().is_relative_to(output):
+        raise RefusedInputError(f"output {output} is the current folder, or holds it: name a new folder")
+    if output.is_mount():
+        raise RefusedInputError(f"output {output} is a mount point, which cannot be replaced: name a folder in it")
+    parent = _existing_parent(output)
+    if not parent.is_dir():
+        raise RefusedInputError(f"output {output} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RefusedInputError(f"output {output} cannot be made: {parent} is not writable")
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
@@ -61,7 +74,7 @@ def available_memory_bytes() -> int | None:
 def check_memory_to_load(model: str) -> None:
     """Refuse a local model whose float32 weights do not fit, before they are read; of a hub id nothing is known yet."""
     path, free = Path(model), available_memory_bytes()
-    files = sorted(path.glob("*/*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    files = _loaded_files(path) if path.is_dir() else [path] if path.is_file() else []
     parameters = 0
     for file in files:
         try:
@@ -75,20 +88,40 @@ def check_memory_to_load(model: str) -> None:
         )
 
 
+def _loaded_files(folder: Path) -> list[Path]:
+    """Weights of a pipeline's folder that are read: no variants (fp16, non_ema), and no safety checker."""
+    try:
+        index = json.loads((folder / "model_index.json").read_bytes())
+        parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+        found = []
+        for part in set(parts) - {"safety_checker"}:
+            for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+                shards = folder / part / f"{name}.index.json"
+                if (folder / part / name).is_file():
+                    found.append(folder / part / name)
+                elif shards.is_file():
+                    names = set(json.loads(shards.read_bytes())["weight_map"].values())
+                    found += [folder / part / shard for shard in names]
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return []  # the loader says what is wrong with it
+
+
 def check_resources(weights: dict[str, int], output: Path) -> None:
     """Refuse early what would run out of memory (the model is loaded already) or of disk."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
     # ONNX Runtime holds one graph at a time, and packs a copy of its weights.
     memory, disk = 2 * max(weights.values(), default=0) + _WORKING_BYTES, int(1.1 * sum(weights.values())) + 2**20
-    free_memory, free_disk = available_memory_bytes(), shutil.disk_usage(parent).free
+    free_memory, free_disk = available_memory_bytes(), shutil.disk_usage(_existing_parent(output)).free
     if disk > free_disk or (free_memory is not None and memory > free_memory):
         have = "?" if free_memory is None else f"{free_memory / 1e9:.1f}"
         raise RefusedInputError(
             f"need {memory / 1e9:.1f} GB of free memory and {disk / 1e9:.1f} GB of disk, have {have} and"
             f" {free_disk / 1e9:.1f}: make room, or export fewer components at a time"
         )
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def recover(output: Path) -> None:
@@ -108,11 +141,11 @@ def recover(output: Path) -> None:
 def temporary_folder(output: Path, keep_failed: bool) -> Iterator[Path]:
     """A new hidden folder beside the output; however the block ends, it is gone afterwards or is the output."""
     parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f".tmp-{os.getpid()}-{output.name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         yield folder
     except VerificationError as error:
         if not keep_failed:

@@ -12,7 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2f_fast.errors import ModelError
+
 Dim = int | str
+
+# Options of a UNet's configuration by which it takes another input: those that it does not, and the input.
+_OTHER_INPUTS: dict[str, tuple[tuple[str | None, ...], str]] = {
+    "time_cond_proj_dim": ((None,), "the guidance scale (LCM)"),
+    "class_embed_type": ((None,), "class labels"),
+    "num_class_embeds": ((None,), "class labels"),
+    "encoder_hid_dim_type": ((None,), "another text or a picture"),
+    "addition_embed_type": ((None, "text_time"), "an embedding beside the time's other than SDXL's"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,9 @@ class UNet(nn.Module):
         extra = {}
         if text_embeds is not None:
             assert time_ids is not None
-            extra["added_cond_kwargs"] = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids.to(dtype)}
+            # In float32: diffusers casts them itself, after it has joined the pooled text and the embedded sizes. Cast
+            # here, the two came to be of different types in the graph.
+            extra["added_cond_kwargs"] = {"text_embeds": text_embeds, "time_ids": time_ids}
         output = self.unet(
             sample.to(dtype),
             timestep,
@@ -153,8 +166,23 @@ class VAEDecoder(nn.Module):
 
 
 def unet_component(unet: Any) -> Component:
-    """The network: one evaluation, with a scalar float32 timestep."""
+    """The network: one evaluation, with a scalar float32 timestep.
+
+    Raises:
+        ModelError: it takes an input that this folder's layout and samplers have not, or would be run without it.
+    """
     config = unet.config
+    for option, (allowed, taken) in _OTHER_INPUTS.items():
+        if config.get(option) not in allowed:
+            raise ModelError(
+                f"unet/config.json: with {option} {config[option]!r} the network takes {taken}, which no exported graph"
+                " does: leave unet and sampler out of components"
+            )
+    if not isinstance(config.cross_attention_dim, int):
+        raise ModelError(
+            f"unet/config.json: with cross_attention_dim {list(config.cross_attention_dim)} the network takes texts of"
+            " several widths, which no exported graph does: leave unet and sampler out of components"
+        )
     inputs = [
         Port("sample", ("batch", config.in_channels, "height", "width"), _normal),
         Port("timestep", (), _timestep),

@@ -43,3 +43,10 @@ def exported_unet(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         return folder, export_folder(ExportOptions(**made))
 
     return export
+
+
+@pytest.fixture(scope="session")
+def exported_static(exported_unet: MakeFolder) -> tuple[Path, dict[str, Any]]:
+    """Every component of the tiny pipeline at two pictures of one size, the decoder in its sampler; and the report."""
+    components = "unet,sampler,text_encoder,vae_encoder,vae_decoder"
+    return exported_unet(components=components, static="2x32x16", with_vae=True, steps="2")

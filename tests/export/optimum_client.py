@@ -18,8 +18,12 @@ def main() -> None:
     with open(options, encoding="utf-8") as file:
         calls = json.load(file)
     latents = torch.from_numpy(np.load(noise))
-    drawn = {name: pipeline(latents=latents, output_type="latent", **call).images for name, call in calls.items()}
-    np.savez(output, pipeline=type(pipeline).__name__, **{name: np.asarray(found) for name, found in drawn.items()})
+    drawn = {}
+    for name, call in calls.items():
+        drawn[name] = np.asarray(pipeline(latents=latents, output_type="latent", **call).images)
+        drawn[f"{name}_timesteps"] = np.asarray(pipeline.scheduler.timesteps)
+        drawn[f"{name}_sigmas"] = np.asarray(pipeline.scheduler.sigmas)
+    np.savez(output, pipeline=type(pipeline).__name__, **drawn)
 
 
 if __name__ == "__main__":

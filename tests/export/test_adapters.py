@@ -2,16 +2,21 @@
 
 import json
 import re
+from dataclasses import replace
 
 import onnx
 import onnxruntime
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export.adapters import fuse_adapter, sgm_name
+from d2f_fast.export.folder import export_folder
+from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.verify import relative_errors
 from d2f_fast.lora import LORA_FILE, inject_lora, lora_layers, save_lora
 
@@ -61,7 +66,7 @@ def test_merged_weights_equal_the_active_adapter(kind, adapted, tiny_folder):
     assert done["change"] > 0 and done["relative_change"] > 0
 
 
-def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_unet):
+def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_unet, tiny_folder):
     unet, files = adapted
     folder, report = exported_unet(
         lora=(f"{files['kohya']}:0.3", f"{files['peft']}:0.4")
@@ -77,6 +82,12 @@ def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_
     assert not [tensor.name for tensor in models[0].initializer if "lora" in tensor.name]
     adapters = [(entry["file"], entry["scale"]) for entry in report["adapters"]]
     assert adapters == [("kohya.safetensors", 0.3), (LORA_FILE, 0.4)]
+    again = ExportOptions(model=str(tiny_folder), output=str(folder), verify_only=True)
+    asked = rf"exported with --lora kohya\.safetensors:0\.3 --lora {re.escape(LORA_FILE)}:0\.4: give it again"
+    with pytest.raises(RefusedInputError, match=asked):
+        export_folder(again)
+    given = (f"{files['kohya']}:0.3", f"{files['peft']}:0.4")
+    assert export_folder(replace(again, lora=given))["parity"] == report["parity"]
 
 
 @pytest.mark.parametrize("spelling", ["text_encoder.text_model.", "text_encoder.", "lora_te_text_model_", "lora_te1_"])
@@ -120,6 +131,56 @@ def test_header_of_a_peft_file_gives_the_scale_that_diffusers_reads(header, fact
     theirs.load_lora_weights(tmp_path, weight_name="peft.safetensors")
     theirs.fuse_lora()
     torch.testing.assert_close(merged, theirs.unet.get_submodule(name).base_layer.weight)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_rslora": True, "alpha_pattern": {"attn2.to_q": 3}},
+        {"alpha_pattern": {r"attn1\.to_k": 5}},
+        {"alpha_pattern": {r"down_blocks.*to_k": 5}},
+        {"alpha_pattern": {"^down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k": 32}},
+        {"alpha_pattern": {"attn1.to_q": 3, "to_q": 30}, "rank_pattern": {"attn2.*": 2}},
+    ],
+    ids=["rslora", "escaped", "wildcard", "anchored", "first match"],
+)
+def test_patterns_of_a_peft_file_scale_as_in_peft(config, tiny_folder, tmp_path):
+    adapted, pipeline = (StableDiffusionPipeline.from_pretrained(tiny_folder) for _ in range(2))
+    given = _inputs()
+    with torch.no_grad():
+        base = adapted.unet(*given).sample
+    modules = ["to_q", "to_k"]
+    adapted.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules, **config))
+    adapted.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(adapted.unet),
+        unet_lora_adapter_metadata=adapted.unet.peft_config["default"].to_dict() | {"target_modules": modules},
+    )
+    fuse_adapter(pipeline, tmp_path, 1.0)
+    with torch.no_grad():
+        got, want = pipeline.unet(*given).sample, adapted.unet(*given).sample
+    assert relative_errors(got.numpy(), want.numpy())[0] <= 5e-6
+    assert relative_errors(base.numpy(), want.numpy())[0] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ("[1]", "lora_adapter_metadata in its header is no JSON object: save the LoRA again"),
+        ('{"unet', "lora_adapter_metadata in its header is no JSON object"),
+        ('{"unet.lora_alpha": "a"}', "lora_alpha or alpha_pattern of unet in its header is no number"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "lora_alpha or alpha_pattern of unet"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"conv_in": [2]}}', "lora_alpha or alpha_pattern of unet"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}', "lora_alpha or alpha_pattern of unet"),
+    ],
+)
+def test_header_that_tells_no_scale_is_refused(header, sentence, tiny_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    shape = pipeline.unet.conv_in.weight.shape
+    tensors = {"unet.conv_in.lora_A.weight": torch.ones(1, *shape[1:]), "unet.conv_in.lora_B.weight": torch.ones(8, 1)}
+    save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": header})
+    with pytest.raises(ModelError, match=rf"peft\.safetensors: {sentence}"):
+        fuse_adapter(pipeline, tmp_path / "peft.safetensors", 1.0)
 
 
 def test_sgm_names_are_those_that_diffusers_maps_back():

@@ -1,5 +1,6 @@
 """The examples of docs/deploy.md run as they are printed, in a folder where the export lies."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from d2f_fast.export.inference import OnnxPipeline
@@ -41,6 +43,15 @@ def test_python_examples_run_and_draw_the_pipelines_picture(beside_the_export, c
     printed = capsys.readouterr().out.split()
     (shown,) = re.findall(r"\n    (trtexec .*?)\n\n", PAGE, re.DOTALL)
     assert shown.split() == printed
+
+
+def test_sigmas_of_the_optimum_example_are_four_steps(exported_miniature):
+    (listed,) = re.findall(r"sigmas=\[(.*?)\]", PAGE)
+    scheduler = EulerDiscreteScheduler.from_pretrained(exported_miniature[0] / "scheduler")
+    scheduler.set_timesteps(sigmas=[eval(sigma) for sigma in listed.split(",")])
+    table = json.loads((exported_miniature[0] / "unet/steps.json").read_text())["4"]
+    assert scheduler.timesteps.tolist() == pytest.approx(table["timesteps"], abs=0.05)
+    assert scheduler.sigmas.tolist() == pytest.approx(table["sigmas"], rel=1e-5)
 
 
 def test_commands_parse():

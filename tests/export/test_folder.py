@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import (
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from transformers import AutoTokenizer
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import folder as folder_module
 from d2f_fast.export import verify
-from d2f_fast.export.folder import export_folder
+from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.options import ExportOptions
 
 
@@ -44,6 +42,22 @@ def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, tiny_fold
     assert torch.equal(scheduler.alphas_cumprod, source.scheduler.alphas_cumprod)
     assert scheduler.config.prediction_type == "epsilon"
     assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ab c").input_ids == source.tokenizer("ab c").input_ids
+
+
+@pytest.mark.parametrize("sampling", ["use_karras_sigmas", "use_exponential_sigmas", "interpolation_type"])
+def test_scheduler_takes_the_trained_times_whatever_the_models_own_did(sampling, tiny_folder, tmp_path):
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_folder, model)
+    source = DDIMScheduler.from_pretrained(tiny_folder / "scheduler")
+    own = {sampling: "log_linear" if sampling == "interpolation_type" else True, "final_sigmas_type": "sigma_min"}
+    EulerDiscreteScheduler.from_config(source.config, **own).save_pretrained(model / "scheduler")
+    folder.mkdir()
+    ExportJob(ExportOptions(model=str(model)))._write_pipeline(folder)
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    want = [float((1 / source.alphas_cumprod[t] - 1) ** 0.5) for t in (999, 749, 499, 249)]
+    assert scheduler.sigmas.tolist() == pytest.approx([*want, 0], rel=1e-5)
 
 
 def test_report_lists_every_file_and_its_hash(exported):
@@ -126,19 +140,61 @@ def test_half_precision_leaves_an_autoencoder_that_overflows_in_float32(
     assert converted == {name: {torch.float32 if name in kept else torch.float16} for name in names}
 
 
-def test_static_export_has_numbers_for_sizes(exported_unet, tiny_folder):
-    _, report = exported_unet(static="1x32x16", components="unet,sampler,vae_decoder", with_vae=True, steps="2")
+def test_bfloat16_is_a_valid_graph_of_opset_23(exported_unet):
+    folder, report = exported_unet(precision="bf16", skip_verify=True, static="1x16x16")
+    assert (report["opset"], report["verified"], report["parity"]) == (23, False, [])
+    graph = onnx.load(folder / "unet/model.onnx", load_external_data=False).graph
+    types = {tensor.data_type for tensor in graph.initializer if tensor.dims and tensor.name.startswith("unet.")}
+    assert types == {onnx.TensorProto.BFLOAT16}
+
+
+def test_graphs_that_are_not_run_are_checked_all_the_same(tiny_folder, tmp_path, monkeypatch):
+    save = folder_module.graphs.save
+
+    def save_wrong(model, path, external):
+        next(node for node in model.graph if node.op_type == "MatMul").op_type = "Sin"
+        save(model, path, external)
+
+    monkeypatch.setattr(folder_module.graphs, "save", save_wrong)
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="text_encoder")
+    with pytest.raises(verify.VerificationError, match=r"text_encoder/model\.onnx is no valid ONNX model"):
+        export_folder(replace(options, skip_verify=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_static_export_has_numbers_for_sizes(exported_static):
+    _, report = exported_static
     assert max(row["rms"] for row in report["parity"]) <= 1e-5
     shapes = {row["graph"]: row["sizes"] for row in report["parity"]}
-    assert shapes["unet/model.onnx"]["sample"] == [2, 4, 16, 8]
-    assert shapes["unet/sampler.onnx"]["latents"] == [1, 4, 16, 8]
+    assert shapes["unet/model.onnx"]["sample"] == [4, 4, 16, 8]
+    assert shapes["unet/sampler.onnx"]["latents"] == [2, 4, 16, 8]
     assert report["trtexec"][0].count("Shapes") == 0
 
 
-def test_export_can_be_verified_again(exported, tiny_folder):
-    folder, report = exported
-    options = ExportOptions(model=str(tiny_folder), output=str(folder), unroll=2, verify_only=True)
-    assert [row["rms"] for row in export_folder(options)["parity"]] == [row["rms"] for row in report["parity"]]
+@pytest.mark.parametrize("made", ["exported", "exported_half", "exported_static"])
+def test_export_is_verified_again_as_it_was_made(made, tiny_folder, request):
+    folder, report = request.getfixturevalue(made)
+    options = ExportOptions(model=str(tiny_folder), output=str(folder), verify_only=True)
+    assert export_folder(options)["parity"] == report["parity"]
+    # A tolerance that is asked for is kept.
+    with pytest.raises(verify.VerificationError, match=r"allowed is \d\.\de-0?9: the export is not usable"):
+        export_folder(replace(options, tolerance=1e-9))
+
+
+def test_report_that_tells_no_options_is_refused(exported, tiny_folder, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "copy")
+    (tmp_path / "copy/export.json").write_text('{"files": {}}')
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    with pytest.raises(RefusedInputError, match=r"export\.json is no report of an export: export again"):
+        export_folder(options)
+
+
+def test_autoencoder_of_the_export_is_asked_for_again(exported, tiny_folder, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "copy")
+    (tmp_path / "copy/export.json").write_text(json.dumps(exported[1] | {"vae": "taesd"}))
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    with pytest.raises(RefusedInputError, match="copy was exported with --vae taesd: give it again"):
+        export_folder(options)
 
 
 def test_verification_of_changed_files_is_refused(exported, tiny_folder, tmp_path):

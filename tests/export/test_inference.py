@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,15 @@ def test_what_the_export_cannot_serve_is_refused(options, sentence, exported, tm
     assert not (tmp_path / "a").exists()
 
 
+def test_network_of_a_wide_picture_draws_it(exported, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    config = json.loads((copy / "unet/config.json").read_text())
+    (copy / "unet/config.json").write_text(json.dumps(config | {"sample_size": [8, 12]}))
+    (picture,) = OnnxPipeline(copy)(["ab"])
+    assert picture.size == (24, 16)
+
+
 def test_folder_that_lacks_a_part_is_refused(exported, tmp_path):
     with pytest.raises(RefusedInputError, match=r"is no export folder: export\.json is missing"):
         OnnxPipeline(tmp_path)
@@ -193,8 +203,98 @@ def test_folder_that_lacks_a_part_is_refused(exported, tmp_path):
         OnnxPipeline(copy)
 
 
-def test_wrong_calls_are_refused(exported):
+def _cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "sentence"),
+    [
+        ("unet/model.onnx.data", _cut, r"has \d+ bytes of the \d+ that were exported: copy the folder again"),
+        ("unet/model.onnx.data", Path.unlink, "is missing: copy the folder again, or export again"),
+        ("unet/sampler.onnx", _cut, r"has \d+ bytes of the \d+ that were exported"),
+        ("vae_decoder/model.onnx", _cut, r"has \d+ bytes of the \d+ that were exported"),
+        ("text_encoder/model.onnx", "no protobuf" + " " * 30, r"has 41 bytes of the \d+ that were exported"),
+        ("tokenizer/tokenizer.json", _cut, "is missing or damaged .*: export again"),
+        ("tokenizer/tokenizer.json", Path.unlink, "is missing or damaged .*: export again"),
+        ("tokenizer", shutil.rmtree, "/tokenizer.json is missing or damaged .*: export again"),
+        ("tokenizer/tokenizer_config.json", "{}", "has no eos_token: export again"),
+        ("tokenizer/tokenizer_config.json", '{"eos_token": "</s>"}', "</s> is no token of tokenizer.json"),
+        ("export.json", "{}", "has no guidance: export again"),
+        ("export.json", _cut, "cannot be read: export again"),
+        ("unet/config.json", '{"in_channels": 4}', "has no out_channels: export again"),
+        ("unet/steps.json", "[]", "is no JSON object: export again"),
+        ("unet/steps.json", "{}", "holds no table: export again"),
+        ("unet/steps.json", '{"4": {}}', "timesteps of 4 steps is not whole: export again"),
+        ("unet/steps.json", '{"1": {"timesteps": ["a"]}}', "timesteps of 1 steps is not whole: export again"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_damaged_folder_is_one_line_that_names_the_file(name, damage, sentence, exported, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    (copy / name).write_text(damage) if isinstance(damage, str) else damage(copy / name)
+    command = ["sample", "--prompts", "ab", "--onnx", str(copy), "--output_dir", str(tmp_path / "a")]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"{name}.*{sentence}" if "." in name else sentence, line), line
+    assert not (tmp_path / "a").exists()
+
+
+def test_graph_that_does_not_fit_its_folder_is_named(exported, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    shutil.copy(copy / "vae_encoder/model.onnx", copy / "vae_decoder/model.onnx")
+    with pytest.raises(RefusedInputError, match=r"vae_decoder/model\.onnx has \d+ bytes of the") as raised:
+        OnnxPipeline(copy)(["ab"], steps=1)
+    report = json.loads((copy / "export.json").read_text())
+    (copy / "export.json").write_text(json.dumps(report | {"files": {}}))
+    with pytest.raises(RefusedInputError, match=r"vae_decoder/model\.onnx does not run: .*latent_sample") as raised:
+        OnnxPipeline(copy)(["ab"], steps=1)
+    assert "\n" not in str(raised.value)
+
+
+def test_static_export_draws_its_number_of_pictures(exported_static):
+    noise = np.random.default_rng(0).standard_normal((2, 4, 16, 8), np.float32)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 16, 3), np.uint8))
+    loop, folder = (OnnxPipeline(exported_static[0], form) for form in ("loop", "folder"))
+    for options in ({"guidance_scale": 3.0}, {"guidance_scale": 1}, {"image": picture, "strength": 0.5}):
+        drawn = [np.stack(one(["ab", "cd"], steps=2, noise=noise, **options)).astype(int) for one in (loop, folder)]
+        assert drawn[0].shape == (2, 32, 16, 3) and np.abs(drawn[0] - drawn[1]).max() <= 1
+        assert (drawn[0][0] != drawn[0][1]).any()
+    for pipeline in (loop, folder):
+        with pytest.raises(RefusedInputError, match=r"draw 2 pictures at a time \(--static 2x32x16\), got 1 prompts"):
+            pipeline("ab", steps=2)
+
+
+@pytest.mark.parametrize("form", ["loop", "folder"])
+def test_no_guidance_is_one_evaluation_a_step_without_a_negative(form, exported, monkeypatch):
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    given = {"steps": 2, "noise": noise, "guidance_scale": 1}
+    # The unrolled form evaluates both halves: the same picture.
+    want = np.asarray(OnnxPipeline(exported[0], "unrolled")(["ab"], **given)[0], np.int16)
+    pipeline = OnnxPipeline(exported[0], form)
+    texts, encode = [], pipeline._encode
+    monkeypatch.setattr(pipeline, "_encode", lambda *given: (texts.append(given[2]), encode(*given))[1])
+    got = np.asarray(pipeline("ab", **given)[0], np.int16)
+    assert texts == [["ab"]] and "unet/sampler.onnx" not in pipeline._sessions
+    assert np.abs(got - want).max() <= 1
+
+
+def test_wrong_calls_are_refused(exported, exported_half):
     pipeline = OnnxPipeline(exported[0])
+    with pytest.raises(RefusedInputError, match="prompts: give at least one"):
+        pipeline([])
+    with pytest.raises(RefusedInputError, match="guidance_scale must be a number, got nan"):
+        pipeline(["ab"], guidance_scale=float("nan"))
+    with pytest.raises(RefusedInputError, match="seed must be 0 or above, got -1"):
+        pipeline(["ab"], seed=-1)
+    with pytest.raises(RefusedInputError, match="height 0 is not a multiple of 4"):
+        pipeline(["ab"], height=0)
+    with pytest.raises(RefusedInputError, match="form must be one of loop, folder, unrolled, got 'lop'"):
+        OnnxPipeline(exported[0], form="lop")
+    with pytest.raises(RefusedInputError, match="has no unrolled sampler: export with --unroll, or choose loop"):
+        OnnxPipeline(exported_half[0], form="unrolled")
     with pytest.raises(RefusedInputError, match=r"noise must be of shape \[1, 4, 8, 8\], got \[1, 4, 4, 4\]"):
         pipeline(["ab"], noise=np.zeros((1, 4, 4, 4), np.float32))
     with pytest.raises(RefusedInputError, match="strength must be above 0 and at most 1, got 0"):

@@ -24,7 +24,7 @@ def test_optimum_draws_what_diffusers_draws(exported, tiny_folder, tmp_path):
     common = {"prompt": "ab c", "guidance_scale": 5.0, "height": 16, "width": 32}
     calls = {
         "stock": common | {"num_inference_steps": 4},
-        "flow": common | {"sigmas": Alignment.from_scheduler(source.scheduler).sigmas(4)[:-1]},
+        "flow": common | {"sigmas": Alignment.from_scheduler(source.scheduler).sigmas(4)},
     }
     source.scheduler = EulerDiscreteScheduler.from_config(source.scheduler.config, timestep_spacing="trailing")
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 16), np.float32)
@@ -39,6 +39,11 @@ def test_optimum_draws_what_diffusers_draws(exported, tiny_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     drawn = np.load(tmp_path / "drawn.npz")
     assert drawn["pipeline"] == "ORTStableDiffusionPipeline"
+    # Stock Euler appends nothing to a list of sigmas: its last 0 is the end of the fourth step.
+    for name in calls:
+        assert drawn[f"{name}_timesteps"].shape == (4,) and drawn[f"{name}_sigmas"][-1] == 0
+    table = json.loads((exported[0] / "unet/steps.json").read_text())["4"]
+    np.testing.assert_allclose(drawn["flow_timesteps"], table["timesteps"], atol=0.05)
     found = {}
     for name, call in calls.items():
         want = source(latents=torch.from_numpy(noise), output_type="latent", **call).images.numpy()

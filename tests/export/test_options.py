@@ -29,6 +29,7 @@ def test_step_counts_rise_and_hold_the_unrolled_one():
 def test_opset_and_tolerance_follow_target_and_precision():
     assert (ExportOptions().opset_version, ExportOptions(target="tensorrt").opset_version) == (20, 23)
     assert ExportOptions(target="tensorrt", opset=20).opset_version == 20
+    assert ExportOptions(precision="bf16").opset_version == 23
     assert ExportOptions(precision="fp16").largest_error == 3e-3
     assert ExportOptions(precision="fp16", tolerance=1e-2).largest_error == 1e-2
 

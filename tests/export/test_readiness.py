@@ -1,5 +1,8 @@
 """The static TensorRT check: what passes, what is named, and the minimum version."""
 
+import json
+import shutil
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from d2f_fast.export import graphs, verify
+from d2f_fast.export.folder import ExportJob
+from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.readiness import check_readiness, profiles_of, trtexec_line
 from d2f_fast.export.sampler_graph import write_sampler
 from d2f_fast.export.verify import relative_errors
@@ -145,6 +150,15 @@ def test_report_has_an_engine_command_for_every_graph(exported):
     assert "timesteps:4,coef_x:4,coef_out:4 --maxShapes=latents:4x4x12x12" in lines["unet/sampler.onnx"]
     assert "timesteps" not in lines["unet/sampler_2.onnx"]
     assert "--maxShapes=sample:4x3x24x24 " in lines["vae_encoder/model.onnx"]
+
+
+def test_engine_commands_of_a_wide_picture(exported, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/unet/config.json").read_text())
+    (tmp_path / "model/unet/config.json").write_text(json.dumps(config | {"sample_size": [8, 12]}))
+    lines = " ".join(ExportJob(ExportOptions(model=str(tmp_path / "model")))._trtexec(exported[0]))
+    for shapes in ("optShapes=sample:2x4x8x12,", "maxShapes=latent_sample:4x4x12x18 ", "minShapes=sample:1x3x8x12 "):
+        assert shapes in lines
 
 
 def _run_engine(path, profiles, feed, output_shape):

@@ -56,8 +56,15 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatc
     lines = done.stdout.splitlines()
     assert lines[-1] == "out" and lines[1].startswith("vae_encoder/model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # By a link to the folder the data end in the folder, and the link stays; so for the check of it.
+    (tmp_path / "link").symlink_to("out")
     monkeypatch.chdir(tmp_path)
-    again = ["--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out", "--verify_only", "--json"]
+    rest = ["--model", str(tiny_folder), "--components", "text_encoder", "--overwrite", "--skip_verify"]
+    assert main([*rest, "--output", "link"]) == 0 and capsys.readouterr().out.splitlines()[-1] == "link"
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+    assert (tmp_path / "out/text_encoder/model.onnx").is_file()
+    again = ["--model", str(tiny_folder), "--output", "link", "--verify_only", "--json"]
     assert main(again) == 0
     report = json.loads(capsys.readouterr().out)
     assert max(row["rms"] for row in report["parity"]) <= 5e-6
@@ -83,6 +90,10 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatc
         (
             ["--precision", "bf16"],
             "bf16 graphs do not run on the ONNX Runtime CPU provider: use --precision fp16 or --skip_verify",
+        ),
+        (
+            ["--precision", "bf16", "--skip_verify", "--opset", "20"],
+            "bf16 needs opset 23, got 20: before 22 ONNX has no convolution of bfloat16; leave opset out",
         ),
         (["--model", "model.ckpt"], "model.ckpt is a pickle, which can run code: convert it to safetensors first"),
         (["--model", "empty"], "empty has no model_index.json: give the folder of a diffusers pipeline"),

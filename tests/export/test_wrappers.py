@@ -1,9 +1,12 @@
 """The modules that are traced, and the sizes they are traced and verified at."""
 
+import re
+
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from d2f_fast.errors import ModelError
 from d2f_fast.export.wrappers import (
     check_sizes,
     example_sizes,
@@ -35,6 +38,24 @@ def test_ports_have_optimums_names(components):
         "vae_encoder": (["sample"], ["latent_parameters"]),
         "vae_decoder": (["latent_sample"], ["sample"]),
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "taken"),
+    [
+        ("time_cond_proj_dim", 8, "the guidance scale (LCM)"),
+        ("class_embed_type", "timestep", "class labels"),
+        ("num_class_embeds", 10, "class labels"),
+        ("encoder_hid_dim_type", "text_proj", "another text or a picture"),
+        ("addition_embed_type", "text", "an embedding beside the time's other than SDXL's"),
+        ("cross_attention_dim", [16, 16], "texts of several widths"),
+    ],
+)
+def test_network_of_another_input_is_refused(option, value, taken, pipeline):
+    added = {"encoder_hid_dim": 16} if option == "encoder_hid_dim_type" else {}
+    unet = UNet2DConditionModel.from_config({**pipeline.unet.config, option: value, **added})
+    with pytest.raises(ModelError, match=rf"with {option} .* takes {re.escape(taken)}.*leave unet and sampler out"):
+        unet_component(unet)
 
 
 def test_outputs_are_those_of_the_pipeline(components, pipeline):
