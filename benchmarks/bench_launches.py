@@ -1,9 +1,9 @@
 """How many times one call of the objective reaches the device: align, loss, and the loss' gradient; nothing is timed.
 
-    eager      operations that are no view and no allocation, each a launch on a GPU; of d2f_fast those of torch beside
-               its Triton launches
-    triton     launches of our kernels, counted by a stand-in for Triton's launcher
-    compiled   kernels of the code that Inductor generates, here for this device, and our launches
+    eager            operations that are no view and no allocation, each a launch on a GPU; of d2f_fast those of torch
+                     beside its Triton launches
+    triton_launches  of our kernels, counted by a stand-in for Triton's launcher
+    compiled         kernels of the code that Inductor generates, here for this device, and our launches
 
 It needs no GPU. The published operators are those of `bench_align.py` and `bench_velocity_loss.py`, without the test
 for NaN that waits for the device.
@@ -85,5 +85,5 @@ def test_launches(record, monkeypatch, provider):
         call(torch.compile(run, fullgraph=True))
     row = {"case": "16x4x64x64 v_prediction", "provider": provider.removesuffix(" eager"), "eager": recorder.operations}
     compiled = metrics.generated_kernel_count + recorder.launches
-    record("launches", {**row, "triton": recorder.launches, "compiled": compiled})
+    record("launches", {**row, "triton_launches": recorder.launches, "compiled": compiled})
     assert recorder.launches <= MOST and (provider == "d2f_fast") == (recorder.launches > 0)

@@ -42,6 +42,7 @@ SHOWN = {
     ),
 }
 ROUND_SECONDS = 0.01  # of one round: the clock's own cost, some 10 µs on a GPU, stays below 0.2 %
+CLOCK_SECONDS = 2.5  # of load while nvidia-smi, which may take two seconds, reads the clock
 
 
 def gpu_script(document: str | None, minutes: float) -> argparse.ArgumentParser:
@@ -138,12 +139,23 @@ def seconds_of(function: Callable[[], Any], where: torch.device, repeats: int = 
     return statistics.median(seconds)
 
 
+def _seconds_of_one(function: Callable[[], Any], where: torch.device) -> float:
+    """Time of a call; on a GPU of one among ten in its queue: a launch and a wait are 5 to 10 % of these."""
+    calls = 10 if where.type == "cuda" else 1
+
+    def several() -> None:
+        for _ in range(calls):
+            function()
+
+    return seconds_of(several, where) / calls
+
+
 @functools.cache
 def copy_rate(where: torch.device) -> float:
     """Bytes a second that `copy_` reads and writes, on operands far larger than the caches."""
     source = torch.ones((1 << 28 if where.type == "cuda" else 1 << 26) // 4, device=where)
     target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / seconds_of(lambda: target.copy_(source), where)
+    return 2 * source.numel() * source.element_size() / _seconds_of_one(lambda: target.copy_(source), where)
 
 
 @functools.cache
@@ -151,7 +163,7 @@ def matmul_rate(where: torch.device) -> float:
     """Operations a second of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
     side, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (1024, torch.float32)
     a = torch.randn(side, side, device=where, dtype=dtype)
-    return 2 * side**3 / seconds_of(lambda: a @ a, where)
+    return 2 * side**3 / _seconds_of_one(lambda: a @ a, where)
 
 
 @functools.cache
@@ -159,8 +171,9 @@ def clock_mhz(where: torch.device) -> str:
     """Clock of the GPU's multiprocessors under load; nothing on a CPU, or without nvidia-smi."""
     if where.type != "cuda" or not shutil.which("nvidia-smi"):
         return ""
-    a = torch.randn(8192, 8192, device=where, dtype=torch.bfloat16)
-    for _ in range(500):  # half a second or more on the device, queued at once
+    side = 12288  # products large enough that a GPU's queue, of 1024 launches, holds them all
+    a = torch.randn(side, side, device=where, dtype=torch.bfloat16)
+    for _ in range(round(CLOCK_SECONDS * matmul_rate(where) / (2 * side**3))):
         a @ a
     uuid = f"GPU-{torch.cuda.get_device_properties(where).uuid}"
     query = ["nvidia-smi", f"--id={uuid}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]

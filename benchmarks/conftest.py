@@ -120,6 +120,7 @@ def measure(
     return measure
 
 
+@pytest.hookimpl(trylast=True)  # after -k, which would be left with nothing: a failure
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     done = Path(config.getoption("--results"), DONE)
     if config.getoption("--go_on") and done.exists():

@@ -2,11 +2,17 @@
 # What only a GPU can answer, in stages of at most nine minutes: bash benchmarks/gpu_suite.sh STAGE FOLDER
 #
 #   probe      six minutes: products and attention kernels of torch and Triton alone
-#   kernels    pytest -m gpu (real shapes against float64, 100 repeats bitwise, graph replay, no sync); memcheck and
-#              racecheck where compute-sanitizer is installed; tuning; the kernels' benchmarks beside their peers
-#   step-b16   whole training steps of SD1.5 and SD2.1 at batch 4 to 64, lever by lever, beside peft
-#   step-b1    the same at batch 1; aspect-ratio buckets; memory caps
-#   sdxl       steps of SDXL at 128 x 128 latents
+#   correct    pytest -m gpu, file by file, the kernels' first (real shapes against float64, 100 repeats bitwise, graph
+#              replay, no sync); memcheck and racecheck where compute-sanitizer is installed
+#   kernels    tuning, then the kernels' benchmarks beside their peers
+#   step-b16   whole training steps of SD1.5 and SD2.1 beside peft: the rivals at batch 16 and 64, then lever by lever,
+#              other ranks, networks and batches
+#   step-b1    the same at batch 1: the rivals, the first step cold and warm, memory cap, aspect-ratio buckets, the rest
+#   sdxl       steps of SDXL at 128 x 128 latents: uncompiled; memory cap; compiled, 250 to 400 s a row
+#
+# Half an hour is best spent in this order, with these D2F_SUITE_SECONDS: correct, 450, for no time counts before it;
+# kernels, 240, most of them for the tuning, whose table the steps use; step-b16, 400; step-b1, 330; sdxl, 200, for what
+# needs no compiling. Another half hour goes on with what each stage lacks. probe is for a card that is new to all this.
 #
 # FOLDER gets results/*.csv, each row as it is measured; a log of each command; and lora_measured.json, the dispatch
 # table of the LoRA kernels, which later stages use: to keep it, commit it as kernels/lora_measured.json. A stage that is
@@ -21,11 +27,14 @@
 #
 #   grep -vE '^(torch|triton)=' constraints.txt > rest.txt
 #   pip download --no-deps --only-binary :all: -c rest.txt -d wheels accelerate annotated-doc annotated-types anyio \
-#     certifi charset-normalizer click diffusers docstring_parser h11 hf-xet httpcore2 httpx2 huggingface_hub idna \
-#     importlib_metadata iniconfig lazy-importer markdown-it-py mdurl numpy packaging peft pillow pluggy psutil \
-#     py-cpuinfo2 pydantic pydantic_core pygments pytest pytest-benchmark pyyaml regex requests rich safetensors \
-#     shellingham tokenizers tqdm transformers truststore typeguard typer typing-inspection tyro urllib3 zipp
+#     certifi charset-normalizer click diffusers docstring_parser execnet h11 hf-xet httpcore2 httpx2 huggingface_hub \
+#     idna importlib_metadata iniconfig lazy-importer markdown-it-py mdurl numpy packaging peft pillow pluggy psutil \
+#     py-cpuinfo2 pydantic pydantic_core pygments pytest pytest-benchmark pytest-xdist pyyaml regex requests rich \
+#     safetensors shellingham tokenizers tqdm transformers truststore typeguard typer typing-inspection tyro urllib3 \
+#     zipp
 #   pip install --no-index --no-deps wheels/*.whl
+#
+# pytest-xdist is optional: with it `correct` runs its tests, most of whose time is compiling, in eight processes.
 #
 # GIT_COMMIT names the commit in the rows where git or the repository's history is not there.
 # D2F_SUITE_SECONDS sets another limit; D2F_SUITE_DRY_RUN=1 tries every command at its smallest size, on a CPU too.
@@ -35,11 +44,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stage=${1:-} folder=${2:-}
 case $stage in
   probe) seconds=360 ;;
-  kernels | step-b16 | step-b1 | sdxl) seconds=540 ;;
+  correct | kernels | step-b16 | step-b1 | sdxl) seconds=540 ;;
   *) folder= ;;
 esac
 if [[ -z $folder ]] || ! mkdir -p "$folder/results"; then
-  echo "usage: bash benchmarks/gpu_suite.sh probe|kernels|step-b16|step-b1|sdxl FOLDER" >&2
+  echo "usage: bash benchmarks/gpu_suite.sh probe|correct|kernels|step-b16|step-b1|sdxl FOLDER" >&2
   exit 2
 fi
 folder=$(cd "$folder" && pwd)
@@ -49,7 +58,7 @@ if [[ ${D2F_SUITE_DRY_RUN:-} == 1 ]]; then
   dry=(--dry_run)
   command -v nvidia-smi > /dev/null || export TRITON_INTERPRET=1
 fi
-failed=0 cut=0
+failed=0 cut=0 steps=benchmarks/bench_train_step.py
 
 # run NAME SECONDS COMMAND...: no longer than that, nor than what is left of the stage.
 run() {
@@ -88,17 +97,25 @@ case $stage in
   probe)
     run probe 900 python -m benchmarks.probe --minutes 60 --results "$folder/results" ${dry[@]+"${dry[@]}"}
     ;;
-  kernels)
-    # Those of the steps and kernels; tests/export asks for TensorRT.
-    mapfile -t files < <(grep -rl --include='test_*.py' 'mark[.]gpu' tests | grep -v '^tests/export/' | sort)
-    once tests 200 python -m pytest -q -m gpu "${files[@]}"
+  correct)
+    parallel=()
+    python -c 'import xdist' 2> /dev/null && parallel=(-n 8)
+    # The kernels' files, then those of the steps; tests/export asks for TensorRT.
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark[.]gpu' tests/kernels tests/test_lora_on_a_gpu.py tests |
+      grep -v '^tests/export/' | awk '!seen[$0]++')
+    for file in "${files[@]}"; do
+      once "$(basename "$file" .py)" 240 python -m pytest -q -m gpu ${parallel[@]+"${parallel[@]}"} "$file"
+    done
+    once launches 200 python tests/kernels/small_launches.py # fills Triton's cache: compiling under the tools is slow
     if command -v compute-sanitizer > /dev/null; then
       for tool in memcheck racecheck; do
-        once "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 python tests/kernels/small_launches.py
+        once "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 python tests/kernels/small_launches.py
       done
     else
       echo "--- compute-sanitizer is not installed: no memcheck, no racecheck"
     fi
+    ;;
+  kernels)
     run tuning 240 python -m benchmarks.tune_lora --minutes 3 --output "$folder/lora_measured.json" \
       --results "$folder/results" ${dry[@]+"${dry[@]}"}
     if [[ -e $folder/lora_measured.json && -z ${dry[*]-} ]]; then
@@ -106,9 +123,22 @@ case $stage in
     fi
     bench benchmarks benchmarks/bench_lora_linear.py benchmarks/bench_velocity_loss.py benchmarks/bench_align.py
     ;;
-  step-b16) bench steps benchmarks/bench_train_step.py -k '[b16-' ;;
-  step-b1) bench steps benchmarks/bench_train_step.py -k '[b1- or [b1] or test_buckets' ;;
-  sdxl) bench steps benchmarks/bench_train_step.py -k '[sdxl' ;;
+  step-b16)
+    bench rivals "$steps" -k '[b16_first'
+    bench rest "$steps" -k '[b16_rest'
+    ;;
+  step-b1)
+    bench rivals "$steps" -k '[b1_first'
+    bench first-step "$steps" -k test_first_step
+    bench memory "$steps" -k 'test_memory_cap[b1]'
+    bench buckets "$steps" -k test_buckets
+    bench rest "$steps" -k '[b1_rest'
+    ;;
+  sdxl)
+    bench uncompiled "$steps" -k '[sdxl_first'
+    bench memory "$steps" -k 'test_memory_cap[sdxl]'
+    bench rest "$steps" -k '[sdxl_rest'
+    ;;
 esac
 python -m benchmarks.report "$folder/results" 2>&1 | tee "$folder/summary.txt"
 ((failed)) && exit 1

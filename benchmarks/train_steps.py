@@ -20,6 +20,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from benchmarks import clock
 from benchmarks.unets import CONFIGS, Case, batch_of, build, set_adapter
 from d2f_fast import AlignedTrainer, Alignment, TrainingConfig, load_miniature
 from d2f_fast.base_model import BaseModel
@@ -203,6 +204,12 @@ class TrainerStep:
     def gradients(self) -> dict[str, Tensor]:
         """Of the first step, clipped: as AdamW's first moment holds them."""
         return first_moments(self.trainer.trainable, self.trainer.optimizer)
+
+
+def first_step_seconds(case: Case, device: torch.device, options: Mapping[str, Any]) -> float:
+    """How long the first step of `TrainerStep` takes, compile and capture included: for a process of its own."""
+    step = TrainerStep(case, device, **options)
+    return clock.seconds_of(step, device, 1)
 
 
 def trainer_of(unet: Any, case: Case, **options: Any) -> AlignedTrainer:

@@ -8,8 +8,11 @@ chosen where they win at the former and lose nothing at the latter. Every block 
 
 `kernels/lora_measured.json` is rewritten after each entry; entries that it has are not measured again, so that a run
 that was cut is continued by the next. Each timing is a row of `<results>/<device>-lora-tuning.csv`.
+
+One at a time the kernels would take half an hour to compile: other processes compile them ahead, `compile_ahead`.
 """
 
+import itertools
 import json
 import math
 import time
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import clock
+from benchmarks.compile_ahead import Ahead, Launch, free_cores, narrow_launches, wide_launches
 from benchmarks.lora_paths import ADDMM, Operands, Ops, errors_of, operands, run_step, split
 from d2f_fast.checkpoint import write_json
 from d2f_fast.kernels import lora_dispatch
@@ -92,6 +96,16 @@ class Tuner:
         self.device, self.dtype, self.rounds = device, dtype, rounds
         self.deadline, self.results = deadline, results
 
+    def narrow_launches(self, rank: int, sizes: Sequence[tuple[int, int, int]]) -> list[Launch]:
+        """All that `narrow_entry` launches."""
+        wide, found = Entry("split", WIDE[0], WIDE[0]), list[Launch]()
+        tiles = itertools.zip_longest(SHRINK, ROWS_SUM, (None, *GRAD_B))
+        for (shrink, rows_sum, grad_b), (_, n, k) in itertools.product(tiles, sizes):
+            entry = NarrowEntry(shrink or SHRINK[0], rows_sum or ROWS_SUM[0], None)
+            found += [*wide_launches(wide, n, k, rank), *narrow_launches(entry, n, k, rank)]
+            found += narrow_launches(entry._replace(grad_b=grad_b), n, k, rank)
+        return found
+
     def narrow_entry(self, rank: int, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         """Blocks of the products that are `rank` wide, best over rows, n and k of `sizes`."""
         wide = Entry("split", WIDE[0], WIDE[0])
@@ -152,7 +166,8 @@ class Tuner:
 
     def is_right(self, ops: Ops, n: int, k: int, rank: int) -> bool:
         """Whether a path is as near to float64 as cuBLAS; False too where a block is too large for the card."""
-        o = operands(MIN_ROWS + 63 if self.device.type == "cuda" else 40, n, k, rank, self.device, self.dtype)
+        # Rows that fill no block, but multiples of 16 as those that are timed: else Triton compiles another kernel.
+        o = operands(MIN_ROWS + 48 if self.device.type == "cuda" else 48, n, k, rank, self.device, self.dtype)
         try:
             errors = errors_of(ops, o)
         except OutOfResources:
@@ -191,7 +206,7 @@ def effective(tiles: Iterable[Tile], n: int, k: int) -> list[Tile]:
 
 
 def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shapes: dict[tuple[int, int], list[int]],
-         tiles: Sequence[Tile]) -> bool:  # fmt: skip
+         tiles: Sequence[Tile], ahead: Ahead) -> bool:  # fmt: skip
     """Measure what the file lacks until the time is up; says whether it is complete."""
     table: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     lora_dispatch.read_measured(output)  # refuses a corrupt one
@@ -203,20 +218,29 @@ def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shap
         if found is None:
             if tuner.late:
                 return False
+            ahead.wait(tuner.narrow_launches(rank, narrow_sizes))
             found = tuner.narrow_entry(rank, narrow_sizes)
             card["narrow"].append(found)
             write_json(output, table)
-        blocks = {name: found[name] and Tile(*found[name]) for name in NarrowEntry._fields}
-        for (n, k), rows in shapes.items():
+        narrow = NarrowEntry(**{name: found[name] and Tile(*found[name]) for name in NarrowEntry._fields})
+        waiting: dict[tuple[int, int], tuple[list[Tile], list[Launch]]] = {}
+        for n, k in shapes:
             if any((row["n"], row["k"], row["rank"]) == (n, k, rank) for row in card["wide"]):
                 continue
-            if tuner.late:
-                return False
             # The rank hardly moves which blocks of a width are best: after the first rank, only those.
             known = [Tile(*row[name]) for row in card["wide"] if (row["n"], row["k"]) == (n, k)
                      for name in ("forward", "grad_x")]  # fmt: skip
             options = effective([*known, WIDE[0], WIDE[1]] if known else tiles, n, k)
-            card["wide"].append(tuner.wide_entry(rows, n, k, rank, NarrowEntry(**blocks), options))
+            launches = [launch for tile in options for launch in wide_launches(Entry("split", tile, tile), n, k, rank)]
+            waiting[n, k] = options, narrow_launches(narrow, n, k, rank) + launches
+        ahead.submit(launch for _, launches in waiting.values() for launch in launches)
+        for later in ranks[ranks.index(rank) + 1 :][:1]:
+            ahead.submit(tuner.narrow_launches(later, narrow_sizes))
+        for (n, k), (options, launches) in waiting.items():
+            if tuner.late:
+                return False
+            ahead.wait(launches)
+            card["wide"].append(tuner.wide_entry(shapes[n, k], n, k, rank, narrow, options))
             write_json(output, table)
     return True
 
@@ -235,7 +259,14 @@ def main() -> None:
     if options.dry_run:
         shapes, ranks, tiles = {(32, 32): [48, 33], (64, 32): [48]}, RANKS[:1], WIDE[:2]
         tuner.rounds, tuner.dtype = 2, torch.float32  # the interpreter truncates bfloat16
-    complete = tune(tuner, options.output, lora_dispatch._capability(device.type, device.index), ranks, shapes, tiles)
+    ahead = Ahead(0)
+    if cuda:
+        from triton.runtime import driver
+
+        ahead = Ahead(free_cores(), driver.active.get_current_target(), tuner.dtype)
+    capability = lora_dispatch._capability(device.type, device.index)
+    complete = tune(tuner, options.output, capability, ranks, shapes, tiles, ahead)
+    ahead.close()
     wide, narrow = lora_dispatch.read_measured(options.output)
     chosen = sum(entry.path == "split" for entry in wide.values())
     print(f"{len(wide)} entries, {chosen} by the kernels, {len(narrow)} ranks; {'complete' if complete else 'go on'}")

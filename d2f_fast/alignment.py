@@ -14,11 +14,12 @@ Arithmetic is float32, or float64 for float64 times, whatever the latents are; o
 """
 
 import math
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from d2f_fast.config import Spacing
 from d2f_fast.noise_schedule import NoiseSchedule
 
 # EulerDiscreteScheduler's own sigma_max for zero terminal SNR: far enough from the data that the start is pure noise.
@@ -26,8 +27,6 @@ _SIGMA_OF_PURE_NOISE = 4096.0
 
 # Largest 1 / alpha at which an ε-prediction is read: SD's table ends at 14.6, DDPM's at 157, a cosine one at 20,000.
 _LARGEST_READOUT = 200.0
-
-Spacing = Literal["uniform", "trailing"]
 
 
 class FlowModel(Protocol):
@@ -281,8 +280,8 @@ class Alignment:
 
         Args:
             steps: network evaluations, at least 1.
-            spacing: "uniform" in flow time, no interior node below t_min; "trailing": the flow times of DDIM's trailing
-                timesteps, with 0 in place of t_min as the start.
+            spacing: "uniform" in flow time, or "trailing", the flow times of DDIM's trailing timesteps, with 0 in place
+                of t_min as the start. No interior node is below t_min: those that would be are spread above it.
             shift: multiplies the sampler's sigma = (1 - t) / t at every node.
         """
         if spacing == "uniform":
@@ -295,13 +294,23 @@ class Alignment:
             raise ValueError(f"steps must be 1 to {self.num_train_timesteps} with trailing spacing, got {steps}")
         # DDIMScheduler, timestep_spacing="trailing": round(T - k T / steps) - 1.
         trailing = (self.num_train_timesteps * (1 - torch.arange(1, steps, dtype=torch.float64) / steps)).round() - 1
-        interior = shift_times(self.schedule.flow_times()[trailing.long()], shift).clamp(min=self.t_min)
+        interior = shift_times(self.schedule.flow_times()[trailing.long()], shift)
+        below = int((interior < self.t_min).sum())
+        end = float(interior[below]) if below < len(interior) else 1.0
+        interior[:below] = torch.linspace(self.t_min, end, below + 1, dtype=torch.float64)[:-1]
         return torch.cat([torch.zeros(1), interior.float(), torch.ones(1)])
 
     def sigmas(self, steps: int, shift: float = 1.0) -> list[float]:
         """Sigmas (1 - t) / t of the uniform nodes, for any stock scheduler's `set_timesteps(sigmas=...)`; ends in 0.0.
 
         The first one makes a stock Euler step start at t = 0: sigma_max + sigma_1 for ε-prediction, 4096 otherwise.
+
+        Args:
+            steps: network evaluations, at least 1.
+            shift: multiplies each sigma.
+
+        Raises:
+            ValueError: fewer than one step, or a shift that is not positive.
         """
         nodes = shifted_uniform_times(steps, self.t_min, shift)[1:]
         later = ((1 - nodes) / nodes).tolist()

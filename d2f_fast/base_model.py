@@ -48,32 +48,13 @@ class BaseModel:
         """Load a hub id, a pipeline folder or a single `.safetensors` file.
 
         Raises:
-            ModelError: a pickle, a missing or unreadable part, or as the constructor; the message names the file.
+            ModelError: as `load_pipeline`, or as the constructor; the message names the file.
         """
-        path = Path(model)
-        if path.suffix in _PICKLE_SUFFIXES:
-            raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
-        if path.is_dir():
-            _check_folder(path)
-        elif path.suffix != ".safetensors" and (path.is_absolute() or str(model).startswith(".")):
-            raise ModelError(f"{path} does not exist: give a hub id, a pipeline folder or a .safetensors file")
+        pipeline = load_pipeline(model, dtype)
         try:
-            if path.suffix == ".safetensors":
-                return cls(_single_file_class(path).from_single_file(str(path), dtype=dtype))
-            options = {
-                "dtype": dtype,
-                "use_safetensors": True,
-                "safety_checker": None,
-                "requires_safety_checker": False,
-            }
-            return cls(DiffusionPipeline.from_pretrained(str(model), **options))
+            return cls(pipeline)
         except ModelError as error:
             raise ModelError(f"{model}: {error}") from error
-        except SingleFileComponentError as error:
-            reason = str(error).partition("\n")[0]
-            raise ModelError(f"{model}: {reason} Give a file with every part, or a pipeline folder") from error
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
 
     def _frozen(self) -> list[nn.Module]:
         parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]
@@ -125,6 +106,13 @@ class BaseModel:
             condition["text_embeds"] = encoded[2]
         return condition
 
+    def empty_condition(self, count: int = 1) -> dict[str, Tensor]:
+        """Text condition of `count` empty prompts, as the stock pipeline has it: of SDXL zeros."""
+        condition = self.encode_prompts([""] * count)
+        if getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
+            condition = {name: torch.zeros_like(value) for name, value in condition.items()}
+        return condition
+
     def added_cond_kwargs(self, condition: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor] | None:
         """SDXL's micro-conditioning for uncropped pictures of one size, pixels; None for other models."""
         if "text_embeds" not in condition:
@@ -161,6 +149,31 @@ class BaseModel:
                 read = tensor.detach().reshape(-1)[:most].to("cpu")
                 digest.update(read.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline of a hub id, a pipeline folder or a single `.safetensors` file, without safety checker.
+
+    Raises:
+        ModelError: a pickle, or a missing or unreadable part; the message names the file.
+    """
+    path = Path(model)
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
+    if path.is_dir():
+        _check_folder(path)
+    elif path.suffix != ".safetensors" and (path.is_absolute() or str(model).startswith(".")):
+        raise ModelError(f"{path} does not exist: give a hub id, a pipeline folder or a .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return _single_file_class(path).from_single_file(str(path), dtype=dtype)
+        options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+        return DiffusionPipeline.from_pretrained(str(model), **options)
+    except SingleFileComponentError as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{model}: {reason} Give a file with every part, or a pipeline folder") from error
+    except (AttributeError, NotImplementedError, OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -94,10 +94,24 @@ class TensorCache:
             DatasetError: a computed tensor is not finite; the message names its sample.
             RefusedInputError: the folder cannot be written.
         """
+        return self.complete(keys, self.read(keys), compute)
+
+    def read(self, keys: Sequence[CacheKey]) -> dict[str, dict[str, Tensor]]:
+        """Tensors of the samples that the folder has, by digest; from any thread."""
+        digests = dict.fromkeys(key.digest for key in keys)
+        return {digest: tensors for digest in digests if (tensors := self._read(digest)) is not None}
+
+    def complete(
+        self,
+        keys: Sequence[CacheKey],
+        found: Mapping[str, dict[str, Tensor]],
+        compute: Callable[[list[int]], Mapping[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """As `get_or_compute`, where `read` has given what the folder has."""
         positions: dict[str, int] = {}
         for position, key in enumerate(keys):
             positions.setdefault(key.digest, position)
-        samples = {digest: tensors for digest in positions if (tensors := self._read(digest)) is not None}
+        samples = dict(found)
         missing = [position for digest, position in positions.items() if digest not in samples]
         if missing:
             computed = {name: self._as_stored(tensor) for name, tensor in compute(missing).items()}

@@ -62,6 +62,46 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(folder: StrPath) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder` that becomes it at the end of the block, whole or not at all.
+
+    Raises:
+        RefusedInputError: `folder` exists, cannot be made, or the disk is full.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
+    temporary = make_folder(folder.parent) / f".tmp-{secrets.token_hex(4)}-{folder.name}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_full_disk(error):
+            free = _mib(shutil.disk_usage(folder.parent).free)
+            raise RefusedInputError(f"{folder}: the disk is full, {free} free; make room and run again") from error
+        raise
+
+
+def make_folder(path: StrPath) -> Path:
+    """Make a folder, and those above it, where they are missing.
+
+    Raises:
+        RefusedInputError: it cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedInputError(f"{path} cannot be made a folder ({error.strerror}): name another") from error
+    return path
+
+
 def write_json(path: StrPath, obj: Any) -> None:
     """Write `obj` as JSON in UTF-8, atomically.
 
@@ -158,7 +198,7 @@ def save_checkpoint(output_dir: StrPath, step: int, write: Callable[[Path], None
     replaced = output_dir / f".old-checkpoint-{step}"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for _, stale in _checkpoints(output_dir, ".tmp-"):
+        for _, stale in list_checkpoints(output_dir, ".tmp-"):
             shutil.rmtree(stale)
         temporary.mkdir()
         write(temporary)
@@ -173,7 +213,7 @@ def save_checkpoint(output_dir: StrPath, step: int, write: Callable[[Path], None
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_full_disk(error):
-            newest = [folder for _, folder in _checkpoints(output_dir)][:1]
+            newest = [folder for _, folder in list_checkpoints(output_dir)][:1]
             needed = "".join(f"about {_mib(sum(f.stat().st_size for f in c.rglob('*')))} needed, " for c in newest)
             free = _mib(shutil.disk_usage(output_dir).free)
             raise CheckpointError(
@@ -230,7 +270,7 @@ def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | 
         return None
     output_dir = Path(output_dir)
     if resume_from == "latest":
-        for _, folder in sorted(_checkpoints(output_dir) + _checkpoints(output_dir, ".old-"), reverse=True):
+        for _, folder in sorted(list_checkpoints(output_dir) + list_checkpoints(output_dir, ".old-"), reverse=True):
             try:
                 verify_checkpoint(folder)
             except (CheckpointError, OSError) as error:
@@ -246,6 +286,14 @@ def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | 
             verify_checkpoint(folder)
             return folder
     raise CheckpointError(f'{named}: no such checkpoint in {output_dir}; give one that is there, or "latest"')
+
+
+def list_checkpoints(output_dir: Path, prefix: str = "") -> list[tuple[int, Path]]:
+    """List the folders `{prefix}checkpoint-N` with their N, highest first, whole or not."""
+    if not output_dir.is_dir():
+        return []
+    found = [(re.fullmatch(re.escape(prefix) + r"checkpoint-(\d+)", p.name), p) for p in output_dir.iterdir()]
+    return sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
 
 
 def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
@@ -348,19 +396,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _checkpoints(output_dir: Path, prefix: str = "") -> list[tuple[int, Path]]:
-    """List the folders `{prefix}checkpoint-N` with their N, highest first."""
-    if not output_dir.is_dir():
-        return []
-    found = [(re.fullmatch(re.escape(prefix) + r"checkpoint-(\d+)", p.name), p) for p in output_dir.iterdir()]
-    return sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
-
-
 def _delete_old(output_dir: Path, step: int, keep: int | None) -> None:
     """Delete replaced and half-deleted checkpoints, and those before `step` beyond `keep`."""
-    older = [folder for number, folder in _checkpoints(output_dir) if number < step]
+    older = [folder for number, folder in list_checkpoints(output_dir) if number < step]
     try:
-        for _, folder in _checkpoints(output_dir, ".old-"):
+        for _, folder in list_checkpoints(output_dir, ".old-"):
             shutil.rmtree(folder)
         for folder in older[keep - 1 :] if keep is not None else ():
             # Renamed first: killed half-way through, it no longer has a checkpoint's name.

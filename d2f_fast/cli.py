@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 refused input, 143 saved after SIGTERM or SIGINT.
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from d2f_fast.config import TrainingConfig
+from d2f_fast.config import (
+    Method,
+    PredictionType,
+    Spacing,
+    TrainingConfig,
+    check_number,
+    check_positive,
+    check_seed,
+)
 from d2f_fast.errors import RefusedInputError
 
 MINIATURE = "miniature"
@@ -51,13 +60,20 @@ class Train:
         from d2f_fast.metrics import write_metrics
         from d2f_fast.trainer import AlignedTrainer
 
-        started = time.monotonic()
+        started, output = time.monotonic(), Path(self.options.output_dir)
+        if self.options.adapter == "full" and (output / "pipeline").exists():  # before the training, not after it
+            raise RefusedInputError(f"{output / 'pipeline'} exists: move it away, or choose another output_dir")
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
         trainer = AlignedTrainer.from_pretrained(_model(self.pretrained_model_name_or_path), self.options)
         if trainer.accelerator.is_main_process:
+            epochs = self.options.max_train_steps / -(-len(dataset) // trainer.global_batch_size)
             print(f"d2f: {trainer.paths}", file=sys.stderr)
+            print(
+                f"d2f: {len(dataset)} pictures, {trainer.global_batch_size} a step:"
+                f" {self.options.max_train_steps} steps are {epochs:.4g} epochs",
+                file=sys.stderr,
+            )
         result = trainer.fit(dataset)
-        output = Path(self.options.output_dir)
         if not trainer.accelerator.is_main_process:
             return result | {"output": str(output)}
         saved = (
@@ -81,10 +97,10 @@ class Sample:
         num_inference_steps: network evaluations a picture; twice as many with midpoint and heun.
         guidance_scale: 1 is no guidance.
         negative_prompt: led away from.
-        prediction_type: flow_prediction for a network trained on naive flow matching; None for the model's own.
+        prediction_type: flow_prediction for a network trained on naive flow matching; None for what the file says.
         method: euler, midpoint or heun.
         flow_spacing: uniform in flow time, or trailing.
-        shift: factor on the sampling sigmas.
+        shift: factor on the sampling sigmas; None for that of the training, or 1.
         height: pixels; None for the model's own.
         width: pixels; None for the model's own.
         seed: of the noise.
@@ -101,10 +117,10 @@ class Sample:
     num_inference_steps: int = 4
     guidance_scale: float = 3.0
     negative_prompt: str = ""
-    prediction_type: str | None = None
-    method: str = "euler"
-    flow_spacing: str = "uniform"
-    shift: float = 1.0
+    prediction_type: PredictionType | None = None
+    method: Method = "euler"
+    flow_spacing: Spacing = "uniform"
+    shift: float | None = None
     height: int | None = None
     width: int | None = None
     seed: int = 0
@@ -114,15 +130,20 @@ class Sample:
 
     def run(self) -> dict[str, Any]:
         """Draw, write the pictures, and return where they are."""
-        from d2f_fast.checkpoint import atomic_path
+        from d2f_fast.checkpoint import atomic_path, make_folder
         from d2f_fast.metrics import write_metrics
 
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
+        for name, least in (("num_inference_steps", 1), ("height", 8), ("width", 8)):
+            check_number(name, getattr(self, name), least)
+        check_seed(self.seed)
+        check_positive("shift", self.shift)
+        if not math.isfinite(self.guidance_scale):
+            raise RefusedInputError(f"guidance_scale must be finite, got {self.guidance_scale}")
+        output = make_folder(self.output_dir)
         started = time.monotonic()
         pictures = self._draw() if self.onnx is None else self._draw_with_onnx(self.onnx)
-        output = Path(self.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
         files = [str(output / f"{i:03d}.png") for i in range(len(pictures))]
         for file, picture in zip(files, pictures, strict=True):
             with atomic_path(file) as temporary:
@@ -137,28 +158,56 @@ class Sample:
         silence_libraries()
         import torch
 
-        from d2f_fast.base_model import BaseModel
-        from d2f_fast.lora import load_lora
+        from d2f_fast.base_model import load_pipeline
+        from d2f_fast.export.adapters import fuse_adapter
         from d2f_fast.scheduler import Diff2FlowScheduler
 
         model = _model(self.model)
-        pipe = BaseModel.load(model).pipeline if isinstance(model, str) else model
-        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, "shift": self.shift}
-        if self.prediction_type is not None:
-            options["prediction_type"] = self.prediction_type
-        pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
+        pipe = load_pipeline(model) if isinstance(model, str) else model
+        sizes = {"height": self.height, "width": self.width}
+        for name, size in sizes.items():
+            if size is not None and size % pipe.vae_scale_factor:
+                raise RefusedInputError(f"{name} must be a multiple of {pipe.vae_scale_factor}, got {size}")
+        if any(sizes.values()):  # given one of them, diffusers would take neither
+            own = pipe.unet.config.sample_size
+            own_sizes = zip(sizes, own if isinstance(own, list | tuple) else (own, own), strict=True)
+            sizes = {name: sizes[name] or side * pipe.vae_scale_factor for name, side in own_sizes}
         if self.lora is not None:
-            load_lora(pipe, self.lora)
+            fuse_adapter(pipe, Path(self.lora), 1.0)
+        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, **self._of_training()}
+        try:
+            pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
+            pipe.scheduler.set_timesteps(self.num_inference_steps)
+        except ValueError as error:
+            raise RefusedInputError(str(error)) from error
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         return pipe(
             list(self.prompts),
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
-            negative_prompt=[self.negative_prompt] * len(self.prompts),
-            height=self.height,
-            width=self.width,
+            # None: SDXL's own empty prompt is zeros, and not the encoded "".
+            negative_prompt=[self.negative_prompt] * len(self.prompts) if self.negative_prompt else None,
+            **sizes,
             generator=torch.Generator().manual_seed(self.seed),
         ).images
+
+    def _of_training(self) -> dict[str, Any]:
+        """Prediction type and shift: those given, else those that the LoRA file or the pipeline's folder tells."""
+        from d2f_fast.checkpoint import read_json
+        from d2f_fast.lora import lora_tags
+
+        source = Path(self.model) / "d2f.json" if self.lora is None else Path(self.lora)
+        tags = lora_tags(source) if self.lora is not None else read_json(source) if source.is_file() else {}
+        chosen: dict[str, Any] = {"prediction_type": self.prediction_type, "shift": self.shift}
+        try:
+            if self.shift is None:
+                chosen["shift"] = float(tags.get("d2f.shift", 1))
+            # Any other type is that of the base, which has it in its own configuration.
+            if self.prediction_type is None and tags.get("d2f.prediction_type") == "flow_prediction":
+                chosen["prediction_type"] = "flow_prediction"
+        except (AttributeError, TypeError, ValueError) as error:
+            raise RefusedInputError(f"{source} tells no usable shift ({error}): give --shift") from error
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def _draw_with_onnx(self, folder: str) -> list[Any]:
         """Pictures by ONNX Runtime."""
@@ -182,7 +231,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Demo:
-    """Finetune the miniature three ways, sample each by every route, and write report.html.
+    """Finetune the miniature four ways, sample each by every route, and write report.html.
 
     Args:
         output_dir: of the report; overwritten.
@@ -198,6 +247,7 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Run it all, and return where the report is."""
+        check_seed(self.seed)
         silence_libraries()
         from d2f_fast.demo.run import run_demo
 
@@ -267,16 +317,17 @@ def parse(arguments: Sequence[str]) -> Any:
     command = COMMANDS.get(rest[0]) if rest else None
     if from_file and command is not None:
         # Made into arguments, so that they go through the same checks as typed ones, which replace them.
-        known = {option.name for option in dataclasses.fields(command)} | {
-            option.name for option in dataclasses.fields(TrainingConfig) if command is Train
-        }
+        options = [*dataclasses.fields(command), *(dataclasses.fields(TrainingConfig) if command is Train else ())]
+        known = {option.name: option.type for option in options}
         for name, value in from_file.items():
             if name not in known:
                 raise RefusedInputError(f"--config: {name} is no option of d2f {rest[0]}: see d2f {rest[0]} --help")
             if any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in rest):
                 continue
-            if isinstance(value, bool):
+            if isinstance(value, bool) and known[name] is bool:
                 typed.append(f"--{name}" if value else f"--no_{name}")
+            elif isinstance(value, bool):  # YAML's yes and no, meant as words
+                typed += [f"--{name}", "yes" if value else "no"]
             elif isinstance(value, list):
                 typed += [f"--{name}", *map(str, value)]
             else:
@@ -305,5 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"d2f: {error}", file=sys.stderr)
         return int(code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"d2f: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     print(json.dumps(result) if command.json else result["output"])
     return 0

@@ -1,4 +1,4 @@
-"""Captioned training images: the folder, the order, the augmentation, and batches of pixels.
+"""Captioned training images: the folder, the order, the augmentation, and who reads them.
 
     order(epoch)         = argsort(Philox(seed; epoch))
     draws(epoch, sample) = Philox(seed; epoch, sample)
@@ -9,10 +9,10 @@ Philox words are used, whose stream numpy keeps from version to version.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,28 +23,30 @@ from d2f_fast.errors import DatasetError
 from d2f_fast.image_folder import DECODING_ERRORS, MAX_IMAGE_PIXELS, CaptionedImages, printable, to_rgb, validated_text
 
 __all__ = [
-    "Batch",
     "BatchPlan",
     "CaptionedImages",
     "Draws",
     "ImageDataset",
     "augmentation",
     "batch_indices",
-    "batches",
+    "check_dataset",
     "choose_caption",
     "iterate_indices",
+    "load_ahead",
     "load_sample",
     "plan_batches",
     "preprocess",
     "steps_per_epoch",
 ]
 
+Loaded = TypeVar("Loaded")
+
 _ORDER_STREAM = 0
 _AUGMENTATION_STREAM = 1
 
 
 class ImageDataset(Protocol):
-    """What `batches` reads: items have "image" (PIL) and "text"; "path", where they have one, names them in errors."""
+    """What a run trains on: items have "image" (PIL) and "text"; "path", where they have one, names them in errors."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
@@ -70,18 +72,6 @@ class BatchPlan:
     epoch: int
     index: list[int]
     draws: list[Draws]
-    global_batch_size: int
-    offset: int
-
-
-class Batch(TypedDict):
-    """One process' share of a global batch; `pixel_values` is [b, 3, resolution, resolution], float32 in [-1, 1]."""
-
-    pixel_values: Tensor
-    text: list[str]
-    epoch: int
-    index: list[int]
-    flip: list[bool]
     global_batch_size: int
     offset: int
 
@@ -213,69 +203,47 @@ def load_sample(
     return pixels, caption
 
 
-def batches(
-    dataset: ImageDataset,
-    batch_size: int,
-    resolution: int,
-    seed: int,
-    start_step: int = 0,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    random_flip: bool,
-    center_crop: bool,
-    workers: int = 0,
-) -> Iterator[Batch]:
-    """Yield this process' share of each global batch from `start_step` on, without end.
-
-    Args:
-        dataset: anything with a length, whose items have "image" (PIL) and "text" (a caption or a list of captions).
-            With `workers`, items are read from several threads at once.
-        batch_size: samples in a global batch, of all processes together.
-        resolution: side of the square images, pixels.
-        seed, start_step: they determine everything that follows, whatever `world_size` and `workers` are.
-        rank, world_size: which share of each global batch to give; see `plan_batches`.
-        random_flip: mirror half of the samples, drawn anew each epoch.
-        center_crop: crop the middle instead of a random position.
-        workers: threads that decode ahead; 0 decodes when asked.
+def check_dataset(dataset: Any) -> None:
+    """Refuse what has no order to be drawn in, or nothing.
 
     Raises:
-        DatasetError: the dataset is empty; while iterating, a sample cannot be used.
+        DatasetError: it has no length, no items by index, or none at all.
     """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DatasetError(
+            f"a dataset needs a length and items by index, and {type(dataset).__name__} has not: give a list, or a data"
+            " set that is not iterable only"
+        )
     if len(dataset) == 0:
         raise DatasetError("the dataset is empty: give at least one captioned image")
-    if workers < 0 or resolution < 1:
-        raise ValueError(f"workers must be at least 0 and resolution at least 1, got {workers} and {resolution}")
 
-    def load(index: int, draws: Draws) -> tuple[Tensor, str]:
-        return load_sample(dataset, index, draws, resolution, random_flip=random_flip, center_crop=center_crop)
 
-    def collate(plan: BatchPlan, samples: list[tuple[Tensor, str]]) -> Batch:
-        pixels = [pixels for pixels, _ in samples]
-        return {
-            "pixel_values": torch.stack(pixels) if pixels else torch.empty(0, 3, resolution, resolution),
-            "text": [caption for _, caption in samples],
-            "epoch": plan.epoch,
-            "index": plan.index,
-            "flip": [random_flip and draws.mirrored for draws in plan.draws],
-            "global_batch_size": plan.global_batch_size,
-            "offset": plan.offset,
-        }
+def load_ahead(
+    plans: Iterator[BatchPlan], load: Callable[[BatchPlan], Loaded], workers: int
+) -> Iterator[tuple[BatchPlan, Loaded]]:
+    """Yield each plan with what `load` makes of it, in order.
 
-    plans = plan_batches(len(dataset), batch_size, seed, start_step, rank=rank, world_size=world_size)
+    Args:
+        plans: of this process.
+        load: called from several threads at once where there is more than one.
+        workers: threads that load while the caller computes, a batch each; 0 loads when asked.
+
+    Raises:
+        Exception: that of `load`, at the turn of its plan.
+    """
     if workers == 0:
         for plan in plans:
-            yield collate(plan, [load(*sample) for sample in zip(plan.index, plan.draws, strict=True)])
+            yield plan, load(plan)
         return
-    # Two samples for each thread, in whole batches, wait or are in work while the caller computes.
-    ahead = 1 + -(-2 * workers * world_size // batch_size)
-    pending: deque[tuple[BatchPlan, list[Future[tuple[Tensor, str]]]]] = deque()
+    pending: deque[tuple[BatchPlan, Future[Loaded]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for plan in plans:
-            pending.append((plan, [pool.submit(load, *sample) for sample in zip(plan.index, plan.draws, strict=True)]))
-            if len(pending) > ahead:
-                oldest, futures = pending.popleft()
-                yield collate(oldest, [future.result() for future in futures])
+            pending.append((plan, pool.submit(load, plan)))
+            if len(pending) > workers:
+                oldest, future = pending.popleft()
+                yield oldest, future.result()
+        for oldest, future in pending:
+            yield oldest, future.result()
     finally:
         pool.shutdown(cancel_futures=True)

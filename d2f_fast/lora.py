@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from d2f_fast.checkpoint import atomic_path, read_tensors, write_tensors
+from d2f_fast.checkpoint import atomic_path, make_folder, read_tensors, write_tensors
 from d2f_fast.errors import ModelError
 
 ADAPTER = "default"
@@ -137,8 +137,7 @@ def save_lora(unet: Any, folder: str | Path, metadata: Mapping[str, str] | None 
 
     An error leaves what was there before.
     """
-    path = Path(folder) / LORA_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_folder(folder) / LORA_FILE
     tensors, header = lora_state_dict(unet)
     with atomic_path(path) as temporary:
         write_tensors(temporary, tensors, header | dict(metadata or {}))
@@ -149,6 +148,13 @@ def save_lora(unet: Any, folder: str | Path, metadata: Mapping[str, str] | None 
                 f"{path} does not reload to the same output (relative difference {difference:.1e}): not shareable"
             )
     return path
+
+
+def lora_tags(source: str | Path) -> dict[str, str]:
+    """What a LoRA file, or the folder that holds one, says of itself: header entries that begin with "d2f."."""
+    path = Path(source)
+    _, header = read_tensors(path / LORA_FILE if path.is_dir() else path)
+    return {name: value for name, value in header.items() if name.startswith("d2f.")}
 
 
 @torch.no_grad()
@@ -171,36 +177,6 @@ def merged_unet(unet: Any) -> Any:
     merged = type(unet).from_config(unet.config).type(unet.dtype)  # diffusers' `to` warns of a list that is empty
     merged.load_state_dict(merged_state_dict(unet))
     return merged.eval()
-
-
-def load_lora(pipeline: Any, source: str | Path) -> None:
-    """Load a LoRA file, or the folder that holds `pytorch_lora_weights.safetensors`, into a stock pipeline.
-
-    Raises:
-        ModelError: the file is missing, a pickle, not of a LoRA, or of another model; nothing is loaded.
-    """
-    path = Path(source)
-    path = path / LORA_FILE if path.is_dir() else path
-    if path.suffix != ".safetensors":
-        raise ModelError(f"{path} is not safetensors: give a .safetensors file, or the folder of {LORA_FILE}")
-    tensors, _ = read_tensors(path)
-    weights = {key.removeprefix("unet."): value for key, value in tensors.items() if ".lora_" in key}
-    if not weights:
-        raise ModelError(f"{path} holds no LoRA weights: give the file that save_lora or diffusers wrote")
-    modules = dict(pipeline.unet.named_modules())
-    for key, value in weights.items():
-        name, _, kind = key.partition(".lora_")
-        module = modules.get(name)
-        if kind not in ("A.weight", "B.weight") or not isinstance(module, nn.Linear | nn.Conv2d):
-            raise ModelError(f"{path}: {key} has no place in this model's UNet: it is of another model")
-        # A [rank, in, kernel], B [out, rank, 1, 1], of a convolution.
-        own, sides = module.weight.shape, slice(1, None) if kind.startswith("A") else slice(0, 1)
-        if value.ndim != len(own) or value.shape[sides] != own[sides]:
-            raise ModelError(
-                f"{path}: {key} of shape {list(value.shape)} does not fit this model's {list(own)}: it is of another"
-                " model"
-            )
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
 
 
 @torch.no_grad()

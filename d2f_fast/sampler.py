@@ -86,13 +86,15 @@ def unet_velocity(
     if guided and negative_hidden_states is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs negative_hidden_states")
     condition = torch.cat([negative_hidden_states, encoder_hidden_states]) if guided else encoder_hidden_states  # type: ignore[list-item]
+    dtype = unet.dtype
+    condition = condition.to(dtype)
     extra = {} if added_cond_kwargs is None else {"added_cond_kwargs": dict(added_cond_kwargs)}
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         sample = model.to_sample(x_t, t)
         given = torch.cat([sample, sample]) if guided else sample
         timestep = model.timestep(t)
-        output = unet(given.to(unet.dtype), timestep, encoder_hidden_states=condition, **extra, return_dict=False)[0]
+        output = unet(given.to(dtype), timestep, encoder_hidden_states=condition, **extra, return_dict=False)[0]
         if guided:
             negative, positive = output.chunk(2)
             # In the model's own output: velocity is linear in it, so this is guidance of the velocity.

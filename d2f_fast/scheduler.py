@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from d2f_fast.alignment import Alignment, FlowModel, NaiveFlow, Spacing, combine, euler_coefficients
-from d2f_fast.config import Method
+from d2f_fast.alignment import Alignment, FlowModel, NaiveFlow, combine, euler_coefficients
+from d2f_fast.config import Method, Spacing
+from d2f_fast.errors import ModelError
 
 # A first sigma this much above sigma_max is no rounding of it: it asks for a start at t = 0.
 _SIGMA_TOLERANCE = 1e-3
@@ -72,7 +73,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         if prediction_type == "flow_prediction":
             model = NaiveFlow(num_train_timesteps)
         else:
-            ddim = DDIMScheduler(
+            stock = DDPMScheduler(
                 num_train_timesteps=num_train_timesteps,
                 beta_start=beta_start,
                 beta_end=beta_end,
@@ -81,8 +82,8 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
                 prediction_type=prediction_type,
                 rescale_betas_zero_snr=rescale_betas_zero_snr,
             )
-            self.alphas_cumprod = ddim.alphas_cumprod
-            model = Alignment.from_scheduler(ddim)
+            self.alphas_cumprod = stock.alphas_cumprod
+            model = Alignment.from_scheduler(stock)
         self.flow_model = model
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
@@ -100,9 +101,20 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             config: of any diffusion scheduler of diffusers.
             return_unused_kwargs: also return the options that were not used.
             kwargs: options that replace the configuration's.
+
+        Raises:
+            ModelError: the configuration has no noise table, and is not of a flow-matching scheduler.
         """
         # diffusers replaces what the other scheduler took by default with this class's defaults: another noise table.
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        if "beta_schedule" not in config | kwargs:
+            if "shift" not in config:  # which diffusers' flow-matching schedulers have
+                raise ModelError(
+                    "the configuration has no beta_schedule, and so no table of noise: give a diffusion scheduler's"
+                )
+            config["prediction_type"] = "flow_prediction"
+        if config.get("use_flow_sigmas"):
+            config.setdefault("shift", config.get("flow_shift", 1.0))
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property

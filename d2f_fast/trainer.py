@@ -11,19 +11,18 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,36 +31,36 @@ from tqdm import tqdm
 from d2f_fast.alignment import Alignment
 from d2f_fast.base_model import BaseModel
 from d2f_fast.checkpoint import (
-    atomic_path,
+    MANIFEST,
+    atomic_folder,
     find_checkpoint,
+    list_checkpoints,
+    make_folder,
     pack_optimizer,
     read_json,
     read_tensors,
     save_checkpoint,
     unpack_optimizer,
-    verify_checkpoint,
     write_json,
     write_tensors,
 )
 from d2f_fast.config import Method, TrainingConfig
-from d2f_fast.data import ImageDataset, plan_batches, steps_per_epoch
+from d2f_fast.data import ImageDataset, check_dataset, load_ahead, plan_batches
 from d2f_fast.ema import EMA
-from d2f_fast.encoding import BatchEncoder
-from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.encoding import BatchEncoder, check_batch
+from d2f_fast.errors import CheckpointError, DatasetError, ModelError, RefusedInputError
 from d2f_fast.fused_lora import use_fused_lora
 from d2f_fast.half_base import HalfBase
 from d2f_fast.lora import inject_lora, merged_unet, save_lora
 from d2f_fast.objective import Objective
+from d2f_fast.run_log import RunLog
 from d2f_fast.sampler import sample_flow, unet_velocity
+from d2f_fast.saving import stock_scheduler, tags_of
 from d2f_fast.training_step import StepInputs, TrainingStep, keep_compiled_code, learning_rates
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-_SCHEDULE_KEYS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("prediction_type", "rescale_betas_zero_snr"),
-)
 
 
 class InterruptedRunError(RuntimeError):
@@ -91,6 +90,18 @@ class AlignedTrainer:
     Args:
         model: the base model; its UNet is trained in place.
         config: options of the run.
+
+    Attributes:
+        unet: the network, its adapter in place.
+        alignment: of the base model, on the device.
+        trainable: the parameters that train, by name.
+        ema: their average; None where `ema_decay` is 0.
+        optimizer: AdamW.
+        global_step: optimizer steps taken.
+
+    Raises:
+        ModelError: the base is float16, or takes an input that no text-to-image training gives.
+        RefusedInputError: options that this device or model cannot serve.
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
@@ -100,8 +111,15 @@ class AlignedTrainer:
             raise RefusedInputError(f"mixed_precision must be no or bf16, got {self._precision}")
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world != self.accelerator.num_processes:  # each would train alone, and write over the others
+            raise RefusedInputError(
+                f"{world} processes were started, and accelerate sees {self.accelerator.num_processes}: on a CPU set"
+                " ACCELERATE_USE_CPU=true"
+            )
         if config.cuda_graph and self.device.type != "cuda":
             raise RefusedInputError(f"cuda_graph needs a CUDA GPU, got {self.device.type}: leave it out")
+        _check_trainable(model, config)
         if config.compile:
             keep_compiled_code()
         # A few elements of each weight tell base models apart; a full finetuning takes its UNet from the checkpoint.
@@ -138,7 +156,7 @@ class AlignedTrainer:
         )
         self.optimizer = self._training_step.optimizer
         self._learning_rate = learning_rates(config)
-        self.global_step = 0
+        self.global_step, self._samples = 0, 0
         self._null_condition: dict[str, Tensor] | None = None
         self._signal: int | None = None
 
@@ -146,8 +164,12 @@ class AlignedTrainer:
     def from_pretrained(cls, model: str | Path | Any, config: TrainingConfig | None = None) -> "AlignedTrainer":
         """Trainer of a hub id, a pipeline folder, a `.safetensors` file, or a loaded diffusers pipeline.
 
+        Args:
+            model: any of these; a pipeline's UNet is trained in place.
+            config: options of the run; None for the defaults.
+
         Raises:
-            ModelError: see `BaseModel`.
+            ModelError: see `BaseModel` and `load_pipeline`.
         """
         base = BaseModel.load(model) if isinstance(model, str | Path) else BaseModel(model)
         return cls(base, config or TrainingConfig())
@@ -203,7 +225,11 @@ class AlignedTrainer:
         Returns:
             The mean loss, float32 scalar on the device, detached: over the global batch with several processes, else
             over this share. Reading it syncs with the device.
+
+        Raises:
+            RefusedInputError: see `encoding.check_batch`.
         """
+        check_batch(batch)
         generator = torch.Generator(self.device).manual_seed(_step_seed(self.config.seed, self.global_step))
         if self._half_base is not None:
             self._half_base.use()
@@ -257,7 +283,11 @@ class AlignedTrainer:
                 ids = self._on_device(batch["input_ids"])
                 condition = {"encoder_hidden_states": self.model.pipeline.text_encoder(ids)[0]}
         condition |= batch.get("added_cond_kwargs") or {}
-        return {name: self._on_device(value) for name, value in condition.items()}
+        # In the type of the frozen weights, which that of the text encoder, or of a cache, need not be; the network
+        # takes sizes as they are.
+        dtype = self.unet.conv_in.weight.dtype
+        given = {name: self._on_device(value) for name, value in condition.items()}
+        return {name: value if name == "time_ids" else value.to(dtype) for name, value in given.items()}
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         """A tensor of the batch on the device; a GPU fetches it by itself, while the host goes on."""
@@ -268,7 +298,7 @@ class AlignedTrainer:
     def _null(self) -> dict[str, Tensor]:
         """Condition of the empty prompt, encoded once."""
         if self._null_condition is None:
-            self._null_condition = self.model.encode_prompts([""]) if self.config.caption_dropout else {}
+            self._null_condition = self.model.empty_condition() if self.config.caption_dropout else {}
         return self._null_condition
 
     # The run
@@ -280,20 +310,22 @@ class AlignedTrainer:
             dataset: length and items {"image": PIL image, "text": caption or captions}; see `data.CaptionedImages`.
 
         Returns:
-            {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss (None where no step was left), and what
-            this call took.
+            {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss (None where it was not finite, or there
+            was no step left), and what this call took.
 
         Raises:
             DatasetError, CheckpointError: input that cannot be used.
+            RefusedInputError: `output_dir` holds another run's checkpoints.
             InterruptedRunError: after SIGTERM or SIGINT, and a checkpoint.
             NonFiniteRunError: ten steps in a row were not finite; the last checkpoint is intact.
         """
         config = self.config
-        steps_per_epoch(len(dataset), self.global_batch_size)
+        check_dataset(dataset)
+        self._samples = len(dataset)
         self._resume()
         self._write_config()
-        log, tracker, started = _Log(Path(config.output_dir)), self._tracker(), time.monotonic()
-        if config.resume_from_checkpoint is not None and self.accelerator.is_main_process:
+        log, started = RunLog(config, self.accelerator.is_main_process), time.monotonic()
+        if config.resume_from_checkpoint is not None:
             log.cut(self.global_step)
         progress = tqdm(
             total=config.max_train_steps,
@@ -303,12 +335,13 @@ class AlignedTrainer:
             disable=not self.accelerator.is_main_process,
         )
         last_loss: float | None = None
-        last_time, last_step = started, self.global_step
+        last_time, pictures = time.monotonic(), 0
         logger.info("%s", self.paths)
         half = nullcontext() if self._half_base is None else self._half_base.in_use()
-        with self._signals(), progress, half:
-            for batch in self._batches(dataset):
+        with self._signals(), progress, half, closing(self._batches(dataset)) as batches:
+            for batch in self._saved_where_a_sample_fails(batches):
                 loss = self.step(batch)
+                pictures += batch["global_batch_size"]
                 progress.update()
                 step = self.global_step
                 done = step == config.max_train_steps
@@ -316,16 +349,12 @@ class AlignedTrainer:
                 if logged:
                     self._stop_if_not_finite()
                     now = time.monotonic()
-                    rate = (step - last_step) * self.global_batch_size / (now - last_time)
-                    last_loss, last_time, last_step = loss.item(), now, step
-                    row: dict[str, Any] = {"step": step, "loss": last_loss, "lr": self._learning_rate(step)}
+                    value, rate = loss.item(), pictures / (now - last_time)
+                    last_loss, last_time, pictures = value if math.isfinite(value) else None, now, 0
+                    row: dict[str, Any] = {"step": step, "loss": value, "lr": self._learning_rate(step)}
                     row |= {"images_per_second": rate, "skipped_steps": int(self._training_step.skipped)}
-                    progress.set_postfix(loss=f"{last_loss:.4f}", images_s=f"{rate:.1f}")
-                    if self.accelerator.is_main_process:
-                        log.write(row)
-                        if tracker is not None:
-                            for name in ("loss", "lr", "images_per_second"):
-                                tracker.add_scalar(name, row[name], step)
+                    progress.set_postfix(loss=f"{value:.4f}", images_s=f"{rate:.1f}")
+                    log.write(row)
                 asked = self._asked_to_stop(logged)
                 if asked is not None:
                     self._save_checkpoint()
@@ -334,8 +363,7 @@ class AlignedTrainer:
                     self._save_checkpoint()
                 if done:
                     break
-        if tracker is not None:
-            tracker.close()
+        log.close()
         seconds = time.monotonic() - started
         return {
             "steps": self.global_step,
@@ -344,12 +372,12 @@ class AlignedTrainer:
             "seconds": seconds,
         }
 
-    def _batches(self, dataset: ImageDataset) -> Iterator[dict[str, Any]]:
+    def _batches(self, dataset: ImageDataset) -> Generator[dict[str, Any]]:
         """This process' share of each global batch from the current step on, encoded, through the cache."""
         config, accelerator = self.config, self.accelerator
         if self.global_step >= config.max_train_steps:
             return
-        encode = BatchEncoder(self.model, config)
+        encoder = BatchEncoder(self.model, config)
         plans = plan_batches(
             len(dataset),
             self.global_batch_size,
@@ -358,8 +386,20 @@ class AlignedTrainer:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        for plan in plans:
-            yield encode(dataset, plan)
+        left = islice(plans, config.max_train_steps - self.global_step)
+        for plan, loaded in load_ahead(left, partial(encoder.load, dataset), config.dataloader_num_workers):
+            yield encoder.encode(plan, loaded)
+
+    def _saved_where_a_sample_fails(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; a sample that cannot be used stops the run only when its steps so far are saved."""
+        began = self.global_step
+        try:
+            yield from batches
+        except DatasetError as error:
+            if self.global_step == began:
+                raise
+            self._save_checkpoint()
+            raise DatasetError(f"{error}; step {self.global_step} is saved") from error
 
     def _stop_if_not_finite(self) -> None:
         """Read the counters; the one place that waits for the device."""
@@ -382,14 +422,6 @@ class AlignedTrainer:
         asked = torch.tensor(self._signal or 0, device=self.device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return int(asked) or None
-
-    def _tracker(self) -> Any:
-        """TensorBoard writer, on the main process where it was asked for."""
-        if self.config.report_to != "tensorboard" or not self.accelerator.is_main_process:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(Path(self.config.output_dir) / "logs"))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -425,7 +457,7 @@ class AlignedTrainer:
 
     def _write_config(self) -> None:
         if self.accelerator.is_main_process:
-            Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
+            make_folder(self.config.output_dir)
             write_json(Path(self.config.output_dir) / "config.json", dataclasses.asdict(self.config))
 
     def _save_checkpoint(self) -> None:
@@ -439,17 +471,33 @@ class AlignedTrainer:
                 write_tensors(folder / "ema.safetensors", self.ema.state_dict())
             tensors, optimizer = pack_optimizer(self.optimizer)
             write_tensors(folder / "optimizer.safetensors", tensors)
-            state = {"identity": self._identity(), "optimizer": optimizer}
+            state = {"identity": self._identity(), "samples": self._samples, "optimizer": optimizer}
             write_json(folder / "state.json", state | {"skipped_steps": int(self._training_step.skipped)})
 
         save_checkpoint(self.config.output_dir, self.global_step, write, self.config.checkpoints_total_limit)
 
     def _resume(self) -> None:
         """Continue from the checkpoint that the configuration names, if it names one."""
-        folder = find_checkpoint(self.config.output_dir, self.config.resume_from_checkpoint)
+        output, resume_from = Path(self.config.output_dir), self.config.resume_from_checkpoint
+        others = list_checkpoints(output)
+        if resume_from is None and others and self.global_step == 0:
+            raise RefusedInputError(
+                f"{output} holds {others[0][1].name} of another run: --resume_from_checkpoint latest goes on with it;"
+                " else name a new output_dir"
+            )
+        folder = find_checkpoint(output, resume_from)
         if folder is None:
             return
-        state = read_json(folder / "state.json")
+        state, step = read_json(folder / "state.json"), read_json(folder / MANIFEST)["step"]
+        if not isinstance(state, dict) or not {"identity", "samples", "optimizer", "skipped_steps"} <= state.keys():
+            raise CheckpointError(f"{folder / 'state.json'} is not of a training run: resume from another checkpoint")
+        if step > self.config.max_train_steps:
+            raise CheckpointError(f"{folder} is past max_train_steps {self.config.max_train_steps}: raise it")
+        if state["samples"] != self._samples:
+            logger.warning(
+                "the dataset had %d samples, and has %d: the run goes on, in another order than it would have",
+                *(state["samples"], self._samples),
+            )
         own = self._identity()
         for name in sorted(own.keys() | state["identity"].keys()):
             if own.get(name) != state["identity"].get(name):
@@ -468,7 +516,7 @@ class AlignedTrainer:
         unpack_optimizer(self.optimizer, read_tensors(folder / "optimizer.safetensors")[0], state["optimizer"])
         self._training_step.optimizer_was_loaded()
         self._training_step.skipped.fill_(state["skipped_steps"])
-        self.global_step = verify_checkpoint(folder)
+        self.global_step = step
         logger.info("resumed from %s at step %d", folder, self.global_step)
 
     # Sampling and saving
@@ -503,10 +551,13 @@ class AlignedTrainer:
             prompts: one, or several.
             num_inference_steps: network evaluations a picture (twice as many with midpoint and heun).
             guidance_scale: 1 is no guidance.
-            negative_prompt: led away from.
+            negative_prompt: led away from; "" is the model's own empty prompt.
             height, width: pixels; None for the training resolution.
             generator: on the device or the CPU, of the noise.
             method: of the integration.
+
+        Returns:
+            One RGB picture for each prompt.
 
         Raises:
             RefusedInputError: the autoencoder has no latents of this height or width.
@@ -522,7 +573,10 @@ class AlignedTrainer:
         positive, negative = self.model.encode_prompts(prompts), None
         added = self.model.added_cond_kwargs(positive, height, width)
         if guidance_scale != 1:
-            negative = self.model.encode_prompts([negative_prompt] * len(prompts))
+            if negative_prompt:
+                negative = self.model.encode_prompts([negative_prompt] * len(prompts))
+            else:
+                negative = self.model.empty_condition(len(prompts))
             if added is not None:
                 negative_added = self.model.added_cond_kwargs(negative, height, width) or {}
                 added = {name: torch.cat([negative_added[name], value]) for name, value in added.items()}
@@ -543,13 +597,21 @@ class AlignedTrainer:
     def save_lora(self, folder: str | Path) -> Path:
         """Write the averaged adapter as `pytorch_lora_weights.safetensors`, and check that it reloads.
 
+        Args:
+            folder: made when missing.
+
+        Returns:
+            The file.
+
         Raises:
-            RefusedInputError: the run is a full finetuning.
+            RefusedInputError: the run is a full finetuning, or the disk is full.
+            CheckpointError: a weight is not finite.
+            ModelError: the reloaded file does not give the same output.
         """
         if self.config.adapter != "lora":
             raise RefusedInputError("adapter is full: there is no LoRA to save; use save_pipeline")
         with self.averaged():
-            return save_lora(self.unet, folder, self._tags())
+            return save_lora(self.unet, folder, tags_of(self.config, self.objective))
 
     def save_pipeline(self, folder: str | Path) -> Path:
         """Write the averaged model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
@@ -557,75 +619,40 @@ class AlignedTrainer:
         Args:
             folder: must not exist; it appears whole or not at all.
 
+        Returns:
+            The folder.
+
         Raises:
-            RefusedInputError: `folder` exists.
+            RefusedInputError: `folder` exists or cannot be made, or the disk is full.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
         pipeline = self.model.pipeline
         with self.averaged():
             unet = merged_unet(self.unet)
-        config = pipeline.scheduler.config
-        # Named, or diffusers would take the other class' defaults for what the base left at its own.
-        table = {name: config[name] for name in _SCHEDULE_KEYS if name in config}
-        scheduler_options = table | {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
-        if self.config.objective == "fm":
-            steps = self.alignment.num_train_timesteps
-            scheduler: Any = FlowMatchEulerDiscreteScheduler(steps, shift=self.config.flow_shift)
-        else:
-            scheduler = EulerDiscreteScheduler.from_config(config, **scheduler_options)
-        saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": scheduler})
-        temporary = folder.with_name(f".tmp-{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        saved = type(pipeline)(
+            **{**pipeline.components, "unet": unet, "scheduler": stock_scheduler(self.config, self.model)}
+        )
+        with atomic_folder(folder) as temporary:
             saved.save_pretrained(temporary)
-            write_json(temporary / "d2f.json", self._tags())
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return folder
-
-    def _tags(self) -> dict[str, str]:
-        """Header entries that say what the file is and how to sample it."""
-        config = self.config
-        reader = self.objective.model
-        recommended = self.alignment.sigmas(4, config.flow_shift)
-        if config.objective == "fm":  # whose sigma, in diffusers, is 1 - t
-            recommended = (1 - reader.times(4, shift=config.flow_shift)).tolist()
-        sigmas = ", ".join(f"{sigma:.4g}" for sigma in recommended)
-        return {
-            "d2f.objective": config.objective,
-            "d2f.prediction_type": reader.prediction_type,
-            "d2f.zero_snr": str(self.alignment.schedule.zero_terminal_snr).lower(),
-            "d2f.loss_weighting": config.loss_weighting,
-            "d2f.shift": str(config.flow_shift),
-            "d2f.recommended_sigmas": sigmas,
-        }
+            write_json(temporary / "d2f.json", tags_of(self.config, self.objective))
+        return Path(folder)
 
 
-class _Log:
-    """JSON lines, one for each logged step."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "log.jsonl"
-
-    def cut(self, step: int) -> None:
-        """Drop the rows after a step, which a run that was killed had logged and its continuation takes again."""
-        if not self._path.exists():
-            return
-        lines = self._path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if kept != lines:
-            with atomic_path(self._path) as temporary:
-                temporary.write_text("".join(kept))
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        # JSON has no NaN: the loss of a skipped step is null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+def _check_trainable(model: BaseModel, config: TrainingConfig) -> None:
+    """Refuse a base that would fail in its first step."""
+    unet, latents = model.unet.config, model.vae.config.latent_channels
+    if unet.in_channels != latents:
+        raise ModelError(
+            f"the UNet takes {unet.in_channels} channels and the autoencoder makes {latents}: text-to-image only"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if unet.get(name) is not None:
+            raise ModelError(
+                f"the UNet has {name} {unet[name]}: it takes an input that no text-to-image training gives"
+            )
+    if any(parameter.dtype == torch.float16 for parameter in model.unet.parameters()):
+        raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")
+    if config.resolution % model.downsampling:
+        raise RefusedInputError(f"resolution must be a multiple of {model.downsampling}, got {config.resolution}")
 
 
 def _step_seed(seed: int, step: int) -> int:

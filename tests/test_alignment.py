@@ -202,15 +202,27 @@ def test_sigmas_are_the_published_list_and_start_stock_euler_at_pure_noise():
 def test_times_keep_their_count_and_stay_inside_the_table():
     alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
     torch.testing.assert_close(alignment.times(4), torch.linspace(0, 1, 5))
-    for steps, spacing, shift in itertools.product((1, 2, 25, 200), ("uniform", "trailing"), (0.5, 1.0, 3.0)):
-        times = alignment.times(steps, spacing, shift)
+    cosine = Alignment.from_scheduler(DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+    counts, spacings, shifts = (1, 2, 25, 200, 1000), ("uniform", "trailing"), (0.5, 1.0, 3.0, 5.0)
+    for model, steps, spacing, shift in itertools.product((alignment, cosine), counts, spacings, shifts):
+        times = model.times(steps, spacing, shift)
         assert len(times) == steps + 1 and times[0] == 0 and times[-1] == 1
-        assert (times[1:] >= alignment.t_min - 1e-7).all() and (times.diff() >= 0).all()
+        assert (times[1:] >= model.t_min - 1e-7).all() and (times.diff() > 0).all(), (steps, spacing, shift)
     ddim = DDIMScheduler.from_config(scheduler_of("sd", "epsilon").config, timestep_spacing="trailing")
     for steps in (2, 4, 8, 25, 7):
         ddim.set_timesteps(steps)
         expected = alignment.flow_time(ddim.timesteps.float())
         torch.testing.assert_close(alignment.times(steps, "trailing")[1:-1], expected[1:])
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.5])
+def test_trailing_times_have_ddims_sigmas_times_the_shift(shift):
+    alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
+    ddim = DDIMScheduler.from_config(scheduler_of("sd", "epsilon").config, timestep_spacing="trailing")
+    ddim.set_timesteps(4)
+    abar = ddim.alphas_cumprod.double()[ddim.timesteps[1:]]
+    times = alignment.times(4, "trailing", shift)[1:-1].double()
+    torch.testing.assert_close((1 - times) / times, shift * ((1 - abar) / abar).sqrt(), rtol=1e-6, atol=0)
 
 
 def test_low_precision_latents_are_rounded_once():

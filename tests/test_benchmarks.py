@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton import knobs
 
+from benchmarks.bench_train_step import ROWS
+from benchmarks.compile_ahead import Ahead, Launch
 from benchmarks.train_steps import EVALUATED_AT_ONCE, MAX_NORM, Levers, PeftStep
 from benchmarks.unets import Case
+from d2f_fast.kernels.lora_dispatch import Tile
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = """
@@ -68,14 +72,15 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path):
     assert "1 failed, 1 deselected" in second.stdout
     assert len((tmp_path / "rows/measured.txt").read_text().splitlines()) == 1
     (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
-    third = run(tmp_path, "--go_on", "--results", "rows")
-    assert third.returncode == 0 and "1 deselected" in third.stdout
+    for chosen in ([], ["-k", "sleep"]):
+        third = run(tmp_path, "--go_on", "--results", "rows", *chosen)
+        assert third.returncode == 0 and "1 deselected" in third.stdout
 
 
 # Printed and drawn
 
 
-ROWS = """date,commit,device,torch,triton,threads,clock_mhz,case,provider,median_ms,p20_ms,p80_ms
+TABLE = """date,commit,device,torch,triton,threads,clock_mhz,case,provider,median_ms,p20_ms,p80_ms
 1,a,CPU,2,3,2,,small,script,80,70,90
 1,a,CPU,2,3,2,,small,d2f_fast,99,98,100
 2,b,CPU,2,3,2,,small,d2f_fast,40,30,50
@@ -84,7 +89,7 @@ ROWS = """date,commit,device,torch,triton,threads,clock_mhz,case,provider,median
 
 
 def test_a_report_prints_and_draws_the_newest_row_of_each_provider(tmp_path):
-    (tmp_path / "cpu-some-step.csv").write_text(ROWS)
+    (tmp_path / "cpu-some-step.csv").write_text(TABLE)
     (tmp_path / "cpu-lora-tuning.csv").write_text("date,op,us\n1,shrink,3\n")
     command = [sys.executable, "-m", "benchmarks.report", str(tmp_path)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -125,6 +130,7 @@ def suite(folder, stage, seconds, **environment):
 STUB = """#!/bin/bash
 case "$*" in
   *benchmarks.report*) cat "$3"/*.csv ;;
+  *xdist*) exit 1 ;;
   *) echo "row of $*" >> "{folder}/results/a.csv"; {then} ;;
 esac
 """
@@ -139,7 +145,7 @@ def stub(tmp_path, then):
     return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize("stage", ["probe", "kernels", "step-b16", "step-b1", "sdxl"])
+@pytest.mark.parametrize("stage", ["probe", "correct", "kernels", "step-b16", "step-b1", "sdxl"])
 def test_a_stage_that_is_cut_keeps_its_rows_and_prints_them_last(tmp_path, stage):
     done, took = suite(tmp_path / "out", stage, 1, **stub(tmp_path, "sleep 300"))
     assert done.returncode == 124 and took < 60, done.stderr
@@ -153,17 +159,35 @@ def test_a_stage_tells_of_a_failure_and_goes_on(tmp_path):
     done, _ = suite(tmp_path / "out", "kernels", 60, **stub(tmp_path, "[[ $* != *tune_lora* ]]"))
     assert done.returncode == 1 and "--- tuning: failed (1)" in done.stdout
     assert "bench_lora_linear.py" in (tmp_path / "out/results/a.csv").read_text()
-    first = (tmp_path / "out/results/a.csv").read_text().count("-m gpu tests/")
-    suite(tmp_path / "out", "kernels", 60, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert first == (tmp_path / "out/results/a.csv").read_text().count("-m gpu tests/") == 1  # done is done
+
+
+def test_a_test_file_that_is_done_is_not_run_again_and_one_that_failed_is(tmp_path):
+    environment = stub(tmp_path, "[[ $* != *test_lora_on_a_gpu* ]]")
+    for _ in range(2):
+        done, _ = suite(tmp_path / "out", "correct", 60, **environment)
+        assert done.returncode == 1 and "--- test_lora_on_a_gpu: failed (1)" in done.stdout
+    rows = (tmp_path / "out/results/a.csv").read_text().splitlines()
+    files = [row.rpartition("/")[2] for row in rows if "-m gpu" in row]
+    assert len(files) == len(set(files)) + 1 and files.count("test_lora_on_a_gpu.py") == 2
+    kernels = {path.name for path in (ROOT / "tests/kernels").glob("test_*.py")} | {"test_lora_on_a_gpu.py"}
+    of_kernels = [name in kernels for name in files[:-1]]
+    assert of_kernels == sorted(of_kernels, reverse=True) and not all(of_kernels) and any(of_kernels)
 
 
 @pytest.mark.parametrize("arguments", [[], ["probe"], ["everything", "out"]])
 def test_wrong_use_of_the_suite_is_refused(tmp_path, arguments):
     command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    usage = "usage: bash benchmarks/gpu_suite.sh probe|kernels|step-b16|step-b1|sdxl FOLDER\n"
+    usage = "usage: bash benchmarks/gpu_suite.sh probe|correct|kernels|step-b16|step-b1|sdxl FOLDER\n"
     assert (done.returncode, done.stderr) == (2, usage) and not list(tmp_path.iterdir())
+
+
+def test_the_stages_take_every_step_of_a_gpu_once():
+    chosen = re.findall(r"-k '?([^'\n]+)", (ROOT / "benchmarks/gpu_suite.sh").read_text())
+    names = [f"test_train_step[{row.id}]" for row in ROWS if not row.id.startswith("cpu-")]
+    names += ["test_memory_cap[b1]", "test_memory_cap[sdxl]", "test_first_step", "test_buckets"]
+    assert len(chosen) == 10 and len(names) > 50
+    assert [name for name in names if sum(part in name for part in chosen) != 1] == []
 
 
 @pytest.mark.slow
@@ -208,3 +232,54 @@ def test_every_kernel_is_launched_for_the_sanitizer():
     script = ROOT / "tests/kernels/small_launches.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert "49 outputs, all finite" in done.stdout
+
+
+TUNING = """
+import random, sys, time
+from pathlib import Path
+from unittest import mock
+import torch
+from triton.backends.compiler import GPUTarget
+from benchmarks import clock, compile_ahead, lora_paths, tune_lora
+
+folder, target = Path(sys.argv[1]), GPUTarget("cuda", 90, 32)
+ahead = compile_ahead.Ahead(2, target)
+compile_ahead.compile_only(target)  # no GPU: here too Triton compiles, or finds, what it would launch
+launched = []
+
+def run(ops, o):
+    launched.append(lora_paths.run_step(ops, o))
+    return [0.0] * 4
+
+def time_calls(call, inputs, *_):
+    launched.append(call(*inputs()))
+    return random.random(), 0.0, 0.0
+
+tuner = tune_lora.Tuner(torch.device("cpu"), torch.bfloat16, 1, time.monotonic() + 3600, folder)
+shapes = {(32, 32): [64, 48], (64, 32): [64, 48]}
+patches = {name: getattr(tune_lora, name)[:2] for name in ("SHRINK", "ROWS_SUM", "GRAD_B")} | {"errors_of": run}
+with mock.patch.multiple(tune_lora, **patches), mock.patch.object(clock, "time_calls", time_calls):
+    complete = tune_lora.tune(tuner, folder / "table.json", 90, (16, 64), shapes, tune_lora.WIDE[:2], ahead)
+ahead.close()
+print(complete, len(launched) > 50, ahead.missed, "missed")
+"""
+
+
+@pytest.mark.slow
+def test_every_kernel_of_a_tuning_is_compiled_ahead(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", TUNING, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True True 0 missed", done.stdout
+
+
+def test_where_compiling_ahead_fails_the_tuning_goes_on_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    ahead = Ahead(1)
+    for rank in (16, 32):
+        ahead.wait([Launch("unknown", Tile(64, 64, 64, 4, 2), 32, 32, rank)])
+    ahead.close()
+    printed = capsys.readouterr().out
+    assert printed == "compiling ahead failed, kernels compile where they are launched: KeyError: 'unknown'\n"

@@ -14,6 +14,7 @@ import pickle
 import random
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from d2f_fast.checkpoint import (
     atomic_path,
@@ -301,12 +303,49 @@ def test_files_and_names_reach_the_disk_before_the_older_checkpoint_goes(
     assert ("fsync", ".") in events[renamed:deleted]
 
 
-def test_a_full_disk_raises_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_folder_that_cannot_be_synced_is_no_error_and_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync, refused = os.fsync, stat.S_ISDIR
+
+    def partial(descriptor: int) -> None:
+        if refused(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", partial)
+    assert content(save_checkpoint(tmp_path, 1, writer(1.0))) == 1.0
+    refused = stat.S_ISREG
+    with pytest.raises(OSError) as caught:
+        save_checkpoint(tmp_path, 2, writer(2.0))
+    assert caught.value.errno == number and names(tmp_path) == ["checkpoint-1"]
+
+
+def test_another_error_of_a_folders_sync_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_checkpoint(tmp_path, 1, writer(1.0))
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    SafetensorError(f"Error while serializing: I/O error: Disk quota exceeded (os error {errno.EDQUOT})"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["disk", "quota", "quota in safetensors' words"])
+def test_a_full_disk_raises_one_line_and_leaves_nothing(tmp_path: Path, error: Exception) -> None:
     save_checkpoint(tmp_path, 1, writer(1.0))
 
     def write(folder: Path) -> None:
         (folder / "begun.bin").write_bytes(b"begun")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with pytest.raises(
         CheckpointError, match=r"checkpoint-2: the disk is full, .* needed, .* free; make room"
@@ -438,6 +477,8 @@ def test_a_checkpoint_is_found_by_name_or_path_and_refused_if_missing(
     assert find_checkpoint(run, "checkpoint-5") == folder
     assert find_checkpoint(tmp_path / "other", str(folder)) == folder
     assert find_checkpoint(tmp_path / "other", Path("run/checkpoint-5")) == Path("run/checkpoint-5")
+    folder = folder.rename(run / ".old-checkpoint-5")  # killed while it was replaced
+    assert find_checkpoint(run, "checkpoint-5") == find_checkpoint(run, "latest") == folder
     assert verify_checkpoint(folder.rename(tmp_path / "best")) == 5
     with pytest.raises(CheckpointError, match=r"checkpoint-5: no such checkpoint in .*run; give one that is there"):
         find_checkpoint(run, "checkpoint-5")

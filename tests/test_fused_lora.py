@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -46,8 +47,8 @@ def randomize(unet: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def adapted(*, convolutions: bool = True, alpha: float = 3.0) -> Any:
-    unet = new_unet()
+def adapted(unet: Any = None, *, convolutions: bool = True, alpha: float = 3.0) -> Any:
+    unet = new_unet() if unet is None else unet
     inject_lora(unet, 4, alpha=alpha, conv_rank=3 if convolutions else 0, first_last_layers=convolutions)
     randomize(unet)
     return unet
@@ -106,6 +107,16 @@ def test_a_new_lora_changes_nothing(monkeypatch: pytest.MonkeyPatch, path: str |
             got = unet(*inputs(unet)).sample
         assert layout == torch.channels_last or torch.equal(got, want)
         assert torch.equal(got, unet(*inputs(unet)).sample)
+
+
+def test_a_strided_1x1_convolution_is_no_product_of_every_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = new_unet()
+    unet.down_blocks[0].downsamplers[0].conv = nn.Conv2d(16, 16, 1, stride=2)
+    unet = adapted(unet).to(memory_format=torch.channels_last)
+    want = step(unet)
+    monkeypatch.setenv(PATH_VARIABLE, "split")
+    with use_fused_lora(unet):
+        assert 0 < largest_error(step(unet), want) <= 2e-5
 
 
 @pytest.mark.parametrize("path", ["addmm", "split"])
@@ -423,8 +434,6 @@ def test_a_scale_given_to_the_call_counts(monkeypatch: pytest.MonkeyPatch, packe
 
 
 def test_another_processor_or_adapter_is_not_packed(monkeypatch: pytest.MonkeyPatch, packed: list[int]) -> None:
-    from diffusers.models.attention_processor import AttnProcessor
-
     monkeypatch.setenv(PATH_VARIABLE, "split")
     unet = adapted()
     unet.set_attn_processor(AttnProcessor())
@@ -433,6 +442,57 @@ def test_another_processor_or_adapter_is_not_packed(monkeypatch: pytest.MonkeyPa
     with use_fused_lora(with_config(target_modules=["to_q", "to_v"])) as handle:
         step(handle._unet)
     assert packed == []
+
+
+def with_projected_text() -> Any:
+    return new_unet(encoder_hid_dim=16, encoder_hid_dim_type="text_proj")
+
+
+def with_attention(name: str, **options: Any) -> Any:
+    unet = new_unet()
+    text = {"cross_attention_dim": 16} if name == "attn2" else {}
+    attention = Attention(32, heads=4, dim_head=8, **text, **options)
+    setattr(unet.mid_block.attentions[0].transformer_blocks[0], name, attention)
+    return unet
+
+
+def with_spatial_norm() -> Any:
+    class Halved(nn.Module):
+        def forward(self, x: Tensor, zq: Tensor | None) -> Tensor:
+            return x / 2
+
+    unet = new_unet()
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.spatial_norm = Halved()
+    return unet
+
+
+def with_changed_text() -> Any:
+    def change(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"] * 2}
+
+    unet = new_unet()
+    unet.mid_block.attentions[0].transformer_blocks[0].register_forward_pre_hook(change, with_kwargs=True)
+    return unet
+
+
+@pytest.mark.parametrize(("make", "products"), [
+    (with_projected_text, [3, 3, 3, 3]),
+    (lambda: with_attention("attn2", cross_attention_norm="layer_norm"), [6, 3, 3, 3, 3]),
+    (lambda: with_attention("attn2", added_kv_proj_dim=16), [6, 3, 3, 3, 3]),
+    (lambda: with_attention("attn1", norm_num_groups=8), [8, 3, 3, 3]),
+    (with_spatial_norm, [8, 3, 3, 3]),
+    (with_changed_text, [8, 3, 3, 3, 3]),
+], ids=["text projected", "text normed", "text added", "group norm", "spatial norm", "text changed"])  # fmt: skip
+def test_what_comes_between_a_layer_and_its_input_counts(
+    monkeypatch: pytest.MonkeyPatch, packed: list[int], make: Callable[[], Any], products: list[int]
+) -> None:
+    unet = adapted(make())
+    want = step(unet)
+    monkeypatch.setenv(PATH_VARIABLE, "split")
+    with use_fused_lora(unet):
+        got = step(unet)
+    assert packed == products
+    assert largest_error(got, want) <= 2e-5
 
 
 def test_text_products_of_a_failed_forward_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
 from scipy import special, stats
 from torch.nn.functional import mse_loss
 
@@ -68,6 +69,19 @@ def test_aligned_objective_is_the_flow_loss_of_what_ddim_reads_from_the_output(p
         output, latents, noise, alignment.flow_time(TIMESTEPS), reduction="none"
     )
     torch.testing.assert_close(got, torch.stack(expected), rtol=2e-4, atol=0)  # x̂0 / sigma at timestep 0 in float32
+
+
+@pytest.mark.parametrize("snr_gamma", [1.0, 20.0])
+def test_min_snr_weighs_the_flow_loss_with_diffusers_snr(snr_gamma):
+    scheduler = DDPMScheduler(**SD)
+    alignment = Alignment.from_scheduler(scheduler)
+    latents, noise, output = operands()
+    t = alignment.flow_time(TIMESTEPS)
+    flow = Objective("diff2flow", alignment).loss(output, latents, noise, t, reduction="none")
+    weighted = Objective("diff2flow", alignment, weighting="min_snr", snr_gamma=snr_gamma)
+    snr = compute_snr(scheduler, TIMESTEPS)
+    expected = flow * snr.clamp(max=snr_gamma) / snr
+    torch.testing.assert_close(weighted.loss(output, latents, noise, t, reduction="none"), expected, rtol=1e-5, atol=0)
 
 
 def test_naive_objective_is_the_loss_of_diffusers_flow_matching_scripts():

@@ -9,7 +9,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -17,6 +19,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -343,6 +346,18 @@ def test_two_nodes_that_share_a_timestep_are_told_apart():
     assert_close(run(scheduler, noise), sample_flow(velocity, noise, times=times))
 
 
+def test_a_first_sigma_starts_at_the_end_of_the_table_however_it_was_rounded():
+    scheduler = Diff2FlowScheduler(**SD)
+    abar = scheduler.alphas_cumprod[-1].item()
+    largest = ((1 - abar) / abar) ** 0.5
+    assert largest < 14.62  # as a list of four digits has it, rounded up
+    for first in (largest, 14.62):
+        scheduler.set_timesteps(sigmas=[first, 1.0, 0.0])
+        np.testing.assert_allclose(scheduler.sigmas, [first, 1.0, 0.0], rtol=1e-6)
+    scheduler.set_timesteps(sigmas=[1.002 * largest, 1.0, 0.0])
+    assert scheduler.sigmas.tolist() == [float("inf"), 1.0, 0.0]
+
+
 @pytest.mark.parametrize("sequence", [list, tuple, np.array, torch.tensor])
 def test_nodes_may_be_any_sequence(recwarn, sequence):
     scheduler = Diff2FlowScheduler(**SD)
@@ -390,6 +405,25 @@ def test_steps_outside_a_schedule_are_refused():
             ValueError, match=f"the schedule of {evaluations} evaluations has ended: call set_timesteps"
         ):
             scheduler.step(sample, 0, sample)
+
+
+def test_flow_schedulers_are_read_as_such_and_others_without_a_table_refused():
+    for stock in (
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ):
+        ours = Diff2FlowScheduler.from_config(stock.config)
+        assert ours.config.prediction_type == "flow_prediction"
+        ours.set_timesteps(4)
+        torch.testing.assert_close(ours.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+    with pytest.raises(ModelError, match="the configuration has no beta_schedule"):
+        Diff2FlowScheduler.from_config(EDMEulerScheduler().config)
+
+
+@pytest.mark.parametrize("schedule", ["sigmoid", "laplace"])
+def test_the_tables_of_ddpm_alone_are_read(schedule):
+    stock = DDPMScheduler(beta_schedule=schedule)
+    torch.testing.assert_close(Diff2FlowScheduler.from_config(stock.config).alphas_cumprod, stock.alphas_cumprod)
 
 
 def test_unusable_configurations_are_refused():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -258,7 +259,8 @@ def captured(trainer: AlignedTrainer) -> AlignedTrainer:
     step = trainer._training_step
     step._lr = torch.tensor(trainer.config.learning_rate)
     step.graphs = StepGraphs(step.run, step._run_dry)
-    step.optimizer_was_loaded()
+    for group in trainer.optimizer.param_groups:
+        group |= {"lr": step._lr, "capturable": True}
     return trainer
 
 
@@ -335,13 +337,15 @@ def test_with_several_processes_only_what_all_capture_at_once_is_captured(
     assert len(trainer._training_step.graphs) == 2 and events.count("replay") == 2
 
 
-def test_a_resumed_run_is_captured_anew(events: list[str], make: Any) -> None:
-    straight = captured(make("straight"))
+@pytest.mark.parametrize("name", ["constant", "cosine"])
+def test_a_resumed_run_is_captured_anew(events: list[str], make: Any, name: str) -> None:
+    schedule = {"lr_scheduler": name, "max_train_steps": 4}
+    straight = captured(make("straight", **schedule))
     for number in range(4):
         if number == 2:
             straight._save_checkpoint()
         straight.step(batch(4, number))
-    resumed = captured(make("straight", resume_from_checkpoint="latest"))
+    resumed = captured(make("straight", **schedule, resume_from_checkpoint="latest"))
     resumed.step(batch(4, 9))  # captured with the state that the checkpoint then replaces
     resumed._resume()
     for number in (2, 3):
@@ -349,20 +353,22 @@ def test_a_resumed_run_is_captured_anew(events: list[str], make: Any) -> None:
     assert_equal(state(resumed), state(straight))
 
 
-def test_a_captured_run_goes_on_uncaptured_and_back(events: list[str], make: Any) -> None:
-    straight = make("straight")
+@pytest.mark.parametrize("name", ["constant", "linear"])
+def test_a_captured_run_goes_on_uncaptured_and_back(events: list[str], make: Any, name: str) -> None:
+    schedule = {"lr_scheduler": name, "max_train_steps": 4}  # linear: whole quarters, exact in float32
+    straight = make("straight", **schedule)
     for number in range(4):
         straight.step(batch(4, number))
-    first = captured(make("run"))
+    first = captured(make("run", **schedule))
     for number in range(2):
         first.step(batch(4, number))
     first._save_checkpoint()
-    second = make("run", resume_from_checkpoint="latest")  # as on another device: its lr is a number
+    second = make("run", **schedule, resume_from_checkpoint="latest")  # as on another device: its lr is a number
     second._resume()
     assert [(group["lr"], group["capturable"]) for group in second.optimizer.param_groups] == [(2**-7, False)]
     second.step(batch(4, 2))
     second._save_checkpoint()
-    third = captured(make("run", resume_from_checkpoint="latest"))
+    third = captured(make("run", **schedule, resume_from_checkpoint="latest"))
     third._resume()
     third.step(batch(4, 3))
     assert_equal(state(third), state(straight))
@@ -373,11 +379,19 @@ def test_a_captured_run_goes_on_uncaptured_and_back(events: list[str], make: Any
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Algorithms that sum in one order; warn_only: cuBLAS is, on one stream, whatever its workspace."""
+    """Algorithms that sum in one order; warn_only: cuBLAS is, on one stream, whatever its workspace.
+
+    Attention by plain products: the other kernels' backward passes add in any order, and under warn_only they stay
+    allowed. Compiled code knows its sizes: else a trainer that meets a second size, which it runs uncaptured, takes
+    code for every size at the first one too, while the graph replays the code for that size.
+    """
+    torch.compiler.reset()  # code objects are shared: the trainers of other tests count towards the recompile limit
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    yield
+    with sdpa_kernel(SDPBackend.MATH), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
     torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
 
 
 @pytest.mark.gpu
@@ -398,10 +412,13 @@ def test_replay_on_a_gpu_is_bit_for_bit_the_uncaptured_step(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_step_on_a_gpu_does_not_wait_for_it(make: Any, cuda_graph: bool) -> None:
-    trainer = make(cuda_graph=cuda_graph, caption_dropout=0.3, mixed_precision="bf16")
-    trainer.step(batch(4))
+def test_a_step_on_a_gpu_does_not_wait_for_it(make: Any, cuda_graph: bool, compile: bool) -> None:
+    torch.compiler.reset()
+    trainer = make(cuda_graph=cuda_graph, compile=compile, caption_dropout=0.3, mixed_precision="bf16")
+    for number in range(2):  # compiling, choosing among kernels and capturing wait
+        trainer.step(batch(4, number))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(3):

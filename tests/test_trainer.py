@@ -4,17 +4,19 @@ Run as a script, this file is the process that gets killed: it imports torch onc
 """
 
 import errno
-import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,18 @@ from PIL import Image
 from torch import Tensor
 
 from d2f_fast import checkpoint
-from d2f_fast.base_model import BaseModel
-from d2f_fast.checkpoint import find_checkpoint, pack_optimizer, read_tensors, verify_checkpoint
+from d2f_fast.base_model import BaseModel, load_pipeline
+from d2f_fast.checkpoint import (
+    find_checkpoint,
+    pack_optimizer,
+    read_tensors,
+    save_checkpoint,
+    verify_checkpoint,
+    write_json,
+)
 from d2f_fast.config import TrainingConfig
-from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
+from d2f_fast.data import batch_indices
+from d2f_fast.errors import CheckpointError, DatasetError, ModelError, RefusedInputError
 from d2f_fast.scheduler import Diff2FlowScheduler
 from d2f_fast.trainer import AlignedTrainer, InterruptedRunError, NonFiniteRunError
 
@@ -157,6 +167,58 @@ def test_the_loss_of_a_step_is_the_closed_form(make: Any, tiny_folder: Path, obj
     assert trainer.step(given).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("options", "weight"), [
+    ({"loss_weighting": "native"}, lambda t: t**2),  # 1 / Q² of an ε-prediction
+    ({"loss_weighting": "min_snr", "snr_gamma": 0.3}, lambda t: (0.3 * ((1 - t) / t) ** 2).clamp(max=1)),
+], ids=["native", "min_snr"])  # fmt: skip
+def test_the_weighting_asked_for_is_trained_on(
+    make: Any, tiny_folder: Path, options: dict[str, Any], weight: Callable[[Tensor], Tensor]
+) -> None:
+    trainer = make(caption_dropout=0.0, seed=4, **options)
+    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
+    ddim = DDIMScheduler.from_pretrained(tiny_folder / "scheduler")
+    draws = drawn(trainer, batch())
+    with torch.no_grad():
+        each = [closed_form("diff2flow", unet, ddim, *(x[i : i + 1] for x in draws)) for i in range(4)]
+    weights = weight(draws[2].double())
+    assert 0.01 < weights.min() < 0.9
+    expected = (weights * torch.stack(each)).mean()
+    assert trainer.step(batch()).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+TIMES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
+    "timestep_sampling": (
+        {"timestep_sampling": "mode"},
+        lambda u, z: 1 - u - 1.29 * ((torch.pi / 2 * u).cos() ** 2 - 1 + u),
+    ),
+    "logit_mean": ({"timestep_sampling": "logit_normal", "logit_mean": -0.7}, lambda u, z: (z - 0.7).sigmoid()),
+    "logit_std": ({"timestep_sampling": "logit_normal", "logit_std": 0.4}, lambda u, z: (0.4 * z).sigmoid()),
+    "flow_shift": ({"flow_shift": 3.0}, lambda u, z: 3 * u / (1 + 2 * u)),
+}
+
+
+@pytest.mark.parametrize("option", TIMES)
+def test_the_density_asked_for_is_trained_on(make: Any, option: str) -> None:
+    from d2f_fast.trainer import _step_seed
+
+    options, sigma = TIMES[option]
+    trainer, times = make(**options), list[Tensor]()
+    compute = trainer._training_step.loss
+
+    def noting(latents: Tensor, noise: Tensor, t: Tensor, *others: Any) -> Tensor:
+        times.append(t)
+        return compute(latents, noise, t, *others)
+
+    trainer._training_step.loss = noting
+    trainer.step(batch())
+    generator = torch.Generator().manual_seed(_step_seed(trainer.config.seed, 0))
+    torch.randn(2, *batch()["latents"].shape, generator=generator)  # of the posterior, and of the state
+    state = generator.get_state()
+    u = torch.rand(4, generator=generator).double()
+    z = torch.randn(4, generator=generator.set_state(state)).double()
+    torch.testing.assert_close(1 - times[0].double(), sigma(u, z), rtol=0, atol=1e-6)
+
+
 def test_the_captions_of_the_dropped_share_become_the_empty_prompt(make: Any) -> None:
     trainer = make(caption_dropout=0.5)
     given = batch(64)
@@ -266,11 +328,10 @@ def test_a_step_that_is_not_finite_changes_no_bit_and_is_counted(make: Any, wher
 def poison(trainer: AlignedTrainer, first: int, last: int) -> None:
     """Make the autoencoder give NaN in the given steps."""
     encode = trainer.model.encode_images
-    calls = itertools.count(1)
 
     def encode_images(pixel_values: Tensor) -> dict[str, Tensor]:
-        posterior = encode(pixel_values)
-        return {**posterior, "mean": posterior["mean"] * (float("nan") if first <= next(calls) <= last else 1)}
+        posterior, step = encode(pixel_values), trainer.global_step + 1
+        return {**posterior, "mean": posterior["mean"] * (float("nan") if first <= step <= last else 1)}
 
     trainer.model.encode_images = encode_images  # type: ignore[method-assign]
 
@@ -296,6 +357,15 @@ def test_ten_such_steps_in_a_row_stop_the_run_and_nothing_is_lost(make: Any) -> 
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["loss"] is None for row in rows] == [False] * 5 + [True] * 9
     assert rows[-1]["skipped_steps"] == 9
+
+
+def test_skipped_steps_are_counted_over_a_resumed_run(make: Any) -> None:
+    trainer = make(cache_latents=False, max_train_steps=4)
+    poison(trainer, 2, 3)
+    assert trainer.fit(Pictures())["skipped_steps"] == 2
+    resumed = make(cache_latents=False, max_train_steps=6, resume_from_checkpoint="latest")
+    poison(resumed, 5, 5)
+    assert resumed.fit(Pictures())["skipped_steps"] == 3
 
 
 def test_nine_such_steps_do_not_stop_the_run(make: Any) -> None:
@@ -399,6 +469,56 @@ def test_a_finished_run_resumes_to_its_end_at_once(make: Any) -> None:
     make().fit(Pictures())
     result = make(resume_from_checkpoint="latest").fit(Pictures())
     assert result["steps"] == 7 and result["loss"] is None
+    with pytest.raises(CheckpointError, match="checkpoint-7 is past max_train_steps 5: raise it"):
+        make(resume_from_checkpoint="latest", max_train_steps=5).fit(Pictures())
+
+
+def test_a_new_run_does_not_mix_with_another_ones_checkpoints(make: Any) -> None:
+    first = make(max_train_steps=3)
+    first.fit(Pictures())
+    first.fit(Pictures())  # its own: nothing is left to do
+    log = Path(first.config.output_dir, "log.jsonl").read_bytes()
+    with pytest.raises(RefusedInputError, match=r"run holds checkpoint-3 of another run: --resume"):
+        make(max_train_steps=4).fit(Pictures())
+    assert Path(first.config.output_dir, "log.jsonl").read_bytes() == log
+
+
+def test_a_dataset_of_another_length_is_told(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make(max_train_steps=1).fit(Pictures(9))
+    make(max_train_steps=2, resume_from_checkpoint="latest").fit(Pictures(8))
+    assert "the dataset had 9 samples, and has 8: the run goes on, in another order than it would have" in caplog.text
+
+
+def test_a_log_that_holds_other_lines_is_cut_all_the_same(make: Any) -> None:
+    trainer = make(max_train_steps=1)
+    trainer.fit(Pictures())
+    log = Path(trainer.config.output_dir, "log.jsonl")
+    row = log.read_bytes()
+    log.write_bytes(row + b'\xff\xfe\n{"a": 1}\n[1]\n' + row.replace(b'"step": 1', b'"step": 2'))
+    make(max_train_steps=1, resume_from_checkpoint="latest").fit(Pictures())
+    assert log.read_bytes() == row
+
+
+def test_a_log_that_cannot_be_written_stops_no_run(
+    make: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, opened = make(max_train_steps=2), Path.open
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "log.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    assert trainer.fit(Pictures())["steps"] == 2
+    assert "log.jsonl: step 1 is not logged (No space left on device)" in caplog.text
+
+
+def test_a_checkpoint_of_something_else_is_refused(make: Any) -> None:
+    trainer = make()
+    save_checkpoint(trainer.config.output_dir, 1, lambda folder: write_json(folder / "state.json", {}))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1/state\.json is not of a training run"):
+        make(resume_from_checkpoint="latest").fit(Pictures())
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,6 +606,23 @@ def test_tensorboard_shows_what_the_log_says(make: Any, tmp_path: Path) -> None:
     assert {"lr", "images_per_second"} <= set(events.Tags()["scalars"])
 
 
+def test_the_last_step_is_logged_and_rates_count_every_picture(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(train_batch_size=2, gradient_accumulation_steps=2, logging_steps=3, checkpointing_steps=0)
+    step, now = trainer.step, 0.0
+
+    def slow(batch: Any) -> Tensor:
+        nonlocal now
+        now += 0.5
+        return step(batch)
+
+    trainer.step = slow  # type: ignore[method-assign]
+    monkeypatch.setattr("d2f_fast.trainer.time", SimpleNamespace(monotonic=lambda: now))
+    assert trainer.fit(Pictures())["seconds"] == 3.5
+    rows = [json.loads(line) for line in (Path(trainer.config.output_dir) / "log.jsonl").read_text().splitlines()]
+    # Ten pictures are batches of 4, 4 and 2.
+    assert [(row["step"], row["images_per_second"]) for row in rows] == [(3, 10 / 1.5), (6, 10 / 1.5), (7, 4 / 0.5)]
+
+
 def test_an_image_folder_trains_as_the_same_pictures_in_memory(make: Any, tmp_path: Path) -> None:
     from d2f_fast.data import CaptionedImages
 
@@ -505,7 +642,50 @@ def test_an_image_folder_trains_as_the_same_pictures_in_memory(make: Any, tmp_pa
     in_memory.fit(InMemory(5))
     uncached.fit(InMemory(5))
     assert_equal(state(from_folder), state(in_memory))
-    assert losses(uncached) == pytest.approx(losses(in_memory), rel=1e-3)
+    assert_equal(state(uncached), state(in_memory))
+
+
+class Watched(Pictures):
+    """Pictures that note the threads that read them; some cannot be read."""
+
+    def __init__(self, broken: int = -1) -> None:
+        super().__init__()
+        self.threads, self.broken = set[int](), broken
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.threads.add(threading.get_ident())
+        return {**super().__getitem__(index), **({"image": None} if index == self.broken else {})}
+
+
+@pytest.mark.parametrize("cache_latents", [True, False])
+def test_threads_read_ahead_and_change_no_bit(make: Any, cache_latents: bool) -> None:
+    states = []
+    for workers in (0, 1, 3):
+        pictures = Watched()
+        trainer = make(f"{workers}", cache_latents=cache_latents, dataloader_num_workers=workers)
+        trainer.fit(pictures)
+        states.append(state(trainer))
+        assert (threading.get_ident() in pictures.threads) == (workers == 0)
+    assert_equal(states[1], states[0])
+    assert_equal(states[2], states[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_used_stops_the_run_where_it_is_saved(make: Any, workers: int) -> None:
+    options = {"checkpointing_steps": 0, "dataloader_num_workers": workers}
+    epoch, trainer = (
+        [index for step in range(2) for index in batch_indices(len(Pictures()), 4, 0, step)[1]],
+        make(**options),
+    )
+    sentence = f'sample {epoch[-1]}: "image" must be a PIL image, got NoneType; step 1 is saved'
+    with pytest.raises(DatasetError, match=re.escape(sentence)):
+        trainer.fit(Watched(epoch[-1]))
+    found = find_checkpoint(trainer.config.output_dir, "latest")
+    assert found is not None and verify_checkpoint(found) == 1
+    first = make("first")
+    with pytest.raises(DatasetError, match=r"got NoneType$"):
+        first.fit(Watched(epoch[0]))
+    assert find_checkpoint(first.config.output_dir, "latest") is None
 
 
 @pytest.mark.parametrize("cache_latents", [True, False])
@@ -523,6 +703,75 @@ def test_a_sample_that_cannot_be_used_is_refused(
 
     with pytest.raises(DatasetError, match=sentence):
         make(cache_latents=cache_latents).fit(Damaged())
+
+
+# What is refused
+
+
+def small_pipeline(tiny_folder: Path, **unet: Any) -> Any:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    if unet:
+        pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **unet})
+    return pipeline
+
+
+@pytest.mark.parametrize(("unet", "sentence"), [
+    ({"in_channels": 9}, "the UNet takes 9 channels and the autoencoder makes 4: text-to-image only"),
+    ({"num_class_embeds": 3}, "the UNet has num_class_embeds 3: it takes an input that no text-to-image"),
+    ({"time_cond_proj_dim": 8}, "the UNet has time_cond_proj_dim 8"),
+])  # fmt: skip
+def test_a_network_of_another_kind_is_refused(
+    tiny_folder: Path, tmp_path: Path, unet: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        AlignedTrainer.from_pretrained(small_pipeline(tiny_folder, **unet), config(tmp_path))
+
+
+def test_a_half_base_trains_in_bfloat16_and_not_in_float16(tiny_folder: Path, tmp_path: Path) -> None:
+    pipeline = small_pipeline(tiny_folder)
+    with pytest.raises(ModelError, match="the UNet is float16, whose gradients overflow: load it in bf"):
+        AlignedTrainer.from_pretrained(pipeline.to(torch.float16), config(tmp_path))
+    for number, (adapter, precision) in enumerate((("lora", "no"), ("lora", "bf16"), ("full", "no"))):
+        half = small_pipeline(tiny_folder).to(torch.bfloat16)
+        options = {"adapter": adapter, "mixed_precision": precision, "max_train_steps": 2}
+        trainer = AlignedTrainer.from_pretrained(half, config(tmp_path / str(number), **options))
+        assert np.isfinite(trainer.fit(Pictures())["loss"])
+        assert len(trainer.sample(["ab", "c"], 2, guidance_scale=2.0)) == 2
+
+
+def test_text_of_another_type_is_cast_to_that_of_the_network(make: Any) -> None:
+    given = batch()
+    text = given["encoder_hidden_states"].half()
+    first = make("first").step({**given, "encoder_hidden_states": text})
+    assert torch.equal(first, make("second").step({**given, "encoder_hidden_states": text.float()}))
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"latents": None}, "latents must be a tensor, got NoneType"),
+    ({"latents": torch.zeros(4, 4, 8, 8, dtype=torch.uint8)}, r"latents must be floating, .* got \[4, 4, 8, 8\] torch"),
+    ({"latents": torch.zeros(4, 8, 8)}, r"latents must be floating, \[samples, .*\], got \[4, 8, 8\]"),
+    ({"encoder_hidden_states": torch.zeros(5, 8, 16)}, "encoder_hidden_states has 5 samples and latents 4: they"),
+    ({"mask": torch.ones(3, 1, 8, 8)}, "mask has 3 samples and latents 4"),
+    ({"mask": torch.ones(8, 8)}, r"mask must be floating, .* got \[8, 8\] torch.float32"),
+])  # fmt: skip
+def test_a_batch_that_is_none_is_refused(make: Any, change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        make().step({**batch(), **change})
+
+
+@pytest.mark.parametrize(("keys", "sentence"), [
+    ([], "a batch needs latents or pixel_values, got nothing"),
+    (["latents"], "a batch needs encoder_hidden_states or input_ids, got latents"),
+])  # fmt: skip
+def test_a_batch_without_its_keys_is_refused(make: Any, keys: list[str], sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        make().step({name: batch()[name] for name in keys})
+
+
+def test_processes_that_would_train_alone_are_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RefusedInputError, match="2 processes were started, and accelerate sees 1: on a CPU"):
+        make()
 
 
 # Sampling and saving
@@ -599,13 +848,29 @@ def test_pictures_have_the_size_asked_for(trained: AlignedTrainer) -> None:
         trained.sample("a", height=17)
 
 
-@pytest.mark.parametrize(
-    ("objective", "sigmas"), [("diff2flow", "17.61, 3, 1, 0.3333, 0"), ("fm", "1, 0.75, 0.5, 0.25, 0")]
-)
-def test_the_lora_file_says_how_to_sample_it(make: Any, tmp_path: Path, objective: str, sigmas: str) -> None:
-    _, header = read_tensors(make(objective=objective).save_lora(tmp_path / "lora"))
-    assert header["d2f.objective"] == objective and header["d2f.recommended_sigmas"] == sigmas
-    assert header["d2f.prediction_type"] == {"diff2flow": "epsilon", "fm": "flow_prediction"}[objective]
+@pytest.mark.parametrize(("objective", "scheduler", "shift", "sigmas"), [
+    ("diff2flow", {}, 1.0, "17.61, 3, 1, 0.3333, 0"),
+    ("diff2flow", {}, 2.0, "20.61, 6, 2, 0.6667, 0"),
+    ("diff2flow", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, 1.5, "4096, 4.5, 1.5, 0.5, 0"),
+    ("fm", {}, 1.0, "1, 0.75, 0.5, 0.25, 0"),
+    ("fm", {}, 2.0, "1, 0.8571, 0.6667, 0.4, 0"),  # 2 s / (1 + s)
+])  # fmt: skip
+def test_the_lora_file_says_how_to_sample_it(
+    tiny_folder: Path, tmp_path: Path, objective: str, scheduler: dict[str, Any], shift: float, sigmas: str
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **scheduler)
+    weighting = "flow" if objective == "fm" else "native"
+    options = config(tmp_path, objective=objective, flow_shift=shift, loss_weighting=weighting)
+    _, header = read_tensors(AlignedTrainer.from_pretrained(pipeline, options).save_lora(tmp_path / "lora"))
+    assert {name: value for name, value in header.items() if name.startswith("d2f.")} == {
+        "d2f.objective": objective,
+        "d2f.prediction_type": "flow_prediction" if objective == "fm" else scheduler.get("prediction_type", "epsilon"),
+        "d2f.zero_snr": "true" if scheduler else "false",
+        "d2f.loss_weighting": weighting,
+        "d2f.shift": str(shift),
+        "d2f.recommended_sigmas": sigmas,
+    }
 
 
 def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: Any, tmp_path: Path) -> None:
@@ -616,12 +881,16 @@ def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: An
     )
     trainer.fit(Pictures())
     trainer.save_lora(tmp_path / "lora")
-    noise = torch.Generator().manual_seed(3)
-    pictures = trainer.sample(["ab", "c"], 2, guidance_scale=3.0, negative_prompt="d", generator=noise)
 
-    def stock(pipe: Any) -> Any:
+    def ours(negative: str) -> Any:
+        noise = torch.Generator().manual_seed(3)
+        return trainer.sample(["ab", "c"], 2, guidance_scale=3.0, negative_prompt=negative, generator=noise)
+
+    pictures = ours("d")
+
+    def stock(pipe: Any, negative: list[str] | None = ["d", "d"]) -> Any:  # noqa: B006
         pipe.set_progress_bar_config(disable=True)
-        options = {"height": 16, "width": 16, "negative_prompt": ["d", "d"], "guidance_scale": 3.0}
+        options = {"height": 16, "width": 16, "negative_prompt": negative, "guidance_scale": 3.0}
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         return pipe(["ab", "c"], num_inference_steps=2, latents=latents, **options).images
 
@@ -631,6 +900,9 @@ def test_sdxl_trains_samples_and_saves_what_its_stock_pipeline_loads(tiny_xl: An
     pipe.load_lora_weights(str(tmp_path / "lora"))
     difference = np.abs(np.asarray([stock(pipe), untrained], dtype=np.float64) - np.asarray(pictures, dtype=np.float64))
     assert difference[0].max() <= 1 and difference[1].max() >= 8
+    # No negative prompt is zeros, in training too.
+    assert np.abs(np.asarray(stock(pipe, None), dtype=np.float64) - np.asarray(ours(""), dtype=np.float64)).max() <= 1
+    assert all(value.count_nonzero() == 0 for value in trainer._null().values())
     trainer.save_pipeline(tmp_path / "saved")
     saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
     saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
@@ -656,9 +928,32 @@ def test_a_saved_pipeline_holds_the_averaged_network(make: Any, tmp_path: Path, 
         trainer.save_pipeline(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("objective", ["diff2flow", "fm"])
+def test_a_saved_pipeline_draws_what_the_trainer_draws(make: Any, tmp_path: Path, objective: str) -> None:
+    shift = 2.0 if objective == "fm" else 1.0
+    trainer = make(objective=objective, flow_shift=shift, max_train_steps=5, learning_rate=0.3)
+    trainer.fit(Pictures())
+    noise = torch.Generator().manual_seed(3)
+    expected = np.asarray(trainer.sample(["ab", "c"], 4, guidance_scale=3.0, generator=noise), dtype=np.float64)
+
+    def draw(pipe: Any, **options: Any) -> Any:
+        pipe.set_progress_bar_config(disable=True)
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        options |= {"guidance_scale": 3.0, "latents": latents}
+        return np.asarray(pipe(["ab", "c"], height=16, width=16, **options).images, dtype=np.float64)
+
+    saved = StableDiffusionPipeline.from_pretrained(trainer.save_pipeline(tmp_path / "saved"), safety_checker=None)
+    # Stock schedulers start 0.001 from pure noise, and round fm's timesteps to whole ones.
+    choice = {"num_inference_steps": 4} if objective == "fm" else {"sigmas": trainer.alignment.sigmas(4)}
+    assert np.abs(draw(saved, **choice) - expected).mean() <= 1
+    saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
+    assert np.abs(draw(saved, num_inference_steps=4) - expected).max() <= 1
+    assert load_pipeline(tmp_path / "saved").unet is not None
+
+
 # Processes that are killed
 
-STEPS = 14
+STEPS = 20
 
 
 def kill_options(**options: Any) -> dict[str, Any]:

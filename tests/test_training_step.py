@@ -79,14 +79,23 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("options", [
     {},
     {"conv_rank": 2, "first_last_layers": True, "lora_alpha": 3.0, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
-], ids=["linear", "convolutions, cosine"])  # fmt: skip
+    {"adam_beta1": 0.7, "max_grad_norm": 0.02, "adam_epsilon": 1e-3},
+    {"adam_beta2": 0.9, "adam_weight_decay": 0.3},
+], ids=["linear", "convolutions, cosine", "clipped", "decayed"])  # fmt: skip
 def test_float32_steps_are_those_of_peft_and_a_plain_loop(make: Any, tiny_folder: Path, options: Any) -> None:
     trainer = make(caption_dropout=0.0, ema_decay=0.9, max_train_steps=8, train_batch_size=2, **options)
     unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet").train()
     names = ("conv_rank", "first_last_layers")
     own = {name: options[name] for name in names if name in options} | {"alpha": options.get("lora_alpha")}
     trainable = inject_lora(unet, 2, target_modules=TARGETS, **own)  # peft's layers: nothing of ours in the forward
-    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        trainable.values(),
+        lr=1e-2,
+        betas=(options.get("adam_beta1", 0.9), options.get("adam_beta2", 0.999)),
+        eps=options.get("adam_epsilon", 1e-8),
+        weight_decay=options.get("adam_weight_decay", 1e-2),
+        fused=True,
+    )
     schedule = get_scheduler(
         options.get("lr_scheduler", "constant"), optimizer, num_warmup_steps=2, num_training_steps=8
     )
@@ -101,7 +110,7 @@ def test_float32_steps_are_those_of_peft_and_a_plain_loop(make: Any, tiny_folder
             output = unet(sample, timestep, part.condition["encoder_hidden_states"]).sample
             losses.append(aligned_loss(output, part.latents, part.noise, part.t, trainer.alignment, reduction="none"))
             (losses[-1].sum() / 4).backward()
-        nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        nn.utils.clip_grad_norm_(trainable.values(), options.get("max_grad_norm", 1.0))
         optimizer.step()
         schedule.step()
         ema.step(trainable.values())

@@ -22,8 +22,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from d2f_fast.alignment import Alignment, FlowModel, NaiveFlow, Spacing
+from d2f_fast.alignment import Alignment, FlowModel, NaiveFlow
 from d2f_fast.base_model import BaseModel
+from d2f_fast.config import Spacing
 from d2f_fast.sampler import Velocity, sample_flow, unet_velocity
 
 

@@ -31,7 +31,7 @@ from d2f_fast.demo.run import (
     with_merged_unet,
 )
 from d2f_fast.demo.sampling import DDIM, DPM, FLOW, ROUTES, Painter
-from d2f_fast.lora import LORA_FILE, load_lora
+from d2f_fast.lora import LORA_FILE
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.classifier import Classifier
 from d2f_fast.objective import Objective
@@ -147,6 +147,6 @@ def test_demo_writes_its_folder(load: Callable[[], Any], tmp_path: Path) -> None
     for objective in ("diff2flow", "fm", "diffusion"):
         assert load_file(folder / objective / LORA_FILE)
     pipe = load()
-    load_lora(pipe, folder / "diff2flow")
+    pipe.load_lora_weights(folder / "diff2flow")
     assert not (folder / "fm_paper").exists()
     assert forward_passes(settings) == 4 * 4 * 10 * 6 + 4 * 4 * 10 - 3 * 2 * 10 + 4 * 3 * 4 * 4 + 7 * 2 * 6 * 4

@@ -1,5 +1,6 @@
 """LoRA files merged into the weights, against peft's own adapters."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -107,20 +108,29 @@ def test_text_encoder_layers_are_merged_by_each_name(spelling, tiny_folder, tmp_
     torch.testing.assert_close(weight, before + b @ a)
 
 
-def test_header_of_a_peft_file_gives_the_scale(adapted, tiny_folder, tmp_path):
-    key, module = "unet.mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_in"
+@pytest.mark.parametrize(("header", "factor"), [
+    ({"unet.lora_alpha": 4, "unet.alpha_pattern": {"attentions.0.proj_in": 8}}, 4),
+    ({"unet.lora_alpha": 6}, 3),
+    ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 6 / 2**0.5),
+    ({}, 1),
+], ids=["pattern", "alpha", "rslora", "none"])  # fmt: skip
+def test_header_of_a_peft_file_gives_the_scale_that_diffusers_reads(header, factor, tiny_folder, tmp_path):
+    name = "mid_block.attentions.0.proj_in"
     a, b = torch.randn(2, 16, 1, 1), torch.randn(16, 2, 1, 1)
-    header = '{"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"attentions.0.proj_in": 8}}'
+    metadata = {"unet.r": 2, "unet.target_modules": [name], **header}
     save_file(
-        {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b},
+        {f"unet.{name}.lora_A.weight": a, f"unet.{name}.lora_B.weight": b},
         tmp_path / "peft.safetensors",
-        {"lora_adapter_metadata": header},
+        {"lora_adapter_metadata": json.dumps(metadata)} if header else {},
     )
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
-    weight = pipeline.unet.get_submodule(module).weight
-    before = weight.clone()
-    fuse_adapter(pipeline, tmp_path / "peft.safetensors", 1.0)
-    torch.testing.assert_close(weight, before + (4 * b.flatten(1) @ a.flatten(1)).reshape(weight.shape))
+    ours, theirs = (StableDiffusionPipeline.from_pretrained(tiny_folder) for _ in range(2))
+    before = ours.unet.get_submodule(name).weight.clone()
+    fuse_adapter(ours, tmp_path / "peft.safetensors", 1.0)
+    merged = ours.unet.get_submodule(name).weight
+    torch.testing.assert_close(merged, before + (factor * b.flatten(1) @ a.flatten(1)).reshape(merged.shape))
+    theirs.load_lora_weights(tmp_path, weight_name="peft.safetensors")
+    theirs.fuse_lora()
+    torch.testing.assert_close(merged, theirs.unet.get_submodule(name).base_layer.weight)
 
 
 @pytest.mark.parametrize(

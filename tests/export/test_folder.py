@@ -117,6 +117,29 @@ def test_half_precision_halves_the_file_and_keeps_times_in_float32(exported, exp
             assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_half_precision_leaves_an_autoencoder_that_overflows_in_float32(
+    force_upcast, tiny_folder, tmp_path, monkeypatch
+):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    config = json.loads((model / "vae/config.json").read_text())
+    (model / "vae/config.json").write_text(json.dumps(config | {"force_upcast": force_upcast}))
+    converted = {}
+
+    def convert(component, *_):
+        converted[component.name] = {parameter.dtype for parameter in component.module.parameters()}
+
+    monkeypatch.setattr(folder_module.graphs, "convert", convert)
+    monkeypatch.setattr(folder_module.graphs, "save", lambda *_, **__: None)
+    names = ("text_encoder", "vae_encoder", "vae_decoder")
+    options = {"model": str(model), "output": str(tmp_path / "out"), "components": ",".join(names)}
+    report = export_folder(ExportOptions(**options, precision="fp16", skip_verify=True))
+    kept = ("vae_encoder", "vae_decoder") if force_upcast else ()
+    assert report["precision"] == {name: "fp32" if name in kept else "fp16" for name in names}
+    assert converted == {name: {torch.float32 if name in kept else torch.float16} for name in names}
+
+
 def test_bfloat16_is_a_valid_graph_of_opset_23(exported_unet):
     folder, report = exported_unet(precision="bf16", skip_verify=True, static="1x16x16")
     assert (report["opset"], report["verified"], report["parity"]) == (23, False, [])

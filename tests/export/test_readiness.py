@@ -214,6 +214,16 @@ def test_data_file_must_lie_beside_the_graph(tmp_path):
     assert "data file other.data is not beside the graph" in found["problems"]
 
 
+@pytest.mark.parametrize(("rows", "problems"), [(2**28 - 1, []), (2**28, ["initializer w of 2 GiB or more"])])
+def test_tensors_must_be_below_2_gib(rows, problems, tmp_path):
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2, rows], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "m.onnx.data", "length": str(8 * rows)}.items():
+        weight.external_data.add(key=key, value=value)
+    (tmp_path / "m.onnx.data").touch()
+    found = check_readiness(_save(tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], [weight]))
+    assert found["problems"] == problems
+
+
 def test_trtexec_line_has_the_three_shapes_of_each_input():
     line = trtexec_line("unet/model.onnx", {"sample": [(2, 4, 32, 32), (2, 4, 64, 64), (8, 4, 96, 96)]})
     assert line == (

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
         path.mkdir()
     staging.recover(tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == sorted([own, other])
+
+
+def test_what_another_users_run_is_making_stays(tmp_path, monkeypatch):
+    def forbidden(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", forbidden)
+    (tmp_path / ".tmp-1-out").mkdir()
+    staging.recover(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-1-out"]
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -103,3 +114,19 @@ def test_model_larger_than_the_memory_is_refused_before_it_is_loaded(tmp_path, m
     monkeypatch.setattr(staging, "available_memory_bytes", lambda: 6 * 10**6)
     staging.check_memory_to_load(str(tmp_path / "model"))
     staging.check_memory_to_load("a/hub-id")
+
+
+def test_export_asks_for_two_copies_of_the_largest_graph_and_a_disk_for_all(tmp_path, monkeypatch):
+    weights = {"unet": 4 * 10**9, "vae_decoder": 10**9}
+    memory, disk = 8 * 10**9 + 700 * 2**20, int(5.5 * 10**9) + 2**20
+
+    def check(free_memory, free_disk):
+        monkeypatch.setattr(staging, "available_memory_bytes", lambda: free_memory)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, free_disk))
+        staging.check_resources(weights, tmp_path / "out")
+
+    check(memory, disk)
+    check(None, disk)  # a system that does not say
+    for free_memory, free_disk in ((memory - 1, disk), (memory, disk - 1)):
+        with pytest.raises(RefusedInputError, match=r"need 8\.7 GB of free memory and 5\.5 GB of disk, have 8\.7 and"):
+            check(free_memory, free_disk)

@@ -80,6 +80,8 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatc
         (["--components", "unet,sampler", "--with_vae"], "with_vae needs vae_decoder: add it to components"),
         (["--unroll", "51"], "unroll must be 0 to 50, got 51: each step is a copy of the network"),
         (["--steps", "1,zero"], "steps must be numbers from 1 to 1000 separated by commas, got '1,zero'"),
+        (["--steps", "0"], "steps must be numbers from 1 to 1000 separated by commas, got '0'"),
+        (["--steps", "4,1001"], "steps must be numbers from 1 to 1000 separated by commas, got '4,1001'"),
         (["--static", "512"], "static must be BATCHxHEIGHTxWIDTH in pixels, as 1x512x512, got '512'"),
         (["--static", "1x32x18"], "width 18 is not a multiple of 4"),
         (["--tolerance", "2"], "tolerance must be between 0 and 1, got 2.0"),

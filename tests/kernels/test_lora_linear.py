@@ -1,8 +1,10 @@
 """The LoRA linear: its kernels in Triton's interpreter against float64, its operation against plain torch."""
 
+import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -573,6 +575,26 @@ def test_a_measured_table_is_read_back(tmp_path: Path) -> None:
     wide, narrow = lora_dispatch.read_measured(path)
     assert wide == {(90, 320, 336, 32): ("split", Tile(64, 64, 32, 4, 3), Tile(32, 16, 16, 4, 1))}
     assert narrow == {(90, 64): (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), None)}
+
+
+@pytest.mark.usefixtures("_hopper")
+def test_a_measured_table_beside_the_module_stands_in_place_of_its_own(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "dispatch", shutil.copy(lora_dispatch.__file__, tmp_path / "dispatch.py")
+    )
+    assert spec is not None and spec.loader is not None
+    own, measured = (importlib.util.module_from_spec(spec) for _ in range(2))
+    spec.loader.exec_module(own)
+    wide = [{**WIDE_ROW, "n": 1280, "k": 1280}, {**WIDE_ROW, "n": 320, "k": 320, "path": "addmm"}]
+    (tmp_path / "lora_measured.json").write_text(json.dumps({"90": {"wide": wide, "narrow": [NARROW_ROW]}}))
+    spec.loader.exec_module(measured)
+    kind = (torch.bfloat16, torch.device("cuda:0"))
+    for module, paths in ((own, ["addmm", "split", "split"]), (measured, ["split", "addmm", "split"])):
+        shapes = ((1280, 1280, 32), (320, 320, 32), (320, 320, 16))
+        assert [module.choose_path(65536, *shape, *kind) for shape in shapes] == paths
+    assert measured.entry_of(1280, 1280, 32, *kind)[1:] == (Tile(64, 64, 32, 4, 3), Tile(32, 16, 16, 4, 1))
+    narrow = (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), None)
+    assert measured.narrow_entry_of(64, *kind) == narrow != own.narrow_entry_of(64, *kind)
 
 
 CORRUPT: dict[str, tuple[Any, str]] = {

@@ -40,9 +40,9 @@ def model_of(prediction_type, zero_snr=False):
     return Alignment.from_scheduler(scheduler)
 
 
-def settings(prediction_type, weighting="flow", zero_snr=False):
+def settings(prediction_type, weighting="flow", zero_snr=False, snr_gamma=5.0):
     model = model_of(prediction_type, zero_snr)
-    return prediction_type, model.t_min, model.t_max, weighting, 5.0
+    return prediction_type, model.t_min, model.t_max, weighting, snr_gamma
 
 
 def to_kernel(x):
@@ -165,6 +165,14 @@ def test_the_kernels_give_loss_and_gradient_of_every_prediction_and_weighting(pr
         for mask in list(masks(shape).values())[:3]:
             given = [None if x is None else inside_nan(x) for x in (*arguments, mask)]
             assert_right(launch(*given, *options, True), *arguments, mask, *options)
+
+
+@pytest.mark.parametrize("snr_gamma", [1.0, 20.0])
+@pytest.mark.parametrize("function", [launch, lambda *operands: velocity_loss_reference(*operands[:-1])])
+def test_min_snr_has_the_gamma_asked_for(function, snr_gamma):
+    arguments, options = operands((9, 1, 7, 9)), settings("epsilon", "min_snr", snr_gamma=snr_gamma)
+    arguments[-1][3:] = torch.tensor([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])  # an SNR of 0.4 to 81
+    assert_right(function(*arguments, None, *options, True), *arguments, None, *options)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
