@@ -61,51 +61,123 @@ def test_layout_of_stable_diffusion_15_is_ready(opset, counts, tmp_path):
     assert sum(operators.values()) <= 1.05 * sum(found["operators"].values())
 
 
+_node = helper.make_node
+
+
 def _save(tmp_path, nodes, initializers=(), **options):
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, options.pop("shape", None))]
     graph = helper.make_graph(nodes, "g", inputs, outputs, list(initializers))
     options = {"opset_imports": [helper.make_opsetid("", 20)], "ir_version": 10} | options
     onnx.save(helper.make_model(graph, **options), tmp_path / "m.onnx")
     return tmp_path / "m.onnx"
 
 
+def _loop(nodes, trips, collected=()):
+    """A Loop of `trips` from x to y whose body is nodes from s to o; `collected` are values that it gathers too."""
+    values = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("i", TensorProto.INT64, []),
+            ("c", TensorProto.BOOL, []),
+            ("s", TensorProto.FLOAT, ["n", 2]),
+            ("c2", TensorProto.BOOL, []),
+            ("o", TensorProto.FLOAT, ["n", 2]),
+        )
+    ]
+    outputs = [*values[3:], *(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in collected)]
+    body = helper.make_graph([*nodes, _node("Identity", ["c"], ["c2"])], "body", values[:3], outputs)
+    return _node("Loop", [trips, "", "x"], ["y", *(f"all_{name}" for name in collected)], body=body)
+
+
+THREE = numpy_helper.from_array(np.asarray(3), "three")
+SIZES = [numpy_helper.from_array(np.ones(4, np.float32), "scales"), numpy_helper.from_array(np.asarray([0, 1]), "axes")]
+TO_4D = _node("Unsqueeze", ["x", "axes"], ["z"])
+
+
 @pytest.mark.parametrize(
     ("nodes", "initializers", "options", "problem"),
     [
         (
-            [helper.make_node("NonZero", ["x"], ["i"]), helper.make_node("Cast", ["i"], ["y"], to=1)],
+            [_node("NonZero", ["x"], ["i"]), _node("Cast", ["i"], ["y"], to=1)],
             [],
             {},
             "operator NonZero (1 times)",
         ),
         (
-            [helper.make_node("Foo", ["x"], ["y"], domain="com.microsoft")],
+            [_node("Foo", ["x"], ["y"], domain="com.microsoft")],
             [],
             {"opset_imports": [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]},
             "operators of the domain com.microsoft",
         ),
-        ([helper.make_node("Neg", ["x"], ["y"])], [], {"ir_version": 11}, "IR version 11 above 10"),
+        ([_node("Neg", ["x"], ["y"])], [], {"ir_version": 11}, "IR version 11 above 10"),
         (
-            [helper.make_node("Cast", ["x"], ["d"], to=11), helper.make_node("Cast", ["d"], ["y"], to=1)],
+            [_node("Cast", ["x"], ["d"], to=11), _node("Cast", ["d"], ["y"], to=1)],
             [],
             {},
             "computes in float64",
         ),
         (
-            [helper.make_node("Neg", ["x"], ["y"])],
+            [_node("Neg", ["x"], ["y"])],
             [numpy_helper.from_array(np.ones(2), "w")],
             {},
             "initializer w in float64",
         ),
         (
-            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            [_node("MatMul", ["x", "w"], ["y"])],
             [numpy_helper.from_array(np.ones((3, 3), np.float32), "w")],
             {},
             "shape inference fails",
         ),
+        ([_node("Cast", ["x"], ["u"], to=4), _node("Cast", ["u"], ["y"], to=1)], [], {}, "computes in uint16"),
+        (
+            [_loop([_node("Cast", ["s"], ["d"], to=11), _node("Cast", ["d"], ["o"], to=1)], "three")],
+            [THREE],
+            {},
+            "Cast  computes in float64",
+        ),
+        (
+            [_loop([_node("MatMul", ["s", "w"], ["p"]), _node("Add", ["p", "s"], ["o"])], "three")],
+            [THREE, numpy_helper.from_array(np.ones((3, 3), np.float32), "w")],
+            {},
+            "shape inference fails",
+        ),
+        (
+            [_node("Size", ["x"], ["count"]), _loop([_node("Neg", ["s"], ["o"])], "count", ["o"])],
+            [],
+            {},
+            "scan output all_o of dynamic length",
+        ),
+        (
+            [TO_4D, _node("Resize", ["z", "", "scales"], ["y"], mode="linear", antialias=1)],
+            SIZES,
+            {},
+            "Resize : antialias 1",
+        ),
+        (
+            [TO_4D, _node("Resize", ["z", "", "scales"], ["y"], mode="cubic")],
+            SIZES,
+            {},
+            "Resize : mode cubic",
+        ),
+        (
+            [
+                TO_4D,
+                _node(
+                    "Resize",
+                    ["z", "roi", "scales"],
+                    ["y"],
+                    mode="linear",
+                    coordinate_transformation_mode="tf_crop_and_resize",
+                ),
+            ],
+            [*SIZES, numpy_helper.from_array(np.ones(8, np.float32), "roi")],
+            {},
+            "Resize : coordinate_transformation_mode tf_crop_and_resize",
+        ),
+        ([_node("Neg", ["x"], ["y"])], [], {"opset_imports": [helper.make_opsetid("", 25)]}, "opset 25 above 24"),
     ],
-    ids=["operator", "domain", "ir", "float64", "float64 weight", "shapes"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_problem_is_named(nodes, initializers, options, problem, tmp_path):
     found = check_readiness(_save(tmp_path, nodes, initializers, **options))
@@ -113,11 +185,32 @@ def test_problem_is_named(nodes, initializers, options, problem, tmp_path):
     assert any(problem in line for line in found["problems"]), found["problems"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "options", "minimum"),
+    [
+        (
+            [
+                _node("Shape", ["x"], ["sizes"]),
+                _loop([_node("Reshape", ["s", "sizes"], ["r"]), _node("Identity", ["s"], ["o"])], "three"),
+            ],
+            {},
+            "10.0",
+        ),
+        ([_loop([_node("Neg", ["s"], ["o"])], "three", ["o"])], {}, "10.0"),
+        ([_node("Neg", ["x"], ["y"])], {"opset_imports": [helper.make_opsetid("", 24)]}, "10.15"),
+    ],
+    ids=["body that reads a shape around it", "scan output of known length", "last opset"],
+)
+def test_what_the_parser_takes_is_ready(nodes, options, minimum, tmp_path):
+    found = check_readiness(_save(tmp_path, nodes, [THREE], shape=["n", 2], **options))
+    assert (found["problems"], found["ready"], found["minimum_tensorrt"]) == ([], True, minimum)
+
+
 def test_data_file_must_lie_beside_the_graph(tmp_path):
     weight = numpy_helper.from_array(np.ones((2, 2), np.float32), "w")
     onnx.external_data_helper.set_external_data(weight, location="other.data", length=16)
     weight.ClearField("raw_data")
-    found = check_readiness(_save(tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], [weight]))
+    found = check_readiness(_save(tmp_path, [_node("MatMul", ["x", "w"], ["y"])], [weight]))
     assert "data file other.data is not beside the graph" in found["problems"]
 
 
