@@ -141,9 +141,12 @@ class Sample:
         check_positive("shift", self.shift)
         if not math.isfinite(self.guidance_scale):
             raise RefusedInputError(f"guidance_scale must be finite, got {self.guidance_scale}")
-        output = make_folder(self.output_dir)
+        output = Path(self.output_dir)
+        if output.exists():
+            make_folder(output)  # or refuse it, before the pictures are drawn
         started = time.monotonic()
         pictures = self._draw() if self.onnx is None else self._draw_with_onnx(self.onnx)
+        make_folder(output)
         files = [str(output / f"{i:03d}.png") for i in range(len(pictures))]
         for file, picture in zip(files, pictures, strict=True):
             with atomic_path(file) as temporary:

@@ -62,5 +62,5 @@ def test_unusable_tables_are_refused(table, sentence):
 
 
 def test_flow_prediction_has_no_table():
-    with pytest.raises(ModelError, match=r"prediction_type must be one of .*, got 'flow_prediction'"):
+    with pytest.raises(ModelError, match=r"prediction_type is flow_prediction: the network predicts the flow itself"):
         NoiseSchedule(torch.tensor([0.9, 0.5]), "flow_prediction")

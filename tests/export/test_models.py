@@ -209,7 +209,7 @@ def test_naive_flow_matching_pipeline_is_refused(tiny_folder, tmp_path):
         tiny_folder, TrainingConfig(output_dir=str(tmp_path / "run"), resolution=16, objective="fm", rank=2)
     )
     trainer.save_pipeline(tmp_path / "pipeline")
-    with pytest.raises(RefusedInputError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+    with pytest.raises(RefusedInputError, match="flow_prediction: the network predicts the flow itself"):
         export_folder(ExportOptions(model=str(tmp_path / "pipeline"), output=str(tmp_path / "out")))
 
 
