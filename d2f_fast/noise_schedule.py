@@ -44,8 +44,8 @@ class NoiseSchedule:
         object.__setattr__(self, "alphas_cumprod", table)
         if self.prediction_type == "flow_prediction":
             raise ModelError(
-                "prediction_type is flow_prediction: the network predicts the flow itself, there is nothing to align; d2f"
-                " sample and Diff2FlowScheduler draw with it"
+                "prediction_type is flow_prediction: the network predicts the flow itself, nothing is to be aligned;"
+                " d2f sample and Diff2FlowScheduler draw with it"
             )
         if self.prediction_type not in PREDICTION_TYPES[:3]:
             raise ModelError(f"prediction_type must be one of {PREDICTION_TYPES[:3]}, got {self.prediction_type!r}")
