@@ -122,20 +122,20 @@ class BatchEncoder:
         """Where the share's latents are cached, and its captions."""
         keys, captions = [], []
         for index, draws in zip(plan.index, plan.draws, strict=True):
+            flip = self._config.random_flip and draws.mirrored
             # Datasets that can name a file and its caption without decoding it are not decoded.
             if hasattr(dataset, "path") and hasattr(dataset, "text"):
-                source, text, name = dataset.path(index), dataset.text(index), None
+                text = dataset.text(index)
+                keys.append(latents.key(dataset.path(index), flip))
             else:
                 item, name = dataset[index], f"sample {index}"
                 source, text = item.get("image"), validated_text(item.get("text"), f'{name}: "text"')
                 if not isinstance(source, Image.Image):
                     raise DatasetError(f'{name}: "image" must be a PIL image, got {type(source).__name__}')
-            try:
-                keys.append(latents.key(source, self._config.random_flip and draws.mirrored, name))
-            except DatasetError:
-                raise
-            except DECODING_ERRORS as error:
-                raise DatasetError(f"{name}: {error}") from error
+                try:
+                    keys.append(latents.key(source, flip, name))
+                except DECODING_ERRORS as error:
+                    raise DatasetError(f"{name}: {error}") from error
             captions.append(choose_caption(text, draws.caption))
         return keys, captions
 

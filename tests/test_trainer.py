@@ -26,7 +26,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast import checkpoint
+from d2f_fast import cache, checkpoint
 from d2f_fast.base_model import BaseModel, load_pipeline
 from d2f_fast.checkpoint import (
     find_checkpoint,
@@ -37,7 +37,7 @@ from d2f_fast.checkpoint import (
     write_json,
 )
 from d2f_fast.config import TrainingConfig
-from d2f_fast.data import batch_indices
+from d2f_fast.data import CaptionedImages, batch_indices
 from d2f_fast.errors import CheckpointError, DatasetError, ModelError, RefusedInputError
 from d2f_fast.scheduler import Diff2FlowScheduler
 from d2f_fast.trainer import AlignedTrainer, InterruptedRunError, NonFiniteRunError
@@ -624,8 +624,6 @@ def test_the_last_step_is_logged_and_rates_count_every_picture(make: Any, monkey
 
 
 def test_an_image_folder_trains_as_the_same_pictures_in_memory(make: Any, tmp_path: Path) -> None:
-    from d2f_fast.data import CaptionedImages
-
     (tmp_path / "pictures").mkdir()
     for index in range(5):
         Pictures()[index]["image"].save(tmp_path / "pictures" / f"{index}.png")
@@ -643,6 +641,21 @@ def test_an_image_folder_trains_as_the_same_pictures_in_memory(make: Any, tmp_pa
     uncached.fit(InMemory(5))
     assert_equal(state(from_folder), state(in_memory))
     assert_equal(state(uncached), state(in_memory))
+
+
+def test_a_cache_that_cannot_be_written_is_no_bad_sample(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(hashes: Any, path: Path) -> str:
+        raise RefusedInputError("cannot write the cache")
+
+    monkeypatch.setattr(cache.FileHashes, "__call__", full)
+    (tmp_path / "pictures").mkdir()
+    Pictures()[0]["image"].save(tmp_path / "pictures" / "0.png")
+    (tmp_path / "pictures" / "0.txt").write_text("a")
+    with pytest.raises(RefusedInputError, match="^cannot write the cache$") as caught:
+        make().fit(CaptionedImages(tmp_path / "pictures"))
+    assert not isinstance(caught.value, DatasetError)
 
 
 class Watched(Pictures):
