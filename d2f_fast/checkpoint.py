@@ -56,9 +56,7 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
         _fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if _is_full_disk(error):
-            free = _mib(shutil.disk_usage(path.parent).free)
-            raise RefusedInputError(f"{path}: the disk is full, {free} free; make room and run again") from error
+        _refuse_full_disk(path, error)
         raise
 
 
@@ -82,9 +80,7 @@ def atomic_folder(folder: StrPath) -> Iterator[Path]:
         _fsync(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_full_disk(error):
-            free = _mib(shutil.disk_usage(folder.parent).free)
-            raise RefusedInputError(f"{folder}: the disk is full, {free} free; make room and run again") from error
+        _refuse_full_disk(folder, error)
         raise
 
 
@@ -161,12 +157,28 @@ def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: the file is missing, damaged, or a pickle.
     """
-    path = Path(path)
+    with _opened(Path(path)) as file:
+        return {key: file.get_tensor(key) for key in file.offset_keys()}, file.metadata() or {}
+
+
+def read_metadata(path: StrPath) -> dict[str, str]:
+    """Read the metadata of a safetensors file alone.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    with _opened(Path(path)) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, and say in one line what is wrong with it."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.offset_keys()}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         with path.open("rb") as stream:
             pickled = re.match(rb"PK\x03\x04|\x80[\x02-\x05]", stream.read(4))
@@ -407,6 +419,13 @@ def _delete_old(output_dir: Path, step: int, keep: int | None) -> None:
             shutil.rmtree(folder.rename(folder.with_name(f".old-{folder.name}")))
     except OSError as error:
         logger.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def _refuse_full_disk(path: Path, error: BaseException) -> None:
+    """Say in one line that the disk is full, if that is why `path` could not be written."""
+    if _is_full_disk(error):
+        free = _mib(shutil.disk_usage(path.parent).free)
+        raise RefusedInputError(f"{path}: the disk is full, {free} free; make room and run again") from error
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

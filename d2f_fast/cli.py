@@ -56,7 +56,7 @@ class Train:
     def run(self) -> dict[str, Any]:
         """Train, save, and return the result."""
         silence_libraries()
-        from d2f_fast.data import CaptionedImages
+        from d2f_fast.data import CaptionedImages, steps_per_epoch
         from d2f_fast.metrics import write_metrics
         from d2f_fast.trainer import AlignedTrainer
 
@@ -66,7 +66,7 @@ class Train:
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
         trainer = AlignedTrainer.from_pretrained(_model(self.pretrained_model_name_or_path), self.options)
         if trainer.accelerator.is_main_process:
-            epochs = self.options.max_train_steps / -(-len(dataset) // trainer.global_batch_size)
+            epochs = self.options.max_train_steps / steps_per_epoch(len(dataset), trainer.global_batch_size)
             print(f"d2f: {trainer.paths}", file=sys.stderr)
             print(
                 f"d2f: {len(dataset)} pictures, {trainer.global_batch_size} a step:"

@@ -146,7 +146,7 @@ _AT_LEAST = {
     **{"max_train_steps": 1, "lr_warmup_steps": 0, "checkpointing_steps": 0, "checkpoints_total_limit": 1},
     **{"logging_steps": 1, "dataloader_num_workers": 0, "adam_weight_decay": 0},
 }
-_POSITIVE = (*("learning_rate", "lora_alpha", "snr_gamma", "logit_std", "flow_shift", "adam_epsilon", "max_grad_norm"),)
+_POSITIVE = ("learning_rate", "lora_alpha", "snr_gamma", "logit_std", "flow_shift", "adam_epsilon", "max_grad_norm")
 
 
 def check_word(name: str, value: str | None, words: Sequence[str]) -> None:

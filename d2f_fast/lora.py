@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from d2f_fast.checkpoint import atomic_path, make_folder, read_tensors, write_tensors
+from d2f_fast.checkpoint import atomic_path, make_folder, read_metadata, read_tensors, write_tensors
 from d2f_fast.errors import ModelError
 
 ADAPTER = "default"
@@ -153,7 +153,7 @@ def save_lora(unet: Any, folder: str | Path, metadata: Mapping[str, str] | None 
 def lora_tags(source: str | Path) -> dict[str, str]:
     """What a LoRA file, or the folder that holds one, says of itself: header entries that begin with "d2f."."""
     path = Path(source)
-    _, header = read_tensors(path / LORA_FILE if path.is_dir() else path)
+    header = read_metadata(path / LORA_FILE if path.is_dir() else path)
     return {name: value for name, value in header.items() if name.startswith("d2f.")}
 
 
