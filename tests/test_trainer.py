@@ -653,7 +653,7 @@ def test_a_cache_that_cannot_be_written_is_no_bad_sample(
     (tmp_path / "pictures").mkdir()
     Pictures()[0]["image"].save(tmp_path / "pictures" / "0.png")
     (tmp_path / "pictures" / "0.txt").write_text("a")
-    with pytest.raises(RefusedInputError, match="^cannot write the cache$") as caught:
+    with pytest.raises(RefusedInputError, match=r"^cannot write the cache$") as caught:
         make().fit(CaptionedImages(tmp_path / "pictures"))
     assert not isinstance(caught.value, DatasetError)
 
