@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from benchmarks.unets import SD15
 from d2f_fast import use_fused_lora
-from d2f_fast.lora import inject_lora
+from d2f_fast.lora.inject import inject_lora
 
 RANK, MIB = 16, 2**20
 PRECISIONS = {"scripts": (torch.bfloat16, True), "fp32": (torch.float32, False)}

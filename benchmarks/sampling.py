@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from d2f_fast.memory import peak_resident_bytes
+from d2f_fast.files.memory import peak_resident_bytes
 
 PROMPT, GUIDANCE_SCALE = "an owl on a blue background", 3.0
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2f_fast.checkpoint import write_json
+from d2f_fast.training.checkpoint import write_json
 from d2f_fast.demo.exam import Exam, noise_of
 from d2f_fast.demo.run import CHOICES, NETWORKS, DemoSettings, StylePictures, make_trainer, with_merged_unet
 from d2f_fast.demo.sampling import ROUTES, Painter, one_thread_an_operation
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import load_classifier
-from d2f_fast.trainer import AlignedTrainer
+from d2f_fast.training.trainer import AlignedTrainer
 
 SEED = 1
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from d2f_fast.lora import inject_lora
+from d2f_fast.lora.inject import inject_lora
 from d2f_fast.miniature import MINIATURE
 
 SD15: dict[str, Any] = {

@@ -7,14 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from d2f_fast.alignment import Alignment
+    from d2f_fast.flow.alignment import Alignment
     from d2f_fast.config import TrainingConfig
-    from d2f_fast.fused_lora import use_fused_lora
+    from d2f_fast.layers.fused_lora import use_fused_lora
     from d2f_fast.miniature import load_miniature
     from d2f_fast.ops import align, aligned_loss
-    from d2f_fast.sampler import sample_flow
-    from d2f_fast.scheduler import Diff2FlowScheduler
-    from d2f_fast.trainer import AlignedTrainer
+    from d2f_fast.sampling.integrate import sample_flow
+    from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+    from d2f_fast.training.trainer import AlignedTrainer
 
     __version__: str
 
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AlignedTrainer": "d2f_fast.trainer",
-    "Alignment": "d2f_fast.alignment",
-    "Diff2FlowScheduler": "d2f_fast.scheduler",
+    "AlignedTrainer": "d2f_fast.training.trainer",
+    "Alignment": "d2f_fast.flow.alignment",
+    "Diff2FlowScheduler": "d2f_fast.sampling.scheduler",
     "TrainingConfig": "d2f_fast.config",
     "align": "d2f_fast.ops",
     "aligned_loss": "d2f_fast.ops",
     "load_miniature": "d2f_fast.miniature",
-    "sample_flow": "d2f_fast.sampler",
-    "use_fused_lora": "d2f_fast.fused_lora",
+    "sample_flow": "d2f_fast.sampling.integrate",
+    "use_fused_lora": "d2f_fast.layers.fused_lora",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from d2f_fast.cli import main
+from d2f_fast.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

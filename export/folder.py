@@ -13,10 +13,10 @@ from diffusers import AutoModel, DDIMScheduler, EulerDiscreteScheduler
 from safetensors import SafetensorError
 from torch import Tensor
 
-from d2f_fast.base_model import BaseModel
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
-from d2f_fast.export.adapters import fuse_adapter
+from d2f_fast.lora.read import fuse_adapter
 from d2f_fast.export.inference import latent_sides
 from d2f_fast.export.options import COMPONENTS, MINIATURE, ExportOptions
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2f_fast.cli import parse
+from d2f_fast.commands.main import parse
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", README, re.DOTALL)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2f_fast import imagenet
-from d2f_fast.alignment import FlowModel, interpolate
-from d2f_fast.base_model import BaseModel
+from d2f_fast.evaluation import features as imagenet
+from d2f_fast.flow.alignment import FlowModel, interpolate
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.demo.sampling import Painter, Route
-from d2f_fast.evaluate import (
+from d2f_fast.evaluation.distances import (
     background_accuracy,
     bootstrap_interval,
     frechet_distance,
@@ -25,7 +25,7 @@ from d2f_fast.miniature import pictures
 from d2f_fast.miniature.build_classifier import names_with_free_corners
 from d2f_fast.miniature.classifier import Classifier
 from d2f_fast.miniature.pictures import Picture
-from d2f_fast.sampler import unet_velocity
+from d2f_fast.sampling.integrate import unet_velocity
 
 MOST_FEATURES = 64
 BLACK_AND_WHITE = tuple(tuple(pictures.BACKGROUNDS).index(name) for name in ("black", "white"))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2f_fast.demo.sampling import Route
-from d2f_fast.imagenet import NAME
+from d2f_fast.evaluation.features import NAME
 
 Row = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from d2f_fast.checkpoint import atomic_path
+from d2f_fast.training.checkpoint import atomic_path
 from d2f_fast.demo.plots import COLOURS, Bar, Line, bar_plot, legend, line_plot
 from d2f_fast.demo.reading import Row, best, excess, reading, route_of, select
 from d2f_fast.demo.sampling import DDIM, DPM, FLOW, FLOW_TRAILING, Route

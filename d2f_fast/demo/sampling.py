@@ -22,10 +22,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from d2f_fast.alignment import Alignment, FlowModel, NaiveFlow
-from d2f_fast.base_model import BaseModel
+from d2f_fast.flow.alignment import Alignment, FlowModel, NaiveFlow
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.config import Spacing
-from d2f_fast.sampler import Velocity, sample_flow, unet_velocity
+from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from d2f_fast.base_model import BaseModel
+from d2f_fast.models.base_model import BaseModel
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from d2f_fast import imagenet
-from d2f_fast.base_model import BaseModel
+from d2f_fast.evaluation import features as imagenet
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.config import TrainingConfig
 from d2f_fast.demo.exam import noise_of
 from d2f_fast.demo.run import (
@@ -31,11 +31,11 @@ from d2f_fast.demo.run import (
     with_merged_unet,
 )
 from d2f_fast.demo.sampling import DDIM, DPM, FLOW, ROUTES, Painter
-from d2f_fast.lora import LORA_FILE
+from d2f_fast.lora.inject import LORA_FILE
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.classifier import Classifier
-from d2f_fast.objective import Objective
-from d2f_fast.trainer import AlignedTrainer
+from d2f_fast.training.objective import Objective
+from d2f_fast.training.trainer import AlignedTrainer
 
 
 def test_the_papers_naive_flow_is_taught_latents_minus_noise(load: Callable[[], Any], tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import graphs
 from d2f_fast.export.verify import relative_errors
 from d2f_fast.export.wrappers import Component, Port, unet_component
-from d2f_fast.fused_lora import use_fused_lora
+from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.kernels.lora_linear import lora_linear
-from d2f_fast.lora import inject_lora
+from d2f_fast.lora.inject import inject_lora
 
 
 def _normal(shape, generator):
@@ -68,7 +68,7 @@ def test_network_on_the_fused_path_becomes_standard_nodes(tiny_folder, tmp_path)
     with torch.no_grad():
         want = component.module(*given.values())
     with use_fused_lora(unet):
-        assert {type(module).__module__ for module in unet.modules()} & {"d2f_fast.fused_layers"}
+        assert {type(module).__module__ for module in unet.modules()} & {"d2f_fast.layers.fused_layers"}
         graphs.save(graphs.convert(component, 20), tmp_path / "unet.onnx", external=False)
     model = onnx.load(tmp_path / "unet.onnx")
     assert {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node} == {""}

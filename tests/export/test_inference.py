@@ -16,11 +16,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from d2f_fast import Alignment, Diff2FlowScheduler, load_miniature, sample_flow
-from d2f_fast.cli import main
+from d2f_fast.commands.main import main
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import inference
 from d2f_fast.export.inference import PROVIDERS, OnnxPipeline
-from d2f_fast.sampler import unet_velocity
+from d2f_fast.sampling.integrate import unet_velocity
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["an owl on a blue background", "a clock on a red background"]
@@ -60,7 +60,7 @@ def test_fractional_time_changes_the_miniatures_output(exported_miniature):
     assert differences[0] > 1e-5 and differences[1] > 1e-4
 
 
-@pytest.mark.parametrize("imported", ["", "import d2f_fast.alignment"])
+@pytest.mark.parametrize("imported", ["", "import d2f_fast.flow.alignment"])
 def test_no_torch_is_imported(imported, exported, tmp_path):
     # The second case is the check of the check: an import of torch, at whatever depth, does end the process.
     code = f"""

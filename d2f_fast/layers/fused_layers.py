@@ -1,0 +1,153 @@
+"""LoRA layers of peft on the fused path, and the rule that says when peft's own forward has to run.
+
+    Linear, 1x1 Conv2d     ops.lora_linear: base product and adapter as one operation
+    other Conv2d           torch's convolution for the base and for A; B, a 1x1 convolution, added by one product
+
+That is on a GPU. Elsewhere plain torch does peft's operations in peft's order, so that torch.compile sees through them,
+and float32 results are bit for bit peft's. Either way x is not cast to the type of A and B: they are cast to its own.
+What is decided at each call is decided from Python attributes and shapes alone.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Conv2d as PeftConv2d
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2f_fast.layers.frozen_conv import FrozenConv2d
+from d2f_fast.ops import autocasts, lora_linear, runs_plain
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Adapter(NamedTuple):
+    """One active adapter of a layer."""
+
+    lora_a: Any  # nn.Linear or nn.Conv2d
+    lora_b: Any
+    scale: float
+
+
+class FusedLinear(PeftLinear):
+    """peft's LoRA layer of an nn.Linear, on the fused path."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not serves(self):
+            return super().forward(x, *args, **kwargs)
+        if not runs_plain(x.device):
+            lora_a, lora_b = operands(self)
+            return lora_linear(x, self.base_layer.weight, lora_a, lora_b, self.base_layer.bias)
+        result = self.base_layer(x)
+        for lora_a, lora_b, scale in active_adapters(self):
+            delta = F.linear(F.linear(x, _cast(lora_a.weight, x)), _cast(lora_b.weight, x))
+            result = result + _scaled(delta, scale)
+        return result
+
+
+class FusedConv2d(PeftConv2d):
+    """peft's LoRA layer of an nn.Conv2d, on the fused path."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not serves(self):
+            return super().forward(x, *args, **kwargs)
+        base, fused = self.base_layer, not runs_plain(x.device)
+        if fused and _is_channels_last(x) and _is_linear(base):
+            weight, lora_a, lora_b = (matrix.flatten(1) for matrix in (base.weight, *operands(self)))
+            return lora_linear(x.permute(0, 2, 3, 1), weight, lora_a, lora_b, base.bias).permute(0, 3, 1, 2)
+        result = base(x)
+        for lora_a, lora_b, scale in active_adapters(self):
+            s = lora_a._conv_forward(x, _cast(lora_a.weight, x), None)
+            if fused and lora_b.groups == 1 and _is_channels_last(result):
+                result = _expanded(result, s, _scaled(lora_b.weight, scale))
+            else:
+                result = result + _scaled(lora_b._conv_forward(s, _cast(lora_b.weight, x), None), scale)
+        return result
+
+
+def serves(layer: Any) -> bool:
+    """Whether the fused forward, and not peft's, is the right one for a layer now."""
+    if layer.disable_adapters or layer.merged:  # the base layer alone, or a merge to undo
+        return False
+    return len(active_adapters(layer)) > 0 and obstacle(layer) is None  # bool() of a list: torch 2.11 cannot trace it
+
+
+def obstacle(layer: Any, *, training: bool = False) -> str | None:
+    """Why a LoRA layer has to run peft's own forward; None where it has not.
+
+    Args:
+        layer: LoRA layer of peft, any class.
+        training: judge it as if it were in training mode.
+    """
+    if type(layer) not in (FusedLinear, FusedConv2d):
+        return f"{type(layer).__name__} layer"
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, nn.Conv2d, FrozenConv2d):
+        return f"{type(base).__name__} base layer"
+    if "forward" in vars(layer):
+        return "replaced forward"
+    modules = [base]
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if name in layer.lora_variant:
+            return type(layer.lora_variant[name]).__name__
+        dropout = layer.lora_dropout[name]
+        if not isinstance(dropout, nn.Identity) and (training or dropout.training):
+            return "dropout in training"
+        modules += [layer.lora_A[name], layer.lora_B[name]]
+        if layer.lora_B[name].bias is not None:
+            return "bias on B"
+    for module in modules:
+        if type(module.weight) not in (nn.Parameter, Tensor) or not module.weight.is_floating_point():
+            return f"{type(module.weight).__name__} weight"  # quantised or sharded
+        if "forward" in vars(module) or hooked(module):
+            return "hooked layer"
+    return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def active_adapters(layer: Any) -> list[Adapter]:
+    """Those that count, in peft's order."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return [Adapter(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in names]
+
+
+def operands(layer: Any) -> tuple[Tensor, Tensor]:
+    """A and B of all active adapters together, the scales folded into B."""
+    adapters = active_adapters(layer)
+    lora_as = [adapter.lora_a.weight for adapter in adapters]
+    lora_bs = [_scaled(adapter.lora_b.weight, adapter.scale) for adapter in adapters]
+    return (lora_as[0], lora_bs[0]) if len(adapters) == 1 else (torch.cat(lora_as), torch.cat(lora_bs, 1))
+
+
+def _cast(weight: Tensor, x: Tensor) -> Tensor:
+    """A master weight in the type of the product; autocast casts, and caches, by itself."""
+    return weight if autocasts(x) else weight.to(x.dtype)
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else tensor * scale
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_linear(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is a product of each pixel's channels."""
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def _expanded(result: Tensor, s: Tensor, lora_b: Tensor) -> Tensor:
+    """result + conv2d(s, lora_b), a 1x1 convolution, as one product that adds; [B, N, H, W], channels_last."""
+    batch, features, height, width = result.shape
+    rows = result.permute(0, 2, 3, 1).reshape(-1, features)
+    s = s.permute(0, 2, 3, 1).reshape(-1, s.shape[1])
+    y = torch.addmm(rows, s, lora_b.flatten(1).t().to(result.dtype))
+    return y.view(batch, height, width, features).permute(0, 3, 1, 2)

@@ -1,0 +1,115 @@
+"""Run peft's LoRA layers on the fused path, reversibly. Parameters, names and files stay peft's.
+
+A swapped module keeps everything but its class: the class that it gets is a subclass of its own, and differs in the
+forward. So peft and diffusers go on merging, scaling, disabling, copying and saving it, and giving it its class back
+undoes the swap.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Conv2d as PeftConv2d
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+
+from d2f_fast.layers.frozen_conv import FrozenConv2d
+from d2f_fast.layers.fused_layers import FusedConv2d, FusedLinear, obstacle, operands
+from d2f_fast.ops import MIN_ROWS, choose_path, kernel_path, runs_plain
+from d2f_fast.layers.packed_attention import PackedAttention, pack_text_products
+
+logger = logging.getLogger(__name__)
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    PeftLinear: FusedLinear,
+    PeftConv2d: FusedConv2d,
+    nn.Conv2d: FrozenConv2d,
+    Attention: PackedAttention,
+}
+_ORIGINALS = {ours: theirs for theirs, ours in _CLASSES.items()}
+
+
+class FusedLoRA:
+    """What `use_fused_lora` did to a UNet, and the way back; a context manager that goes it at the end."""
+
+    def __init__(self, unet: nn.Module, swapped: Sequence[nn.Module], unpack_text: Callable[[], None]) -> None:
+        self._unet, self._swapped, self._unpack_text = unet, list(swapped), unpack_text
+
+    def remove(self) -> None:
+        """Give every layer its own forward back, those that were merged or unloaded meanwhile too."""
+        # peft makes a new adapter's A and B of the class of the convolution that they adapt: look again.
+        for module in [*self._swapped, *self._unet.modules()]:
+            if type(module) in _ORIGINALS:
+                module.__class__ = _ORIGINALS[type(module)]
+        self._unpack_text()
+
+    def __enter__(self) -> "FusedLoRA":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def use_fused_lora(unet: nn.Module) -> FusedLoRA:
+    """Run a UNet's LoRA layers on the fused path, and let its frozen convolutions keep no input for backward.
+
+    The same function of the same parameters: nothing is renamed, cast or copied. What the fused path does not know
+    (dropout in training, DoRA and other variants, a bias on B, quantised or hooked layers) runs peft's own forward, and
+    one warning counts those layers. Adapters may come, go, change their weight, be merged and be disabled meanwhile; a
+    module that peft wraps later runs peft's forward.
+
+    Args:
+        unet: diffusers UNet2DConditionModel with LoRA layers of peft; not a wrapper of one: torch.compile or
+            DistributedDataParallel come after.
+
+    Returns:
+        A handle: `.remove()` gives the layers their own forward back, and so does leaving `with use_fused_lora(unet):`.
+
+    Raises:
+        ValueError: it is no UNet2DConditionModel, has no LoRA layer, or is on the fused path already.
+    """
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(
+            f"unet must be a diffusers UNet2DConditionModel, got {type(unet).__name__}: pass the network itself, before"
+            " torch.compile or another wrapper (unet.compile() compiles it in place)"
+        )
+    modules = list(unet.modules())
+    if any(type(module) in _ORIGINALS for module in modules):
+        raise ValueError("this unet is on the fused path already: call .remove() of the handle that it was given")
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    if not layers:
+        raise ValueError("unet has no LoRA layers: add an adapter first, with unet.add_adapter or load_lora_weights")
+    swapped = [module for module in modules if type(module) in _CLASSES]
+    for module in swapped:
+        module.__class__ = _CLASSES[type(module)]
+    reasons = Counter(reason for layer in layers if (reason := obstacle(layer, training=True)))
+    if reasons:
+        causes = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
+        logger.warning("%d of %d LoRA layers run peft's own forward: %s", reasons.total(), len(layers), causes)
+    return FusedLoRA(unet, swapped, pack_text_products(unet))
+
+
+def lora_paths(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Say how the LoRA layers of a UNet on the fused path are computed, for products of a type, in a few words."""
+    layers: list[Any] = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        return "none"
+    count = f"{len(layers)} layers"
+    if runs_plain(device):
+        return f"{count} in plain torch, as peft computes them (no GPU)"
+    if kernel_path(device) == "torch":
+        return f"{count} by addmm in plain torch (no Triton)"
+    fused = 0
+    for layer in layers:
+        if isinstance(layer, FusedLinear) and obstacle(layer, training=True) is None:
+            rank, rows = operands(layer)[0].shape[0], MIN_ROWS
+            fused += choose_path(rows, layer.out_features, layer.in_features, rank, dtype, device) == "split"
+    return f"{fused} of {count} in Triton from {MIN_ROWS} rows on, else by addmm (the dispatch table)"

@@ -1,0 +1,174 @@
+"""Projections of attention layers with LoRA, several in one product.
+
+    self-attention      q, k and v of a layer, where the table of the kernels says that the packed product is fused
+    cross-attention     keys and values of the layers that see the text, several layers' to a product, at the start of
+                        the UNet's forward: 32 small products in Stable Diffusion 1.5
+
+On a GPU only; elsewhere, and for what is not recognised, each layer projects by itself. The base weights are
+concatenated at each call: a kept copy would go stale when weights are loaded, merged or moved.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from d2f_fast.layers.fused_layers import FusedLinear, hooked, operands, serves
+from d2f_fast.ops import MIN_ROWS, autocasts, choose_path, lora_linear_packed, runs_plain
+
+# Of the text products made as one. The packed B is dense, and nearly all of it zero: that of all 140 of SDXL would take
+# 1.5 GB at rank 16, and 6 GB at rank 64.
+MOST_PACKED_RANKS = 128
+
+
+class PackedAttention(Attention):
+    """A diffusers Attention whose LoRA projections are made together where that pays."""
+
+    text_products: "TextProducts | None" = None
+    text_index: int = -1
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        attention: Any = None
+        if not cross_attention_kwargs and type(self.processor) is AttnProcessor2_0:
+            if encoder_hidden_states is None:
+                attention = _self_projected(self, hidden_states)
+            elif self.text_products is not None and self.text_products.text is encoder_hidden_states:
+                key, value = self.text_products.projected[self.text_index]
+                attention = _Projected(self, to_k=key, to_v=value)
+        if attention is None:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+        return self.processor(
+            attention,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+        )
+
+
+class TextProducts:
+    """Keys and values of the text for every cross-attention of a UNet, held while its forward runs."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        modules = list(unet.modules())
+        self.attentions = [module for module in modules if isinstance(module, PackedAttention) and _takes_text(module)]
+        self.blocks = [module for module in modules if hasattr(module, "gradient_checkpointing")]
+        self.text: Tensor | None = None
+        self.projected: list[tuple[Tensor, Tensor]] = []
+
+
+def pack_text_products(unet: Any) -> Callable[[], None]:
+    """Have a UNet make the text's keys and values of several layers at once where that pays; returns what undoes it."""
+    products = TextProducts(unet)
+    for index, attention in enumerate(products.attentions):
+        attention.text_products, attention.text_index = products, index
+    unet.text_products = products
+    hooks = [
+        unet.register_forward_pre_hook(_project_text, with_kwargs=True),
+        unet.register_forward_hook(_forget_text, always_call=True),  # after an error too: a kept product goes stale
+    ]
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+        for module in (unet, *products.attentions):
+            vars(module).pop("text_products", None)
+            vars(module).pop("text_index", None)
+
+    return remove
+
+
+def _project_text(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the UNet's forward: the products of all the text's keys and values, if this call is one to pack."""
+    products: TextProducts = unet.text_products
+    text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+    layers = [layer for attention in products.attentions for layer in (attention.to_k, attention.to_v)]
+    # diffusers scales the adapters by cross_attention_kwargs, and projects the text, only inside the forward; a
+    # checkpointed block runs again in backward, without this hook.
+    plain_call = len(args) <= 3 and kwargs.get("cross_attention_kwargs") is None and unet.encoder_hid_proj is None
+    checkpoints = any(block.gradient_checkpointing for block in products.blocks)
+    if not plain_call or checkpoints or not isinstance(text, Tensor) or text.ndim != 3 or not _pays_for_text(text):
+        return
+    known = all(type(attention.processor) is AttnProcessor2_0 for attention in products.attentions)
+    groups = _grouped(layers) if known and len(layers) > 2 and _can_pack(layers) else []
+    if 0 < len(groups) < len(layers):
+        projected = [product for group in groups for product in _packed(text, group)]
+        products.text, products.projected = text, list(zip(projected[::2], projected[1::2], strict=True))
+
+
+def _forget_text(unet: Any, args: tuple[Any, ...], output: Any) -> None:
+    products: TextProducts = unet.text_products
+    products.text, products.projected = None, []
+
+
+class _Projected:
+    """An attention for its processor, some of whose projections are made already."""
+
+    def __init__(self, attention: Attention, **projected: Tensor) -> None:
+        self._attention, self._projected = attention, projected
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._projected:
+            return lambda _: self._projected[name]
+        return getattr(self._attention, name)
+
+
+def _self_projected(attention: Any, hidden_states: Tensor) -> _Projected | None:
+    """The attention with q, k and v made in one product; None where that does not pay."""
+    layers = [attention.to_q, attention.to_k, attention.to_v]
+    normed = attention.spatial_norm is not None or attention.group_norm is not None
+    if normed or hidden_states.ndim != 3 or runs_plain(hidden_states.device) or not _can_pack(layers):
+        return None
+    ranks, features = sum(operands(layer)[0].shape[0] for layer in layers), sum(layer.out_features for layer in layers)
+    x = hidden_states
+    rows, dtype = x.shape[0] * x.shape[1], torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+    if choose_path(rows, features, x.shape[2], ranks, dtype, x.device) != "split":
+        return None
+    query, key, value = _packed(x, layers)
+    return _Projected(attention, to_q=query, to_k=key, to_v=value)
+
+
+def _takes_text(attention: Any) -> bool:
+    return attention.is_cross_attention and not attention.norm_cross and attention.added_kv_proj_dim is None
+
+
+def _pays_for_text(text: Tensor) -> bool:
+    """Few rows: the launches of many small products cost more than the packed ones' zero blocks of B."""
+    return not runs_plain(text.device) and text.shape[0] * text.shape[1] < MIN_ROWS
+
+
+def _can_pack(layers: Sequence[Any]) -> bool:
+    """Whether one product stands for these layers: fused ones, called for nothing but their forward."""
+    return (
+        all(type(layer) is FusedLinear and not hooked(layer) and serves(layer) for layer in layers)
+        and len({layer.in_features for layer in layers}) == 1
+        and len({layer.base_layer.bias is None for layer in layers}) == 1
+    )
+
+
+def _grouped(layers: Sequence[Any]) -> list[list[Any]]:
+    """The layers in order, as many to a group as MOST_PACKED_RANKS allows."""
+    groups: list[list[Any]] = []
+    ranks = MOST_PACKED_RANKS
+    for layer in layers:
+        rank = operands(layer)[0].shape[0]
+        if ranks + rank > MOST_PACKED_RANKS:
+            groups.append([])
+            ranks = 0
+        groups[-1].append(layer)
+        ranks += rank
+    return groups
+
+
+def _packed(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+    lora_as, lora_bs = zip(*(operands(layer) for layer in layers), strict=True)
+    bases = [layer.base_layer for layer in layers]
+    biases = None if bases[0].bias is None else [base.bias for base in bases]
+    return lora_linear_packed(x, [base.weight for base in bases], lora_as, lora_bs, biases)

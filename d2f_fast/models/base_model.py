@@ -1,0 +1,221 @@
+"""Load a pretrained diffusion model, encode its texts and images, and refuse what cannot be trained.
+
+A model is a diffusers pipeline: a hub id, a folder, or a single `.safetensors` file. Only safetensors are read; nothing
+unpickles.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.errors import ModelError
+
+_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+
+class BaseModel:
+    """A diffusers text-to-image pipeline, taken apart for training.
+
+    Args:
+        pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or one with the same components and
+            `encode_prompt`.
+
+    Raises:
+        ModelError: it has no UNet2DConditionModel, or its scheduler cannot be aligned.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        if type(getattr(pipeline, "unet", None)).__name__ != "UNet2DConditionModel":
+            raise ModelError(f"{type(pipeline).__name__} has no UNet2DConditionModel: give a Stable Diffusion pipeline")
+        self.unet = pipeline.unet
+        self.vae = pipeline.vae
+        self.alignment = Alignment.from_scheduler(pipeline.scheduler)
+        for component in self._frozen():
+            component.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, model: str | Path, dtype: torch.dtype = torch.float32) -> "BaseModel":
+        """Load a hub id, a pipeline folder or a single `.safetensors` file.
+
+        Raises:
+            ModelError: as `load_pipeline`, or as the constructor; the message names the file.
+        """
+        pipeline = load_pipeline(model, dtype)
+        try:
+            return cls(pipeline)
+        except ModelError as error:
+            raise ModelError(f"{model}: {error}") from error
+
+    def _frozen(self) -> list[nn.Module]:
+        parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]
+        return [part for part in parts if part is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return _place(self.unet)[0]
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a latent, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def to(self, device: torch.device | str) -> "BaseModel":
+        """Move every component, and the alignment's table."""
+        self.pipeline.to(device)
+        self.alignment = self.alignment.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Posterior of the autoencoder: {"mean", "std"}, each [B, C, H / f, W / f], unscaled.
+
+        Args:
+            pixel_values: [B, 3, H, W] float32 in [-1, 1].
+        """
+        posterior = self.vae.encode(pixel_values.to(*_place(self.vae))).latent_dist
+        return {"mean": posterior.mean, "std": posterior.std}
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Latents in the network's unit-variance scale."""
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of scaled latents, [B, 3, H, W] float32 in [-1, 1] (not clamped)."""
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(_place(self.vae)[1])).sample.float()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Text condition of prompts: {"encoder_hidden_states" [B, L, D]}, for SDXL also {"text_embeds" [B, P]}."""
+        encoded = self.pipeline.encode_prompt(
+            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        condition = {"encoder_hidden_states": encoded[0]}
+        if len(encoded) > 2:
+            condition["text_embeds"] = encoded[2]
+        return condition
+
+    def empty_condition(self, count: int = 1) -> dict[str, Tensor]:
+        """Text condition of `count` empty prompts, as the stock pipeline has it: of SDXL zeros."""
+        condition = self.encode_prompts([""] * count)
+        if getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
+            condition = {name: torch.zeros_like(value) for name, value in condition.items()}
+        return condition
+
+    def added_cond_kwargs(self, condition: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor] | None:
+        """SDXL's micro-conditioning for uncropped pictures of one size, pixels; None for other models."""
+        if "text_embeds" not in condition:
+            return None
+        text_embeds = condition["text_embeds"]
+        time_ids = text_embeds.new_tensor([height, width, 0, 0, height, width]).expand(len(text_embeds), -1)
+        return {"text_embeds": text_embeds, "time_ids": time_ids}
+
+    def fingerprint(self, *components: str, most: int | None = None) -> str:
+        """SHA-256 over the weights and configuration of components, or a tokenizer's vocabulary, by name.
+
+        Absent components are passed over. Where the model lies, and by what it was saved, changes nothing.
+
+        Args:
+            components: names in the pipeline.
+            most: elements of each weight that are read, from its first on; None for all.
+        """
+        digest = hashlib.sha256()
+        for name in components:
+            module = getattr(self.pipeline, name, None)
+            if module is None:
+                continue
+            if not isinstance(module, nn.Module):
+                vocabulary = [module.get_vocab(), module.model_max_length]
+                digest.update(json.dumps(vocabulary, sort_keys=True).encode())
+                continue
+            owned: Any = module.config
+            config = owned.to_dict() if hasattr(owned, "to_dict") else dict(owned)
+            config = {key: value for key, value in config.items() if not key.startswith("_")}
+            config.pop("transformers_version", None)
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            for key, tensor in module.state_dict().items():
+                digest.update(key.encode())
+                read = tensor.detach().reshape(-1)[:most].to("cpu")
+                digest.update(read.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline of a hub id, a pipeline folder or a single `.safetensors` file, without safety checker.
+
+    Raises:
+        ModelError: a pickle, or a missing or unreadable part; the message names the file.
+    """
+    path = Path(model)
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
+    if path.is_dir():
+        _check_folder(path)
+    elif path.suffix != ".safetensors" and (path.is_absolute() or str(model).startswith(".")):
+        raise ModelError(f"{path} does not exist: give a hub id, a pipeline folder or a .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return _single_file_class(path).from_single_file(str(path), dtype=dtype)
+        options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+        return DiffusionPipeline.from_pretrained(str(model), **options)
+    except SingleFileComponentError as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{model}: {reason} Give a file with every part, or a pipeline folder") from error
+    except (AttributeError, NotImplementedError, OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a network, by its first parameter: diffusers' own properties walk all modules, for 4 ms."""
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is no pipeline, in words that name what is missing."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelError(f"{folder} has no model_index.json: give the folder of a diffusers pipeline")
+    try:
+        index = dict(json.loads(index_file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index_file} is no JSON object: restore it from the base model") from error
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        raise ModelError(
+            f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: it tells the prediction type and the"
+            " schedule; copy it from the base model"
+        )
+    for name in sorted(index.keys() & {"tokenizer", "tokenizer_2"}):
+        # transformers makes an empty tokenizer, to which every word is unknown, where there are no files.
+        if index[name] != [None, None] and not any((folder / name).glob("*.json")):
+            raise ModelError(f"{folder / name} holds no tokenizer: copy it from the base model")
+    for path in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(f"{path} is no intact safetensors ({error}): restore it from the base model") from error
+    for name in ("unet", "vae"):
+        if not any((folder / name).glob("*.safetensors")):
+            pickles = any(path.suffix in _PICKLE_SUFFIXES for path in (folder / name).glob("*"))
+            found = "holds a pickle, which can run code" if pickles else "holds no weights"
+            raise ModelError(f"{folder / name} {found}: give the model as safetensors")
+
+
+def _single_file_class(path: Path) -> Any:
+    """Pipeline class of a single-file checkpoint, from its keys."""
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+    is_sdxl = any(key.startswith("conditioner.embedders.1") for key in keys)
+    return StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline

@@ -1,0 +1,265 @@
+"""`Diff2FlowScheduler`: flow-time sampling in any stock diffusers pipeline.
+
+The only file in diffusers' time direction: `timesteps` fall from the noise to the data. The state is the diffusion
+state, so `scale_model_input` is the identity and `init_noise_sigma` is 1, and pipelines that never scale are right too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from d2f_fast.flow.alignment import Alignment, FlowModel, NaiveFlow, combine, euler_coefficients
+from d2f_fast.config import Method, Spacing
+from d2f_fast.errors import ModelError
+
+# A first sigma this much above sigma_max is no rounding of it: it asks for a start at t = 0.
+_SIGMA_TOLERANCE = 1e-3
+
+
+@dataclass
+class Diff2FlowSchedulerOutput(BaseOutput):
+    """The state at the next node, and the latents x̂0 that the network's output implied."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
+    """Sample a diffusion model (aligned or not) along flow time:
+    `Diff2FlowScheduler.from_config(pipe.scheduler.config)`.
+
+    Euler here equals DDIM (η = 0) on the same nodes. `prediction_type="flow_prediction"` reads naive rectified-flow
+    networks.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type,
+            rescale_betas_zero_snr: of the base model, as in every diffusers scheduler.
+        flow_spacing: "uniform" in flow time, or "trailing", the flow times of DDIM's trailing timesteps.
+        shift: multiplies the sampling sigmas.
+        method: "euler"; "midpoint" and "heun" call the network twice a step.
+
+    Raises:
+        ModelError: ε-prediction with zero terminal SNR, or an unknown prediction type.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 (the name and type are diffusers')
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        flow_spacing: Spacing = "uniform",
+        shift: float = 1.0,
+        method: Method = "euler",
+    ) -> None:
+        if method not in get_args(Method):
+            raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+        self.order = 1 if method == "euler" else 2
+        model: FlowModel
+        if prediction_type == "flow_prediction":
+            model = NaiveFlow(num_train_timesteps)
+        else:
+            stock = DDPMScheduler(
+                num_train_timesteps=num_train_timesteps,
+                beta_start=beta_start,
+                beta_end=beta_end,
+                beta_schedule=beta_schedule,
+                trained_betas=trained_betas,
+                prediction_type=prediction_type,
+                rescale_betas_zero_snr=rescale_betas_zero_snr,
+            )
+            self.alphas_cumprod = stock.alphas_cumprod
+            model = Alignment.from_scheduler(stock)
+        self.flow_model = model
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self._nodes = torch.empty(0)
+        self._stage_times = torch.empty(0)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._start: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The scheduler of the model that another scheduler's configuration belongs to.
+
+        Args:
+            config: of any diffusion scheduler of diffusers.
+            return_unused_kwargs: also return the options that were not used.
+            kwargs: options that replace the configuration's.
+
+        Raises:
+            ModelError: the configuration has no noise table, and is not of a flow-matching scheduler.
+        """
+        # diffusers replaces what the other scheduler took by default with this class's defaults: another noise table.
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        if "beta_schedule" not in config | kwargs:
+            if "shift" not in config:  # which diffusers' flow-matching schedulers have
+                raise ModelError(
+                    "the configuration has no beta_schedule, and so no table of noise: give a diffusion scheduler's"
+                )
+            config["prediction_type"] = "flow_prediction"
+        if config.get("use_flow_sigmas"):
+            config.setdefault("shift", config.get("flow_shift", 1.0))
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def step_index(self) -> int | None:
+        """Network evaluations done since the start of the schedule."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Evaluation that the run began at; set by pipelines that start from a noised image."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at a later evaluation of the schedule."""
+        self._begin_index = begin_index
+
+    @property
+    def sigmas(self) -> Tensor:
+        """(1 - t) / t of the nodes (1 - t for flow_prediction), [steps + 1] float32 on the CPU; infinite at t = 0."""
+        noise = 1 - self._nodes
+        return noise if isinstance(self.flow_model, NaiveFlow) else noise / self._nodes
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> None:
+        """Choose the nodes: a number of steps, or the steps' own diffusion timesteps or sigmas, falling.
+
+        Args:
+            num_inference_steps: uniform or trailing nodes from t = 0, see the configuration.
+            device: of `timesteps`.
+            timesteps: [steps] diffusion times, fractional allowed; the run ends at t = 1.
+            sigmas: [steps + 1], ending in 0.0; as in diffusers (1 - t) / t, where a first one above sigma_max starts at
+                t = 0, or 1 - t for flow_prediction.
+
+        Raises:
+            ValueError: none or several of the three are given, they do not fall, or sigmas do not end in 0.0.
+        """
+        if sum(choice is not None for choice in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
+        model = self.flow_model
+        if num_inference_steps is not None:
+            nodes = model.times(num_inference_steps, self.config["flow_spacing"], self.config["shift"])
+        elif timesteps is not None:
+            given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+            nodes = torch.cat([model.flow_time(given), torch.ones(1)])
+        else:
+            given = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+            if len(given) == 0 or given[-1] != 0:
+                raise ValueError(f"sigmas must end in 0.0 (steps + 1 values), got {given.tolist()}")
+            nodes = 1 - given if isinstance(model, NaiveFlow) else 1 / (1 + given)
+        nodes = nodes.double()
+        if len(nodes) < 2 or nodes[0] < 0 or not bool((nodes.diff() > 0).all()):
+            raise ValueError(f"the nodes must fall from noise to data, got flow times {nodes.tolist()}")
+        if sigmas is not None and nodes[0] < model.t_min * (1 - _SIGMA_TOLERANCE):
+            nodes[0] = 0
+        self.num_inference_steps = len(nodes) - 1
+        self._nodes = nodes.float()
+        if self.order == 1:
+            self._stage_times = nodes[:-1].float()
+            # Host floats: one fused multiply-add a step, and nothing to copy to the device.
+            coefficients = euler_coefficients(model, nodes[:-1], nodes[1:])
+            self._euler = list(zip(*(c.tolist() for c in coefficients), strict=True))
+        else:
+            second = (nodes[:-1] + nodes[1:]) / 2 if self.config["method"] == "midpoint" else nodes[1:]
+            self._stage_times = torch.stack([nodes[:-1], second], 1).flatten().float()
+        self.timesteps = model.timestep(self._stage_times).to(device)
+        self._step_index = self._begin_index = self._start = None
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """The sample itself: the state is what the network takes."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> Diff2FlowSchedulerOutput | tuple[Tensor, Tensor]:
+        """Advance the diffusion state by one network evaluation.
+
+        Args:
+            model_output: of the network (guided), same shape as `sample`.
+            timestep: counted, not looked up: two nodes may share one.
+            sample: diffusion state that the network was given.
+            generator: unused; the sampler is deterministic.
+            return_dict: an output object, or a tuple.
+
+        Raises:
+            ValueError: `set_timesteps` was not called, or the schedule has ended.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        index = self._begin_index or 0 if self._step_index is None else self._step_index
+        if index >= len(self._stage_times):
+            raise ValueError(
+                f"the schedule of {len(self._stage_times)} evaluations has ended: call set_timesteps again"
+            )
+        # t stays on the host: scalars of the CPU multiply tensors of any device without a copy.
+        model, t = self.flow_model, self._stage_times[index]
+        if self.order == 1:
+            a, b = self._euler[index]
+            moved = a * sample.float() + b * model_output.float()
+        else:
+            moved = self._two_stage(index, model_output.float(), sample.float(), t)
+        self._step_index = index + 1
+        latents = model.predicted_latents(model_output, sample, t).to(sample.dtype)
+        moved = moved.to(sample.dtype)
+        return Diff2FlowSchedulerOutput(moved, latents) if return_dict else (moved, latents)
+
+    def _two_stage(self, index: int, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
+        """One of the two evaluations of a midpoint or Heun step; the first leaves its state and slope to the second."""
+        model, method = self.flow_model, self.config["method"]
+        t_start, t_end = self._nodes[index // 2 : index // 2 + 2]
+        velocity = model.velocity(model_output, sample, t)
+        if index % 2 == 0 or self._start is None:
+            x_t = model.to_flow(sample, t)
+            self._start = (x_t, velocity)
+            t_next = self._stage_times[index + 1] if index % 2 == 0 else t_end
+            return model.to_sample(x_t + (t_next - t) * velocity, t_next)
+        (x_t, first), self._start = self._start, None
+        slope = velocity if method == "midpoint" else (first + velocity) / 2
+        return model.to_sample(x_t + (t_end - t_start) * slope, t_end)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Diffusion state of `original_samples` at the current start of the run, or at the given timesteps outside a
+        run.
+
+        Args:
+            original_samples, noise: [B, C, H, W].
+            timesteps: [B] or [1] diffusion times.
+        """
+        index = self._begin_index if self._step_index is None else self._step_index
+        if self._begin_index is not None and index is not None and index < len(self._stage_times):
+            t = self._stage_times[index].expand(1)
+        else:
+            t = self.flow_model.flow_time(timesteps.detach().cpu())
+        t = t.to(original_samples.device).expand(original_samples.shape[0])
+        n = self.flow_model.state_scale(t)
+        return combine(t / n, original_samples, (1 - t) / n, noise)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])

@@ -1,0 +1,274 @@
+"""One optimizer step, from draws that are already made to the averaged weights.
+
+    zero the gradients → for each micro-batch: align, network, loss, backward → clip, AdamW, EMA, counters
+
+No random number and no host sync in it: what it reads are tensors of fixed shapes and the learning rate, and what it
+changes it changes in place, on the device. So the same code runs eagerly, with its loss compiled, or captured whole as
+a CUDA graph (`step_graphs`).
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.nn.attention import SDPBackend
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.training.ema import EMA
+from d2f_fast.layers.fused_lora import lora_paths
+from d2f_fast.training.objective import Objective
+from d2f_fast.ops import kernel_path
+from d2f_fast.training.step_graphs import MAX_GRAPHS, StepGraphs
+
+
+class StepInputs(NamedTuple):
+    """What a step is given, on the device: this process' share of the global batch, its draws made.
+
+    Attributes:
+        latents, noise: [b, C, h, w] float32.
+        t: [b] float32.
+        condition: "encoder_hidden_states" [b, L, D], and what else the network takes, [b, ...].
+        mask: broadcastable to the latents; None for none.
+        global_size: samples in the global batch, over which the loss is the mean.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    condition: dict[str, Tensor]
+    mask: Tensor | None
+    global_size: int
+
+    def part(self, first: int, size: int) -> "StepInputs":
+        """A micro-batch, as views."""
+        cut = slice(first, first + size)
+        condition = {name: value[cut] for name, value in self.condition.items()}
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[cut]
+        return StepInputs(self.latents[cut], self.noise[cut], self.t[cut], condition, mask, self.global_size)
+
+
+class TrainingStep:
+    """Compute the loss of a share, and train on it.
+
+    Args:
+        unet: the network, its adapter in place.
+        objective: what it is trained on.
+        trainable: the parameters that train, by name.
+        ema: their average, if one is kept.
+        config: options of the run.
+        device: where all of it is.
+        precision: "bf16" for autocast, or "no".
+        num_processes: that sum their gradients.
+
+    Attributes:
+        optimizer: fused AdamW.
+        skipped: steps that changed nothing because they were not finite, int64 on the device.
+        skipped_in_a_row: those since the last finite step.
+        loss: per sample of one micro-batch, [b]; the part that is compiled.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        objective: Objective,
+        trainable: Mapping[str, nn.Parameter],
+        ema: EMA | None,
+        config: TrainingConfig,
+        device: torch.device,
+        precision: str,
+        num_processes: int = 1,
+    ) -> None:
+        self.unet, self.objective, self.trainable, self.ema = unet, objective, trainable, ema
+        self.config, self._device, self._precision, self._num_processes = config, device, precision, num_processes
+        on_gpu = device.type == "cuda"
+        # In a captured graph a Python number would stay what it was at capture.
+        self._lr = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate
+        # Fused: honours found_inf, so that a step with a non-finite gradient is skipped without a host sync.
+        self.optimizer = torch.optim.AdamW(
+            trainable.values(),
+            lr=self._lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+            fused=True,
+            capturable=on_gpu,
+        )
+        self.optimizer._warned_capturable_if_run_uncaptured = True
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss = self._compiled() if config.compile else self._loss
+        self.graphs = StepGraphs(self.run, self._run_dry) if config.cuda_graph else None
+        if config.cuda_graph and num_processes > 1:
+            torch.distributed.all_reduce(torch.zeros(1, device=device))  # connects, which no capture may
+
+    def __call__(self, inputs: StepInputs, learning_rate: float) -> Tensor:
+        """Take one step.
+
+        Returns:
+            The mean loss, float32 scalar on the device, detached: over the global batch with several processes, which
+            sum it with the gradients, else over the share.
+        """
+        if isinstance(self._lr, Tensor):
+            self._lr.fill_(learning_rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+        # A captured all-reduce has to be captured, and replayed, by all processes together. Shares differ by one
+        # at most: where one is the mean, all are.
+        alike = len(inputs.latents) * self._num_processes == inputs.global_size
+        if self.graphs is None or not len(inputs.latents) or (self._num_processes > 1 and not alike):
+            return self.run(inputs)
+        return self.graphs(inputs)
+
+    def run(self, inputs: StepInputs, *, dry: bool = False) -> Tensor:
+        """The step itself, as it is captured.
+
+        Args:
+            inputs: tensors that stay where they are.
+            dry: as a step that is not finite, which changes and counts nothing but its own skipping; and without the
+                other processes, each of which may meet a new shape at another time.
+        """
+        total = torch.full((), float("nan") if dry else 0.0, device=self._device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for first in range(0, len(inputs.latents), self.config.train_batch_size):
+            part = inputs.part(first, self.config.train_batch_size)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+                per_sample = self.loss(part.latents, part.noise, part.t, part.condition, part.mask)
+            # A sum over the global batch: the size of the parts and of the shares changes nothing.
+            (per_sample.sum() / inputs.global_size).backward()
+            total += per_sample.detach().sum()
+        summed = self._num_processes > 1 and not dry
+        self._update(total, summed=summed)
+        return total / (inputs.global_size if summed else max(len(inputs.latents), 1))
+
+    def optimizer_was_loaded(self) -> None:
+        """Restore this device's options, and drop the graphs, which hold the state that was."""
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self._lr, "fused": True, "capturable": isinstance(self._lr, Tensor)}
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def paths(self) -> str:
+        """Which path each part of the step takes, and why, in one line."""
+        config, device = self.config, self._device
+        dtype: torch.dtype = torch.bfloat16 if self._precision == "bf16" else self.unet.dtype
+        captured = "not captured (needs a CUDA GPU)" if device.type != "cuda" else "not captured (no --cuda_graph)"
+        if self.graphs is not None:
+            captured = f"one CUDA graph for each of {MAX_GRAPHS} shapes (--cuda_graph)"
+        by_kernel = kernel_path(device) == "triton"
+        why = "no GPU" if device.type != "cuda" else "no Triton"
+        return "; ".join([
+            f"step on {device} in {str(dtype).removeprefix('torch.')}",
+            "compiled (--compile)" if config.compile else "eager (no --compile)",
+            captured,
+            "alignment and loss: " + ("Triton kernels" if by_kernel else f"plain torch ({why})"),
+            f"LoRA: {lora_paths(self.unet, device, dtype)}",
+            f"attention: {_attention(self.unet, device, dtype)}",
+        ])  # fmt: skip
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        """The loss, compiled as one graph."""
+        # torch.compile counts recompiles by code object, and fails at the ninth: each trainer of a process has its own.
+        code = TrainingStep._loss.__code__.replace()
+        loss = MethodType(FunctionType(code, globals()), self)
+        if self._device.type != "cpu":
+            return torch.compile(loss, fullgraph=True)
+        # On a CPU Inductor's conversion of convolutions to channels_last costs a sixth of the step of SD1.5 at half its
+        # width (AMD EPYC, torch 2.13), and in a UNet of 8 and 16 channels it gave gradients that were 27 % wrong.
+        return torch.compile(loss, fullgraph=True, options={"layout_optimization": False})
+
+    def _loss(
+        self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """Align, network, loss."""
+        sample, timestep = self.objective.inputs(latents, noise, t)
+        added = {name: value for name, value in condition.items() if name != "encoder_hidden_states"} or None
+        output = self.unet(
+            sample.to(self.unet.conv_in.weight.dtype),  # unet.dtype walks through every module
+            timestep,
+            encoder_hidden_states=condition["encoder_hidden_states"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
+
+    def _update(self, loss: Tensor, *, summed: bool) -> None:
+        """Clip, step and average, or change nothing where loss or gradient is not finite; no host sync.
+
+        Args:
+            loss: of the share; in place that of all processes, if it is summed.
+            summed: over the processes, with the gradients.
+        """
+        for parameter in self.trainable.values():
+            if parameter.grad is None:  # an empty share
+                parameter.grad = torch.zeros_like(parameter)
+        if summed:
+            # Summed here, once a step, and not by DDP: shares may be empty, or of unequal numbers of backward passes.
+            together = [loss, *(p.grad for p in self.trainable.values() if p.grad is not None)]
+            flat = torch.cat([tensor.reshape(-1) for tensor in together])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in together])
+            torch._foreach_copy_(together, [part.view_as(tensor) for part, tensor in zip(parts, together, strict=True)])
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
+        not_finite = ~torch.isfinite(norm + loss)
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.step(skip=not_finite)
+        self.skipped += not_finite
+        self.skipped_in_a_row.add_(1).mul_(not_finite)
+
+    def _run_dry(self, inputs: StepInputs) -> None:
+        """Leave behind what only a first run does: compiled code, plans, the optimizer's state; nothing else."""
+        counters = [self.skipped, self.skipped_in_a_row]
+        before = [counter.clone() for counter in counters]
+        self.run(inputs, dry=True)
+        torch._foreach_copy_(counters, before)
+        self.optimizer.zero_grad(set_to_none=True)  # or the capture would hold them beside its own
+
+
+def keep_compiled_code() -> None:
+    """Have Inductor keep its code in the user's cache folder, unless the environment names another: /tmp is cleared."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "d2f_fast", "inductor")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home, or none of ours: Inductor's own choice serves
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    # Graphs with an autograd Function too, which torch leaves out by default: both its passes, traced, are in the key.
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
+
+
+def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
+    """Learning rate of each step from 0 on: that of diffusers' schedule of the name."""
+    # torch's schedulers read a learning rate that lives on the device back to the host, every step: this one drives a
+    # stand-in, and is asked for its factor alone.
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        stand_in,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    (factor,) = schedule.lr_lambdas
+    return lambda step: config.learning_rate * factor(step)
+
+
+def _attention(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Which of torch's attention kernels serves the network's first attention layer."""
+    attention: Any = next((module for module in unet.modules() if isinstance(module, Attention)), None)
+    if attention is None:
+        return "none"
+    if type(attention.processor) is not AttnProcessor2_0:
+        return type(attention.processor).__name__
+    shape = 1, attention.heads, 1024, attention.inner_dim // attention.heads
+    query = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+    return f"torch's {SDPBackend(torch._fused_sdp_choice(query, query, query)).name.lower()} kernel"

@@ -1,0 +1,227 @@
+"""`sample_flow` against closed-form solutions and diffusers' samplers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from d2f_fast.flow.alignment import Alignment, NaiveFlow
+from d2f_fast.sampling.integrate import sample_flow, unet_velocity
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "trailing"}
+
+
+class DummyUNet:
+    """A function of state, timestep and condition in the shape of a diffusers UNet; counts its calls."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        self.batches = []
+        self.conditions = None
+
+    def __call__(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True):
+        assert sample.dtype == self.dtype and not return_dict
+        self.batches.append(len(sample))
+        self.conditions = added_cond_kwargs
+        condition = encoder_hidden_states.mean((1, 2))[:, None, None, None].to(sample.dtype)
+        time = torch.as_tensor(timestep, dtype=torch.float32)
+        return (0.3 * sample + 0.01 * time.sin() + condition,)
+
+
+def conditions(batch=3):
+    return torch.randn(batch, 5, 7), torch.randn(batch, 5, 7)
+
+
+def predict(unet, sample, timestep, positive, negative, guidance_scale):
+    """Guidance as the stock pipelines compute it, one condition at a time."""
+    outputs = [unet(sample, timestep, condition, return_dict=False)[0] for condition in (negative, positive)]
+    return outputs[0] + guidance_scale * (outputs[1] - outputs[0])
+
+
+def assert_close(got, expected, tolerance):
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def growth(x, t):
+    """Velocity of x(t) = x(0) exp(sin(3 t) / 3 + t² / 2)."""
+    return x * ((3 * t).cos() + t)
+
+
+def grown(x, t):
+    return x * math.exp(math.sin(3 * t) / 3 + t * t / 2)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_error_falls_with_the_order_of_the_method(method, order):
+    start = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    errors = [
+        (sample_flow(growth, start, steps, method=method) - grown(start, 1.0)).abs().max().item()
+        for steps in (16, 32, 64)
+    ]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_reversed_times_return_to_the_start_as_steps_grow(method, order):
+    start = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    errors = []
+    for steps in (25, 100):
+        times = torch.linspace(0, 1, steps + 1).square()
+        data = sample_flow(growth, start, times=times, method=method)
+        assert_close(data, grown(start, 1.0), 0.1)
+        errors.append((sample_flow(growth, data, times=times.flip(0), method=method) - start).abs().max().item())
+    assert errors[1] < errors[0] / 4**order * 1.3 and errors[1] < 0.05
+
+
+def test_a_guided_network_is_inverted_inside_the_table():
+    alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
+    velocity = unet_velocity(DummyUNet(), alignment, *conditions(), guidance_scale=2.0)
+    times = torch.linspace(0.1, 0.95, 401)
+    start = torch.randn(3, 4, 8, 8)
+    data = sample_flow(velocity, start, times=times, method="heun")
+    assert (data - start).abs().max() > 0.5
+    assert_close(sample_flow(velocity, data, times=times.flip(0), method="heun"), start, 2e-3)
+
+
+def test_midpoint_and_heun_are_the_textbook_steps():
+    state, t, h = torch.tensor([[1.5, -0.5]]), torch.tensor(0.25), 0.5
+
+    def velocity(x, t):
+        return x.square() + t
+
+    slope = velocity(state, t)
+    middle = velocity(state + h / 2 * slope, t + h / 2)
+    end = velocity(state + h * slope, t + h)
+    times = torch.tensor([0.25, 0.75])
+    torch.testing.assert_close(sample_flow(velocity, state, times=times), state + h * slope)
+    torch.testing.assert_close(sample_flow(velocity, state, times=times, method="midpoint"), state + h * middle)
+    torch.testing.assert_close(sample_flow(velocity, state, times=times, method="heun"), state + h * (slope + end) / 2)
+
+
+@pytest.mark.parametrize(("method", "evaluations"), [("euler", 5), ("midpoint", 10), ("heun", 10)])
+def test_intermediates_are_the_states_at_every_node(method, evaluations):
+    seen = []
+
+    def velocity(x, t):
+        seen.append((t.ndim, t.dtype))
+        return growth(x, t)
+
+    start, times = torch.randn(2, 4), torch.tensor([0.0, 0.1, 0.3, 0.6, 0.7, 1.0])
+    states = sample_flow(velocity, start, times=times, method=method, return_intermediates=True)
+    assert len(seen) == evaluations and set(seen) == {(0, torch.float32)}
+    assert len(states) == 6 and torch.equal(states[0], start)
+    assert torch.equal(states[-1], sample_flow(growth, start, times=times, method=method))
+    for i in range(1, 6):
+        assert torch.equal(states[i], sample_flow(growth, start, times=times[: i + 1], method=method))
+
+
+def test_default_times_are_uniform_and_the_state_keeps_its_type():
+    start = torch.randn(2, 4)
+    assert torch.equal(sample_flow(growth, start, 8), sample_flow(growth, start, times=torch.arange(9) / 8))
+    for method in ("euler", "midpoint", "heun"):
+        assert sample_flow(lambda x, t: growth(x.float(), t), start.bfloat16(), method=method).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5, 0.5])
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_snr"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False)],
+)
+def test_euler_equals_ddim_on_its_trailing_nodes(prediction_type, zero_snr, guidance_scale):
+    ddim = DDIMScheduler(**SD, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr, clip_sample=False)
+    alignment = Alignment.from_scheduler(ddim)
+    unet, (positive, negative), noise = DummyUNet(), conditions(), torch.randn(3, 4, 8, 8)
+    for steps in (1, 4, 25):
+        ddim.set_timesteps(steps)
+        expected = noise
+        for timestep in ddim.timesteps:
+            output = predict(unet, expected, timestep, positive, negative, guidance_scale)
+            expected = ddim.step(output, timestep, expected, eta=0.0).prev_sample
+        times = torch.cat([alignment.flow_time(ddim.timesteps), torch.ones(1)])
+        velocity = unet_velocity(unet, alignment, positive, negative, guidance_scale)
+        got = sample_flow(velocity, alignment.to_flow(noise, times[0]), times=times)
+        assert_close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_euler_equals_stock_euler_at_the_same_sigmas(prediction_type, guidance_scale):
+    euler = EulerDiscreteScheduler(**SD, prediction_type=prediction_type)
+    alignment = Alignment.from_scheduler(euler)
+    unet, (positive, negative), noise = DummyUNet(), conditions(), torch.randn(3, 4, 8, 8)
+    for steps in (1, 4, 25):
+        euler.set_timesteps(steps)
+        state = noise * (euler.sigmas[0].square() + 1).sqrt()
+        for timestep in euler.timesteps:
+            scaled = euler.scale_model_input(state, timestep)
+            output = predict(unet, scaled, timestep, positive, negative, guidance_scale)
+            state = euler.step(output, timestep, state).prev_sample
+        times = 1 / (1 + euler.sigmas)
+        velocity = unet_velocity(unet, alignment, positive, negative, guidance_scale)
+        got = sample_flow(velocity, alignment.to_flow(noise, times[0]), times=times)
+        assert_close(got, state, 1e-5)
+
+
+def test_naive_flow_equals_diffusers_flow_matching_euler():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    unet, (positive, negative), noise = DummyUNet(), conditions(), torch.randn(3, 4, 8, 8)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    expected = noise
+    for timestep in scheduler.timesteps:
+        output = predict(unet, expected, timestep, positive, negative, 3.0)
+        expected = scheduler.step(output, timestep, expected).prev_sample
+    velocity = unet_velocity(unet, NaiveFlow(), positive, negative, 3.0)
+    assert_close(sample_flow(velocity, noise, times=NaiveFlow().times(4, shift=2.0)), expected, 1e-5)
+
+
+def test_guidance_is_one_batched_call_and_no_guidance_leaves_the_batch():
+    alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
+    positive, negative = conditions()
+    x_t, t = torch.randn(3, 4, 8, 8), torch.tensor(0.4)
+    unet, added = DummyUNet(), {"time_ids": torch.zeros(6, 6)}
+    unet_velocity(unet, alignment, positive, negative, 5.0, added)(x_t, t)
+    assert unet.batches == [6] and torch.equal(unet.conditions["time_ids"], added["time_ids"])
+    unet = DummyUNet()
+    plain = unet_velocity(unet, alignment, positive, negative, 1.0)(x_t, t)
+    assert unet.batches == [3] and unet.conditions is None
+    assert torch.equal(plain, unet_velocity(unet, alignment, positive)(x_t, t))
+
+
+def test_a_half_precision_network_is_given_its_own_type_and_a_float32_state_stays():
+    unet = DummyUNet()
+    unet.dtype = torch.bfloat16
+    alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
+    x_t = torch.randn(3, 4, 8, 8)
+    velocity = unet_velocity(unet, alignment, *conditions(), guidance_scale=2.0)(x_t, torch.tensor(0.4))
+    assert velocity.dtype == torch.float32 and unet.batches == [6]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"method": "rk4"}, r"method must be one of \('euler', 'midpoint', 'heun'\), got 'rk4'"),
+        (
+            {"times": torch.tensor([0.0, 0.5, 0.5, 1.0])},
+            r"strictly monotone tensor of at least two nodes, got \[0.0, 0.5",
+        ),
+        ({"times": torch.tensor([0.0, 0.7, 0.5])}, "strictly monotone"),
+        ({"times": torch.tensor([0.0, float("nan"), 1.0])}, "strictly monotone"),
+        ({"times": torch.tensor([1.0])}, "at least two nodes"),
+        ({"times": torch.tensor(1.0)}, "at least two nodes"),
+        ({"times": torch.tensor([[0.0, 1.0]])}, "strictly monotone"),
+    ],
+)
+def test_unusable_options_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sample_flow(growth, torch.zeros(1, 2), **options)
+
+
+def test_guidance_without_a_negative_condition_is_refused():
+    alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
+    with pytest.raises(ValueError, match=r"guidance_scale=3\.0 needs negative_hidden_states"):
+        unet_velocity(DummyUNet(), alignment, torch.zeros(1, 2, 3), guidance_scale=3.0)
