@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_map
 from benchmarks import clock
 from benchmarks.unets import CONFIGS, Case, batch_of, build, set_adapter
 from d2f_fast import AlignedTrainer, Alignment, TrainingConfig, load_miniature
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.kernels.align import align_reference
 from d2f_fast.kernels.velocity_loss import velocity_loss_reference
 from d2f_fast.lora.inject import inject_lora, lora_layers
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
 
 LEARNING_RATE, BETAS, MAX_NORM = 1e-4, (0.9, 0.999), 1.0

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2f_fast.training.checkpoint import write_json
 from d2f_fast.demo.exam import Exam, noise_of
 from d2f_fast.demo.run import CHOICES, NETWORKS, DemoSettings, StylePictures, make_trainer, with_merged_unet
 from d2f_fast.demo.sampling import ROUTES, Painter, one_thread_an_operation
+from d2f_fast.files.json_file import write_json
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import load_classifier
 from d2f_fast.training.trainer import AlignedTrainer

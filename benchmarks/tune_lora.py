@@ -25,7 +25,7 @@ import torch
 from benchmarks import clock
 from benchmarks.compile_ahead import Ahead, Launch, free_cores, narrow_launches, wide_launches
 from benchmarks.lora_paths import ADDMM, Operands, Ops, errors_of, operands, run_step, split
-from d2f_fast.training.checkpoint import write_json
+from d2f_fast.files.json_file import write_json
 from d2f_fast.kernels import lora_dispatch
 from d2f_fast.kernels.lora_dispatch import MEASURED, MIN_ROWS, Entry, NarrowEntry, Tile
 from d2f_fast.kernels.lora_kernels import _dividing

@@ -7,8 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from d2f_fast.flow.alignment import Alignment
     from d2f_fast.config import TrainingConfig
+    from d2f_fast.flow.alignment import Alignment
     from d2f_fast.layers.fused_lora import use_fused_lora
     from d2f_fast.miniature import load_miniature
     from d2f_fast.ops import align, aligned_loss

@@ -15,3 +15,9 @@ class CheckpointError(RefusedInputError):
 
 class ModelError(RefusedInputError):
     """A base model, scheduler configuration or LoRA file that cannot be used."""
+
+
+def printable(name: object) -> str:
+    """Text of a path or a key for a one-line message: escaped where it holds line breaks or control characters."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.alignment import FlowModel
 from d2f_fast.config import LossWeighting
+from d2f_fast.flow.formulas import FlowModel
 from d2f_fast.kernels.align import align as fused_align
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed

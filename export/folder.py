@@ -13,10 +13,8 @@ from diffusers import AutoModel, DDIMScheduler, EulerDiscreteScheduler
 from safetensors import SafetensorError
 from torch import Tensor
 
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
-from d2f_fast.lora.read import fuse_adapter
 from d2f_fast.export.inference import latent_sides
 from d2f_fast.export.options import COMPONENTS, MINIATURE, ExportOptions
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
@@ -33,6 +31,8 @@ from d2f_fast.export.staging import (
     temporary_folder,
 )
 from d2f_fast.export.wrappers import Component, text_encoder_component, unet_component, vae_components
+from d2f_fast.lora.merge import fuse_adapter
+from d2f_fast.models.base_model import BaseModel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")

@@ -17,7 +17,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from d2f_fast.flow.alignment import Alignment, euler_coefficients
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.formulas import euler_coefficients
 
 TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
 

@@ -16,10 +16,10 @@ if not __package__:  # run as `python export/to_onnx.py`: import the checkout, n
 import tyro
 
 from d2f_fast import __version__
-from d2f_fast.commands.main import silence_libraries
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.files.memory import peak_resident_bytes
+from d2f_fast.models.library_messages import silence_libraries
 
 PROGRAM = "to_onnx.py"
 

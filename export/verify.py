@@ -14,9 +14,9 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.alignment import Alignment
 from d2f_fast.export.sampler_graph import StepTable
 from d2f_fast.export.wrappers import Component, check_sizes
+from d2f_fast.flow.alignment import Alignment
 from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity
 
 GUIDANCE_SCALE = 1.5

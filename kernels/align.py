@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.alignment import combine, interpolate_timestep, naive_timestep, state_scale
+from d2f_fast.flow.formulas import combine, interpolate_timestep, naive_timestep, state_scale
 from d2f_fast.kernels.runtime import (
     dense_samples,
     is_dense,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.alignment import (
+from d2f_fast.flow.formulas import (
     at_least_float32,
     combine,
     over_latents,

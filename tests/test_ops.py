@@ -10,7 +10,8 @@ import torch._dynamo
 from diffusers import DDIMScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.ops import align, aligned_loss
 
 SCHEDULES = {

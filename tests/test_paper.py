@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from torch import Tensor
 
 from d2f_fast import Alignment, Diff2FlowScheduler, sample_flow
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.miniature import load_miniature
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.sampling.integrate import unet_velocity
 
 PROMPTS = ["an owl on a blue background", "a hammer on a white background"]

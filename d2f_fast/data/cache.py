@@ -24,8 +24,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2f_fast.errors import DatasetError, RefusedInputError
-from d2f_fast.data.image_folder import printable, to_rgb
+from d2f_fast.data.images import to_rgb
+from d2f_fast.errors import DatasetError, RefusedInputError, printable
 
 FORMAT = "d2f_fast.data.cache"
 # Part of every key. Raise it when `preprocess` or the content of the files changes: older files are then left alone.

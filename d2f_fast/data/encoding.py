@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast.models.base_model import BaseModel
-from d2f_fast.data.cache import CacheKey, EmbeddingCache, LatentCache
 from d2f_fast.config import TrainingConfig
-from d2f_fast.data.order import BatchPlan, ImageDataset, choose_caption, load_sample
+from d2f_fast.data.cache import CacheKey, EmbeddingCache, LatentCache
+from d2f_fast.data.captions import choose_caption, validated_text
+from d2f_fast.data.images import DECODING_ERRORS
+from d2f_fast.data.loading import ImageDataset, load_sample
+from d2f_fast.data.order import BatchPlan
 from d2f_fast.errors import DatasetError, RefusedInputError
-from d2f_fast.data.image_folder import DECODING_ERRORS, validated_text
+from d2f_fast.models.base_model import BaseModel
 
 
 class LoadedShare(NamedTuple):

@@ -3,26 +3,20 @@
 import json
 import os
 import re
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, TypedDict
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
-from d2f_fast.errors import DatasetError
+from d2f_fast.data.captions import read_caption_file, validated_text
+from d2f_fast.data.images import read_image
+from d2f_fast.errors import DatasetError, printable
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Other decoders are never tried, whatever the file's name says: some of them start programs.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 METADATA_FILE = "metadata.jsonl"
-MAX_CAPTION_CHARACTERS = 10_000
 MAX_LINE_BYTES = 1 << 20
-_MAX_CAPTION_BYTES = 4 * MAX_CAPTION_CHARACTERS + 3  # UTF-8 and a byte order mark
-MAX_IMAGE_PIXELS = 1 << 27
 MAX_REPEATS = 10_000
 EXPECTED_LAYOUTS = (
     f'expected {METADATA_FILE} with lines like {{"file_name": "a.png", "text": "a caption"}}, or images '
@@ -30,21 +24,7 @@ EXPECTED_LAYOUTS = (
     "sub-folders; a sub-folder named 10_name repeats its images 10 times"
 )
 
-DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-)
 _REPEATS = re.compile(r"([0-9]+)_")
-_ORIENTATION = 0x0112
-_TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Sample(TypedDict):
@@ -53,12 +33,6 @@ class Sample(TypedDict):
     image: Image.Image
     text: str | list[str]
     path: Path
-
-
-def printable(name: object) -> str:
-    """Text of a path or a key for a one-line message: escaped where it holds line breaks or control characters."""
-    text = str(name)
-    return text if text.isprintable() else repr(text)
 
 
 class CaptionedImages(Dataset[Sample]):
@@ -171,20 +145,7 @@ def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, str
             raise DatasetError(
                 f"{printable(folder / name)} has no caption: write it into {printable(folder / caption)}"
             )
-        yield name, _read_caption(folder / caption), repeats
-
-
-def _read_caption(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            encoded = file.read(_MAX_CAPTION_BYTES + 1)
-        if len(encoded) > _MAX_CAPTION_BYTES:
-            _refuse_long(printable(path))
-        return _validated_caption(encoded.decode("utf-8-sig"), printable(path))
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{printable(path)} is not UTF-8 text: save it as UTF-8") from error
-    except OSError as error:
-        raise DatasetError(f"{printable(path)} cannot be read ({error.strerror}): check the file") from error
+        yield name, read_caption_file(folder / caption), repeats
 
 
 def _find_images(folder: Path) -> Iterator[str]:
@@ -207,73 +168,3 @@ def _find_images(folder: Path) -> Iterator[str]:
             if not path.is_file():
                 raise DatasetError(f"{printable(path)} is not a file, or a broken link: remove it")
             yield path.relative_to(folder).as_posix()
-
-
-def _refuse_long(where: str) -> NoReturn:
-    raise DatasetError(f"{where} is a caption of more than {MAX_CAPTION_CHARACTERS} characters: shorten it")
-
-
-def _validated_caption(caption: object, where: str) -> str:
-    if not isinstance(caption, str) or not caption.strip():
-        problem = "is not text" if caption is not None and not isinstance(caption, str) else "is missing or empty"
-        raise DatasetError(f"{where} {problem}: give each image a caption")
-    if len(caption.strip()) > MAX_CAPTION_CHARACTERS:
-        _refuse_long(where)
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise DatasetError(f"{where} holds half a surrogate pair, which no tokenizer reads: correct it") from error
-    return caption.strip()
-
-
-def validated_text(text: object, where: str) -> str | list[str]:
-    """A caption, or a list of captions, stripped."""
-    if isinstance(text, list) and text:
-        return [_validated_caption(caption, where) for caption in text]
-    return _validated_caption(None if text == [] else text, where)
-
-
-def read_image(path: Path) -> Image.Image:
-    """Decode a PNG, JPEG, WebP or BMP file to RGB; see `to_rgb`.
-
-    Raises:
-        DatasetError: the file does not decode, or has more than 2**27 pixels.
-    """
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
-            return to_rgb(image)
-    except DECODING_ERRORS as error:
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else printable(error)[:200]
-        formats = ", ".join(IMAGE_FORMATS)
-        raise DatasetError(f"{printable(path)} does not decode as {formats} ({reason}): replace it") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image upright (EXIF), put it on white where it is transparent, and reduce it to 8-bit RGB.
-
-    16-bit greys keep their high byte, as the decoder does for 16-bit colours. Applied twice, it changes nothing more.
-
-    Raises:
-        ValueError: the image is floating point or has values outside 0 … 65535.
-    """
-    transposition = _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION, 1))
-    if transposition is not None:
-        image = image.transpose(transposition)
-    if image.mode == "F":
-        raise ValueError("floating-point images have no defined white: convert them to 8 bits")
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 0xFFFF:
-            raise ValueError("values outside 0 … 65535: convert the image to 8 bits")
-        grey = wide >> 8
-        grey[wide == image.info.get("transparency", -1)] = 255
-        rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    elif image.has_transparency_data:
-        colours = image.convert("RGBA")
-        rgb = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
-    else:
-        rgb = image.convert("RGB")
-    rgb.info = {}  # its orientation and transparency are used up: a second call must not apply them again
-    return rgb

@@ -8,48 +8,14 @@ processes and of decoding threads, trains on the same images, mirrored, cropped 
 Philox words are used, whose stream numpy keeps from version to version.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from d2f_fast.errors import DatasetError
-from d2f_fast.data.image_folder import DECODING_ERRORS, MAX_IMAGE_PIXELS, CaptionedImages, printable, to_rgb, validated_text
-
-__all__ = [
-    "BatchPlan",
-    "CaptionedImages",
-    "Draws",
-    "ImageDataset",
-    "augmentation",
-    "batch_indices",
-    "check_dataset",
-    "choose_caption",
-    "iterate_indices",
-    "load_ahead",
-    "load_sample",
-    "plan_batches",
-    "preprocess",
-    "steps_per_epoch",
-]
-
-Loaded = TypeVar("Loaded")
 
 _ORDER_STREAM = 0
 _AUGMENTATION_STREAM = 1
-
-
-class ImageDataset(Protocol):
-    """What a run trains on: items have "image" (PIL) and "text"; "path", where they have one, names them in errors."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 class Draws(NamedTuple):
@@ -74,48 +40,6 @@ class BatchPlan:
     draws: list[Draws]
     global_batch_size: int
     offset: int
-
-
-def preprocess(
-    image: Image.Image, resolution: int, center_crop: bool, flip: bool, crop: tuple[float, float] = (0.0, 0.0)
-) -> Tensor:
-    """Resize the short side with Lanczos, crop a square, mirror it, and scale to [-1, 1]; as the diffusers scripts do.
-
-    Equals `Normalize(0.5, 0.5)(ToTensor()(crop(Resize(resolution, LANCZOS)(image))))` of torchvision. An image that is
-    `resolution` pixels square keeps its pixels: value / 127.5 - 1.
-
-    Args:
-        image: any mode, see `to_rgb`.
-        resolution: side of the square, pixels.
-        center_crop: crop the middle; otherwise `crop` says where.
-        flip: mirror left and right, after the crop.
-        crop: draws in [0, 1), (vertical, horizontal), of the position.
-
-    Returns:
-        [3, resolution, resolution], float32.
-
-    Raises:
-        ValueError: the resized image would have more than 2**27 pixels; or as `to_rgb`.
-    """
-    image = to_rgb(image)
-    short = min(image.size)
-    width, height = (resolution * side // short for side in image.size)
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"{image.width}x{image.height} pixels are too elongated for resolution {resolution}: crop the image"
-        )
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    spare = (height - resolution, width - resolution)
-    if center_crop:
-        top, left = (round(pixels / 2) for pixels in spare)
-    else:
-        top, left = (int(draw * (pixels + 1)) for draw, pixels in zip(crop, spare, strict=True))
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
-    return (pixels / 127.5 - 1).contiguous()
 
 
 def _philox(seed: int, stream: int, epoch: int, index: int = 0) -> np.random.Philox:
@@ -176,74 +100,3 @@ def plan_batches(
         offset = rank * share + min(rank, larger_shares)
         mine = indices[offset : offset + share + (rank < larger_shares)]
         yield BatchPlan(epoch, mine, [augmentation(seed, epoch, index) for index in mine], len(indices), offset)
-
-
-def choose_caption(text: str | list[str], draw: float) -> str:
-    """Caption that a draw in [0, 1) picks among the alternatives."""
-    return text if isinstance(text, str) else text[int(draw * len(text))]
-
-
-def load_sample(
-    dataset: ImageDataset, index: int, draws: Draws, resolution: int, *, random_flip: bool, center_crop: bool
-) -> tuple[Tensor, str]:
-    """Pixels, [3, resolution, resolution] float32 in [-1, 1], and caption of one sample, augmented by its draws.
-
-    Raises:
-        DatasetError: the sample has no image or no caption, or its image cannot be used.
-    """
-    sample = dataset[index]
-    name = printable(sample["path"]) if "path" in sample else f"sample {index}"
-    caption = choose_caption(validated_text(sample.get("text"), f'{name}: "text"'), draws.caption)
-    if not isinstance(sample.get("image"), Image.Image):
-        raise DatasetError(f'{name}: "image" must be a PIL image, got {type(sample.get("image")).__name__}')
-    try:
-        pixels = preprocess(sample["image"], resolution, center_crop, random_flip and draws.mirrored, draws.crop)
-    except DECODING_ERRORS as error:
-        raise DatasetError(f"{name}: {error}") from error
-    return pixels, caption
-
-
-def check_dataset(dataset: Any) -> None:
-    """Refuse what has no order to be drawn in, or nothing.
-
-    Raises:
-        DatasetError: it has no length, no items by index, or none at all.
-    """
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise DatasetError(
-            f"a dataset needs a length and items by index, and {type(dataset).__name__} has not: give a list, or a data"
-            " set that is not iterable only"
-        )
-    if len(dataset) == 0:
-        raise DatasetError("the dataset is empty: give at least one captioned image")
-
-
-def load_ahead(
-    plans: Iterator[BatchPlan], load: Callable[[BatchPlan], Loaded], workers: int
-) -> Iterator[tuple[BatchPlan, Loaded]]:
-    """Yield each plan with what `load` makes of it, in order.
-
-    Args:
-        plans: of this process.
-        load: called from several threads at once where there is more than one.
-        workers: threads that load while the caller computes, a batch each; 0 loads when asked.
-
-    Raises:
-        Exception: that of `load`, at the turn of its plan.
-    """
-    if workers == 0:
-        for plan in plans:
-            yield plan, load(plan)
-        return
-    pending: deque[tuple[BatchPlan, Future[Loaded]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for plan in plans:
-            pending.append((plan, pool.submit(load, plan)))
-            if len(pending) > workers:
-                oldest, future = pending.popleft()
-                yield oldest, future.result()
-        for oldest, future in pending:
-            yield oldest, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)

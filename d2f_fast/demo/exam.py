@@ -9,22 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2f_fast.evaluation import features as imagenet
-from d2f_fast.flow.alignment import FlowModel, interpolate
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.demo.sampling import Painter, Route
-from d2f_fast.evaluation.distances import (
-    background_accuracy,
-    bootstrap_interval,
-    frechet_distance,
-    grey_bias,
-    name_accuracy,
-    real_floor,
-)
+from d2f_fast.evaluation import features as imagenet
+from d2f_fast.evaluation.accuracy import background_accuracy, name_accuracy
+from d2f_fast.evaluation.brightness import grey_bias
+from d2f_fast.evaluation.distances import bootstrap_interval, frechet_distance, real_floor
+from d2f_fast.flow.formulas import FlowModel, interpolate
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.build_classifier import names_with_free_corners
 from d2f_fast.miniature.classifier import Classifier
 from d2f_fast.miniature.pictures import Picture
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.sampling.integrate import unet_velocity
 
 MOST_FEATURES = 64

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from d2f_fast.training.checkpoint import atomic_path
 from d2f_fast.demo.plots import COLOURS, Bar, Line, bar_plot, legend, line_plot
 from d2f_fast.demo.reading import Row, best, excess, reading, route_of, select
 from d2f_fast.demo.sampling import DDIM, DPM, FLOW, FLOW_TRAILING, Route
+from d2f_fast.files.atomic import atomic_path
 
 OBJECTIVES = ("base", "fm_paper", "fm", "diffusion", "diff2flow")
 LABELS = {

@@ -31,18 +31,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.config import ObjectiveName, TrainingConfig
 from d2f_fast.demo.exam import Exam, flow_loss, measure_brightness, noise_of
 from d2f_fast.demo.reading import comparisons
 from d2f_fast.demo.report import write_report
 from d2f_fast.demo.sampling import DDIM, FLOW, ROUTES, Painter, Route, equal_route, one_thread_an_operation
-from d2f_fast.evaluation.distances import gaussian_grey_bias
-from d2f_fast.lora.inject import merged_unet
+from d2f_fast.evaluation.brightness import gaussian_grey_bias
 from d2f_fast.files.run_record import write_metrics
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.lora.merge import merged_unet
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import Classifier, load_classifier
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.trainer import AlignedTrainer, to_pil
 
 

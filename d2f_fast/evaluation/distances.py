@@ -3,16 +3,11 @@
 Every figure depends on how many pictures it was computed from: compare figures of equal counts.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
-
-from d2f_fast.flow.alignment import Alignment
 
 Array = NDArray[np.float64]
 
@@ -100,88 +95,3 @@ def real_floor(features: ArrayLike, count: int, against: int | None = None, spli
         order = generator.permutation(len(features))
         distances.append(frechet_distance(features[order[:count]], features[order[count:end]]))
     return float(np.mean(distances))
-
-
-def corner_pixels(pictures: Tensor, side: int = 2) -> Tensor:
-    """The four corners, `side` pixels along each side: [B, C, 4 * side²] of pictures [B, C, H, W]."""
-    ends = torch.cat([torch.arange(side), torch.arange(-side, 0)])
-    return pictures[..., ends, :][..., ends].flatten(2)
-
-
-def corner_colours(pictures: Tensor, palette: Tensor, side: int = 2) -> Tensor:
-    """Index of the palette's colour nearest to the median of the four corners, [B].
-
-    Args:
-        pictures: [B, C, H, W].
-        palette: [colours, C], in the same units.
-        side: pixels of a corner along each side.
-    """
-    return torch.cdist(corner_pixels(pictures, side).median(dim=-1).values, palette).argmin(dim=-1)
-
-
-def background_accuracy(pictures: Tensor, colours: Tensor, palette: Tensor, readable: Tensor) -> tuple[float, int]:
-    """Share of the pictures whose corners are of the captioned colour, and how many were read.
-
-    Args:
-        pictures: [B, C, H, W].
-        colours: [B], index into the palette.
-        palette: [colours, C].
-        readable: [B] bool, false where what is drawn covers a corner.
-    """
-    right = (corner_colours(pictures, palette) == colours)[readable]
-    return (right.double().mean().item() if len(right) else float("nan")), len(right)
-
-
-def name_accuracy(logits: Tensor, names: Tensor, top: int = 1) -> float:
-    """Share of the pictures whose name is among the classifier's first `top`; logits [B, names], names [B]."""
-    return (logits.topk(top, dim=-1).indices == names[:, None]).any(-1).double().mean().item()
-
-
-def mean_brightness(pictures: Tensor) -> Array:
-    """Mean over channels and pixels of each picture, [B]."""
-    return pictures.double().flatten(1).mean(1).cpu().numpy()
-
-
-def grey_bias(pictures: Tensor, real: Tensor, repeats: int = 1000, seed: int = 0) -> Interval:
-    """Spread of the mean brightness of pictures as a share of the real ones': 1 is none, below 1 is grey.
-
-    Args:
-        pictures, real: [B, C, H, W] and [R, C, H, W], drawn from the same captions, in the same units.
-        repeats: of the bootstrap, which resamples both.
-        seed: of the bootstrap.
-    """
-    return bootstrap_interval(
-        lambda drawn, wanted: float(drawn.std(ddof=1) / wanted.std(ddof=1)),
-        mean_brightness(pictures),
-        mean_brightness(real),
-        repeats=repeats,
-        seed=seed,
-    )
-
-
-def gaussian_grey_bias(alignment: Alignment, shape: tuple[int, ...], variance: float, times: Tensor) -> float:
-    """Share of the brightness spread that a perfect network keeps for Gaussian data: closed form, nothing is drawn.
-
-    The latents are N(0, Σ), and the mean of each channel has variance `variance`. Along that one direction the ideal
-    network and Euler's method are linear maps of a number, so its variance is propagated exactly. The direction's own
-    variance is height * width * variance, which is why the effect grows with the size of the latents.
-
-    Args:
-        alignment: of the schedule and the prediction type.
-        shape: (channels, height, width) of the latents.
-        variance: of a channel's mean over the picture.
-        times: [steps + 1] flow times; at times[0] the diffusion state is drawn from N(0, 1), as samplers do.
-    """
-    data = variance * shape[-1] * shape[-2]
-    times = times.double()
-    x_t = alignment.state_scale(times[0])
-    for t, t_next in itertools.pairwise(times):
-        # The ideal network reads the state it is given at the noise level it is told, which is the clipped one.
-        alpha, sigma = alignment.coefficients(t)
-        p, q = alignment.velocity_coefficients(t)
-        sample = x_t / alignment.state_scale(t)
-        latents = alpha * data / (alpha.square() * data + sigma.square()) * sample
-        noise = sigma / (alpha.square() * data + sigma.square()) * sample
-        output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * latents, "sample": latents}
-        x_t = x_t + (t_next - t) * (p * sample + q * output[alignment.prediction_type])
-    return (x_t.abs() / data**0.5).item()

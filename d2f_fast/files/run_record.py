@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from d2f_fast.training.checkpoint import write_json
+from d2f_fast.files.json_file import write_json
 from d2f_fast.files.memory import peak_resident_bytes
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")

@@ -14,12 +14,26 @@ Arithmetic is float32, or float64 for float64 times, whatever the latents are; o
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2f_fast.config import Spacing
+from d2f_fast.flow.formulas import (
+    at_least_float32,
+    combine,
+    interpolate,
+    interpolate_timestep,
+    latents_coefficients,
+    over_latents,
+    readout_coefficients,
+    shift_times,
+    shifted_uniform_times,
+    state_scale,
+    target_coefficients,
+    velocity_coefficients,
+)
 from d2f_fast.flow.noise_schedule import NoiseSchedule
 
 # EulerDiscreteScheduler's own sigma_max for zero terminal SNR: far enough from the data that the start is pure noise.
@@ -27,150 +41,6 @@ _SIGMA_OF_PURE_NOISE = 4096.0
 
 # Largest 1 / alpha at which an ε-prediction is read: SD's table ends at 14.6, DDPM's at 157, a cosine one at 20,000.
 _LARGEST_READOUT = 200.0
-
-
-class FlowModel(Protocol):
-    """What objectives, samplers and the scheduler need to know of a network: `Alignment` or `NaiveFlow`."""
-
-    prediction_type: str
-    t_min: float
-    t_max: float
-    num_train_timesteps: int
-
-    def to(self, device: torch.device | str) -> "FlowModel": ...
-    def rising_flow_times(self, dtype: torch.dtype) -> Tensor | None: ...
-    def timestep(self, t: Tensor) -> Tensor: ...
-    def flow_time(self, timestep: Tensor) -> Tensor: ...
-    def to_sample(self, x_t: Tensor, t: Tensor) -> Tensor: ...
-    def to_flow(self, sample: Tensor, t: Tensor) -> Tensor: ...
-    def state_scale(self, t: Tensor) -> Tensor: ...
-    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
-    def velocity(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor: ...
-    def model_target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
-    def predicted_latents(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor: ...
-    def times(self, steps: int, spacing: Spacing = "uniform", shift: float = 1.0) -> Tensor: ...
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in the type of the arithmetic: float64 stays, everything else is float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def over_latents(coefficient: Tensor, latents: Tensor) -> Tensor:
-    """View a coefficient, [B] or scalar, so that it multiplies latents [B, ...]."""
-    if coefficient.ndim == 0:
-        return coefficient
-    if coefficient.shape != latents.shape[:1]:
-        raise ValueError(f"t must have shape [{latents.shape[0]}] or [], got {list(coefficient.shape)}")
-    return coefficient.reshape(-1, *(1,) * (latents.ndim - 1))
-
-
-def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a * x + b * y with one rounding at the end, in the wider type of x and y."""
-    total = over_latents(a, x) * at_least_float32(x) + over_latents(b, y) * at_least_float32(y)
-    return total.to(torch.promote_types(x.dtype, y.dtype))
-
-
-def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Flow state t * latents + (1 - t) * noise, in the wider type of the two.
-
-    Args:
-        latents, noise: [B, ...].
-        t: [B] or [] float32 in [0, 1].
-    """
-    t = at_least_float32(t)
-    return combine(t, latents, 1 - t, noise)
-
-
-def state_scale(t: Tensor) -> Tensor:
-    """n = sqrt(t² + (1 - t)²), the norm that separates the flow state from the diffusion state."""
-    return (t.square() + (1 - t).square()).sqrt()
-
-
-def interpolate_timestep(t: Tensor, rising_flow_times: Tensor, t_min: float) -> Tensor:
-    """Fractional diffusion time of flow times, linear between the table's nodes, clamped to [0, T-1].
-
-    Args:
-        t: any shape, of the table's type.
-        rising_flow_times: [T]; entry k belongs to timestep T - 1 - k.
-    """
-    t, last = t.clamp(min=t_min), len(rising_flow_times) - 1
-    upper = torch.searchsorted(rising_flow_times, t.contiguous(), right=True).clamp(1, last)
-    below, above = rising_flow_times[upper - 1], rising_flow_times[upper]
-    return (last + 1 - upper - (t - below) / (above - below)).clamp(0, last)
-
-
-def naive_timestep(t: Tensor, num_train_timesteps: int) -> Tensor:
-    """T * (1 - t), what networks that predict the flow are fed."""
-    return num_train_timesteps * (1 - t)
-
-
-def readout_coefficients(t: Tensor, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
-    """alpha, sigma at which the output is read: those of t clipped to [t_min, t_max]; alpha² + sigma² = 1."""
-    # 1 - t is clipped on its own: 1 - float32(t_max) would lose the digits of a small sigma.
-    to_data, from_data = t.clamp(t_min, t_max), (1 - t).clamp(1 - t_max, 1 - t_min)
-    n = (to_data.square() + from_data.square()).sqrt()
-    return to_data / n, from_data / n
-
-
-def latents_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """a, b of x̂0 = a * sample + b * model_output."""
-    if prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if prediction_type == "v_prediction":
-        return alpha, -sigma
-    return torch.zeros_like(alpha), torch.ones_like(alpha)
-
-
-def noise_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """c, d of ε̂ = c * sample + d * model_output."""
-    if prediction_type == "epsilon":
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
-    if prediction_type == "v_prediction":
-        return sigma, alpha
-    return 1 / sigma, -alpha / sigma
-
-
-def velocity_coefficients(t: Tensor, prediction_type: str, t_min: float, t_max: float) -> tuple[Tensor, Tensor]:
-    """P, Q of velocity = P * sample + Q * model_output, at any t in [0, 1]; "flow_prediction" is 0, -1."""
-    if prediction_type == "flow_prediction":
-        one = torch.ones_like(t)
-        return torch.zeros_like(one), -one
-    n = state_scale(t)
-    alpha, sigma = readout_coefficients(t, t_min, t_max)
-    (a, b), (c, d) = (read(prediction_type, alpha, sigma) for read in (latents_coefficients, noise_coefficients))
-    below, above = t < t_min, t > t_max
-    # The denominators are clamped into their own zone, where they are never zero: both branches are always computed.
-    to_data = 1 - t.clamp(max=t_max)
-    from_noise = t.clamp(min=t_max)
-    p = torch.where(below, (a - n) / to_data, torch.where(above, (n - c) / from_noise, a - c))
-    q = torch.where(below, b / to_data, torch.where(above, -d / from_noise, b - d))
-    return p, q
-
-
-def target_coefficients(t: Tensor, p: Tensor, q: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """e, f of model_target = e * latents + f * noise, the output whose velocity is exactly latents - noise."""
-    if prediction_type == "flow_prediction":
-        return q, -q
-    n = state_scale(t)
-    return (1 - p * t / n) / q, -(1 + p * (1 - t) / n) / q
-
-
-def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Flow times whose sigma = (1 - t) / t is `shift` times as large; 0 and 1 stay."""
-    return t / (t + shift * (1 - t))
-
-
-def shifted_uniform_times(steps: int, t_min: float, shift: float) -> Tensor:
-    """Nodes 0 … 1, [steps + 1] float64, uniform before the shift; the interior keeps at or above `t_min`."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not shift > 0:
-        raise ValueError(f"shift must be positive, got {shift}")
-    lowest = torch.tensor(t_min, dtype=torch.float64)
-    first = max(1 / steps, shift_times(lowest, 1 / shift).item())
-    interior = torch.linspace(first if steps > 1 else 1, 1, steps, dtype=torch.float64)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), shift_times(interior, shift)])
 
 
 class Alignment:
@@ -316,83 +186,3 @@ class Alignment:
         later = ((1 - nodes) / nodes).tolist()
         first = (1 - self.t_min) / self.t_min + later[0] if self.prediction_type == "epsilon" else _SIGMA_OF_PURE_NOISE
         return [first, *later]
-
-
-class NaiveFlow:
-    """A network that predicts the flow itself (`flow_prediction`, noise - latents, as diffusers' flow-matching models
-    do).
-
-    The state is x_t, the timestep T * (1 - t), and nothing is aligned: naive flow matching, the paper's baseline, and
-    the way rectified-flow checkpoints are read.
-    """
-
-    prediction_type = "flow_prediction"
-    t_min = 0.0
-    t_max = 1.0
-
-    def __init__(self, num_train_timesteps: int = 1000) -> None:
-        self.num_train_timesteps = num_train_timesteps
-
-    def to(self, device: torch.device | str) -> "NaiveFlow":
-        """Itself: there is no table to move."""
-        return self
-
-    def rising_flow_times(self, dtype: torch.dtype) -> None:
-        """None: there is no table."""
-
-    def timestep(self, t: Tensor) -> Tensor:
-        """T * (1 - t)."""
-        return naive_timestep(at_least_float32(t), self.num_train_timesteps)
-
-    def flow_time(self, timestep: Tensor) -> Tensor:
-        """1 - timestep / T."""
-        return 1 - at_least_float32(timestep) / self.num_train_timesteps
-
-    def interpolate(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Flow state t * latents + (1 - t) * noise."""
-        return interpolate(latents, noise, t)
-
-    def state_scale(self, t: Tensor) -> Tensor:
-        """1: the network is given the flow state as it is."""
-        return torch.ones_like(at_least_float32(t))
-
-    def to_sample(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The flow state itself."""
-        return x_t
-
-    def to_flow(self, sample: Tensor, t: Tensor) -> Tensor:
-        """The flow state itself."""
-        return sample
-
-    def velocity_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """P = 0, Q = -1: diffusers' flow prediction is noise - latents."""
-        return velocity_coefficients(at_least_float32(t), self.prediction_type, self.t_min, self.t_max)
-
-    def velocity(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
-        """Flow velocity latents - noise, the negative of the output."""
-        return -model_output
-
-    def predicted_latents(self, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
-        """x̂0 = x_t - (1 - t) * model_output."""
-        t = at_least_float32(t)
-        return combine(torch.ones_like(t), sample, t - 1, model_output)
-
-    def model_target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """noise - latents."""
-        return noise - latents
-
-    def times(self, steps: int, spacing: Spacing = "uniform", shift: float = 1.0) -> Tensor:
-        """Uniform nodes 0 … 1, shifted, [steps + 1] float32; there are no trailing timesteps without a table."""
-        if spacing != "uniform":
-            raise ValueError(f'spacing must be "uniform" for flow_prediction, got {spacing!r}')
-        return shifted_uniform_times(steps, 0.0, shift).float()
-
-
-def euler_coefficients(model: FlowModel, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
-    """A, B of one Euler step in flow time on the network's own state: sample' = A * sample + B * model_output.
-
-    A = (n + (t' - t) P) / n', B = (t' - t) Q / n', primes at t'. Equal to a DDIM (η = 0) step between the same nodes.
-    """
-    p, q = model.velocity_coefficients(t)
-    step, n_next = t_next - t, model.state_scale(t_next)
-    return (model.state_scale(t) + step * p) / n_next, step * q / n_next

@@ -11,8 +11,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.alignment import shift_times
 from d2f_fast.config import TimestepSampling
+from d2f_fast.flow.formulas import shift_times
 
 MODE_SCALE = 1.29  # SD3's best setting
 U_SHAPE = 4.0  # p(s) proportional to cosh(4 (s - 1/2))

@@ -21,8 +21,8 @@ from torch import nn
 
 from d2f_fast.layers.frozen_conv import FrozenConv2d
 from d2f_fast.layers.fused_layers import FusedConv2d, FusedLinear, obstacle, operands
-from d2f_fast.ops import MIN_ROWS, choose_path, kernel_path, runs_plain
 from d2f_fast.layers.packed_attention import PackedAttention, pack_text_products
+from d2f_fast.ops import MIN_ROWS, choose_path, kernel_path, runs_plain
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from d2f_fast.evaluation.distances import corner_colours, corner_pixels
+from d2f_fast.evaluation.accuracy import corner_colours, corner_pixels
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.build_denoiser import cosine
 from d2f_fast.miniature.classifier import WEIGHTS, Classifier, load_classifier

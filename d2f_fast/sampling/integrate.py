@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.alignment import FlowModel
 from d2f_fast.config import Method
+from d2f_fast.flow.formulas import FlowModel
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 

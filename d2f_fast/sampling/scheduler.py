@@ -15,9 +15,11 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from d2f_fast.flow.alignment import Alignment, FlowModel, NaiveFlow, combine, euler_coefficients
 from d2f_fast.config import Method, Spacing
 from d2f_fast.errors import ModelError
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.formulas import FlowModel, combine, euler_coefficients
+from d2f_fast.flow.naive_flow import NaiveFlow
 
 # A first sigma this much above sigma_max is no rounding of it: it asks for a start at t = 0.
 _SIGMA_TOLERANCE = 1e-3

@@ -11,10 +11,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.alignment import Alignment, FlowModel, NaiveFlow
 from d2f_fast.config import LossWeighting, ObjectiveName, TimestepSampling
-from d2f_fast.ops import align, aligned_loss
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.formulas import FlowModel
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.time_sampling import sample_times
+from d2f_fast.ops import align, aligned_loss
 
 
 @dataclass(frozen=True)

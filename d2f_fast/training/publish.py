@@ -4,8 +4,8 @@ from typing import Any
 
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.config import TrainingConfig
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
 
 _SCHEDULE_KEYS = (

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2f_fast.training.checkpoint import atomic_path, make_folder
 from d2f_fast.config import TrainingConfig
+from d2f_fast.files.atomic import atomic_path, make_folder
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend
 
 from d2f_fast.config import TrainingConfig
-from d2f_fast.training.ema import EMA
 from d2f_fast.layers.fused_lora import lora_paths
-from d2f_fast.training.objective import Objective
 from d2f_fast.ops import kernel_path
+from d2f_fast.training.ema import EMA
+from d2f_fast.training.objective import Objective
 from d2f_fast.training.step_graphs import MAX_GRAPHS, StepGraphs
 
 

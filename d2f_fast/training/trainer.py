@@ -28,34 +28,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from d2f_fast.flow.alignment import Alignment
-from d2f_fast.models.base_model import BaseModel
-from d2f_fast.training.checkpoint import (
-    MANIFEST,
-    atomic_folder,
-    find_checkpoint,
-    list_checkpoints,
-    make_folder,
-    pack_optimizer,
-    read_json,
-    read_tensors,
-    save_checkpoint,
-    unpack_optimizer,
-    write_json,
-    write_tensors,
-)
 from d2f_fast.config import Method, TrainingConfig
-from d2f_fast.data.order import ImageDataset, check_dataset, load_ahead, plan_batches
-from d2f_fast.training.ema import EMA
 from d2f_fast.data.encoding import BatchEncoder, check_batch
+from d2f_fast.data.loading import ImageDataset, check_dataset, load_ahead
+from d2f_fast.data.order import plan_batches
 from d2f_fast.errors import CheckpointError, DatasetError, ModelError, RefusedInputError
+from d2f_fast.files.atomic import atomic_folder, make_folder
+from d2f_fast.files.json_file import read_json, write_json
+from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.flow.alignment import Alignment
 from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.layers.half_base import HalfBase
-from d2f_fast.lora.inject import inject_lora, merged_unet, save_lora
-from d2f_fast.training.objective import Objective
-from d2f_fast.training.run_log import RunLog
+from d2f_fast.lora.inject import inject_lora
+from d2f_fast.lora.merge import merged_unet
+from d2f_fast.lora.write import save_lora
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.sampling.integrate import sample_flow, unet_velocity
+from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, save_checkpoint
+from d2f_fast.training.ema import EMA
+from d2f_fast.training.objective import Objective
+from d2f_fast.training.optimizer_state import pack_optimizer, unpack_optimizer
 from d2f_fast.training.publish import stock_scheduler, tags_of
+from d2f_fast.training.run_log import RunLog
 from d2f_fast.training.step import StepInputs, TrainingStep, keep_compiled_code, learning_rates
 
 logger = logging.getLogger(__name__)

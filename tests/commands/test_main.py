@@ -13,10 +13,11 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from d2f_fast.training.checkpoint import read_tensors
 from d2f_fast.commands.main import main, parse
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.lora.inject import inject_lora, save_lora
+from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.lora.inject import inject_lora
+from d2f_fast.lora.write import save_lora
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 
@@ -312,7 +313,9 @@ def test_a_lora_of_another_model_is_refused_by_file_and_key(tiny_folder, tmp_pat
 
 
 def test_help_imports_no_torch_and_is_instant():
-    code = "import sys; from d2f_fast.commands.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; from d2f_fast.commands.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    )
     code += "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

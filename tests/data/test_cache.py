@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast import cache as cache_module
+from d2f_fast.data import cache as cache_module
 from d2f_fast.data.cache import CacheKey, EmbeddingCache, FileHashes, LatentCache
 from d2f_fast.errors import DatasetError, RefusedInputError
 

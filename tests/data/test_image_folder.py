@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2f_fast.data.image_folder import MAX_LINE_BYTES, CaptionedImages
+from d2f_fast.data.images import read_image, to_rgb
 from d2f_fast.errors import DatasetError
-from d2f_fast.data.image_folder import MAX_LINE_BYTES, CaptionedImages, read_image, to_rgb
 
 RANDOM = np.random.default_rng(0)
 NOISE = RANDOM.integers(0, 256, (9, 7, 4), dtype=np.uint8)

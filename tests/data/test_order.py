@@ -10,19 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from d2f_fast.data.captions import choose_caption
+from d2f_fast.data.image_folder import CaptionedImages
+from d2f_fast.data.images import preprocess
+from d2f_fast.data.loading import check_dataset, load_ahead, load_sample
 from d2f_fast.data.order import (
     BatchPlan,
-    CaptionedImages,
     Draws,
     augmentation,
     batch_indices,
-    check_dataset,
-    choose_caption,
     iterate_indices,
-    load_ahead,
-    load_sample,
     plan_batches,
-    preprocess,
     steps_per_epoch,
 )
 from d2f_fast.errors import DatasetError

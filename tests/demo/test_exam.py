@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from d2f_fast.evaluation import features as imagenet
-from d2f_fast.flow.alignment import NaiveFlow
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.demo.exam import MOST_FEATURES, Exam, FeatureSpace, flow_loss, noise_of
+from d2f_fast.evaluation import features as imagenet
 from d2f_fast.evaluation.distances import frechet_distance
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.classifier import Classifier
+from d2f_fast.models.base_model import BaseModel
 
 PROMPTS = ["a cat on a red background", "a boot on a black background"]
 

@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from d2f_fast.evaluation import features as imagenet
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.config import TrainingConfig
 from d2f_fast.demo.exam import noise_of
 from d2f_fast.demo.run import (
@@ -31,9 +29,11 @@ from d2f_fast.demo.run import (
     with_merged_unet,
 )
 from d2f_fast.demo.sampling import DDIM, DPM, FLOW, ROUTES, Painter
-from d2f_fast.lora.inject import LORA_FILE
+from d2f_fast.evaluation import features as imagenet
+from d2f_fast.lora.read import LORA_FILE
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.classifier import Classifier
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.trainer import AlignedTrainer
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.demo.exam import noise_of
 from d2f_fast.demo.sampling import DDIM, DPM, FLOW, ROUTES, Painter, Route, draw_latents
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.sampling.integrate import unet_velocity
 
 PROMPTS = ["a cat on a red background", "a boot on a black background"]

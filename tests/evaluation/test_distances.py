@@ -6,16 +6,10 @@ import scipy.linalg
 import torch
 from diffusers import DDIMScheduler
 
+from d2f_fast.evaluation.accuracy import background_accuracy, name_accuracy
+from d2f_fast.evaluation.brightness import gaussian_grey_bias, grey_bias
+from d2f_fast.evaluation.distances import bootstrap_interval, frechet_distance, real_floor
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.evaluation.distances import (
-    background_accuracy,
-    bootstrap_interval,
-    frechet_distance,
-    gaussian_grey_bias,
-    grey_bias,
-    name_accuracy,
-    real_floor,
-)
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -11,8 +11,8 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import graphs
 from d2f_fast.export.verify import relative_errors
 from d2f_fast.export.wrappers import Component, Port, unet_component
-from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.kernels.lora_linear import lora_linear
+from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.lora.inject import inject_lora
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow, euler_coefficients
 from d2f_fast.errors import ModelError
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.formulas import euler_coefficients
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.noise_schedule import NoiseSchedule
 
 SCHEDULES = {

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script: not below the checkout's root
 
-from d2f_fast.flow.alignment import NaiveFlow
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.kernels import lora_kernels
 from d2f_fast.kernels.align import align_launch
 from d2f_fast.kernels.lora_dispatch import NARROW_TABLE, TABLE, Tile

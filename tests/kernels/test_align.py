@@ -12,7 +12,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.kernels.align import align_launch, align_reference
 from d2f_fast.kernels.runtime import INTERPRET
 from d2f_fast.ops import align
@@ -252,7 +253,7 @@ def test_the_package_works_without_triton():
 import sys
 sys.modules["triton"] = None  # makes `import triton` fail
 import torch
-from d2f_fast.flow.alignment import NaiveFlow
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.kernels import align, velocity_loss
 from d2f_fast.ops import align, aligned_loss
 latents, noise, output = torch.ones(3, 2, 4, 8, 8)

@@ -17,7 +17,8 @@ from diffusers import DDIMScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.kernels.align import align_launch
 from d2f_fast.kernels.runtime import INTERPRET
 from d2f_fast.kernels.velocity_loss import velocity_loss_launch, velocity_loss_reference

@@ -14,10 +14,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from d2f_fast import packed_attention
-from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE
-from d2f_fast.lora.inject import CONVOLUTION_TARGETS, LINEAR_TARGETS, inject_lora, save_lora
+from d2f_fast.layers import packed_attention
+from d2f_fast.layers.fused_lora import use_fused_lora
+from d2f_fast.lora.inject import CONVOLUTION_TARGETS, LINEAR_TARGETS, inject_lora
+from d2f_fast.lora.write import save_lora
 
 Results = dict[str, Tensor]
 EVERYWHERE = (*LINEAR_TARGETS, *CONVOLUTION_TARGETS, "conv_in", "conv_out")

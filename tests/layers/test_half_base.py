@@ -9,10 +9,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from d2f_fast.training.checkpoint import read_tensors
 from d2f_fast.config import TrainingConfig
+from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.layers.half_base import HalfBase
-from d2f_fast.lora.inject import merged_state_dict
+from d2f_fast.lora.merge import merged_state_dict
 from d2f_fast.training.trainer import AlignedTrainer
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d2f_fast.layers.fused_lora import lora_paths, use_fused_lora
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, PATH_VARIABLE, choose_path
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_reference
+from d2f_fast.layers.fused_lora import lora_paths, use_fused_lora
 from d2f_fast.lora.inject import inject_lora
 
 pytestmark = pytest.mark.gpu

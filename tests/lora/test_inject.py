@@ -11,10 +11,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d2f_fast import lora
-from d2f_fast.training.checkpoint import read_tensors
 from d2f_fast.errors import CheckpointError, ModelError
-from d2f_fast.lora.inject import LORA_FILE, inject_lora, lora_layers, merged_state_dict, save_lora
+from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.lora import write
+from d2f_fast.lora.inject import inject_lora, lora_layers
+from d2f_fast.lora.merge import merged_state_dict
+from d2f_fast.lora.read import LORA_FILE
+from d2f_fast.lora.write import save_lora
 
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "linear": ({}, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"),
@@ -180,13 +183,13 @@ def test_a_file_that_reloads_to_another_output_is_refused(
     inject_lora(unet, 2, alpha=3.0)
     randomize(unet)
     before = save_lora(unet, tmp_path).read_bytes()
-    state_dict = lora.lora_state_dict
+    state_dict = write.lora_state_dict
 
     def wrong(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, header = state_dict(unet)
         return {key: value * factor if ".lora_B" in key else value for key, value in tensors.items()}, header
 
-    monkeypatch.setattr(lora, "lora_state_dict", wrong)
+    monkeypatch.setattr(write, "lora_state_dict", wrong)
     sentence = rf"does not reload to the same output \(relative difference {difference}\): not shareable"
     with pytest.raises(ModelError, match=sentence):
         save_lora(unet, tmp_path)

@@ -14,11 +14,14 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
-from d2f_fast.lora.read import fuse_adapter, sgm_name
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.verify import relative_errors
-from d2f_fast.lora.inject import LORA_FILE, inject_lora, lora_layers, save_lora
+from d2f_fast.lora.inject import inject_lora, lora_layers
+from d2f_fast.lora.key_names import sgm_name
+from d2f_fast.lora.merge import fuse_adapter
+from d2f_fast.lora.read import LORA_FILE
+from d2f_fast.lora.write import save_lora
 
 SCALE = 0.7
 

@@ -16,8 +16,8 @@ from diffusers import DDPMPipeline, StableDiffusionPipeline, UNet2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2f_fast.models.base_model import BaseModel
 from d2f_fast.errors import ModelError
+from d2f_fast.models.base_model import BaseModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.sampling.integrate import sample_flow, unet_velocity
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "trailing"}

@@ -23,8 +23,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from d2f_fast.flow.alignment import Alignment
 from d2f_fast.errors import ModelError
+from d2f_fast.flow.alignment import Alignment
 from d2f_fast.sampling.integrate import sample_flow, unet_velocity
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 

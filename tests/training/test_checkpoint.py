@@ -28,21 +28,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from d2f_fast.training.checkpoint import (
-    atomic_path,
-    find_checkpoint,
-    pack_optimizer,
-    pack_state,
-    read_json,
-    read_tensors,
-    save_checkpoint,
-    unpack_optimizer,
-    unpack_state,
-    verify_checkpoint,
-    write_json,
-    write_tensors,
-)
 from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.files.atomic import atomic_path
+from d2f_fast.files.json_file import read_json, write_json
+from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.training.checkpoint import find_checkpoint, save_checkpoint, verify_checkpoint
+from d2f_fast.training.optimizer_state import pack_optimizer, pack_state, unpack_optimizer, unpack_state
 
 torch.set_num_threads(1)
 

@@ -9,9 +9,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from d2f_fast.training.checkpoint import read_tensors, write_tensors
-from d2f_fast.training.ema import EMA
 from d2f_fast.errors import CheckpointError
+from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.training.ema import EMA
 
 
 def make_parameters(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Parameter]:

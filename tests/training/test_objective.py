@@ -7,7 +7,8 @@ from diffusers.training_utils import compute_snr
 from scipy import special, stats
 from torch.nn.functional import mse_loss
 
-from d2f_fast.flow.alignment import Alignment, NaiveFlow
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.training.objective import Objective
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}

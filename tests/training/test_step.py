@@ -15,15 +15,15 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from d2f_fast import align, aligned_loss
-from d2f_fast.training.checkpoint import pack_optimizer
 from d2f_fast.commands.main import main
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE
 from d2f_fast.kernels.lora_linear import lora_linear
 from d2f_fast.lora.inject import inject_lora
-from d2f_fast.training.trainer import AlignedTrainer, _step_seed
+from d2f_fast.training.optimizer_state import pack_optimizer
 from d2f_fast.training.step import keep_compiled_code, learning_rates
+from d2f_fast.training.trainer import AlignedTrainer, _step_seed
 
 TARGETS = ("to_q", "to_out.0", "ff.net.2")
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from d2f_fast.training.checkpoint import pack_optimizer
 from d2f_fast.config import TrainingConfig
+from d2f_fast.training.optimizer_state import pack_optimizer
 from d2f_fast.training.step_graphs import StepGraphs
 from d2f_fast.training.trainer import AlignedTrainer
 

@@ -26,20 +26,19 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast import cache, checkpoint
-from d2f_fast.models.base_model import BaseModel, load_pipeline
-from d2f_fast.training.checkpoint import (
-    find_checkpoint,
-    pack_optimizer,
-    read_tensors,
-    save_checkpoint,
-    verify_checkpoint,
-    write_json,
-)
 from d2f_fast.config import TrainingConfig
-from d2f_fast.data.order import CaptionedImages, batch_indices
+from d2f_fast.data import cache
+from d2f_fast.data.image_folder import CaptionedImages
+from d2f_fast.data.order import batch_indices
 from d2f_fast.errors import CheckpointError, DatasetError, ModelError, RefusedInputError
+from d2f_fast.files import tensor_file
+from d2f_fast.files.json_file import write_json
+from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.load import load_pipeline
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+from d2f_fast.training.checkpoint import find_checkpoint, save_checkpoint, verify_checkpoint
+from d2f_fast.training.optimizer_state import pack_optimizer
 from d2f_fast.training.trainer import AlignedTrainer, InterruptedRunError, NonFiniteRunError
 
 
@@ -522,7 +521,7 @@ def test_a_checkpoint_of_something_else_is_refused(make: Any) -> None:
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_file = checkpoint.save_file
+    save_file = tensor_file.save_file
 
     def full(tensors: Any, path: Path, **options: Any) -> None:
         if "checkpoint-6" in str(path) and "optimizer" in str(path):
@@ -532,7 +531,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_one_line(make: Any, monkey
     straight = make("straight")
     straight.fit(Pictures())
     with monkeypatch.context() as context:
-        context.setattr(checkpoint, "save_file", full)
+        context.setattr(tensor_file, "save_file", full)
         with pytest.raises(RefusedInputError, match=r"the disk is full, .* free; make room") as caught:
             make().fit(Pictures())
     assert "\n" not in str(caught.value)
