@@ -42,7 +42,7 @@ def measure(trainer: AlignedTrainer, network: str, exam: Exam, settings: DemoSet
     steps = settings.steps_of_curves
     with trainer.averaged():
         model = with_merged_unet(trainer.model)
-    painter, noise = Painter(model, trainer.objective.model, settings.guidance_scale), noise_of(exam.count, model, SEED)
+    painter, noise = Painter(model, trainer.objective.flow, settings.guidance_scale), noise_of(exam.count, model, SEED)
     return [
         {
             "objective": network,

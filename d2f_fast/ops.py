@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2f_fast.config import LossWeighting
-from d2f_fast.flow.formulas import FlowModel
+from d2f_fast.flow.formulas import Flow
 from d2f_fast.kernels.align import align as fused_align
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
@@ -37,7 +37,7 @@ Reduction = Literal["mean", "none"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def align(latents: Tensor, noise: Tensor, t: Tensor, model: FlowModel) -> tuple[Tensor, Tensor]:
+def align(latents: Tensor, noise: Tensor, t: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
     """What the network is given at flow time t: `to_sample(t * latents + (1 - t) * noise, t)` and `timestep(t)`.
 
     Times outside [0, 1] are not looked for, which would wait for the device: the state is extrapolated, the timestep
@@ -46,7 +46,7 @@ def align(latents: Tensor, noise: Tensor, t: Tensor, model: FlowModel) -> tuple[
     Args:
         latents, noise: [B, C, H, W] float32, float16 or bfloat16, of any strides.
         t: [B] float32 in [0, 1], 0 = noise.
-        model: an `Alignment` (or `NaiveFlow`) on the same device.
+        flow: an `Alignment` (or `NaiveFlow`) on the same device.
 
     Returns:
         The state, [B, C, H, W] in the type of the latents, rounded once; the timestep, [B] float32, fractional.
@@ -55,12 +55,12 @@ def align(latents: Tensor, noise: Tensor, t: Tensor, model: FlowModel) -> tuple[
         ValueError: shapes, types or devices do not fit, or t is not float32 (or float64) of shape [B].
     """
     check_operands(latents, noise, t)
-    table = model.rising_flow_times(t.dtype)
+    table = flow.rising_flow_times(t.dtype)
     if table is not None and table.device != latents.device:
         raise ValueError(
             f"the alignment must be on {latents.device} as the latents, got {table.device}: use alignment.to(device)"
         )
-    return fused_align(latents, noise, t, table, model.t_min, model.num_train_timesteps)
+    return fused_align(latents, noise, t, table, flow.t_min, flow.num_train_timesteps)
 
 
 def aligned_loss(
@@ -68,7 +68,7 @@ def aligned_loss(
     latents: Tensor,
     noise: Tensor,
     t: Tensor,
-    model: FlowModel,
+    flow: Flow,
     weighting: LossWeighting = "flow",
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -82,7 +82,7 @@ def aligned_loss(
     Args:
         model_output, latents, noise: [B, C, H, W], of any strides; the output may be of lower precision.
         t: [B] float32 in [0, 1]; beyond, the formulas go on.
-        model: an `Alignment` (or `NaiveFlow`) on the same device.
+        flow: an `Alignment` (or `NaiveFlow`) on the same device.
         weighting: "flow" 1, the paper's; "native" 1 / Q², the network's own loss; "min_snr" min(SNR, gamma) / SNR.
         mask: [B or 1, C or 1, H or 1, W or 1], weight of each element, not negative; a sample's loss is its weighted
             mean, 0 for an empty mask.
@@ -103,12 +103,10 @@ def aligned_loss(
         raise ValueError(f"loss_weighting must be one of {get_args(LossWeighting)}, got {weighting!r}")
     if not 0 < snr_gamma < math.inf:
         raise ValueError(f"snr_gamma must be a positive number, got {snr_gamma!r}")
-    if weighting == "min_snr" and model.prediction_type == "flow_prediction":
+    if weighting == "min_snr" and flow.prediction_type == "flow_prediction":
         raise ValueError('loss_weighting "min_snr" needs a diffusion prediction: flow_prediction has no SNR of its own')
-    ends = (model.t_min, model.t_max)
-    per_sample = velocity_loss(
-        model_output, latents, noise, t, mask, model.prediction_type, *ends, weighting, snr_gamma
-    )
+    ends = (flow.t_min, flow.t_max)
+    per_sample = velocity_loss(model_output, latents, noise, t, mask, flow.prediction_type, *ends, weighting, snr_gamma)
     return per_sample.mean() if reduction == "mean" else per_sample
 
 

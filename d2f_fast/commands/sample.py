@@ -99,36 +99,26 @@ class Sample:
 
         from d2f_fast.lora.merge import fuse_adapter
         from d2f_fast.models.load import load_pipeline
-        from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+        from d2f_fast.sampling.generate import generate
 
         model = model_by_name(self.model)
         pipe = load_pipeline(model) if isinstance(model, str) else model
-        sizes = {"height": self.height, "width": self.width}
-        for name, size in sizes.items():
-            if size is not None and size % pipe.vae_scale_factor:
-                raise RefusedInputError(f"{name} must be a multiple of {pipe.vae_scale_factor}, got {size}")
-        if any(sizes.values()):  # given one of them, diffusers would take neither
-            own = pipe.unet.config.sample_size
-            own_sizes = zip(sizes, own if isinstance(own, list | tuple) else (own, own), strict=True)
-            sizes = {name: sizes[name] or side * pipe.vae_scale_factor for name, side in own_sizes}
         if self.lora is not None:
             fuse_adapter(pipe, Path(self.lora), 1.0)
-        options: dict[str, Any] = {"method": self.method, "flow_spacing": self.flow_spacing, **self._of_training()}
-        try:
-            pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config, **options)
-            pipe.scheduler.set_timesteps(self.num_inference_steps)
-        except ValueError as error:
-            raise RefusedInputError(str(error)) from error
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        return pipe(
-            list(self.prompts),
+        return generate(
+            pipe,
+            self.prompts,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
-            # None: SDXL's own empty prompt is zeros, and not the encoded "".
-            negative_prompt=[self.negative_prompt] * len(self.prompts) if self.negative_prompt else None,
-            **sizes,
+            negative_prompt=self.negative_prompt,
+            height=self.height,
+            width=self.width,
             generator=torch.Generator().manual_seed(self.seed),
-        ).images
+            method=self.method,
+            flow_spacing=self.flow_spacing,
+            **self._of_training(),
+        )
 
     def _of_training(self) -> dict[str, Any]:
         """Prediction type and shift: those given, else those that the LoRA file or the pipeline's folder tells."""

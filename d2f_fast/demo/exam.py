@@ -14,7 +14,7 @@ from d2f_fast.evaluation import features as imagenet
 from d2f_fast.evaluation.accuracy import background_accuracy, name_accuracy
 from d2f_fast.evaluation.brightness import grey_bias
 from d2f_fast.evaluation.distances import bootstrap_interval, frechet_distance, real_floor
-from d2f_fast.flow.formulas import FlowModel, interpolate
+from d2f_fast.flow.formulas import Flow, interpolate
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.build_classifier import names_with_free_corners
 from d2f_fast.miniature.classifier import Classifier
@@ -156,12 +156,12 @@ class Exam:
 
 
 @torch.no_grad()
-def flow_loss(model: BaseModel, reader: FlowModel, pixels: Tensor, prompts: Sequence[str], noise: Tensor) -> float:
+def flow_loss(model: BaseModel, flow: Flow, pixels: Tensor, prompts: Sequence[str], noise: Tensor) -> float:
     """Mean ‖velocity - (latents - noise)‖² of real pictures at evenly spread flow times, for any network.
 
     Args:
         model: its UNet is asked, without guidance.
-        reader: how the UNet is read.
+        flow: how the UNet is read.
         pixels: [B, 3, H, W] in [-1, 1].
         prompts: B captions.
         noise: [B, C, h, w].
@@ -170,7 +170,7 @@ def flow_loss(model: BaseModel, reader: FlowModel, pixels: Tensor, prompts: Sequ
     noise = noise.to(latents.device)
     t = (torch.arange(len(latents), device=latents.device) + 0.5) / len(latents)
     condition = model.encode_prompts(prompts)["encoder_hidden_states"]
-    velocity = unet_velocity(model.unet, reader.to(model.device), condition)(interpolate(latents, noise, t), t)
+    velocity = unet_velocity(model.unet, flow.to(model.device), condition)(interpolate(latents, noise, t), t)
     return (velocity - (latents - noise)).square().mean().item()
 
 

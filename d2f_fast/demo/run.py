@@ -43,8 +43,8 @@ from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.miniature import load_miniature, pictures
 from d2f_fast.miniature.classifier import Classifier, load_classifier
-from d2f_fast.models.base_model import BaseModel
-from d2f_fast.training.trainer import AlignedTrainer, to_pil
+from d2f_fast.models.base_model import BaseModel, to_pil
+from d2f_fast.training.trainer import AlignedTrainer
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Demo:
             measured: dict[Route, dict[str, Any]] = {}
             pixels: dict[Route, Tensor] = {}
             for route in ROUTES:
-                same = equal_route(route, steps, painter.reader)
+                same = equal_route(route, steps, painter.flow)
                 if same is None:
                     drawn = painter.draw(self.exam.prompts[:count], self.noise(model)[:count], route, steps)
                     measured[route], pixels[route] = self.exam.measure(drawn, self.settings.repeats), drawn
@@ -273,7 +273,7 @@ class Demo:
         count, steps = self.settings.curve_pictures, self.settings.steps_of_curves
         painter, noise = self.painter(model, objective), self.noise(model)[:count]
         drawn = painter.draw(self.exam.prompts[:count], noise, route, steps)
-        loss = flow_loss(model, painter.reader, self.exam.real[:count], self.exam.prompts[:count], noise)
+        loss = flow_loss(model, painter.flow, self.exam.real[:count], self.exam.prompts[:count], noise)
         measured = self.exam.measure(drawn, self.settings.repeats)
         self.row("training", objective, route, steps, training_steps=step, flow_loss=loss, **measured)
 

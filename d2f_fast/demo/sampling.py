@@ -24,7 +24,7 @@ from torch import Tensor
 
 from d2f_fast.config import Spacing
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import FlowModel
+from d2f_fast.flow.formulas import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity
@@ -62,12 +62,12 @@ DPM = Route("dpm++2m", "trailing")
 ROUTES = (DDIM, FLOW, FLOW_TRAILING, DPM)
 
 
-def equal_route(route: Route, steps: int, reader: FlowModel) -> Route | None:
+def equal_route(route: Route, steps: int, flow: Flow) -> Route | None:
     """Another route that draws the same pictures: two steps of DPM-Solver++ are both of first order, which is DDIM."""
-    return DDIM if route == DPM and steps <= 2 and isinstance(reader, Alignment) else None
+    return DDIM if route == DPM and steps <= 2 and isinstance(flow, Alignment) else None
 
 
-def draw_latents(velocity: Velocity, noise: Tensor, route: Route, steps: int, reader: FlowModel, base: Any) -> Tensor:
+def draw_latents(velocity: Velocity, noise: Tensor, route: Route, steps: int, flow: Flow, base: Any) -> Tensor:
     """Latents of one batch.
 
     Args:
@@ -75,13 +75,13 @@ def draw_latents(velocity: Velocity, noise: Tensor, route: Route, steps: int, re
         noise: [B, C, H, W] from N(0, 1).
         route: which sampler.
         steps: network evaluations.
-        reader: how the network is read.
+        flow: how the network is read.
         base: the base model's scheduler, whose table every sampler uses.
     """
     if route.sampler == "dpm++2m":
-        return _dpm_solver(velocity, noise, steps, reader, base)
+        return _dpm_solver(velocity, noise, steps, flow, base)
     if route.spacing == "uniform":
-        return sample_flow(velocity, noise, times=reader.times(steps))  # type: ignore[return-value]
+        return sample_flow(velocity, noise, times=flow.times(steps))  # type: ignore[return-value]
     # A naive-flow network has no trailing timesteps of its own: it takes the base model's nodes too.
     alignment = Alignment.from_scheduler(base)
     times, x_t = alignment.times(steps, "trailing"), noise
@@ -92,9 +92,9 @@ def draw_latents(velocity: Velocity, noise: Tensor, route: Route, steps: int, re
     return sample_flow(velocity, x_t, times=times)  # type: ignore[return-value]
 
 
-def _dpm_solver(velocity: Velocity, noise: Tensor, steps: int, reader: FlowModel, base: Any) -> Tensor:
+def _dpm_solver(velocity: Velocity, noise: Tensor, steps: int, flow: Flow, base: Any) -> Tensor:
     """DPM-Solver++(2M) of diffusers, given what the network implies: noise - latents of naive flow, else the noise."""
-    naive = isinstance(reader, NaiveFlow)
+    naive = isinstance(flow, NaiveFlow)
     scheduler = DPMSolverMultistepScheduler.from_config(
         base.config,
         algorithm_type="dpmsolver++",
@@ -110,7 +110,7 @@ def _dpm_solver(velocity: Velocity, noise: Tensor, steps: int, reader: FlowModel
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
         # diffusers rounds the timesteps of flow sigmas; the network is given the exact one.
         t = 1 - sigma if naive else alignment.flow_time(timestep)
-        x_t = reader.to_flow(state, t)
+        x_t = flow.to_flow(state, t)
         slope = velocity(x_t, t.to(noise.device))
         state = scheduler.step(-slope if naive else x_t - t * slope, timestep, state).prev_sample
     return state
@@ -121,7 +121,7 @@ class Painter:
 
     Args:
         model: whose UNet, autoencoder and text encoder draw.
-        reader: how the UNet is read.
+        flow: how the UNet is read.
         guidance_scale: of every picture.
         batch: pictures in one network call, at most, before guidance doubles them; on a CPU several calls run side by
             side.
@@ -131,12 +131,12 @@ class Painter:
     def __init__(
         self,
         model: BaseModel,
-        reader: FlowModel,
+        flow: Flow,
         guidance_scale: float,
         batch: int = 64,
         on_batch: Callable[[int], object] = lambda evaluations: None,
     ) -> None:
-        self.model, self.reader, self.guidance_scale = model, reader.to(model.device), guidance_scale
+        self.model, self.flow, self.guidance_scale = model, flow.to(model.device), guidance_scale
         self._batch, self._on_batch = batch, on_batch
 
     @torch.no_grad()
@@ -154,10 +154,10 @@ class Painter:
         @torch.no_grad()  # which is a property of the thread
         def draw_part(part: slice, condition: Tensor) -> Tensor:
             velocity = unet_velocity(
-                model.unet, self.reader, condition, unconditional.expand_as(condition), self.guidance_scale
+                model.unet, self.flow, condition, unconditional.expand_as(condition), self.guidance_scale
             )
             start = noise[part].to(model.device)
-            latents = draw_latents(velocity, start, route, steps, self.reader, model.pipeline.scheduler)
+            latents = draw_latents(velocity, start, route, steps, self.flow, model.pipeline.scheduler)
             return model.decode(latents).clamp(-1, 1).cpu()
 
         drawn = []

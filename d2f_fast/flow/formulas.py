@@ -8,7 +8,7 @@ from torch import Tensor
 from d2f_fast.config import Spacing
 
 
-class FlowModel(Protocol):
+class Flow(Protocol):
     """What objectives, samplers and the scheduler need to know of a network: `Alignment` or `NaiveFlow`."""
 
     prediction_type: str
@@ -16,7 +16,7 @@ class FlowModel(Protocol):
     t_max: float
     num_train_timesteps: int
 
-    def to(self, device: torch.device | str) -> "FlowModel": ...
+    def to(self, device: torch.device | str) -> "Flow": ...
     def rising_flow_times(self, dtype: torch.dtype) -> Tensor | None: ...
     def timestep(self, t: Tensor) -> Tensor: ...
     def flow_time(self, timestep: Tensor) -> Tensor: ...
@@ -152,11 +152,11 @@ def shifted_uniform_times(steps: int, t_min: float, shift: float) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.float64), shift_times(interior, shift)])
 
 
-def euler_coefficients(model: FlowModel, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
+def euler_coefficients(flow: Flow, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
     """A, B of one Euler step in flow time on the network's own state: sample' = A * sample + B * model_output.
 
     A = (n + (t' - t) P) / n', B = (t' - t) Q / n', primes at t'. Equal to a DDIM (η = 0) step between the same nodes.
     """
-    p, q = model.velocity_coefficients(t)
-    step, n_next = t_next - t, model.state_scale(t_next)
-    return (model.state_scale(t) + step * p) / n_next, step * q / n_next
+    p, q = flow.velocity_coefficients(t)
+    step, n_next = t_next - t, flow.state_scale(t_next)
+    return (flow.state_scale(t) + step * p) / n_next, step * q / n_next

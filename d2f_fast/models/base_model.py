@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError
@@ -151,3 +152,9 @@ def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a network, by its first parameter: diffusers' own properties walk all modules, for 4 ms."""
     parameter = next(module.parameters())
     return parameter.device, parameter.dtype
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """PIL images of pictures [B, 3, H, W] in [-1, 1], clamped and rounded."""
+    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2f_fast.config import Method
-from d2f_fast.flow.formulas import FlowModel
+from d2f_fast.flow.formulas import Flow
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -63,7 +63,7 @@ def sample_flow(
 
 def unet_velocity(
     unet: Any,
-    model: FlowModel,
+    flow: Flow,
     encoder_hidden_states: Tensor,
     negative_hidden_states: Tensor | None = None,
     guidance_scale: float = 1.0,
@@ -73,7 +73,7 @@ def unet_velocity(
 
     Args:
         unet: UNet2DConditionModel.
-        model: how its output is read: an `Alignment` or `NaiveFlow` on the UNet's device.
+        flow: how its output is read: an `Alignment` or `NaiveFlow` on the UNet's device.
         encoder_hidden_states: [B, L, D] condition.
         negative_hidden_states: [B, L, D] condition to lead away from; needed where `guidance_scale` is not 1.
         guidance_scale: 1 is no guidance.
@@ -91,14 +91,14 @@ def unet_velocity(
     extra = {} if added_cond_kwargs is None else {"added_cond_kwargs": dict(added_cond_kwargs)}
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-        sample = model.to_sample(x_t, t)
+        sample = flow.to_sample(x_t, t)
         given = torch.cat([sample, sample]) if guided else sample
-        timestep = model.timestep(t)
+        timestep = flow.timestep(t)
         output = unet(given.to(dtype), timestep, encoder_hidden_states=condition, **extra, return_dict=False)[0]
         if guided:
             negative, positive = output.chunk(2)
             # In the model's own output: velocity is linear in it, so this is guidance of the velocity.
             output = torch.lerp(negative.to(x_t.dtype), positive.to(x_t.dtype), guidance_scale)
-        return model.velocity(output, sample, t).to(x_t.dtype)
+        return flow.velocity(output, sample, t).to(x_t.dtype)
 
     return velocity

@@ -18,7 +18,7 @@ from torch import Tensor
 from d2f_fast.config import Method, Spacing
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import FlowModel, combine, euler_coefficients
+from d2f_fast.flow.formulas import Flow, combine, euler_coefficients
 from d2f_fast.flow.naive_flow import NaiveFlow
 
 # A first sigma this much above sigma_max is no rounding of it: it asks for a start at t = 0.
@@ -71,9 +71,9 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         if method not in get_args(Method):
             raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
         self.order = 1 if method == "euler" else 2
-        model: FlowModel
+        flow: Flow
         if prediction_type == "flow_prediction":
-            model = NaiveFlow(num_train_timesteps)
+            flow = NaiveFlow(num_train_timesteps)
         else:
             stock = DDPMScheduler(
                 num_train_timesteps=num_train_timesteps,
@@ -85,8 +85,8 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
                 rescale_betas_zero_snr=rescale_betas_zero_snr,
             )
             self.alphas_cumprod = stock.alphas_cumprod
-            model = Alignment.from_scheduler(stock)
-        self.flow_model = model
+            flow = Alignment.from_scheduler(stock)
+        self.flow = flow
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self._nodes = torch.empty(0)
@@ -137,7 +137,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
     def sigmas(self) -> Tensor:
         """(1 - t) / t of the nodes (1 - t for flow_prediction), [steps + 1] float32 on the CPU; infinite at t = 0."""
         noise = 1 - self._nodes
-        return noise if isinstance(self.flow_model, NaiveFlow) else noise / self._nodes
+        return noise if isinstance(self.flow, NaiveFlow) else noise / self._nodes
 
     def set_timesteps(
         self,
@@ -160,33 +160,33 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if sum(choice is not None for choice in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
-        model = self.flow_model
+        flow = self.flow
         if num_inference_steps is not None:
-            nodes = model.times(num_inference_steps, self.config["flow_spacing"], self.config["shift"])
+            nodes = flow.times(num_inference_steps, self.config["flow_spacing"], self.config["shift"])
         elif timesteps is not None:
             given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
-            nodes = torch.cat([model.flow_time(given), torch.ones(1)])
+            nodes = torch.cat([flow.flow_time(given), torch.ones(1)])
         else:
             given = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
             if len(given) == 0 or given[-1] != 0:
                 raise ValueError(f"sigmas must end in 0.0 (steps + 1 values), got {given.tolist()}")
-            nodes = 1 - given if isinstance(model, NaiveFlow) else 1 / (1 + given)
+            nodes = 1 - given if isinstance(flow, NaiveFlow) else 1 / (1 + given)
         nodes = nodes.double()
         if len(nodes) < 2 or nodes[0] < 0 or not bool((nodes.diff() > 0).all()):
             raise ValueError(f"the nodes must fall from noise to data, got flow times {nodes.tolist()}")
-        if sigmas is not None and nodes[0] < model.t_min * (1 - _SIGMA_TOLERANCE):
+        if sigmas is not None and nodes[0] < flow.t_min * (1 - _SIGMA_TOLERANCE):
             nodes[0] = 0
         self.num_inference_steps = len(nodes) - 1
         self._nodes = nodes.float()
         if self.order == 1:
             self._stage_times = nodes[:-1].float()
             # Host floats: one fused multiply-add a step, and nothing to copy to the device.
-            coefficients = euler_coefficients(model, nodes[:-1], nodes[1:])
+            coefficients = euler_coefficients(flow, nodes[:-1], nodes[1:])
             self._euler = list(zip(*(c.tolist() for c in coefficients), strict=True))
         else:
             second = (nodes[:-1] + nodes[1:]) / 2 if self.config["method"] == "midpoint" else nodes[1:]
             self._stage_times = torch.stack([nodes[:-1], second], 1).flatten().float()
-        self.timesteps = model.timestep(self._stage_times).to(device)
+        self.timesteps = flow.timestep(self._stage_times).to(device)
         self._step_index = self._begin_index = self._start = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
@@ -221,30 +221,30 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
                 f"the schedule of {len(self._stage_times)} evaluations has ended: call set_timesteps again"
             )
         # t stays on the host: scalars of the CPU multiply tensors of any device without a copy.
-        model, t = self.flow_model, self._stage_times[index]
+        flow, t = self.flow, self._stage_times[index]
         if self.order == 1:
             a, b = self._euler[index]
             moved = a * sample.float() + b * model_output.float()
         else:
             moved = self._two_stage(index, model_output.float(), sample.float(), t)
         self._step_index = index + 1
-        latents = model.predicted_latents(model_output, sample, t).to(sample.dtype)
+        latents = flow.predicted_latents(model_output, sample, t).to(sample.dtype)
         moved = moved.to(sample.dtype)
         return Diff2FlowSchedulerOutput(moved, latents) if return_dict else (moved, latents)
 
     def _two_stage(self, index: int, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
         """One of the two evaluations of a midpoint or Heun step; the first leaves its state and slope to the second."""
-        model, method = self.flow_model, self.config["method"]
+        flow, method = self.flow, self.config["method"]
         t_start, t_end = self._nodes[index // 2 : index // 2 + 2]
-        velocity = model.velocity(model_output, sample, t)
+        velocity = flow.velocity(model_output, sample, t)
         if index % 2 == 0 or self._start is None:
-            x_t = model.to_flow(sample, t)
+            x_t = flow.to_flow(sample, t)
             self._start = (x_t, velocity)
             t_next = self._stage_times[index + 1] if index % 2 == 0 else t_end
-            return model.to_sample(x_t + (t_next - t) * velocity, t_next)
+            return flow.to_sample(x_t + (t_next - t) * velocity, t_next)
         (x_t, first), self._start = self._start, None
         slope = velocity if method == "midpoint" else (first + velocity) / 2
-        return model.to_sample(x_t + (t_end - t_start) * slope, t_end)
+        return flow.to_sample(x_t + (t_end - t_start) * slope, t_end)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Diffusion state of `original_samples` at the current start of the run, or at the given timesteps outside a
@@ -258,9 +258,9 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         if self._begin_index is not None and index is not None and index < len(self._stage_times):
             t = self._stage_times[index].expand(1)
         else:
-            t = self.flow_model.flow_time(timesteps.detach().cpu())
+            t = self.flow.flow_time(timesteps.detach().cpu())
         t = t.to(original_samples.device).expand(original_samples.shape[0])
-        n = self.flow_model.state_scale(t)
+        n = self.flow.state_scale(t)
         return combine(t / n, original_samples, (1 - t) / n, noise)
 
     def __len__(self) -> int:

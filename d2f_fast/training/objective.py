@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2f_fast.config import LossWeighting, ObjectiveName, TimestepSampling
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import FlowModel
+from d2f_fast.flow.formulas import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.time_sampling import sample_times
 from d2f_fast.ops import align, aligned_loss
@@ -50,7 +50,7 @@ class Objective:
             raise ValueError(f"objective must be one of {get_args(ObjectiveName)}, got {self.name!r}")
 
     @property
-    def model(self) -> FlowModel:
+    def flow(self) -> Flow:
         """How a network trained on this objective is read."""
         return NaiveFlow(self.alignment.num_train_timesteps) if self.name == "fm" else self.alignment
 
@@ -73,9 +73,9 @@ class Objective:
 
     def inputs(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """State and timestep that the network is given; see `align`."""
-        return align(latents, noise, t, self.model)
+        return align(latents, noise, t, self.flow)
 
     def loss(self, model_output: Tensor, latents: Tensor, noise: Tensor, t: Tensor, **options: Any) -> Tensor:
         """Loss of the network's output; `mask` and `reduction` as in `aligned_loss`."""
         weighting: LossWeighting = "native" if self.name == "diffusion" else self.weighting
-        return aligned_loss(model_output, latents, noise, t, self.model, weighting, snr_gamma=self.snr_gamma, **options)
+        return aligned_loss(model_output, latents, noise, t, self.flow, weighting, snr_gamma=self.snr_gamma, **options)

@@ -45,13 +45,13 @@ def tags_of(config: TrainingConfig, objective: Objective) -> dict[str, str]:
         config: of the run.
         objective: it was trained on.
     """
-    reader, alignment = objective.model, objective.alignment
+    flow, alignment = objective.flow, objective.alignment
     recommended = alignment.sigmas(4, config.flow_shift)
     if config.objective == "fm":  # whose sigma, in diffusers, is 1 - t
-        recommended = (1 - reader.times(4, shift=config.flow_shift)).tolist()
+        recommended = (1 - flow.times(4, shift=config.flow_shift)).tolist()
     return {
         "d2f.objective": config.objective,
-        "d2f.prediction_type": reader.prediction_type,
+        "d2f.prediction_type": flow.prediction_type,
         "d2f.zero_snr": str(alignment.schedule.zero_terminal_snr).lower(),
         "d2f.loss_weighting": config.loss_weighting,
         "d2f.shift": str(config.flow_shift),

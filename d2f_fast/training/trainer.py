@@ -42,7 +42,7 @@ from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.write import save_lora
-from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.base_model import BaseModel, to_pil
 from d2f_fast.sampling.integrate import sample_flow, unet_velocity
 from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, list_checkpoints, save_checkpoint
 from d2f_fast.training.ema import EMA
@@ -574,17 +574,17 @@ class AlignedTrainer:
             if added is not None:
                 negative_added = self.model.added_cond_kwargs(negative, height, width) or {}
                 added = {name: torch.cat([negative_added[name], value]) for name, value in added.items()}
-        reader = self.objective.model
+        flow = self.objective.flow
         with self.averaged():
             velocity = unet_velocity(
                 self.unet,
-                reader,
+                flow,
                 positive["encoder_hidden_states"],
                 None if negative is None else negative["encoder_hidden_states"],
                 guidance_scale,
                 added,
             )
-            times = reader.times(num_inference_steps, shift=self.config.flow_shift)
+            times = flow.times(num_inference_steps, shift=self.config.flow_shift)
             latents = sample_flow(velocity, noise, times=times, method=method)
         return to_pil(self.model.decode(latents))  # type: ignore[arg-type]
 
@@ -652,9 +652,3 @@ def _check_trainable(model: BaseModel, config: TrainingConfig) -> None:
 def _step_seed(seed: int, step: int) -> int:
     """Seed of the generator of a step: 63 bits that no two (seed, step) share in practice."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
-
-
-def to_pil(pictures: Tensor) -> list[Image.Image]:
-    """PIL images of pictures [B, 3, H, W] in [-1, 1], clamped and rounded."""
-    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]

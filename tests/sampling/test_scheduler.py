@@ -159,7 +159,7 @@ def test_every_method_in_the_stock_pipeline_equals_sample_flow(
 ):
     noise = torch.randn(2, 4, 8, 8)
     pipe.scheduler = Diff2FlowScheduler(prediction_type=prediction_type, method=method, shift=1.5)
-    model = pipe.scheduler.flow_model
+    model = pipe.scheduler.flow
     calls = []
     hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     got = generate(pipe, noise, guidance_scale, num_inference_steps=4)
@@ -201,7 +201,7 @@ def test_image_to_image_starts_from_the_diffusion_state_at_its_first_node(pipe, 
     assert_close(start, (0.5 * latents + 0.5 * noise) / 0.5**0.5, 1e-6)
     with torch.no_grad():
         positive, negative = img2img.encode_prompt(PROMPTS["prompt"], "cpu", 1, True, PROMPTS["negative_prompt"])
-        velocity = unet_velocity(img2img.unet, scheduler.flow_model, positive, negative, 3.0)
+        velocity = unet_velocity(img2img.unet, scheduler.flow, positive, negative, 3.0)
         expected = sample_flow(velocity, start * 0.5**0.5, times=torch.tensor([0.5, 0.75, 1.0]), method=method)
     assert_close(got, expected)
 
@@ -261,7 +261,7 @@ def test_from_config_keeps_the_noise_table_of_any_diffusion_scheduler(source):
 def test_from_config_keeps_zero_terminal_snr(source):
     stock = source(**SD, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     ours = Diff2FlowScheduler.from_config(stock.config)
-    assert ours.flow_model.t_min == 0
+    assert ours.flow.t_min == 0
     with pytest.raises(ModelError, match="zero terminal SNR"):
         Diff2FlowScheduler.from_config(stock.config, prediction_type="epsilon")
 
@@ -284,7 +284,7 @@ def test_saved_and_loaded_scheduler_samples_the_same(tmp_path, prediction_type):
 
 def test_its_table_serves_alignment_and_a_stock_scheduler():
     ours = Diff2FlowScheduler(**SD, prediction_type="v_prediction")
-    assert Alignment.from_scheduler(ours).t_min == ours.flow_model.t_min
+    assert Alignment.from_scheduler(ours).t_min == ours.flow.t_min
     assert len(ours) == 1000 and ours.init_noise_sigma == 1.0
     with pytest.raises(ModelError, match="has no alphas_cumprod"):
         Alignment.from_scheduler(Diff2FlowScheduler(prediction_type="flow_prediction"))
@@ -336,7 +336,7 @@ def test_two_nodes_that_share_a_timestep_are_told_apart():
     scheduler.set_timesteps(sigmas=[100.0, 30.0, 1.0, 0.0])
     assert scheduler.timesteps.tolist()[:2] == [999.0, 999.0]
     noise = torch.randn(2, 4, 8, 8)
-    model = scheduler.flow_model
+    model = scheduler.flow
 
     def velocity(x_t, t):
         sample = model.to_sample(x_t, t)

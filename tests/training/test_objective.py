@@ -95,7 +95,7 @@ def test_naive_objective_is_the_loss_of_diffusers_flow_matching_scripts():
     assert_close(timestep, scheduler.timesteps, 1e-6)
     assert_close(sample, scheduler.scale_noise(latents, scheduler.timesteps, noise), 1e-6)
     assert_close(objective.loss(output, latents, noise, 1 - sigmas), mse_loss(output, noise - latents), 1e-6)
-    assert isinstance(objective.model, NaiveFlow)
+    assert isinstance(objective.flow, NaiveFlow)
 
 
 def test_a_mask_restricts_every_objective_to_its_elements():
