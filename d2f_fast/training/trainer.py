@@ -301,7 +301,8 @@ class AlignedTrainer:
         """Train on a dataset until `max_train_steps`, with checkpoints, log and progress bar.
 
         Args:
-            dataset: length and items {"image": PIL image, "text": caption or captions}; see `data.CaptionedImages`.
+            dataset: Samples {"image": PIL image, "text": caption or list of captions} by index, and a length. Optional
+                methods `key(index)` and `captions(index)` save reading cached images; see `data.loading.ImageDataset`.
 
         Returns:
             {"steps", "loss", "skipped_steps", "seconds"}: the last logged loss (None where it was not finite, or there
