@@ -16,7 +16,7 @@ from torch import Tensor
 from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.inference import latent_sides
-from d2f_fast.export.options import COMPONENTS, MINIATURE, ExportOptions
+from d2f_fast.export.options import COMPONENTS, ExportOptions
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
 from d2f_fast.export.staging import (
     REPORT,
@@ -356,12 +356,7 @@ class ExportJob:
 
 
 def _load(model: str, vae: str | None) -> BaseModel:
-    if model == MINIATURE:
-        from d2f_fast.miniature import load_miniature
-
-        found = BaseModel(load_miniature())
-    else:
-        found = BaseModel.load(model)
+    found = BaseModel.load(model)
     for name in ("vae", "tokenizer", "text_encoder"):
         if getattr(found.pipeline, name, None) is None:
             raise ModelError(f"{model} has no {name}: give a whole Stable Diffusion pipeline")

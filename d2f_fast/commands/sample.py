@@ -16,8 +16,8 @@ from d2f_fast.config import (
     check_seed,
 )
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.models.by_name import MINIATURE, model_by_name
 from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.models.names import MINIATURE
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sample:
     def run(self) -> dict[str, Any]:
         """Draw, write the pictures, and return where they are."""
         from d2f_fast.files.atomic import atomic_path, make_folder
-        from d2f_fast.files.run_record import write_metrics
+        from d2f_fast.files.run_record import write_run_record
 
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
@@ -89,7 +89,7 @@ class Sample:
                 picture.save(temporary)
         seconds = time.monotonic() - started
         row = {"sampler": "flow", "method": self.method, "steps": self.num_inference_steps, "samples": len(files)}
-        write_metrics(output, "d2f sample", self.seed, seconds, [row])
+        write_run_record(output, "d2f sample", self.seed, seconds, [row])
         return row | {"files": files, "output": str(output)}
 
     def _draw(self) -> list[Any]:
@@ -101,8 +101,7 @@ class Sample:
         from d2f_fast.models.load import load_pipeline
         from d2f_fast.sampling.generate import generate
 
-        model = model_by_name(self.model)
-        pipe = load_pipeline(model) if isinstance(model, str) else model
+        pipe = load_pipeline(self.model)
         if self.lora is not None:
             fuse_adapter(pipe, Path(self.lora), 1.0)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -37,7 +37,7 @@ from d2f_fast.demo.reading import comparisons
 from d2f_fast.demo.report import write_report
 from d2f_fast.demo.sampling import DDIM, FLOW, ROUTES, Painter, Route, equal_route, one_thread_an_operation
 from d2f_fast.evaluation.brightness import gaussian_grey_bias
-from d2f_fast.files.run_record import write_metrics
+from d2f_fast.files.run_record import write_run_record
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.lora.merge import merged_unet
@@ -398,7 +398,7 @@ def run_demo(
     demo.rows += comparisons(demo.rows)
     seconds = time.monotonic() - started
     report = write_report(output, demo.rows, demo.shown, shown_pictures(demo), seed, seconds)
-    write_metrics(output, "d2f demo", seed, seconds, demo.rows)
+    write_run_record(output, "d2f demo", seed, seconds, demo.rows)
     return report
 
 
