@@ -18,7 +18,6 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import euler_coefficients
 
 TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
 
@@ -51,7 +50,7 @@ class StepTable:
 def step_table(alignment: Alignment, steps: int) -> StepTable:
     """Table of an Euler sampler with uniform nodes in flow time, computed in float64."""
     nodes = alignment.times(steps).double()
-    a, b = euler_coefficients(alignment, nodes[:-1], nodes[1:])
+    a, b = alignment.euler_coefficients(nodes[:-1], nodes[1:])
     n = alignment.state_scale(nodes)
     return StepTable(
         times=nodes.tolist(),

@@ -14,7 +14,8 @@ from d2f_fast.evaluation import features as imagenet
 from d2f_fast.evaluation.accuracy import background_accuracy, name_accuracy
 from d2f_fast.evaluation.brightness import grey_bias
 from d2f_fast.evaluation.distances import bootstrap_interval, frechet_distance, real_floor
-from d2f_fast.flow.formulas import Flow, interpolate
+from d2f_fast.flow.flow import Flow
+from d2f_fast.flow.formulas import interpolate
 from d2f_fast.miniature import pictures
 from d2f_fast.miniature.build_classifier import names_with_free_corners
 from d2f_fast.miniature.classifier import Classifier

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from d2f_fast.config import Spacing
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import Flow
+from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity

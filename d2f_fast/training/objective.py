@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2f_fast.config import LossWeighting, ObjectiveName, TimestepSampling
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import Flow
+from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.time_sampling import sample_times
 from d2f_fast.ops import align, aligned_loss

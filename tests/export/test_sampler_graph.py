@@ -73,9 +73,7 @@ def test_equal_to_ddim_of_diffusers_between_the_same_nodes(exported, alignment, 
     scheduler = DDIMScheduler.from_pretrained(tiny_folder, subfolder="scheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(4)
     nodes = torch.cat([alignment.flow_time(scheduler.timesteps.double()), torch.ones(1)]).double()
-    from d2f_fast.flow.formulas import euler_coefficients
-
-    a, b = euler_coefficients(alignment, nodes[:-1], nodes[1:])
+    a, b = alignment.euler_coefficients(nodes[:-1], nodes[1:])
     table = {"timesteps": alignment.timestep(nodes[:-1]), "coef_x": a, "coef_out": b}
     feed = _feed(step_table(alignment, 4)) | {name: value.float().numpy() for name, value in table.items()}
     feed["guidance_scale"] = np.asarray(1, np.float32)
