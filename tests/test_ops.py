@@ -269,7 +269,7 @@ def test_naive_flow_loss_is_the_plain_error_of_noise_minus_latents():
         ({"model_output": torch.zeros(6, 8, 3, 5)}, r"model_output must have the latents' shape \[6, 4, 3, 5\], got"),
         ({"reduction": "sum"}, r"reduction must be one of \('mean', 'none'\), got 'sum'"),
         ({"weighting": "snr"}, r"loss_weighting must be one of \('flow', 'native', 'min_snr'\), got 'snr'"),
-        ({"weighting": "min_snr", "model": NaiveFlow()}, '"min_snr" needs a diffusion prediction'),
+        ({"weighting": "min_snr", "flow": NaiveFlow()}, '"min_snr" needs a diffusion prediction'),
         (
             {"mask": torch.ones(6, 3, 5)},
             r"mask must have 4 dimensions that broadcast to \[6, 4, 3, 5\], got \[6, 3, 5\]",
@@ -300,13 +300,13 @@ def test_unusable_operands_are_refused(change, sentence):
         "latents": latents,
         "noise": noise,
         "t": t,
-        "model": alignment_of("sd", "epsilon"),
+        "flow": alignment_of("sd", "epsilon"),
     } | change
     with pytest.raises(ValueError, match=sentence):
         aligned_loss(**arguments)
     if "noise" in change or "t" in change:
         with pytest.raises(ValueError, match=sentence):
-            align(latents, arguments["noise"], arguments["t"], arguments["model"])
+            align(latents, arguments["noise"], arguments["t"], arguments["flow"])
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (6, 4, 0, 5)])
@@ -333,12 +333,12 @@ def test_an_alignment_left_on_another_device_is_refused():
 
 def test_an_empty_batch_is_aligned_to_nothing_and_has_no_loss():
     empty, t = torch.zeros(0, 4, 8, 8, dtype=torch.bfloat16), torch.zeros(0)
-    for model in (alignment_of("sd", "epsilon"), NaiveFlow()):
-        sample, timestep = align(empty, empty, t, model)
+    for flow in (alignment_of("sd", "epsilon"), NaiveFlow()):
+        sample, timestep = align(empty, empty, t, flow)
         assert sample.shape == empty.shape and sample.dtype == torch.bfloat16 and timestep.shape == (0,)
         for mask in (None, torch.ones(1, 1, 8, 8)):
-            assert aligned_loss(empty, empty, empty, t, model, mask=mask, reduction="none").shape == (0,)
-            assert aligned_loss(empty, empty, empty, t, model, mask=mask).isnan()  # as torch's mean of nothing
+            assert aligned_loss(empty, empty, empty, t, flow, mask=mask, reduction="none").shape == (0,)
+            assert aligned_loss(empty, empty, empty, t, flow, mask=mask).isnan()  # as torch's mean of nothing
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

@@ -1,4 +1,4 @@
-"""What the tests of kernels share."""
+"""Fixture of the tests of kernels."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`torch.empty` is full of NaN: an element that no program writes is seen."""
+    """Fill new tensors with NaN, so that an element that no program writes is seen."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

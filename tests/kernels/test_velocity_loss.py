@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(5, 1, 1, 1), (1, 1, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
 
 
-def model_of(prediction_type, zero_snr=False):
+def flow_of(prediction_type, zero_snr=False):
     if prediction_type == "flow_prediction":
         return NaiveFlow()
     scheduler = DDIMScheduler(**SD, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
@@ -42,12 +42,12 @@ def model_of(prediction_type, zero_snr=False):
 
 
 def settings(prediction_type, weighting="flow", zero_snr=False, snr_gamma=5.0):
-    model = model_of(prediction_type, zero_snr)
-    return prediction_type, model.t_min, model.t_max, weighting, snr_gamma
+    flow = flow_of(prediction_type, zero_snr)
+    return prediction_type, flow.t_min, flow.t_max, weighting, snr_gamma
 
 
 def to_kernel(x):
-    """x where the kernel runs: here in Triton's interpreter, on the GPU if there is one, in the same memory layout."""
+    """Return x on the device where the kernel runs, in the same memory layout: the CPU for Triton's interpreter."""
     if not isinstance(x, torch.Tensor) or INTERPRET:
         return x
     storage = x.untyped_storage().cuda()
@@ -55,12 +55,12 @@ def to_kernel(x):
 
 
 def launch(*operands):
-    """The outputs of `velocity_loss_launch`, on the CPU."""
+    """Return the outputs of `velocity_loss_launch`, on the CPU."""
     return [x.cpu() for x in velocity_loss_launch(*map(to_kernel, operands))]
 
 
 def inside_nan(x):
-    """x in memory of the same strides, with NaN (or True) on both sides of it."""
+    """Return a copy of x with the same strides, in memory with NaN (or True) before and after it."""
     extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     buffer = torch.full((extent + 64,), torch.nan if x.dtype.is_floating_point else True, dtype=x.dtype)
     return buffer.as_strided(x.shape, x.stride(), 32).copy_(x)
@@ -88,7 +88,7 @@ def masks(shape):
 
 
 def truth(output, latents, noise, t, mask, prediction_type, t_min, t_max, weighting, gamma):
-    """Loss per sample and the gradient of each, in float64; then both with every term of the error made positive.
+    """Return the loss and gradient of each sample in float64; then both with every term of the error made positive.
 
     The second pair is the size of what was rounded, which the error itself, a difference, does not show.
     """
@@ -159,7 +159,7 @@ def assert_right(got, output, latents, noise, t, mask, *options):
     ("prediction_type", "weighting", "zero_snr"),
     [(*case, False) for case in CASES] + [(*case, True) for case in CASES if case[0] in ("v_prediction", "sample")],
 )
-def test_the_kernels_give_loss_and_gradient_of_every_prediction_and_weighting(prediction_type, weighting, zero_snr):
+def test_kernels_give_loss_and_gradient_for_every_prediction_and_weighting(prediction_type, weighting, zero_snr):
     options = settings(prediction_type, weighting, zero_snr)
     for shape in SHAPES[1:3]:
         arguments = operands(shape)
@@ -170,14 +170,14 @@ def test_the_kernels_give_loss_and_gradient_of_every_prediction_and_weighting(pr
 
 @pytest.mark.parametrize("snr_gamma", [1.0, 20.0])
 @pytest.mark.parametrize("function", [launch, lambda *operands: velocity_loss_reference(*operands[:-1])])
-def test_min_snr_has_the_gamma_asked_for(function, snr_gamma):
+def test_min_snr_uses_the_given_gamma(function, snr_gamma):
     arguments, options = operands((9, 1, 7, 9)), settings("epsilon", "min_snr", snr_gamma=snr_gamma)
     arguments[-1][3:] = torch.tensor([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])  # an SNR of 0.4 to 81
     assert_right(function(*arguments, None, *options, True), *arguments, None, *options)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_kernels_are_no_further_from_the_truth_than_plain_torch(prediction_type):
+def test_kernel_error_is_at_most_that_of_plain_torch(prediction_type):
     # Of few samples one or the other may be nearer by chance: 128, a third of them close to the ends of the table.
     output, latents, noise, t = operands((128, 4, 8, 8))
     t[3:23], t[23:43] = torch.linspace(0, 0.08, 20), torch.linspace(0.96, 1, 20)
@@ -192,7 +192,7 @@ def test_the_kernels_are_no_further_from_the_truth_than_plain_torch(prediction_t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernels_serve_every_shape_type_and_mask(dtype):
+def test_kernels_serve_every_shape_type_and_mask(dtype):
     options = settings("v_prediction")
     for shape in SHAPES:
         arguments = operands(shape, dtype)
@@ -201,7 +201,7 @@ def test_the_kernels_serve_every_shape_type_and_mask(dtype):
             assert_right(launch(*given, *options, True), *arguments, mask, *options)
 
 
-def test_operands_of_different_types_meet_in_float32():
+def test_operands_of_different_types_are_combined_in_float32():
     options = settings("epsilon")
     for dtypes in ((torch.bfloat16, torch.float32, torch.float16), (torch.float32, torch.bfloat16, torch.bfloat16)):
         *tensors, t = operands((2, 4, 9, 9))
@@ -224,7 +224,7 @@ def layouts():
 
 @pytest.mark.parametrize("other_layout", layouts())
 @pytest.mark.parametrize("output_layout", layouts())
-def test_the_kernels_pair_the_same_elements_in_every_layout(output_layout, other_layout):
+def test_kernels_pair_the_same_elements_in_every_layout(output_layout, other_layout):
     options, output = settings("v_prediction"), layouts()[output_layout]
     latents, noise = layouts()[other_layout], layouts()["transposed"]
     t, mask = torch.rand(8)[::2], torch.rand(4, 9, 1, 8).permute(0, 2, 3, 1) > 0.3
@@ -254,7 +254,7 @@ def test_partial_sums_of_many_blocks_are_added_up(monkeypatch):
         assert_right(launch(*arguments, mask, *options, True), *arguments, mask, *options)
 
 
-def test_times_outside_the_unit_interval_and_nan_go_on_as_in_plain_torch():
+def test_times_outside_the_unit_interval_and_nan_give_the_results_of_plain_torch():
     for prediction_type, weighting in CASES:
         output, latents, noise, _ = operands((3, 4, 5, 5))
         arguments = (output, latents, noise, torch.tensor([-0.25, 1.25, torch.nan]), None)
@@ -264,7 +264,7 @@ def test_times_outside_the_unit_interval_and_nan_go_on_as_in_plain_torch():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_an_empty_batch_gives_an_empty_loss():
+def test_empty_batch_gives_an_empty_loss():
     output, t = torch.zeros(0, 4, 8, 8, dtype=torch.bfloat16), torch.zeros(0)
     for function in (launch, torch.ops.d2f_fast.velocity_loss):
         for mask in (None, torch.ones(1, 1, 8, 8)):
@@ -272,7 +272,7 @@ def test_an_empty_batch_gives_an_empty_loss():
             assert loss.shape == slope.shape == (0,) and error.shape == output.shape
 
 
-def test_the_kernels_give_the_same_bits_every_time():
+def test_kernels_give_the_same_bits_every_time():
     arguments, options = operands((3, 4, 33, 35)), settings("epsilon", "min_snr")
     mask = torch.rand(3, 1, 33, 35)
     runs = [launch(*arguments, mask, *options, True) for _ in range(3)]
@@ -282,7 +282,7 @@ def test_the_kernels_give_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_op_is_well_formed(masked):
+def test_op_passes_opcheck(masked):
     for dtype, layout in ((torch.float32, torch.channels_last), (torch.bfloat16, torch.contiguous_format)):
         output, latents, noise, t = operands((2, 4, 6, 6), dtype)
         output = output.contiguous(memory_format=layout)
@@ -293,19 +293,19 @@ def test_the_op_is_well_formed(masked):
 
 @pytest.fixture
 def served(monkeypatch):
-    """The ops serve CPU tensors too, in float64 as well: by their CPU implementation, plain torch."""
+    """Let the ops serve CPU tensors too, also in float64: by their CPU implementation, plain torch."""
     for name in ("align", "velocity_loss"):
         monkeypatch.setattr(sys.modules[f"d2f_fast.kernels.{name}"], "serves", lambda *_: True)
 
 
 @pytest.mark.parametrize(("prediction_type", "weighting"), CASES)
-def test_the_gradient_is_that_of_finite_differences_and_of_plain_torch(served, prediction_type, weighting):
+def test_gradient_equals_finite_differences_and_plain_torch(served, prediction_type, weighting):
     output, latents, noise, t = (x.double() for x in operands((3, 1, 3, 3)))
     for mask in (None, torch.rand(3, 1, 3, 1, dtype=torch.float64)):
 
         def loss(output, latents=latents, mask=mask):
             return aligned_loss(
-                output, latents, noise, t, model_of(prediction_type), weighting, mask=mask, reduction="none"
+                output, latents, noise, t, flow_of(prediction_type), weighting, mask=mask, reduction="none"
             )
 
         output = output.detach().requires_grad_()
@@ -317,39 +317,39 @@ def test_the_gradient_is_that_of_finite_differences_and_of_plain_torch(served, p
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-def test_the_gradient_has_the_type_and_layout_of_the_output_and_does_not_underflow(served):
+def test_gradient_has_the_type_and_layout_of_the_output_and_does_not_underflow(served):
     output, latents, noise, t = operands((2, 4, 64, 64), torch.float16)
     output = output.contiguous(memory_format=torch.channels_last).requires_grad_()
     # 2 * error / 16384 alone would be subnormal in float16; gradient scaling must bring it back.
-    loss = aligned_loss(output, latents, noise, t, model_of("v_prediction"))
+    loss = aligned_loss(output, latents, noise, t, flow_of("v_prediction"))
     (gradient,) = torch.autograd.grad(loss * 2.0**14, output)
     exact = truth(output.detach(), latents, noise, t, None, *settings("v_prediction"))[1] * 2.0**14 / 2
     assert gradient.dtype == torch.float16 and gradient.stride() == output.stride()
     assert (np.abs(gradient.double().numpy() - exact) <= 2.0**-11 * 1.01 * np.abs(exact) + 2.0**-24).all()
 
 
-def test_a_second_derivative_is_refused_where_the_op_serves(served):
+def test_second_derivative_is_refused_where_the_op_serves(served):
     output, latents, noise, t = operands((2, 1, 3, 3))
     output.requires_grad_()
-    loss = aligned_loss(output, latents, noise, t, model_of("epsilon"))
+    loss = aligned_loss(output, latents, noise, t, flow_of("epsilon"))
     with pytest.raises(RuntimeError, match="aligned_loss can be differentiated once, got create_graph=True"):
         torch.autograd.grad(loss, output, create_graph=True)
 
 
-def step(network, latents, noise, t, model, weighting, mask):
-    sample, timestep = align(latents, noise, t, model)
+def step(network, latents, noise, t, flow, weighting, mask):
+    sample, timestep = align(latents, noise, t, flow)
     output = network(sample) + 0.1 * (timestep / 100).sin()[:, None, None, None]
-    return aligned_loss(output, latents, noise, t, model, weighting, mask=mask)
+    return aligned_loss(output, latents, noise, t, flow, weighting, mask=mask)
 
 
 @pytest.mark.parametrize(("backend", "fused"), [("aot_eager", True), ("inductor", True), ("inductor", False)])
-def test_a_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(backend, fused, request):
+def test_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(backend, fused, request):
     if fused:
         request.getfixturevalue("served")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    model, network = model_of("epsilon"), torch.nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    flow, network = flow_of("epsilon"), torch.nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
     frames = []
     for seed in range(50):
         # A second batch size makes the first dimension dynamic: one more graph, and none after it.
@@ -357,7 +357,7 @@ def test_a_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(backe
         mask, results = torch.rand(len(t), 1, 8, 8) > 0.3, []
         for function in (compiled, step):
             network.zero_grad()
-            loss = function(network, latents, noise, t.clamp(seed * 0.01, 1 - seed * 0.006), model, "flow", mask)
+            loss = function(network, latents, noise, t.clamp(seed * 0.01, 1 - seed * 0.006), flow, "flow", mask)
             loss.backward()
             results.append([loss.detach(), *(p.grad.clone() for p in network.parameters())])
         for got, expected in zip(*results, strict=True):
@@ -368,7 +368,7 @@ def test_a_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(backe
 
 
 class Recorder(TorchDispatchMode):
-    """What would run on a device: every operation that is neither a view nor an allocation."""
+    """Record what would run on a device: every operation that is neither a view nor an allocation."""
 
     def __init__(self):
         super().__init__()
@@ -382,20 +382,20 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def objective(output, latents, noise, t, model, mask=None):
-    """The prologue, the loss and its gradient, for an upstream gradient that is at hand."""
-    align(latents, noise, t, model)
-    loss = aligned_loss(output, latents, noise, t, model, mask=mask)
+def objective(output, latents, noise, t, flow, mask=None):
+    """Run `align`, the loss and its gradient, for an upstream gradient of 1."""
+    align(latents, noise, t, flow)
+    loss = aligned_loss(output, latents, noise, t, flow, mask=mask)
     return torch.autograd.grad(loss, output, torch.ones(()))[0]
 
 
 @pytest.mark.skipif(not INTERPRET, reason="launches are counted in Triton's interpreter")
 @pytest.mark.parametrize("masked", [False, True])
-def test_an_objective_call_is_three_launches_and_five_operations_of_torch(served, masked, monkeypatch):
+def test_objective_takes_three_launches_and_six_operations_of_torch(served, masked, monkeypatch):
     from triton.runtime.interpreter import GridExecutor  # here: triton is optional
 
     output, latents, noise, t = operands((2, 4, 9, 9))
-    arguments = (output.bfloat16().requires_grad_(), latents, noise, t, model_of("epsilon"))
+    arguments = (output.bfloat16().requires_grad_(), latents, noise, t, flow_of("epsilon"))
     mask = torch.rand(2, 1, 9, 9) if masked else None
     with Recorder() as recorder:
         objective(*arguments, mask)
@@ -411,24 +411,24 @@ def test_an_objective_call_is_three_launches_and_five_operations_of_torch(served
     assert len(launched) == 3
 
 
-def test_plain_torch_needs_tens_of_operations_for_it():
+def test_plain_torch_takes_tens_of_operations_for_the_objective():
     output, *others = operands((2, 4, 9, 9))
     with Recorder() as recorder:
-        objective(output.requires_grad_(), *others, model_of("epsilon"))
+        objective(output.requires_grad_(), *others, flow_of("epsilon"))
     assert not recorder.fused and len(recorder.names) > 80
 
 
 @pytest.mark.parametrize("serves", [False, True])
-def test_the_op_runs_where_it_serves_and_no_gradient_is_wanted_that_it_has_not(monkeypatch, serves):
+def test_op_runs_where_it_serves_and_has_every_wanted_gradient(monkeypatch, serves):
     asked, module = [], sys.modules["d2f_fast.kernels.velocity_loss"]
     monkeypatch.setattr(module, "serves", lambda *operands: asked.append(operands) or serves)
-    (output, latents, noise, t), model = operands((2, 4, 6, 6)), model_of("epsilon")
+    (output, latents, noise, t), flow = operands((2, 4, 6, 6)), flow_of("epsilon")
     wanted, mask = output.clone().requires_grad_(), torch.rand(2, 1, 6, 6)
 
     def fused(output, latents, mask=None):
-        """For each call of the op, whether it was for the gradient too."""
+        """Return for each call of the op whether it computed the gradient too."""
         with Recorder() as recorder:
-            aligned_loss(output, latents, noise, t, model, mask=mask)
+            aligned_loss(output, latents, noise, t, flow, mask=mask)
         assert asked.pop() == (t, output, latents, noise)
         return [arguments[-1] for arguments in recorder.fused]
 
@@ -441,7 +441,7 @@ def test_the_op_runs_where_it_serves_and_no_gradient_is_wanted_that_it_has_not(m
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What Triton makes of the kernels for GPUs that are not here; `aot_velocity_loss.py` says which cases."""
+    """Return what Triton compiles the kernels to for other GPUs, in the cases of `aot_velocity_loss.py`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("aot_velocity_loss.py")
     environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(script.parents[2])])
@@ -450,7 +450,7 @@ def compiled():
     return json.loads(done.stdout)
 
 
-def test_every_gpu_runs_them_without_spills_and_with_16_byte_access(compiled):
+def test_kernels_compile_without_spills_and_with_16_byte_access_for_every_gpu(compiled):
     assert {case.split()[0] for case in compiled} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120"}
     for case, found in compiled.items():
         assert found["spills"] == found["stack"] == 0, case
@@ -464,15 +464,15 @@ def test_every_gpu_runs_them_without_spills_and_with_16_byte_access(compiled):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("prediction_type", "weighting"), CASES)
-def test_on_a_gpu_a_batch_of_latents_has_the_exact_loss_and_gradient(prediction_type, weighting):
-    model = model_of(prediction_type)
+def test_gpu_loss_and_gradient_are_exact_up_to_rounding(prediction_type, weighting):
+    flow = flow_of(prediction_type)
     output, latents, noise, t = operands((16, 4, 64, 64), torch.bfloat16)
     for mask in (None, torch.rand(16, 1, 64, 64) > 0.3):
         exact, exact_gradient, size, gradient_size = truth(
             output, latents, noise, t, mask, *settings(prediction_type, weighting)
         )
         wanted = output.cuda().contiguous(memory_format=torch.channels_last).requires_grad_()
-        arguments = (wanted, *(x.cuda() for x in (latents, noise, t)), model, weighting)
+        arguments = (wanted, *(x.cuda() for x in (latents, noise, t)), flow, weighting)
         options = {"mask": None if mask is None else mask.cuda(), "reduction": "none"}
         loss = aligned_loss(*arguments, **options)
         (gradient,) = torch.autograd.grad(loss.sum(), wanted)
@@ -486,14 +486,14 @@ def test_on_a_gpu_a_batch_of_latents_has_the_exact_loss_and_gradient(prediction_
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_never_waits_and_a_graph_replays_the_same_bits(check_capture):
-    model = model_of("epsilon")
+def test_gpu_run_never_synchronises_and_a_graph_replays_the_same_bits(check_capture):
+    flow = flow_of("epsilon")
     output, latents, noise, t = (x.cuda() for x in operands((16, 4, 64, 64), torch.bfloat16))
     output = output.contiguous(memory_format=torch.channels_last).requires_grad_()
     mask = torch.rand(16, 1, 64, 64, device="cuda") > 0.3
 
     def run():
-        loss = aligned_loss(output, latents, noise, t, model, mask=mask)
+        loss = aligned_loss(output, latents, noise, t, flow, mask=mask)
         return loss.detach(), torch.autograd.grad(loss, output)[0]
 
     check_capture(run)

@@ -1,6 +1,6 @@
 """The LoRA kernels at the shapes of Stable Diffusion, and a UNet on them: exact, repeatable, captured and compiled.
 
-What needs no GPU is in `tests/kernels/test_lora_linear.py` and `tests/test_fused_lora.py`.
+Tests that need no GPU are in `tests/kernels/test_lora_linear.py` and beside this file.
 """
 
 from collections.abc import Callable
