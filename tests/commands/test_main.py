@@ -261,7 +261,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, sentence, pictures, tm
         (["--seed", "-1"], "seed must be in [0, 2**63), got -1"),
         (["--shift", "-1"], "shift must be positive and finite, got -1.0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite, got nan"),
-        (["--height", "17"], "height must be a multiple of 2, got 17"),
+        (["--height", "17"], "height must be a positive multiple of 8, got 17"),
         (
             ["--flow_spacing", "trailing", "--num_inference_steps", "1500"],
             "steps must be 1 to 1000 with trailing spacing",

@@ -159,7 +159,7 @@ def test_every_method_in_the_stock_pipeline_equals_sample_flow(
 ):
     noise = torch.randn(2, 4, 8, 8)
     pipe.scheduler = Diff2FlowScheduler(prediction_type=prediction_type, method=method, shift=1.5)
-    model = pipe.scheduler.flow
+    flow = pipe.scheduler.flow
     calls = []
     hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     got = generate(pipe, noise, guidance_scale, num_inference_steps=4)
@@ -167,8 +167,8 @@ def test_every_method_in_the_stock_pipeline_equals_sample_flow(
     assert len(calls) == evaluations
     with torch.no_grad():
         positive, negative = pipe.encode_prompt(PROMPTS["prompt"], "cpu", 1, True, PROMPTS["negative_prompt"])
-        velocity = unet_velocity(pipe.unet, model, positive, negative, guidance_scale)
-        expected = sample_flow(velocity, noise, times=model.times(4, shift=1.5), method=method)
+        velocity = unet_velocity(pipe.unet, flow, positive, negative, guidance_scale)
+        expected = sample_flow(velocity, noise, times=flow.times(4, shift=1.5), method=method)
     assert_close(got, expected)
 
 
@@ -336,11 +336,11 @@ def test_two_nodes_that_share_a_timestep_are_told_apart():
     scheduler.set_timesteps(sigmas=[100.0, 30.0, 1.0, 0.0])
     assert scheduler.timesteps.tolist()[:2] == [999.0, 999.0]
     noise = torch.randn(2, 4, 8, 8)
-    model = scheduler.flow
+    flow = scheduler.flow
 
     def velocity(x_t, t):
-        sample = model.to_sample(x_t, t)
-        return model.velocity(dummy(sample, model.timestep(t)), sample, t)
+        sample = flow.to_sample(x_t, t)
+        return flow.velocity(dummy(sample, flow.timestep(t)), sample, t)
 
     times = torch.tensor([0.0, 1 / 31, 0.5, 1.0])
     assert_close(run(scheduler, noise), sample_flow(velocity, noise, times=times))
