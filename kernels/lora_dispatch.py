@@ -31,7 +31,7 @@ CAPABILITIES = (80, 86, 89, 90, 120)
 # Pairs (N, K) of output and input features in Stable Diffusion 1.5, 2.1 and XL; q, k, v packed into one have 3 N.
 SPLIT_SHAPES = (
     *((320, 320), (960, 320), (2560, 320), (320, 1280), (640, 640), (1920, 640)),
-    *((320, 640), (640, 320), (320, 960), (640, 960)),  # 1x1 convolutions round a ResNet block
+    *((320, 640), (640, 320), (320, 960), (640, 960)),  # 1x1 convolutions beside a ResNet block
 )
 ADDMM_SHAPES = (
     *((5120, 640), (640, 2560), (1280, 1280), (3840, 1280), (10240, 1280), (1280, 5120)),
@@ -178,7 +178,7 @@ def choose_path(rows: int, n: int, k: int, rank: int, dtype: torch.dtype, device
     """
     forced: ComputePath | None = _forced_path()
     if n % 16 or k % 16 or not 0 < rank <= MAX_RANK or dtype == torch.float64:
-        return "addmm"  # no kernel
+        return "addmm"  # no kernel serves these
     if forced is not None:
         return forced
     entry = TABLE.get((_capability(device.type, device.index), n, k, rank_bucket(rank)))

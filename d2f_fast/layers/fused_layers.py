@@ -27,7 +27,7 @@ class Adapter(NamedTuple):
     """One active adapter of a layer: its A and B, of the layer's own kind, and the scale of their product."""
 
     lora_a: Any  # nn.Linear or nn.Conv2d
-    lora_b: Any  # as A
+    lora_b: Any  # of the same class as A
     scale: float
 
 

@@ -87,7 +87,7 @@ def test_formulas_agree_with_the_float64_oracle(name, prediction_type, zero_snr,
 def test_velocity_does_not_depend_on_the_prediction_type_of_a_network(name, zero_snr):
     t, latents, noise, _ = samples(500, torch.float64)
     if name == "cosine":
-        t = t.clamp(min=0.006)  # below, ε is read at another timestep, where 1 / alpha is 200 at most
+        t = t.clamp(min=0.006)  # below it, ε is read at another timestep, where 1 / alpha is at most 200
     results = []
     for prediction_type in PREDICTIONS:
         if prediction_type == "epsilon" and zero_snr:
@@ -95,7 +95,7 @@ def test_velocity_does_not_depend_on_the_prediction_type_of_a_network(name, zero
         alignment = Alignment.from_scheduler(scheduler_of(name, prediction_type, zero_snr))
         sample = alignment.to_sample(alignment.interpolate(latents, noise, t), t)
         alpha, sigma = (c[:, None] for c in alignment.coefficients(t))
-        # An imperfect network, stated through its x̂0; the ε̂ that goes with it follows from the state it was given.
+        # The network is imperfect and given by its x̂0; its ε̂ follows from x̂0 and from the state that it was given.
         x0 = 0.8 * latents + 0.1
         eps = (sample - alpha * x0) / sigma
         output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}[prediction_type]
@@ -117,7 +117,7 @@ def test_velocity_of_the_model_target_is_latents_minus_noise_at_every_time(name,
     t32, latents32, noise32 = t.float(), latents.float(), noise.float()
     sample32 = alignment.to_sample(alignment.interpolate(latents32, noise32, t32), t32)
     velocity32 = alignment.velocity(alignment.model_target(latents32, noise32, t32), sample32, t32)
-    # float32 rounds at 6e-8, times what the read-out divides by: the smallest alpha (ε) or sigma (x0).
+    # float32 rounds at 6e-8; the read-out divides this by at least the smallest alpha (ε) or sigma (x0).
     read_out = {
         "epsilon": alignment.coefficients(t.new_zeros(()))[0],
         "sample": alignment.coefficients(t.new_ones(()))[1],
@@ -185,7 +185,7 @@ def test_sigmas_start_stock_euler_at_pure_noise():
     assert alignment.sigmas(1) == pytest.approx([14.614641, 0], rel=1e-6)
     assert alignment.sigmas(4, shift=2.0)[1:] == pytest.approx([6, 2, 2 / 3, 0])
     assert Alignment.from_scheduler(scheduler_of("sd", "v_prediction", True)).sigmas(2) == [4096.0, 1.0, 0.0]
-    # The start by the rule against stock Euler with that list, for an arbitrary network that answers 0.3 x + 0.1.
+    # Stock Euler with these sigmas is compared with our start at t = 0, for a network that returns 0.3 x + 0.1.
     euler = EulerDiscreteScheduler.from_config(scheduler_of("sd", "epsilon").config)
     euler.set_timesteps(sigmas=alignment.sigmas(4))
     noise = torch.randn(1, 4, 8, 8)
@@ -231,7 +231,7 @@ def test_low_precision_latents_are_rounded_once():
     t = t.float()
     exact = alignment.velocity(output.double(), latents.double(), t.double())
     assert torch.equal(alignment.velocity(output, latents, t), exact.to(torch.bfloat16)) or (
-        # Double rounding through float32 can move a tie by one unit in the last place of bfloat16, hardly ever.
+        # Double rounding through float32 can, rarely, move a tie by one unit in the last place of bfloat16.
         (alignment.velocity(output, latents, t) != exact.to(torch.bfloat16)).float().mean() < 1e-3
     )
     assert alignment.interpolate(latents, noise, t).dtype == torch.bfloat16

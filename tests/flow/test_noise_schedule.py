@@ -53,7 +53,7 @@ def test_flow_matching_scheduler_is_refused_by_name():
         ([0.9, 0.0, 0.0], "must decrease strictly within"),
         ([0.9, float("nan"), 0.1], "must decrease strictly within"),
         ([0.9, 0.5, float("nan")], "must decrease strictly within"),
-        ([0.9, 0.5, 0.5 - 1e-9], "must decrease strictly within"),  # apart in float64, one value in float32
+        ([0.9, 0.5, 0.5 - 1e-9], "must decrease strictly within"),  # two values in float64, one in float32
     ],
 )
 def test_unusable_tables_are_refused(table, sentence):

@@ -19,7 +19,7 @@ def noise_levels(sampling, seed=0, **options):
 
 
 def u_shaped_cdf(s):
-    """Return the distribution function of arXiv 2405.20320: half has density a e^(a s) / (e^a - 1), half is mirrored."""
+    """Return that of arXiv 2405.20320, a = 4: half has density a e^(a s) / (e^a - 1), and half is its mirror image."""
     rising, falling = (np.expm1(4 * x) / np.expm1(4) for x in (s, 1 - s))
     return (rising + 1 - falling) / 2
 
@@ -75,7 +75,7 @@ def test_shift_equals_that_of_diffusers_flow_matching_sigmas():
 def test_outermost_times_stay_within_zero_and_one(monkeypatch, sampling, shift):
     outermost = torch.tensor([0.0, 2.0**-24, 2.0**-23, 0.5, 1 - 2.0**-23, 1 - 2.0**-24])
     monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: outermost)
-    # Devices differ in the last places of asinh: here it is two of them too large.
+    # Devices differ in the last places of asinh: here it is too large by two of them.
     asinh = torch.asinh
     monkeypatch.setattr(torch, "asinh", lambda x: asinh(x) * (1 + 2.0**-22))
     t = sample_times(len(outermost), sampling, shift=shift)

@@ -21,7 +21,7 @@ from d2f_fast.ops import align
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# One element, less than a block, a block exactly, several blocks and a part.
+# The samples have one element, less than a block, exactly a block, and several blocks and a part.
 SHAPES = [(5, 1, 1, 1), (1, 1, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
 
 
@@ -79,7 +79,7 @@ def truth(latents, noise, t, flow):
 def ulps(got, exact):
     """Return how many numbers of its type lie between each element and the correctly rounded one."""
     integer = {2: torch.int16, 4: torch.int32}[got.element_size()]
-    # As integers the numbers of one sign follow one another; negative ones run downwards from the smallest integer.
+    # As integers the numbers of one sign are consecutive; negative ones descend from the smallest integer.
     order = [x.contiguous().view(integer).long() for x in (got, torch.from_numpy(exact).to(got.dtype))]
     return (order[0] - order[1]).abs()
 
@@ -91,11 +91,11 @@ def assert_right(got, latents, noise, t, flow):
     _, plain_timestep = align_reference(latents, noise, t, *table_of(flow))
     assert sample.dtype == latents.dtype and timestep.dtype == torch.float32
     assert sample.shape == latents.shape and timestep.shape == t.shape
-    # Float32 arithmetic: n, the quotients, the products and the sum round 7 times at most on one path, 7 * 2**-24 of
-    # the terms, each at most the largest latent or noise. Where the sum cancels, that is many of its numbers.
+    # In float32, n, the quotients, the products and the sum round at most 7 times on one path: 7 * 2**-24 of the terms,
+    # which are at most the largest latent or noise. Where the sum cancels, this is many units in its last place.
     arithmetic = 7 * 2.0**-24 * sum(x.double().abs().max().item() for x in (latents, noise))
     near = np.abs(sample.double().numpy() - exact) <= arithmetic
-    # Triton's interpreter truncates to bfloat16 where a GPU rounds: one number beside at most, which is the budget.
+    # Triton's interpreter truncates to bfloat16 where a GPU rounds, so the next number is allowed too.
     assert (torch.from_numpy(near) | (ulps(sample, exact) <= int(latents.dtype != torch.float32))).all()
     torch.testing.assert_close(timestep, plain_timestep, rtol=2e-7, atol=1e-4)
     np.testing.assert_allclose(timestep, exact_timestep, atol=1e-3)
@@ -138,7 +138,7 @@ def test_kernel_pairs_the_same_elements_in_every_layout(latents_layout, noise_la
 
 
 def test_offsets_beyond_32_bits_are_right():
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GB, of which a few pages are ever touched
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of 4 GB, only a few pages are ever touched
     latents = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((3, 1, 4, 4), (2**30, 16, 4, 1))
     noise, t, flow = latents.copy_(torch.randn(3, 1, 4, 4)).flip(0), torch.tensor([0.2, 0.5, 0.9]), flow_of("epsilon")
     assert_right(launch(latents, noise, t, *table_of(flow)), latents, noise, t, flow)
@@ -281,7 +281,7 @@ def test_kernel_compiles_without_spills_and_with_16_byte_access_for_every_gpu(co
     assert {case.split()[0] for case in compiled} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120"}
     for case, found in compiled.items():
         assert found["spills"] == found["stack"] == 0 and found["registers"] <= 64, case
-        # Two operands, of which one may lie across; 32-bit elements take two accesses each.
+        # There are two operands, one of which may be strided; 32-bit elements take two accesses each.
         loads, stores = (1, 1) if "strided" in case else (4, 2) if "fp32" in case else (2, 1)
         assert (found["wide_loads"], found["wide_stores"]) == (loads, stores), case
 
@@ -295,7 +295,7 @@ def test_gpu_result_is_the_exact_one_rounded_once(prediction_type):
     sample, timestep = align(*arguments, flow.to("cuda"))
     exact, exact_timestep = truth(latents, noise, t, flow)
     expected = torch.from_numpy(exact).bfloat16()
-    # A float32 sum next to a tie may round the other way, hardly ever.
+    # A float32 sum next to a tie may, rarely, round the other way.
     assert (sample.cpu() != expected).float().mean() < 1e-3
     assert np.abs(timestep.cpu() - exact_timestep).max() <= 1e-3
     for _ in range(100):

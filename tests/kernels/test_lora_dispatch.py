@@ -47,7 +47,7 @@ def test_environment_variable_forces_a_path(monkeypatch: pytest.MonkeyPatch) -> 
     assert path_of(65536, 320, 320) == "addmm"
     monkeypatch.setenv(PATH_VARIABLE, "split")
     assert path_of(1, 1280, 336) == "split"
-    assert path_of(65536, 320, 324) == path_of(65536, 320, 320, 129) == "addmm"  # no kernel there
+    assert path_of(65536, 320, 324) == path_of(65536, 320, 320, 129) == "addmm"  # no kernel serves these
     monkeypatch.setenv(PATH_VARIABLE, "fused")
     with pytest.raises(ValueError, match=r"D2F_FAST_LORA_PATH must be one of \('split', 'addmm'\), got 'fused'"):
         path_of(1, 320, 320)
@@ -59,7 +59,7 @@ def test_table_holds_every_lora_layer_of_stable_diffusion() -> None:
         for c in sizes:
             for shape in ((c, c), (3 * c, c), (8 * c, c), (c, 4 * c), (c, text)):
                 assert {(cc, *shape, r) for cc in (80, 86, 89, 90, 120) for r in (16, 32, 64, 128)} <= TABLE.keys()
-    # conv_shortcut of the down blocks, then of the up blocks, whose input has the skip connection's channels too.
+    # These are the conv_shortcut of down blocks, then of up blocks, whose input includes the skip connection.
     shortcuts = [(640, 320), (1280, 640), (1280, 2560), (1280, 1920), (640, 1920), (640, 1280), (640, 960)]
     for shape in (*shortcuts, (320, 960), (320, 640)):
         assert {(cc, *shape, r) for cc in (80, 86, 89, 90, 120) for r in (16, 32, 64, 128)} <= TABLE.keys()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from d2f_fast.kernels import lora_kernels
 from d2f_fast.kernels.lora_dispatch import Tile
 
-PADDING = 64  # elements of NaN on either side of every tensor that a kernel reads or writes; keeps 16-byte alignment
+PADDING = 64  # elements of NaN before and after every tensor that a kernel uses; it keeps 16-byte alignment
 TILE = Tile(32, 32, 32, 4, 2)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 
@@ -31,7 +31,7 @@ def padded(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill new tensors with NaN, and fail where a kernel has written beside one."""
+    """Fill new tensors with NaN, and fail if a kernel wrote before or after one."""
     new_empty, buffers = Tensor.new_empty, []
 
     def poisoned(like: Tensor, *size: Any, **options: Any) -> Tensor:
@@ -48,7 +48,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def launches(rows: int, n: int, k: int, rank: int, dtype: torch.dtype, tile: Tile) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every output of the kernels by name, beside the float64 truth of the same operands."""
+    """Return every output of the kernels by name, beside the float64 truth of the same operands."""
     shapes = {"x": (rows, k), "w": (n, k), "bias": (n,), "a": (rank, k), "b": (n, rank), "dy": (rows, n)}
     t = {name: padded(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
     t["s"], t["ds"] = padded(torch.randn(rows, rank).to(dtype)), padded(torch.randn(rows, rank).to(dtype))
@@ -73,7 +73,7 @@ def launches(rows: int, n: int, k: int, rank: int, dtype: torch.dtype, tile: Til
     }
 
 
-# Rows that fill no block, ranks that are padded, features that 32 does not divide, and blocks of 16.
+# The cases have rows that fill no block, padded ranks, features that 32 does not divide, and blocks of 16.
 CASES = [(1, 32, 32, 1), (63, 48, 32, 4), (70, 32, 80, 24), (33, 16, 16, 128), (40, 64, 32, 16), (200, 32, 48, 64)]
 
 
@@ -83,7 +83,7 @@ CASES = [(1, 32, 32, 1), (63, 48, 32, 4), (70, 32, 80, 24), (33, 16, 16, 128), (
 def test_kernels_equal_float64_and_write_only_their_outputs(case: tuple[int, int, int, int]) -> None:
     for name, (got, want) in launches(*case, torch.float32, TILE).items():
         assert got.dtype == torch.float32 and got.is_contiguous()
-        # 1e-5 of the largest term: sums of up to 80 products of normal numbers, each rounded at 6e-8.
+        # Sums of up to 80 products of normal numbers, each rounded at 6e-8, are within 1e-5 of the largest term.
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -94,13 +94,13 @@ def test_16_bit_kernels_are_within_an_ulp(dtype: torch.dtype, ulp: float) -> Non
     for name, (got, want) in launches(40, 48, 32, 8, dtype, TILE).items():
         wide = name.startswith("d") and name[1] in "ab"
         assert got.dtype == (torch.float32 if wide else dtype), name
-        # One rounding, at the store, which the interpreter truncates: an ulp; sums over the rows stay float32.
+        # The one rounding, at the store, is a truncation in the interpreter: an ulp. Sums over the rows stay float32.
         tolerance = 1e-5 if wide else ulp
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def in_torch(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """What the kernels compute, in plain torch, in the type of the operands."""
+    """Return the outputs of the kernels in plain torch, in the type of the operands."""
     y = F.linear(x, w, bias) + s @ b.t()
     return {"s": x @ a.t(), "y": y, "ds": dy @ b, "db": dy.t() @ s, "dx": dy @ w + s @ a, "da": s.t() @ x}
 
@@ -135,7 +135,7 @@ def test_sums_over_rows_give_the_same_bits_on_every_run(monkeypatch: pytest.Monk
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
-        runs.append(launches(150, 16, 16, 4, torch.float32, TILE))  # five blocks of rows, three parts
+        runs.append(launches(150, 16, 16, 4, torch.float32, TILE))  # five blocks of rows in three parts
     for name, (first, want) in runs[0].items():
         torch.testing.assert_close(first.double(), want, rtol=1e-5, atol=1e-5)
         assert torch.equal(first, runs[1][name][0]), name
@@ -147,7 +147,7 @@ def test_strided_operands_are_read_correctly() -> None:
     w, b = torch.randn(32, 16).t(), torch.randn(8, 16).t()
     got = lora_kernels.launch_forward(x, w, None, s, b, TILE)
     torch.testing.assert_close(got, x @ w.t() + s @ b.t(), rtol=1e-5, atol=1e-5)
-    dy = torch.ones(()).expand(20, 16)  # what .sum().backward() sends
+    dy = torch.ones(()).expand(20, 16)  # the gradient that .sum().backward() passes on
     for got, want in zip(lora_kernels.launch_backward_ds_db(dy, s, b, TILE), (dy @ b, dy.t() @ s), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -184,7 +184,7 @@ def test_no_rows_launch_nothing() -> None:
 @interpreted
 @pytest.mark.parametrize("launch", ["shrink", "forward", "dx", "ds_db in one pass", "ds_db", "da"])
 def test_offsets_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch, launch: str) -> None:
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 8 GB, of which a few pages are ever touched
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of 8 GB, only a few pages are ever touched
     width, tile = 16, TILE._replace(m=128)
     rows = 2**31 // width + 40
     monkeypatch.setattr(lora_kernels, "BLOCKS", 1)
@@ -203,7 +203,7 @@ def test_offsets_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch, launc
         got = lora_kernels.launch_backward_dx(x, w, narrow, a, tile)[last]
         want = wide_end @ w.double() + narrow_end @ a.double()
     elif launch == "da":
-        monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)  # the parts of the blocks that did not run
+        monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)  # for the parts of the blocks that do not run
         got, want = lora_kernels.launch_backward_da(narrow, x, tile), narrow_end.t() @ wide_end
     else:
         ds, _ = lora_kernels.launch_backward_ds_db(x, narrow, b, tile, one_pass="one" in launch)
@@ -212,7 +212,7 @@ def test_offsets_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch, launc
 
 
 class LastBlock:
-    """A kernel of which the last program along the rows runs alone: all of them would take the interpreter weeks."""
+    """Kernel that runs only its last program along the rows; all of them would take weeks in the interpreter."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -265,7 +265,7 @@ def test_every_table_entry_compiles_within_the_limits_of_its_card(arguments: tup
         good = report["spills"] == report["stack"] == 0 and report["shared"] <= report["shared_limit"]
         good &= report["wide_loads"] > 0 and report["wide_stores"] > 0
         if name.startswith("sm_90"):
-            good &= report["wgmma"] == report["wgmma_bf16"] > 0  # bf16 and not tf32
+            good &= report["wgmma"] == report["wgmma_bf16"] > 0  # bf16, and no tf32
         else:
             good &= report["mma"] > 0
         if not good:

@@ -19,7 +19,7 @@ NAMES = ("x", "lora_a", "lora_b")
 def operands(
     *leading: int, n: int = 48, k: int = 32, rank: int = 4, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Operands of lora_linear; x, A and B require gradients, A and B are float32 (float64 beside it)."""
+    """Return operands of lora_linear; x, A and B require gradients; A and B are float32, or float64 where x is."""
     master = torch.float64 if dtype == torch.float64 else torch.float32
     return {
         "x": torch.randn(*leading, k).to(dtype).requires_grad_(),
@@ -31,7 +31,7 @@ def operands(
 
 
 def results(function: Callable[..., Tensor], t: dict[str, Any], seed: int = 0, **options: Any) -> dict[str, Tensor]:
-    """Output and gradients, by name, for a fixed random upstream gradient."""
+    """Return output and gradients by name, for a fixed random upstream gradient."""
     y = function(**t, **options)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
     wanted = {name: tensor for name, tensor in t.items() if tensor is not None and tensor.requires_grad}
@@ -54,7 +54,7 @@ def test_output_and_gradients_are_those_of_plain_torch(path: str, leading: tuple
     assert got.keys() == want.keys() == {"y", *NAMES}
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-5)
-        # A scale of 1 changes no bit; one row alone is a matrix times a vector, which adds up in another order.
+        # A scale of 1 changes no bit; a single row is a matrix times a vector, which is summed in another order.
         assert torch.equal(got[name], want[name]) or leading in [(1,), ()], name
 
 
@@ -93,7 +93,7 @@ def test_any_strides_of_x_give_the_same_results_and_x_is_unchanged(path: str) ->
     want = results(lora_linear.lora_linear, {**t, "x": x.detach().contiguous().requires_grad_()})
     assert base._version == version
     for name in want:
-        # Another layout, another order of sums: eps * K * |x| |w| in the worst case, with K = 32 and values up to 10.
+        # Another layout has another order of sums: at worst eps * K * |x| |w|, with K = 32 and values up to 10.
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-5)
 
 
@@ -189,7 +189,7 @@ def test_compiles_once_and_without_a_graph_break(path: str, backend: str) -> Non
 def test_autocast_decides_the_type_of_the_product(path: str) -> None:
     t = operands(30)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = results(lora_linear.lora_linear, t)  # backward inside too: it must not round what is float32
+        got = results(lora_linear.lora_linear, t)  # backward runs inside too, and must not round float32 tensors
     cast = {n: v if n.startswith("lora") else v.detach().bfloat16().requires_grad_(n == "x") for n, v in t.items()}
     want = results(lora_linear.lora_linear, cast)
     assert got["y"].dtype == torch.bfloat16 and got["x"].dtype == torch.float32

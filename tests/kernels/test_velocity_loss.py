@@ -30,7 +30,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 WEIGHTINGS = ("flow", "native", "min_snr")
 CASES = [(p, w) for p in PREDICTION_TYPES for w in WEIGHTINGS if (p, w) != ("flow_prediction", "min_snr")]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# One element, less than a block, a block exactly, several blocks and a part.
+# The samples have one element, less than a block, exactly a block, and several blocks and a part.
 SHAPES = [(5, 1, 1, 1), (1, 1, 7, 9), (3, 4, 16, 32), (2, 4, 33, 35)]
 
 
@@ -77,7 +77,7 @@ def operands(shape, dtype=torch.float32):
 def masks(shape):
     batch, channels, height, width = shape
     soft = torch.rand(batch, 1, height, width) * 0.01
-    soft[-1] = 0  # an empty one
+    soft[-1] = 0  # an empty mask
     return {
         "none": None,
         "bool": torch.rand(batch, 1, height, width) > 0.4,
@@ -128,20 +128,21 @@ def rms(x):
     return np.sqrt(np.square(x).mean())
 
 
-# How far float32 may be from float64, in units of 2**-24 of the size of what was rounded. Roundings on the longest
-# path, x0 or ε: n 3 (1 - t, doubled by the square, a square, a sum, halved by the root, the root), alpha and sigma 5,
-# P 7, Q 11; P t / n 12, and divided by Q the coefficients e and f 25; the error, two products and two sums on, 29; its
-# square 59. Then 11 levels of a block's sum and one of the blocks, as many of the mask's, a division, Q² 23 and the
-# factor of min_snr 14: at most 125 for a loss, 7.5e-6. But they go either way, and add up as the root of their number,
-# 11. Found for 18,000 samples, many close to the ends of the table: 6.8 for the loss, 7.9 for the gradient, which has
-# half the roundings, but no sum over elements in which they cancel. Plain torch: 5.4 and 8.0.
+# How far float32 may be from float64, in units of 2**-24 of the size of the rounded numbers. The longest path, of x0
+# and ε, has these roundings: n 3 (1 - t, doubled by the square, a square, a sum, halved by the root, the root), alpha and
+# sigma 5, P 7, Q 11; P t / n 12, and divided by Q the coefficients e and f 25; the error, after two products and two
+# sums, 29; its square 59. A block's sum adds 11 levels and the sum of blocks one, the mask's sums as many; then come a
+# division, Q² 23 and the factor of min_snr 14: at most 125 for a loss, 7.5e-6. As they go either way, they add up like
+# the root of their number, 11. Among 18,000 samples, many close to the ends of the table, the loss was off by at most
+# 6.8 and the gradient by 7.9: it has half the roundings, but no sum over elements in which they cancel. Plain torch was
+# off by 5.4 and 8.0.
 UNITS = 16 * 2.0**-24
-# Largest error of one rounding to a type: half a unit in the last place, or of its smallest number.
+# Largest error of one rounding to a type: half a unit in the last place, or half of its smallest number.
 ROUNDING = {torch.float32: (2.0**-24, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 0.0)}
 
 
 def assert_right(got, output, latents, noise, t, mask, *options):
-    """Loss and gradient against float64, and the gradient in the output's type: rounded to it once."""
+    """Assert that loss and gradient are near float64, and the gradient is rounded once, to the output's type."""
     loss, error, slope = got
     assert loss.dtype == error.dtype == slope.dtype == torch.float32
     assert loss.shape == slope.shape == t.shape and error.shape == output.shape
@@ -178,7 +179,7 @@ def test_min_snr_uses_the_given_gamma(function, snr_gamma):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_kernel_error_is_at_most_that_of_plain_torch(prediction_type):
-    # Of few samples one or the other may be nearer by chance: 128, a third of them close to the ends of the table.
+    # With few samples either may be nearer by chance: there are 128, a third of them close to the ends of the table.
     output, latents, noise, t = operands((128, 4, 8, 8))
     t[3:23], t[23:43] = torch.linspace(0, 0.08, 20), torch.linspace(0.96, 1, 20)
     arguments, options = (output, latents, noise, t, None), settings(prediction_type)
@@ -210,7 +211,7 @@ def test_operands_of_different_types_are_combined_in_float32():
 
 
 def layouts():
-    """Operands of every layout a caller may have: [4, 3, 8, 9] each."""
+    """Return tensors [4, 3, 8, 9] in every layout that a caller's operands may have."""
     dense = torch.randn(4, 3, 8, 9)
     return {
         "contiguous": dense,
@@ -236,7 +237,7 @@ def test_kernels_pair_the_same_elements_in_every_layout(output_layout, other_lay
 
 
 def test_offsets_beyond_32_bits_are_right():
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GB, of which a few pages are ever touched
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of 4 GB, only a few pages are ever touched
     output = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((3, 1, 4, 4), (2**30, 16, 4, 1))
     output.copy_(torch.randn(3, 1, 4, 4))
     arguments, options = (
@@ -248,7 +249,7 @@ def test_offsets_beyond_32_bits_are_right():
 
 def test_partial_sums_of_many_blocks_are_added_up(monkeypatch):
     monkeypatch.setattr(sys.modules["d2f_fast.kernels.velocity_loss"], "SUM_BLOCK", 4)
-    shape, options = (2, 4, 75, 75), settings("epsilon", "min_snr")  # 11 blocks: three rounds of the sum
+    shape, options = (2, 4, 75, 75), settings("epsilon", "min_snr")  # 11 blocks are summed in three rounds
     arguments = operands(shape)
     for mask in (None, torch.rand(2, 1, 75, 75)):
         assert_right(launch(*arguments, mask, *options, True), *arguments, mask, *options)
@@ -312,7 +313,7 @@ def test_gradient_equals_finite_differences_and_plain_torch(served, prediction_t
         assert torch.autograd.gradcheck(loss, (output,))
         upstream = torch.rand(3, dtype=torch.float64)
         (got,) = torch.autograd.grad(loss(output), output, upstream)
-        plain = loss(output, latents.clone().requires_grad_())  # a gradient that the op does not have
+        plain = loss(output, latents.clone().requires_grad_())  # the op has no gradient for latents
         (expected,) = torch.autograd.grad(plain, output, upstream)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
@@ -352,7 +353,7 @@ def test_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(backend
     flow, network = flow_of("epsilon"), torch.nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
     frames = []
     for seed in range(50):
-        # A second batch size makes the first dimension dynamic: one more graph, and none after it.
+        # A second batch size makes the first dimension dynamic, which takes one more graph and none after it.
         latents, noise, _, t = operands((4 + seed % 2, 4, 8, 8))
         mask, results = torch.rand(len(t), 1, 8, 8) > 0.3, []
         for function in (compiled, step):
@@ -399,7 +400,7 @@ def test_objective_takes_three_launches_and_six_operations_of_torch(served, mask
     mask = torch.rand(2, 1, 9, 9) if masked else None
     with Recorder() as recorder:
         objective(*arguments, mask)
-    # The mean over the batch, and what a backward pass of such a mean and product always is; ones are the upstream.
+    # These are the mean over the batch, the upstream ones, and the backward pass of that mean and of a product.
     assert recorder.names == [f"aten::{x}" for x in ("mean", "ones", "div.Scalar", *("mul.Tensor",) * 2, "_to_copy")]
     assert len(recorder.fused) == 2
 
@@ -454,10 +455,10 @@ def test_kernels_compile_without_spills_and_with_16_byte_access_for_every_gpu(co
     assert {case.split()[0] for case in compiled} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120"}
     for case, found in compiled.items():
         assert found["spills"] == found["stack"] == 0, case
-        if case.endswith("sum"):  # one small program a sample: registers limit nothing
+        if case.endswith("sum"):  # registers do not limit one small program a sample
             continue
         assert found["registers"] <= 64, case
-        # Three operands, of which two may lie across; 32-bit elements take two accesses each, and so does the error.
+        # Two of the three operands may be strided; 32-bit elements, also those of the error, take two accesses each.
         loads = 1 if "channels_last" in case else 6 if "fp32" in case else 3
         assert (found["wide_loads"], found["wide_stores"]) == (loads, 2), case
 

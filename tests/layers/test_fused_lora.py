@@ -198,7 +198,7 @@ def test_frozen_convolutions_and_casts_are_not_kept_for_backward(unets: Any) -> 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
 
     def kept_bytes() -> int:
-        kept: dict[int, Tensor] = {}  # the tensors too: an address is reused once its tensor is gone
+        kept: dict[int, Tensor] = {}  # it holds the tensors, since the address of a freed one is reused
 
         def keep(tensor: Tensor) -> Tensor:
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)

@@ -1,6 +1,5 @@
 """`generate` against hand-written loops over the parts of stock pipelines."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +12,6 @@ from d2f_fast.sampling.generate import generate
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 PROMPTS = ["ab", "cat"]
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_folder: Path) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-
-
-@pytest.fixture
-def pipe(loaded: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """Return a pipeline whose scheduler the test may replace; it generates 16 x 16 pixels by default."""
-    own = StableDiffusionPipeline(**loaded.components, requires_safety_checker=False)
-    own.set_progress_bar_config(disable=True)
-    return own
 
 
 def seeded(seed: int = 3) -> torch.Generator:
