@@ -45,7 +45,7 @@ def generate(
         prompts: one prompt, or several; one image is generated for each.
         num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" evaluate the network twice
             a step.
-        guidance_scale: scale of classifier-free guidance; 1 turns it off.
+        guidance_scale: scale of classifier-free guidance; 1 or less turns it off.
         negative_prompt: prompt to steer away from, the same for all images; "" for the pipeline's own empty prompt.
         height: height of the images in pixels; None for the pipeline's own.
         width: width of the images in pixels; None for the pipeline's own.

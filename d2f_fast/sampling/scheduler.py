@@ -7,7 +7,7 @@ that never scale.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, overload
+from typing import Literal, Self, get_args, overload
 
 import torch
 from diffusers import DDPMScheduler
@@ -107,17 +107,17 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[False] = False, **kwargs: object
+        cls, config: Mapping[str, object], return_unused_kwargs: Literal[False] = False, **kwargs: object
     ) -> Self: ...
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[True], **kwargs: object
-    ) -> tuple[Self, dict[str, Any]]: ...
+        cls, config: Mapping[str, object], return_unused_kwargs: Literal[True], **kwargs: object
+    ) -> tuple[Self, dict[str, object]]: ...
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: object
-    ) -> Self | tuple[Self, dict[str, Any]]:
+        cls, config: Mapping[str, object], return_unused_kwargs: bool = False, **kwargs: object
+    ) -> Self | tuple[Self, dict[str, object]]:
         """Return the scheduler of the model to which another scheduler's configuration belongs.
 
         Args:
@@ -139,7 +139,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             config["prediction_type"] = "flow_prediction"
         if config.get("use_flow_sigmas"):
             config.setdefault("shift", config.get("flow_shift", 1.0))
-        made: Self | tuple[Self, dict[str, Any]] = super().from_config(config, return_unused_kwargs, **kwargs)
+        made: Self | tuple[Self, dict[str, object]] = super().from_config(config, return_unused_kwargs, **kwargs)
         return made
 
     @property
