@@ -1,105 +1,38 @@
-"""What the demo measures: pictures of held-out names against real ones, the flow loss, and the spread of brightness."""
+"""Hold the captions and real images that every network is measured on."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2f_fast.demo.sampling import Painter, Route
+from d2f_fast.demo.rows import Measured
 from d2f_fast.evaluation import features as imagenet
 from d2f_fast.evaluation.accuracy import background_accuracy, name_accuracy
-from d2f_fast.evaluation.brightness import grey_bias
-from d2f_fast.evaluation.distances import bootstrap_interval, frechet_distance, real_floor
-from d2f_fast.flow.formulas import Flow, interpolate
-from d2f_fast.miniature import pictures
-from d2f_fast.miniature.build_classifier import names_with_free_corners
+from d2f_fast.evaluation.feature_space import FeatureSpace
+from d2f_fast.miniature import emoji
 from d2f_fast.miniature.classifier import Classifier
-from d2f_fast.miniature.pictures import Picture
-from d2f_fast.models.base_model import BaseModel
-from d2f_fast.sampling.integrate import unet_velocity
-
-MOST_FEATURES = 64
-BLACK_AND_WHITE = tuple(tuple(pictures.BACKGROUNDS).index(name) for name in ("black", "white"))
-
-
-def palette() -> Tensor:
-    """The background colours, [colours, 3] in [-1, 1]."""
-    return torch.tensor(tuple(pictures.BACKGROUNDS.values())) / 127.5 - 1
-
-
-def noise_of(count: int, model: BaseModel, seed: int) -> Tensor:
-    """Start noise [count, C, h, w] on the CPU: the same for every network and sampler."""
-    side = pictures.SIZE // model.downsampling
-    shape = (count, model.unet.config.in_channels, side, side)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class FeatureSpace:
-    """Features in which drawn pictures are compared with real ones of the style.
-
-    Args:
-        network: maps pictures [B, 3, H, W] in [-1, 1] to features [B, F]; of more than 64, the 64 principal directions
-            of the real pictures are kept: a covariance is estimated from some hundred pictures.
-        real: the real pictures of what is drawn.
-        reference: the real pictures that drawn ones are compared with.
-        seed: of the bootstrap and of the floors' divisions.
-    """
-
-    def __init__(self, network: Callable[[Tensor], Tensor], real: Tensor, reference: Tensor, seed: int) -> None:
-        self._network, self._seed = network, seed
-        every = np.concatenate([self._raw(real), self._raw(reference)])
-        self._directions: np.ndarray | None = None
-        if every.shape[1] > MOST_FEATURES:
-            self._directions = np.linalg.svd(every - every.mean(0), full_matrices=False)[2][:MOST_FEATURES].T
-        self._every = self._project(every)
-        self._reference = self._every[len(real) :]
-        self._floors: dict[int, float] = {}
-
-    @torch.no_grad()
-    def _raw(self, pixels: Tensor) -> np.ndarray:
-        return torch.cat([self._network(part) for part in pixels.split(64)]).double().numpy()
-
-    def _project(self, features: np.ndarray) -> np.ndarray:
-        return features if self._directions is None else features @ self._directions
-
-    def measure(self, pixels: Tensor, repeats: int) -> dict[str, float]:
-        """Fréchet distance of drawn pictures to the reference with its interval, and the real pictures' own."""
-        features = self._project(self._raw(pixels))
-        distance = bootstrap_interval(frechet_distance, features, self._reference, repeats=repeats, seed=self._seed)
-        return {
-            "frechet_distance": distance.value,
-            "frechet_low": distance.low,
-            "frechet_high": distance.high,
-            "frechet_floor": self._floor(len(pixels)),
-        }
-
-    def _floor(self, count: int) -> float:
-        """Fréchet distance of `count` real pictures to as many other real ones as the reference has."""
-        if count not in self._floors:
-            self._floors[count] = real_floor(self._every, count, len(self._reference), seed=self._seed)
-        return self._floors[count]
+from d2f_fast.miniature.emoji import Emoji
 
 
 @dataclass
-class Exam:
-    """Captions of names that finetuning does not see, and the real pictures to compare with.
+class EvaluationSet:
+    """Captions of names that finetuning does not see, and real images to compare with.
 
-    The (name, colour) pairs are divided at random: `count` of them are drawn, the others, as real pictures of that
-    style, are the reference; each is mirrored or not at random.
+    The (name, colour) pairs are divided at random: the captions of `count` of them are generated, and the real images
+    of the others are the reference. Each real image is mirrored with probability 1/2.
 
     Args:
-        names: whose pictures are drawn.
-        count: of pictures; a measurement may use the first ones only.
-        classifier: the judge, on the CPU.
-        seed: of the division.
-        style: that finetuning teaches.
+        names: indices of the names.
+        count: number of captions; a measurement may use the first ones alone.
+        classifier: classifier on the CPU that gives the features and the guesses at the names.
+        seed: seed of the division, the bootstrap and the floors.
+        style: style of the real images, the one that finetuning teaches.
 
     Raises:
-        ValueError: there are not enough pairs to divide.
+        ValueError: `count` leaves fewer than two pairs on one side.
     """
 
     names: Sequence[int]
@@ -107,93 +40,71 @@ class Exam:
     classifier: Classifier
     seed: int = 0
     style: str = "fluent"
-    drawn: list[Picture] = field(init=False)
+    items: list[Emoji] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Divide the pairs, and see what the judges say of the real pictures."""
+        """Divide the pairs, and compute the features of the real images."""
         generator = np.random.default_rng(self.seed)
-        pairs = itertools.product(sorted(self.names), range(len(pictures.BACKGROUNDS)))
-        every = [Picture(name, colour, bool(generator.random() < 0.5)) for name, colour in pairs]
-        chosen = [every[i] for i in generator.permutation(len(every))]
-        if not 2 <= self.count <= len(chosen) - 2:
-            raise ValueError(f"count must be 2 to {len(chosen) - 2} for {len(self.names)} names, got {self.count}")
-        self.drawn, reference = chosen[: self.count], pictures.draw(chosen[self.count :], self.style)
-        self.real = pictures.draw(self.drawn, self.style)
+        pairs = itertools.product(sorted(self.names), range(len(emoji.BACKGROUNDS)))
+        every = [Emoji(name, colour, bool(generator.random() < 0.5)) for name, colour in pairs]
+        shuffled = [every[i] for i in generator.permutation(len(every))]
+        if not 2 <= self.count <= len(shuffled) - 2:
+            raise ValueError(f"count must be 2 to {len(shuffled) - 2} for {len(self.names)} names, got {self.count}")
+        self.items, reference = shuffled[: self.count], emoji.render(shuffled[self.count :], self.style)
+        self.real = emoji.render(self.items, self.style)
         self._space = FeatureSpace(self.classifier.features, self.real, reference, self.seed)
-        self._imagenet: FeatureSpace | None = None
+        self._imagenet_space: FeatureSpace | None = None
         if imagenet.is_installed():
-            self._imagenet = FeatureSpace(imagenet.ImageNetFeatures(), self.real, reference, self.seed)
-        free = names_with_free_corners()
-        self._readable = torch.tensor([picture.name in free for picture in self.drawn])
+            self._imagenet_space = FeatureSpace(imagenet.ImageNetFeatures(), self.real, reference, self.seed)
+        free = emoji.names_with_free_corners()
+        self._free_corners = torch.tensor([item.name in free for item in self.items])
 
     @property
     def prompts(self) -> list[str]:
-        """A caption for each picture to draw."""
-        return [pictures.caption(picture.name, picture.colour) for picture in self.drawn]
+        """Return the captions."""
+        return [emoji.caption(item.name, item.colour) for item in self.items]
 
     @torch.no_grad()
-    def measure(self, pixels: Tensor, repeats: int = 100) -> dict[str, Any]:
-        """Entries of a row for pictures of the first captions, [B, 3, 32, 32] in [-1, 1]."""
-        count = len(pixels)
-        logits = torch.cat([self.classifier(part) for part in pixels.split(256)])
-        names = torch.tensor([picture.name for picture in self.drawn[:count]])
-        colours = torch.tensor([picture.colour for picture in self.drawn[:count]])
-        accuracy, readable = background_accuracy(pixels, colours, palette(), self._readable[:count])
+    def measure(self, images: Tensor, repeats: int = 100) -> Measured:
+        """Measure images of the first captions.
+
+        Args:
+            images: one image for each of the first B captions, [B, 3, 32, 32] in [-1, 1].
+            repeats: resamplings behind the interval of the distance.
+        """
+        count = len(images)
+        logits = torch.cat([self.classifier(part) for part in torch.split(images, 256)])
+        names = torch.tensor([item.name for item in self.items[:count]])
+        colours = torch.tensor([item.colour for item in self.items[:count]])
+        accuracy, counted = background_accuracy(images, colours, emoji.background_palette(), self._free_corners[:count])
+        distance = self._space.measure(images, repeats)
         return {
             "samples": count,
-            **self._space.measure(pixels, repeats),
+            "frechet_distance": distance["frechet_distance"],
+            "frechet_low": distance["frechet_low"],
+            "frechet_high": distance["frechet_high"],
+            "frechet_floor": distance["frechet_floor"],
             "background_accuracy": accuracy,
-            "background_samples": readable,
+            "background_samples": counted,
             "name_top1": name_accuracy(logits, names),
             "name_top5": name_accuracy(logits, names, top=5),
         }
 
-    def measure_by_imagenet(self, pixels: Tensor, repeats: int = 100) -> dict[str, float]:
-        """Entries of the same pictures in an ImageNet network's features; none where it is not installed."""
-        if self._imagenet is None:
+    def measure_with_imagenet(self, images: Tensor, repeats: int = 100) -> Measured:
+        """Measure the distance in the ImageNet features; return no entries if their packages are not installed."""
+        if self._imagenet_space is None:
             return {}
-        return {f"imagenet_{key}": value for key, value in self._imagenet.measure(pixels, repeats).items()}
+        distance = self._imagenet_space.measure(images, repeats)
+        return {
+            "imagenet_frechet_distance": distance["frechet_distance"],
+            "imagenet_frechet_low": distance["frechet_low"],
+            "imagenet_frechet_high": distance["frechet_high"],
+            "imagenet_frechet_floor": distance["frechet_floor"],
+        }
 
-
-@torch.no_grad()
-def flow_loss(model: BaseModel, flow: Flow, pixels: Tensor, prompts: Sequence[str], noise: Tensor) -> float:
-    """Mean ‖velocity - (latents - noise)‖² of real pictures at evenly spread flow times, for any network.
-
-    Args:
-        model: its UNet is asked, without guidance.
-        flow: how the UNet is read.
-        pixels: [B, 3, H, W] in [-1, 1].
-        prompts: B captions.
-        noise: [B, C, h, w].
-    """
-    latents = model.scale_latents(model.encode_images(pixels)["mean"].float())
-    noise = noise.to(latents.device)
-    t = (torch.arange(len(latents), device=latents.device) + 0.5) / len(latents)
-    condition = model.encode_prompts(prompts)["encoder_hidden_states"]
-    velocity = unet_velocity(model.unet, flow.to(model.device), condition)(interpolate(latents, noise, t), t)
-    return (velocity - (latents - noise)).square().mean().item()
-
-
-def measure_brightness(
-    painter: Painter, route: Route, steps: int, names: Sequence[int], style: str, count: int, seed: int
-) -> list[dict[str, Any]]:
-    """Rows of the grey bias for captions without a colour, and on black and white; `count` pictures each."""
-    rows = []
-    generator = np.random.default_rng(seed)
-    for captions, colours in (("no colour", range(len(pictures.BACKGROUNDS))), ("black and white", BLACK_AND_WHITE)):
-        chosen = generator.choice(np.asarray(sorted(names)), count)
-        colour_of = [None if captions == "no colour" else colours[i % len(colours)] for i in range(count)]
-        prompts = [pictures.caption(int(name), colour) for name, colour in zip(chosen, colour_of, strict=True)]
-        drawn = painter.draw(prompts, noise_of(count, painter.model, seed), route, steps)
-        real = [Picture(name, colour) for name in sorted(names) for colour in colours]
-        spread = grey_bias(drawn, pictures.draw(real, style), seed=seed)
-        rows.append(
-            {
-                "captions": captions,
-                "samples": count,
-                "grey_bias": spread.value,
-                "grey_bias_low": spread.low,
-                "grey_bias_high": spread.high,
-            }
-        )
-    return rows
+    def one_of_each_colour(self, count: int) -> list[int]:
+        """Return the positions of the first caption of each colour among the first `count` captions."""
+        first: dict[int, int] = {}
+        for position, item in enumerate(self.items[:count]):
+            first.setdefault(item.colour, position)
+        return list(first.values())

@@ -1,12 +1,10 @@
-"""What the demo's numbers say, in words: written from the rows, wins and losses alike."""
+"""Put the demo's numbers into words; the same sentences serve wins and losses."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from d2f_fast.demo.sampling import Route
+from d2f_fast.demo.comparisons import best
+from d2f_fast.demo.rows import Row, sampler_of, select, training_curve
 from d2f_fast.evaluation.features import NAME
-
-Row = Mapping[str, Any]
 
 NAMES = {
     "base": "the untouched base",
@@ -15,141 +13,69 @@ NAMES = {
     "fm_paper": "the naive-flow LoRA with the paper's sign (fm_paper)",
     "diffusion": "the diffusion LoRA",
 }
+VERBS = {"better": "beats", "worse": "loses to", "level": "cannot be distinguished from"}
 
 
-def route_of(row: Row) -> Route:
-    """Sampler and spacing of a row."""
-    return Route(row["sampler"], row["spacing"])
+def summary(rows: Sequence[Row], steps: int) -> str:
+    """Write one paragraph on all measurements.
 
-
-def select(rows: Sequence[Row], measure: str, **entries: Any) -> list[Row]:
-    """Rows of one measure with these entries."""
-    return [
-        row
-        for row in rows
-        if row["measure"] == measure and all(row.get(key) == value for key, value in entries.items())
-    ]
-
-
-def best(rows: Sequence[Row], objective: str, steps: int) -> Row:
-    """Row of the sampler with the smallest distance."""
-    found = select(rows, "quality", objective=objective, steps=steps)
-    return min(found, key=lambda row: row["frechet_distance"])
-
-
-def excess(row: Row) -> float:
-    """Fréchet distance above that of real pictures."""
-    return row["frechet_distance"] - row["frechet_floor"]
-
-
-def verdict(a: Row, b: Row) -> str:
-    """Whether `a` is "better" or "worse" than `b`, or "level": their intervals overlap."""
-    if a["frechet_high"] < b["frechet_low"]:
-        return "better"
-    return "worse" if a["frechet_low"] > b["frechet_high"] else "level"
-
-
-def steps_to_reach(rows: Sequence[Row], objective: str, distance: float) -> int | None:
-    """First measured training step at which the distance is no larger than this one."""
-    curve = sorted(select(rows, "training", objective=objective), key=lambda row: row["training_steps"])
-    return next((row["training_steps"] for row in curve if row["frechet_distance"] <= distance), None)
-
-
-def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows that set best against best at each number of evaluations, and training steps against training steps."""
-    found: list[dict[str, Any]] = []
-    for steps in sorted({row["steps"] for row in select(rows, "quality")}):
-        ours = best(rows, "diff2flow", steps)
-        rivals = [name for name in ("fm", "fm_paper", "diffusion", "base") if _has(rows, steps, name)]
-        others = [best(rows, objective, steps) for objective in rivals]
-        training_free = select(rows, "quality", objective="base", sampler="flow", spacing="uniform", steps=steps)
-        others += [row for row in training_free if row is not others[-1]]
-        for other in others:
-            ratio = excess(other) / excess(ours) if min(excess(ours), excess(other)) > 0 else None
-            found.append(
-                {
-                    "measure": "comparison",
-                    "objective": "diff2flow",
-                    "adapter": "lora",
-                    "sampler": ours["sampler"],
-                    "spacing": ours["spacing"],
-                    "steps": steps,
-                    "samples": ours["samples"],
-                    "frechet_distance": ours["frechet_distance"],
-                    "against": other["objective"],
-                    "against_sampler": other["sampler"],
-                    "against_spacing": other["spacing"],
-                    "against_frechet_distance": other["frechet_distance"],
-                    "excess_ratio": ratio,
-                    "verdict": verdict(ours, other),
-                }
-            )
-    for naive in ("fm", "fm_paper"):
-        final = max(select(rows, "training", objective=naive), key=lambda row: row["training_steps"])
-        found.append(
-            {
-                "measure": "steps_to_reach",
-                "objective": "diff2flow",
-                "adapter": "lora",
-                "steps": final["steps"],
-                "samples": final["samples"],
-                "frechet_distance": final["frechet_distance"],
-                "against": naive,
-                "training_steps": steps_to_reach(rows, "diff2flow", final["frechet_distance"]),
-                "budget": final["training_steps"],
-            }
-        )
-    return found
-
-
-def reading(rows: Sequence[Row], steps: int) -> str:
-    """One paragraph on the figures at one number of evaluations, and what surrounds them."""
+    Args:
+        rows: rows of the results, comparisons included.
+        steps: number of network evaluations at which the networks are compared.
+    """
     ours = best(rows, "diff2flow", steps)
-    said = [
-        f"At {steps} evaluations and best with best, {NAMES['diff2flow']} is at a Fréchet distance of"
-        f" {_distance(ours)}; real pictures are at {ours['frechet_floor']:.3g} from each other."
-    ]
-    for row in select(rows, "comparison", steps=steps):
-        other = {
-            "sampler": row["against_sampler"],
-            "spacing": row["against_spacing"],
-        }
-        free = row["against"] == "base" and other["sampler"] == "flow" and other["spacing"] == "uniform"
-        name = "the base, drawn along the flow without training," if free else NAMES[row["against"]]
-        words = {"better": "beats", "worse": "loses to", "level": "cannot be told from"}[row["verdict"]]
-        ratio = f", {row['excess_ratio']:.2g} times the excess over real pictures" if row["excess_ratio"] else ""
-        said.append(f"It {words} {name} with {route_of(other).label} ({row['against_frechet_distance']:.3g}{ratio}).")
-    for reach in select(rows, "steps_to_reach"):
-        naive, budget = NAMES[reach["against"]], reach["budget"]
-        if reach["training_steps"] is None:
-            said.append(f"It did not reach the final distance of {naive} within {budget} training steps.")
-        else:
-            said.append(
-                f"It was at the final distance of {naive} ({reach['frechet_distance']:.3g}, after {budget} training"
-                f" steps) at the first measured point of {reach['training_steps']} steps."
-            )
-    said += [
+    sentences = [
+        f"With {steps} network evaluations for each image, and each network with its best sampler,"
+        f" {NAMES['diff2flow']} has a Fréchet distance of {_distance(ours)} to real images; other real images have"
+        f" {ours['frechet_floor']:.3g}.",
+        *(_comparison(row) for row in select(rows, "comparison", steps=steps)),
+        *(_training_steps(row) for row in select(rows, "steps_to_reach")),
         _imagenet(rows, steps),
         _loss(rows),
-        *(_spacing(rows, count) for count in sorted({2, steps}) if _has(rows, count)),
-        _grey(rows),
+        *(_spacing(rows, count) for count in sorted({2, steps}) if _was_measured(rows, count)),
+        _grey_bias(rows),
     ]
-    return " ".join(sentence for sentence in said if sentence)
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _has(rows: Sequence[Row], steps: int, objective: str = "base") -> bool:
+def _was_measured(rows: Sequence[Row], steps: int, objective: str = "base") -> bool:
     return bool(select(rows, "quality", steps=steps, objective=objective))
 
 
 def _distance(row: Row) -> str:
     interval = f"{row['frechet_low']:.3g} to {row['frechet_high']:.3g}"
-    return f"{row['frechet_distance']:.3g} ({interval}, {row['samples']} pictures, {route_of(row).label})"
+    return f"{row['frechet_distance']:.3g} ({interval}, {row['samples']} images, {sampler_of(row).label})"
+
+
+def _comparison(row: Row) -> str:
+    """Say which of two networks is better."""
+    other: Row = {
+        "measure": row["measure"],
+        "sampler": row["against_sampler"],
+        "spacing": row["against_spacing"],
+    }
+    sampler, name = sampler_of(other), NAMES[row["against"]]
+    if row["against"] == "base" and sampler.name == "flow" and sampler.spacing == "uniform":
+        name = "the base, sampled along the flow without training,"
+    ratio = f", {row['excess_ratio']:.2g} times as far above real images" if row["excess_ratio"] else ""
+    return f"It {VERBS[row['verdict']]} {name} with {sampler.label} ({row['against_frechet_distance']:.3g}{ratio})."
+
+
+def _training_steps(row: Row) -> str:
+    """Say how soon the aligned network reaches the final distance of another one."""
+    other, budget = NAMES[row["against"]], row["budget"]
+    if row["training_steps"] is None:
+        return f"It did not reach the final distance of {other} within {budget} training steps."
+    return (
+        f"It reached the final distance of {other} ({row['frechet_distance']:.3g}, after {budget} training steps) by"
+        f" step {row['training_steps']}, the first measured point at or below it."
+    )
 
 
 def _imagenet(rows: Sequence[Row], steps: int) -> str:
-    """The same pictures in the features of another judge, where it is installed."""
+    """Give the distances of the same images in the ImageNet features; empty if the packages are not installed."""
     order = ("diff2flow", "fm", "fm_paper", "diffusion", "base")
-    chosen = {name: best(rows, name, steps) for name in order if _has(rows, steps, name)}
+    chosen = {name: best(rows, name, steps) for name in order if _was_measured(rows, steps, name)}
     if "imagenet_frechet_distance" not in chosen["diff2flow"]:
         return ""
     parts = [
@@ -158,22 +84,22 @@ def _imagenet(rows: Sequence[Row], steps: int) -> str:
         for name, row in chosen.items()
     ]
     return (
-        f"In the features of a network trained on ImageNet ({NAME}) the same pictures are at {', '.join(parts)}, real"
-        f" ones at {chosen['diff2flow']['imagenet_frechet_floor']:.3g}."
+        f"In the features of a network trained on ImageNet ({NAME}) the same images have distances of"
+        f" {', '.join(parts)}; real images have {chosen['diff2flow']['imagenet_frechet_floor']:.3g}."
     )
 
 
 def _loss(rows: Sequence[Row]) -> str:
-    """Loss before and after training."""
+    """Give the loss before and after training."""
     parts = []
     for objective in ("diff2flow", "fm", "fm_paper", "diffusion"):
-        curve = sorted(select(rows, "training", objective=objective), key=lambda row: row["training_steps"])
-        parts.append(f"{curve[0]['flow_loss']:.3g} to {curve[-1]['flow_loss']:.3g} for {objective}")
-    return f"The flow loss on held-out pictures went from {', '.join(parts)}."
+        curve = training_curve(rows, objective)
+        parts.append(f"{curve[0][1]['flow_loss']:.3g} to {curve[-1][1]['flow_loss']:.3g} for {objective}")
+    return f"The flow loss on held-out images went from {', '.join(parts)}."
 
 
 def _spacing(rows: Sequence[Row], steps: int) -> str:
-    """How much of the distance between networks is the node spacing, and how much is training."""
+    """Say how much of the difference between networks is the node spacing, and how much is training."""
     parts = []
     for objective in ("diff2flow", "diffusion"):
         uniform, trailing = (
@@ -183,18 +109,22 @@ def _spacing(rows: Sequence[Row], steps: int) -> str:
         parts.append((uniform["frechet_distance"], trailing["frechet_distance"]))
     (ours_uniform, ours_trailing), (theirs_uniform, theirs_trailing) = parts
     return (
-        f"Node spacing alone, from uniform to trailing at {steps} evaluations, moves diff2flow from {ours_uniform:.3g}"
-        f" to {ours_trailing:.3g} and diffusion from {theirs_uniform:.3g} to {theirs_trailing:.3g}; on equal nodes they"
-        f" differ by {ours_uniform - theirs_uniform:+.3g} (uniform) and {ours_trailing - theirs_trailing:+.3g}"
-        " (trailing; below 0 diff2flow is the better one)."
+        f"At {steps} evaluations, changing the node spacing alone from uniform to trailing changes the distance of"
+        f" diff2flow from {ours_uniform:.3g} to {ours_trailing:.3g} and that of diffusion from {theirs_uniform:.3g} to"
+        f" {theirs_trailing:.3g}. On equal nodes the distance of diff2flow minus that of diffusion is"
+        f" {ours_uniform - theirs_uniform:+.3g} (uniform) and {ours_trailing - theirs_trailing:+.3g} (trailing); where"
+        " this is below 0, diff2flow is better."
     )
 
 
-def _grey(rows: Sequence[Row]) -> str:
-    """Brightness spread, route by route."""
+def _grey_bias(rows: Sequence[Row]) -> str:
+    """Give the spread of brightness of each network and sampler."""
     parts = [
-        f"{row['objective']} by {route_of(row).label} {row['grey_bias']:.2f}"
-        f" ({row['grey_bias_low']:.2f} to {row['grey_bias_high']:.2f})"
+        f"{row['grey_bias']:.2f} ({row['grey_bias_low']:.2f} to {row['grey_bias_high']:.2f}) for {row['objective']}"
+        f" with {sampler_of(row).label}"
         for row in select(rows, "grey_bias", captions="no colour")
     ]
-    return f"Brightness spread for captions without a colour, 1 being the real pictures': {', '.join(parts)}."
+    return (
+        "For captions without a colour, the spread of brightness as a fraction of the real images' is"
+        f" {'; '.join(parts)}."
+    )
