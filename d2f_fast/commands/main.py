@@ -55,8 +55,8 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     name = arguments[0] if arguments else None
     if name is None or name not in COMMANDS:
-        got = "got none" if name is None else f"got {printable(name)}"
-        raise RefusedInputError(f"the first word must be a command, {', '.join(COMMANDS)}, {got}: see d2f --help")
+        got = "nothing" if name is None else printable(name)
+        raise RefusedInputError(f"give a command ({', '.join(COMMANDS)}), got {got}: see d2f --help")
     return parse_options(COMMANDS[name], arguments[1:], name)
 
 

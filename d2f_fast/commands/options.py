@@ -142,18 +142,18 @@ def _grouped(options: Sequence[Option], given: Mapping[str, Any]) -> type:
 
     make_dataclass = partial(dataclasses.make_dataclass, kw_only=True)  # so that the order of fields is free
 
-    def declared(name: str, hint: Any, default: Any, **shown: str) -> tuple[str, Any, Any]:
+    def declared(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> tuple[str, Any, Any]:
         if get_origin(hint) in (Union, UnionType):
             # With None first, tyro accepts a default of None without loading typeguard, which takes longer than tyro.
             hint = Union[tuple(sorted(get_args(hint), key=lambda part: part is not NoneType))]  # noqa: UP007
-        return name, Annotated[hint, tyro.conf.arg(**shown)], dataclasses.field(default=default)
+        return name, Annotated[hint, tyro.conf.arg(help=text, metavar=metavar)], dataclasses.field(default=default)
 
-    config = declared("config", str | None, None, help=CONFIG_HELP, metavar="FILE")
+    config = declared("config", str | None, None, CONFIG_HELP, metavar="FILE")
     groups: dict[str | None, list[tuple[str, Any, Any]]] = {None: [config]}
     for field, hint, text in options:
         default = given.get(field.name, field.default)
         group = groups.setdefault(field.metadata.get("group"), [])
-        group.append(declared(field.name, hint, default, help=text))
+        group.append(declared(field.name, hint, default, text))
     titled = [
         (f"group_{i}", Annotated[make_dataclass(title, groups[title]), tyro.conf.arg(name=title, help="")])
         for i, title in enumerate(get_args(OptionGroup))

@@ -113,8 +113,6 @@ class Sample:
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         check_options(self)
-        if self.lora is not None and not Path(self.lora).exists():
-            raise RefusedInputError(f"lora: {printable(self.lora)} does not exist: give a LoRA folder or file")
         if self.onnx is not None:
             if not Path(self.onnx).is_dir():
                 raise RefusedInputError(f"onnx: {printable(self.onnx)} is not a folder: give one of export/to_onnx.py")
@@ -122,8 +120,10 @@ class Sample:
             for name in _FIXED_BY_EXPORT:
                 if getattr(self, name) != defaults[name]:
                     raise RefusedInputError(
-                        f"{name} was fixed when {printable(self.onnx)} was exported: leave it out, or export again"
+                        f"{name} was settled when {printable(self.onnx)} was exported: leave it out, or export again"
                     )
+        elif self.lora is not None and not Path(self.lora).exists():
+            raise RefusedInputError(f"lora: {printable(self.lora)} does not exist: give a LoRA folder or file")
         if output.exists():
             make_folder(output)  # This refuses a file of that name.
 
