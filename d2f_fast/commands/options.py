@@ -23,17 +23,17 @@ CONFIG_HELP = (
 
 
 class Command(Protocol):
-    """A dataclass of the options of a command, which it runs with."""
+    """Describe what every command is: a dataclass of options that has a `run` method."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def dry_run(self) -> bool:
-        """Whether the options are only printed."""
+        """Return whether the options are printed in place of running the command."""
 
     @property
     def json(self) -> bool:
-        """Whether the result is printed as JSON."""
+        """Return whether the result is printed as JSON."""
 
     def run(self) -> dict[str, Any]:
         """Do the work, and return the result; its "output" is the path that was written."""
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class Option(NamedTuple):
-    """One option of a command: its field, its type, its help text."""
+    """Hold one option of a command: its dataclass field, its type and its help text."""
 
     field: dataclasses.Field[Any]
     hint: Any
@@ -64,7 +64,7 @@ def argument_texts(options: type) -> dict[str, str]:
 
 
 def options_of(command: type) -> Iterator[Option]:
-    """Yield the options of a command in the order of its fields, those of a nested dataclass in its place."""
+    """Yield the options of a command in the order of its fields; a nested dataclass yields its own options."""
     hints, texts = get_type_hints(command), argument_texts(command)
     for field in dataclasses.fields(command):
         hint = hints[field.name]
@@ -132,7 +132,7 @@ def _config_path(arguments: Sequence[str]) -> Path | None:
 
 
 def _grouped(options: Sequence[Option], given: Mapping[str, Any]) -> type:
-    """Return a dataclass that tyro shows with titles: options of a group are the fields of a dataclass of their own.
+    """Return a dataclass of the options as tyro takes them, with a nested dataclass for each titled group.
 
     Args:
         options: options of the command.

@@ -80,7 +80,7 @@ def test_sample_generates_what_the_stock_pipeline_does(tiny_folder, lora, tmp_pa
         assert not option or theirs.shape != other.shape or np.abs(theirs - other).max() > rounding
 
 
-def test_lora_of_a_training_changes_the_images_the_same_way_each_time(train, tiny_folder, tmp_path, capsys):
+def test_images_of_a_trained_lora_are_the_same_each_time(train, tiny_folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(output) == 0
     capsys.readouterr()
