@@ -1,5 +1,6 @@
-"""What tests/ and benchmarks/ share, at the root, so that it exists whatever path is given: options, a large model."""
+"""Options, the number of worker processes and a large model, which tests/ and benchmarks/ share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(config.rootpath / "benchmarks")]
     if config.option.markexpr in config.getini("addopts"):  # so is a -m the user typed
         config.option.markexpr = ""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many worker processes `-n auto`, the default, starts; 0 runs the tests in this process alone.
+
+    The default selection of tests runs in two processes. Benchmarks measure time, tests chosen with -m may need the
+    GPU or most of the memory, `-s` shows what a test prints, and one test named by its id gains nothing from a second
+    process: these run in one. `-n 4` starts four processes whatever is selected.
+    """
+    typed_markers = config.option.markexpr not in config.getini("addopts")
+    shows_output = config.getoption("capture") == "no"
+    names_a_test = any("::" in argument for argument in config.args)
+    if config.getoption("--benchmark") or typed_markers or shows_output or names_a_test or os.cpu_count() == 1:
+        return 0
+    return 2
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
