@@ -13,6 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default="benchmarks/results", help="folder that benchmarks append their rows to")
     parser.addoption("--keep", help="folder where benchmarks keep the large model and its export for their next run")
     parser.addoption("--go_on", action="store_true", help="leave out what --results has by an earlier --go_on")
+    parser.addoption("--wheel", help="wheel that tests/test_layout.py checks; it builds one by default")
     parser.addoption("--dry_run", action="store_true", help="try each benchmark once at its smallest size")
 
 
