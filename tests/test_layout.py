@@ -1,6 +1,7 @@
 """Rules of the folder layout and of the files around the code."""
 
 import ast
+import functools
 import graphlib
 import importlib.metadata
 import os
@@ -99,6 +100,7 @@ def _python(code: str, *, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@functools.cache
 def _imported_modules(module: str) -> set[str]:
     """Return the modules of this package that `module` imports, in functions too, but not only for type checkers."""
     return {target for name in _imported_names(module) if (target := _defining_module(name)) and target != module}
