@@ -140,7 +140,8 @@ class Sample:
 
     def _draw_with_onnx(self, folder: str) -> list[Any]:
         """Pictures by ONNX Runtime."""
-        from d2f_fast.export.inference import PROVIDERS, OnnxPipeline
+        from d2f_fast.export.inference import OnnxPipeline
+        from d2f_fast.export.sessions import PROVIDERS
 
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
         for name in ("model", "lora", "prediction_type", "method", "flow_spacing", "shift"):

@@ -18,7 +18,7 @@ CLIENT = Path(__file__).with_name("optimum_client.py")
 
 
 @pytest.mark.skipif(INTERPRETER is None, reason="D2F_OPTIMUM_PYTHON names no interpreter with optimum-onnx")
-def test_optimum_draws_what_diffusers_draws(exported, tiny_folder, tmp_path):
+def test_optimum_generates_the_latents_of_diffusers(exported, tiny_folder, tmp_path):
     source = StableDiffusionPipeline.from_pretrained(tiny_folder)
     source.set_progress_bar_config(disable=True)
     common = {"prompt": "ab c", "guidance_scale": 5.0, "height": 16, "width": 32}
