@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
@@ -293,7 +294,7 @@ class OnnxPipeline:
         return float(self._vae_config.get("shift_factor") or 0.0)
 
 
-def _to_images(images: Array) -> list[Image.Image]:
+def _to_images(images: npt.NDArray[np.floating]) -> list[Image.Image]:
     """Convert [B, 3, H, W] in [0, 1] to Pillow images."""
     pixels = (np.clip(images, 0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     return [Image.fromarray(image) for image in pixels]

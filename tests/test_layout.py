@@ -39,6 +39,11 @@ LAYERS = (
     {"d2f_fast.demo.*", "d2f_fast.miniature.*"},
     {"d2f_fast.commands.*", "d2f_fast.__main__"},
 )
+# What export/ may import, itself or through what it imports.
+ROOMS_OF_EXPORT = (
+    *("d2f_fast", "d2f_fast.errors", "d2f_fast.config", "d2f_fast.export.*", "d2f_fast.miniature"),
+    *(f"d2f_fast.{room}.*" for room in ("models", "flow", "lora", "files", "sampling")),
+)
 
 
 def _files(folder: str, pattern: str = "*.py") -> list[Path]:
@@ -159,10 +164,16 @@ def test_ops_is_the_one_door_to_the_kernels() -> None:
     assert {m for m in through if not m.startswith("d2f_fast.kernels.")} <= {"d2f_fast.ops"}
 
 
-def test_export_uses_plain_torch() -> None:
-    exporting = [module for module in SOURCES if module.startswith("d2f_fast.export.")]
-    assert "d2f_fast.export.to_onnx" in exporting
-    assert not {(m, t) for m in exporting for t in _imported_modules(m) if t == "d2f_fast.ops"}
+def test_export_reaches_only_the_rooms_that_a_graph_needs() -> None:
+    # a graph needs plain torch: never ops or layers; and an export neither trains nor runs a command
+    waiting = [module for module in SOURCES if module.startswith("d2f_fast.export.")]
+    assert "d2f_fast.export.to_onnx" in waiting
+    reached = set(waiting)
+    while waiting:
+        new = _imported_modules(waiting.pop()) - reached
+        reached |= new
+        waiting += new
+    assert not {module for module in reached if not any(fnmatch(module, room) for room in ROOMS_OF_EXPORT)}
 
 
 def test_nothing_imports_the_export_command() -> None:

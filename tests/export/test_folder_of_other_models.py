@@ -1,4 +1,4 @@
-"""Other models than a plain Stable Diffusion 1.5: depth, SDXL, SD2, what the trainer saves, tiny autoencoders."""
+"""Tests of the export of models other than Stable Diffusion 1.5: depth, SDXL, SD2 and pipelines of the trainer."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,6 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import ExportOptions
-
-# A single level, which the tracer is through with in a third of the time.
-ONE_LEVEL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-    "mid_block_type": None,
-}
 
 
 def _session(folder: Path, name: str) -> onnxruntime.InferenceSession:
@@ -73,11 +65,11 @@ def test_sdxl_pipeline_in_half_precision(tiny_xl, tmp_path):
 
 
 @pytest.fixture
-def marigold(tiny_folder, tmp_path):
+def marigold(tiny_folder, one_level, tmp_path):
     """A depth pipeline in Marigold's layout, saved in model/."""
     base = StableDiffusionPipeline.from_pretrained(tiny_folder)
     pipeline = MarigoldDepthPipeline(
-        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | ONE_LEVEL | {"in_channels": 8}),
+        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | one_level | {"in_channels": 8}),
         vae=base.vae,
         scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction"),
         text_encoder=base.text_encoder,

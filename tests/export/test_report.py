@@ -23,10 +23,13 @@ def test_report_lists_every_file_and_its_hash(exported):
     assert listed == set(report["files"])
 
 
-@pytest.mark.parametrize("made", ["exported", "exported_half", "exported_static"])
-def test_export_is_verified_again_as_it_was_made(made, tiny_folder, request):
+@pytest.mark.parametrize(
+    ("made", "model"),
+    [("exported", "tiny_folder"), ("exported_half", "tiny_folder"), ("exported_static", "one_level_folder")],
+)
+def test_export_is_verified_again_with_its_own_options(made, model, request):
     folder, report = request.getfixturevalue(made)
-    options = ExportOptions(model=str(tiny_folder), output=str(folder), verify_only=True)
+    options = ExportOptions(model=str(request.getfixturevalue(model)), output=str(folder), verify_only=True)
     assert export_folder(options)["parity"] == report["parity"]
     # A tolerance that is asked for is kept.
     with pytest.raises(verify.VerificationError, match=r"allowed is \d\.\de-0?9: do not use this export"):
