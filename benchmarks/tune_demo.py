@@ -1,11 +1,11 @@
-"""Choose the demo's learning rates, each network's own, and write them beside the demo.
+"""Choose a learning rate for each network of the demo, and write the choices beside the demo.
 
     python benchmarks/tune_demo.py
-    python benchmarks/tune_demo.py --networks fm_paper    # the others' rows stay as they are
+    python benchmarks/tune_demo.py --networks fm_paper    # keeps the rows of the other networks
 
-Every network is trained at every rate with the demo's settings but another seed, on names that are divided anew: the
-names that the demo measures on are in neither part. The rate whose best sampler has the smallest Fréchet distance at
-the number of evaluations of the demo's curves wins, and that sampler draws the network's curve.
+Every network is trained at every rate with the demo's settings but another seed and another division of the names; the
+names that the demo measures on are left out. The rate whose best sampler has the smallest Fréchet distance, at the
+number of evaluations of the demo's curves, is chosen, and that sampler makes the network's curve.
 """
 
 import argparse
@@ -30,7 +30,10 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 
 def split_names(seed: int) -> tuple[list[int], list[int]]:
-    """Names to train on, and as many to measure on as the demo holds out; none of the demo's held-out ones."""
+    """Divide the names that the demo does not hold out into those to train on and those to measure on.
+
+    There are as many to measure on as the demo holds out.
+    """
     held_out = pictures.held_out_names()
     rest = np.array([name for name in pictures.names_in_both_styles() if name not in held_out])
     order = np.random.default_rng(seed).permutation(len(rest))
@@ -38,7 +41,7 @@ def split_names(seed: int) -> tuple[list[int], list[int]]:
 
 
 def measure(trainer: AlignedTrainer, network: str, exam: Exam, settings: DemoSettings) -> list[dict[str, Any]]:
-    """A row for each sampler."""
+    """Return a row for each sampler."""
     steps = settings.steps_of_curves
     with trainer.averaged():
         model = with_merged_unet(trainer.model)
@@ -58,9 +61,13 @@ def measure(trainer: AlignedTrainer, network: str, exam: Exam, settings: DemoSet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=CHOICES, help="JSON file to write")
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to try")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="which to try anew")
+    parser.add_argument("--output", type=Path, default=CHOICES, help="JSON file to write (default: that of the demo)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates to try (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks to try again (default: all)"
+    )
     options = parser.parse_args()
     settings = DemoSettings()
     names, measured = split_names(SEED)
