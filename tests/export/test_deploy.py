@@ -1,4 +1,4 @@
-"""The examples of docs/deploy.md run as they are printed, in a folder where the export lies."""
+"""Tests that run the examples of docs/deploy.md as they are printed, in a folder with an export."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def beside_the_export(exported_miniature, tmp_path, monkeypatch):
-    """A folder where d2f-onnx is the miniature's export."""
+    """Return a folder, made the current one, in which d2f-onnx is the export of the miniature."""
     (tmp_path / "d2f-onnx").symlink_to(exported_miniature[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -34,11 +34,11 @@ def test_python_examples_run_and_generate_the_image_of_the_pipeline(beside_the_e
     assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
-    drawn = np.asarray(Image.open("owl.png"), np.int16)
+    image = np.asarray(Image.open("owl.png"), np.int16)
     (want,) = OnnxPipeline("d2f-onnx")(["an owl on a blue background"], steps=4, guidance_scale=3.0, seed=0)
-    assert drawn.shape == (32, 32, 3) and drawn.std() > 10
-    assert np.abs(drawn - np.asarray(want, np.int16)).max() <= 1
-    # The engine command that the page shows is the one that the report holds.
+    assert image.shape == (32, 32, 3) and image.std() > 10
+    assert np.abs(image - np.asarray(want, np.int16)).max() <= 1
+    # The page shows the engine command that the report holds.
     printed = capsys.readouterr().out.split()
     (shown,) = re.findall(r"\n    (trtexec .*?)\n\n", PAGE, re.DOTALL)
     assert shown.split() == printed

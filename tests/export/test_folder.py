@@ -1,4 +1,4 @@
-"""The export folder: its layout, its report, and what never leaves anything behind."""
+"""Tests of the export folder: its layout, its graphs, and failures that leave nothing behind."""
 
 import json
 import shutil
@@ -160,7 +160,7 @@ def _rms(got, want):
 
 
 def _broken_graphs(monkeypatch):
-    """Make every converted graph wrong: its first parameter is all zeros."""
+    """Set the first parameter of every converted graph to zero."""
     convert = folder_module.graphs.convert
 
     def broken(component, *rest):

@@ -38,7 +38,7 @@ def test_sdxl_pipeline_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
     added = ("text_embeds", "time_ids")
     names = {value.name for value in session.get_inputs()}
     assert names >= {*added, *(f"negative_{name}" for name in added)}
-    # The whole pipeline against diffusers, prompts, pooled text, sizes and the zeroed empty prompt included.
+    # The images must be those of diffusers: prompts, pooled text, sizes and the zeros of the empty prompt take part.
     pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
@@ -53,7 +53,7 @@ def test_sdxl_pipeline_in_half_precision(tiny_xl, tmp_path):
     options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "static": "1x16x16", "steps": "2"}
     report = export_folder(ExportOptions(**options, precision="fp16", components="unet,sampler"))
     assert max(row["rms"] for row in report["parity"]) <= 3e-3
-    # Sizes in pixels: above 2048 float16 has no odd numbers.
+    # Sizes in pixels must not be rounded: above 2048 float16 has no odd numbers.
     session = _session(tmp_path / "out", "unet")
     given = {"sample": np.zeros((2, 4, 8, 8), np.float32), "timestep": np.asarray(500, np.float32)}
     given |= {"encoder_hidden_states": np.zeros((2, 8, 32), np.float32), "text_embeds": np.zeros((2, 12), np.float32)}
@@ -66,7 +66,7 @@ def test_sdxl_pipeline_in_half_precision(tiny_xl, tmp_path):
 
 @pytest.fixture
 def marigold(tiny_folder, one_level, tmp_path):
-    """A depth pipeline in Marigold's layout, saved in model/."""
+    """Return a depth pipeline in Marigold's layout, and save it in model/."""
     base = StableDiffusionPipeline.from_pretrained(tiny_folder)
     pipeline = MarigoldDepthPipeline(
         unet=UNet2DConditionModel.from_config(dict(base.unet.config) | one_level | {"in_channels": 8}),
@@ -100,7 +100,7 @@ def test_marigold_folder_returns_the_depth_of_diffusers(marigold, tmp_path):
     assert (index["_class_name"], index["prediction_type"]) == ("MarigoldDepthPipeline", "depth")
     with pytest.raises(RefusedInputError, match=r"out generates no images from prompts: its network takes 8 channels"):
         OnnxPipeline(folder)
-    # Its own pipeline, the scheduler's steps included, against the graphs and the scheduler of the folder.
+    # The graphs and the scheduler of the folder must give what the pipeline of diffusers gives.
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
     noise = np.random.default_rng(1).standard_normal((1, 4, 8, 16), np.float32)
@@ -112,11 +112,11 @@ def test_marigold_folder_returns_the_depth_of_diffusers(marigold, tmp_path):
     ids = np.asarray(marigold.tokenizer([""], padding="do_not_pad").input_ids, np.int64)
     context = _session(folder, "text_encoder").run(["last_hidden_state"], {"input_ids": ids})[0]
     scale = marigold.vae.config.scaling_factor
-    picture = np.split(_session(folder, "vae_encoder").run(None, {"sample": image})[0], 2, 1)[0] * scale
+    image_latents = np.split(_session(folder, "vae_encoder").run(None, {"sample": image})[0], 2, 1)[0] * scale
     unet, state = _session(folder, "unet"), noise
     scheduler.set_timesteps(2)
     for t in scheduler.timesteps:
-        feed = {"sample": np.concatenate([picture, state], 1), "encoder_hidden_states": context}
+        feed = {"sample": np.concatenate([image_latents, state], 1), "encoder_hidden_states": context}
         (output,) = unet.run(None, feed | {"timestep": t.float().numpy()})
         state = scheduler.step(torch.from_numpy(output), t, torch.from_numpy(state)).prev_sample.numpy()
     (decoded,) = _session(folder, "vae_decoder").run(None, {"latent_sample": state / np.float32(scale)})
@@ -127,7 +127,7 @@ def test_marigold_folder_returns_the_depth_of_diffusers(marigold, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tiny_folder, tmp_path_factory):
-    """A trainer after three steps, and the folder of what it saved: lora/ and pipeline/."""
+    """Return a trainer after three steps, and the folder in which it saved lora/ and pipeline/."""
     folder = tmp_path_factory.mktemp("trained")
     config = TrainingConfig(output_dir=str(folder / "run"), resolution=16, rank=2, learning_rate=0.05)
     trainer = AlignedTrainer.from_pretrained(tiny_folder, config)
@@ -146,7 +146,7 @@ def test_exported_weights_are_those_that_the_trainer_saved(trained, tiny_folder)
     weights = saved.model.unet.state_dict()
     for name, value in merged.model.unet.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=1e-6)
-    # The schedule too: the same steps.
+    # The same schedule gives the same steps.
     assert merged.tables == saved.tables
     given = torch.randn(1, 4, 8, 8), torch.tensor(673.16), torch.randn(1, 8, 16)
     with torch.no_grad(), trainer.averaged():

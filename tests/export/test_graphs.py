@@ -1,4 +1,4 @@
-"""Conversion of one module: names, dimensions, operators of ours, and what is stripped."""
+"""Tests of the conversion of one module: names, dimensions, this package's operators, and what is removed."""
 
 import onnx
 import onnxruntime

@@ -1,4 +1,4 @@
-"""Pictures from an export folder, without torch."""
+"""Tests of images generated from an export folder, without torch."""
 
 import json
 import os
@@ -25,8 +25,8 @@ PROMPTS = ["an owl on a blue background", "a clock on a red background"]
 
 
 @pytest.fixture(scope="module")
-def torch_pictures():
-    """What the torch pipeline draws of the miniature in 4 steps, and the noise it began with."""
+def torch_images():
+    """Return the noise and the images of the miniature in 4 steps of its torch pipeline."""
     pipeline = load_miniature()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
@@ -36,10 +36,10 @@ def torch_pictures():
 
 
 @pytest.mark.parametrize("form", ["loop", "folder", "unrolled"])
-def test_miniature_generates_the_images_of_torch(form, exported_miniature, torch_pictures):
-    noise, want = torch_pictures
-    pictures = OnnxPipeline(exported_miniature[0], form=form)(PROMPTS, steps=4, guidance_scale=3.0, noise=noise)
-    got = np.stack([np.asarray(picture, np.float32) for picture in pictures]) / 255
+def test_miniature_generates_the_images_of_torch(form, exported_miniature, torch_images):
+    noise, want = torch_images
+    images = OnnxPipeline(exported_miniature[0], form=form)(PROMPTS, steps=4, guidance_scale=3.0, noise=noise)
+    got = np.stack([np.asarray(image, np.float32) for image in images]) / 255
     assert np.abs(got - want).max() <= 1 / 255
     assert want.std() > 0.1
 
@@ -54,13 +54,13 @@ def test_fractional_timestep_changes_the_output_of_the_miniature(exported_miniat
     outputs = {t: session.run(None, feed | {"timestep": np.asarray(t, np.float32)})[0] for t in (673.16, 673, 672)}
     scale = np.linalg.norm(outputs[673])
     differences = [np.linalg.norm(outputs[673.16] - outputs[t]) / scale for t in (673, 672)]
-    # Rounding to float16's 673 or bfloat16's 672 is seen far above the error of the graph, 3e-7.
+    # Rounding to 673, as float16 would, or to 672, as bfloat16 would, changes far more than the graph's error of 3e-7.
     assert differences[0] > 1e-5 and differences[1] > 1e-4
 
 
 @pytest.mark.parametrize("imported", ["", "import d2f_fast.flow.alignment"])
 def test_no_torch_is_imported(imported, exported, tmp_path):
-    # The second case is the check of the check: an import of torch, at whatever depth, does end the process.
+    # The second case shows that the test works: an import of torch, at any depth, ends the process.
     code = f"""
 import sys
 for name in ("torch", "transformers", "onnx"):
@@ -93,7 +93,7 @@ def test_gpu_generates_the_images_of_the_cpu(provider, form, exported_miniature)
         for name in ("cpu", provider)
     )
     for one, other in zip(cpu, gpu, strict=True):
-        # TF32 in products and convolutions: three digits.
+        # TF32 keeps three digits in products and convolutions.
         assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 4
 
 
@@ -151,18 +151,18 @@ def test_default_size_of_a_model_of_wide_images_is_wide(exported, tmp_path):
     shutil.copytree(exported[0], copy)
     config = json.loads((copy / "unet/config.json").read_text())
     (copy / "unet/config.json").write_text(json.dumps(config | {"sample_size": [8, 12]}))
-    (picture,) = OnnxPipeline(copy)(["ab"])
-    assert picture.size == (24, 16)
+    (image,) = OnnxPipeline(copy)(["ab"])
+    assert image.size == (24, 16)
 
 
 def test_static_export_generates_exactly_its_batch(exported_static):
     noise = np.random.default_rng(0).standard_normal((2, 4, 16, 8), np.float32)
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 16, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 16, 3), np.uint8))
     loop, folder = (OnnxPipeline(exported_static[0], form) for form in ("loop", "folder"))
-    for options in ({"guidance_scale": 3.0}, {"guidance_scale": 1}, {"image": picture, "strength": 0.5}):
-        drawn = [np.stack(one(["ab", "cd"], steps=2, noise=noise, **options)).astype(int) for one in (loop, folder)]
-        assert drawn[0].shape == (2, 32, 16, 3) and np.abs(drawn[0] - drawn[1]).max() <= 1
-        assert (drawn[0][0] != drawn[0][1]).any()
+    for options in ({"guidance_scale": 3.0}, {"guidance_scale": 1}, {"image": image, "strength": 0.5}):
+        images = [np.stack(one(["ab", "cd"], steps=2, noise=noise, **options)).astype(int) for one in (loop, folder)]
+        assert images[0].shape == (2, 32, 16, 3) and np.abs(images[0] - images[1]).max() <= 1
+        assert (images[0][0] != images[0][1]).any()
     for pipeline in (loop, folder):
         with pytest.raises(RefusedInputError, match=r"generate 2 images at a time \(--static 2x32x16\), got 1 prompts"):
             pipeline("ab", steps=2)
@@ -172,7 +172,7 @@ def test_static_export_generates_exactly_its_batch(exported_static):
 def test_guidance_scale_1_leaves_the_negative_prompt_out(form, exported, monkeypatch):
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
     given = {"steps": 2, "noise": noise, "guidance_scale": 1}
-    # The unrolled form evaluates both halves: the same picture.
+    # The unrolled form evaluates both prompts and must generate the same image.
     want = np.asarray(OnnxPipeline(exported[0], "unrolled")(["ab"], **given)[0], np.int16)
     pipeline = OnnxPipeline(exported[0], form)
     texts, encode = [], pipeline._encode

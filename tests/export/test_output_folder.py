@@ -1,4 +1,4 @@
-"""What may be replaced, and what a killed run leaves to the next."""
+"""Tests of the refusal of unusable output folders, and of the folders that are replaced."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_folder_that_cannot_be_created_is_refused_in_one_line(tmp_path):
         ),
         output_folder(Path("/proc/none/out"), keep_failed=False),
     ):
-        raise AssertionError("nothing was to be made")
+        raise AssertionError("the block must not be entered")
 
 
 def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):

@@ -1,4 +1,4 @@
-"""The static TensorRT check: what passes, what is named, and the minimum version."""
+"""Tests of the static TensorRT check: graphs that pass, problems that it reports, and the minimum version."""
 
 import numpy as np
 import onnx
@@ -67,7 +67,7 @@ def _save(tmp_path, nodes, initializers=(), **options):
 
 
 def _loop(nodes, trips, collected=()):
-    """A Loop of `trips` from x to y whose body is nodes from s to o; `collected` are values that it gathers too."""
+    """Return a Loop of `trips` from x to y with a body from s to o; `collected` are its scan outputs."""
     values = [
         helper.make_tensor_value_info(name, kind, shape)
         for name, kind, shape in (

@@ -1,4 +1,4 @@
-"""The export command, run as a user runs it: exit codes, sentences, and nothing left behind."""
+"""Tests of the export command as a user runs it: exit codes, messages, and failures that leave nothing behind."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_script_exports_a_component(tiny_folder, tmp_path, monkeypatch, capsys):
     lines = done.stdout.splitlines()
     assert lines[-1] == "out" and lines[1].startswith("vae_encoder/model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    # By a link to the folder the data end in the folder, and the link stays; so for the check of it.
+    # Writing to a link, or verifying one, uses the folder that it leads to, and the link stays.
     (tmp_path / "link").symlink_to("out")
     monkeypatch.chdir(tmp_path)
     rest = ["--model", str(tiny_folder), "--components", "text_encoder", "--overwrite", "--skip_verify"]
@@ -124,7 +124,7 @@ def test_unknown_option_is_refused(capsys):
 
 
 def _refused(arguments, folder, capsys):
-    """The one line of a refused export, which left `folder` as it was."""
+    """Return the one line of a refused export, after checking that it left `folder` as it was."""
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
     assert sorted(folder.rglob("*")) == before
@@ -209,7 +209,7 @@ def test_wrong_graph_is_exit_code_1_and_leaves_nothing(tiny_folder, tmp_path, mo
 
 
 def _run_until_it_writes(model: Path, output: Path) -> subprocess.Popen[bytes]:
-    """A real process that exports, caught in the middle of its work."""
+    """Start an export in a process, and return it in the middle of its work."""
     command = [sys.executable, str(SCRIPT), "--model", str(model), "--output", str(output), "--skip_verify"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -232,6 +232,6 @@ def test_killed_run_leaves_no_output_and_the_next_run_removes_its_leftovers(tiny
     assert process.wait(timeout=120) == -signal.SIGKILL
     (remains,) = tmp_path.iterdir()
     assert remains.name == f".tmp-{process.pid}-out"
-    # Whatever the next run to the same folder comes to.
+    # The next run to the same folder removes the leftovers even if it is refused.
     assert main(["--model", "model.ckpt", "--output", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []

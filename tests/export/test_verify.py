@@ -1,4 +1,4 @@
-"""What the verification catches, and how it says so."""
+"""Tests of the errors that the verification finds, and of its messages."""
 
 import math
 
@@ -22,7 +22,7 @@ from d2f_fast.export.verify import (
 
 @pytest.fixture
 def doubling(tmp_path):
-    """A graph that doubles its input, in a folder of its own."""
+    """Write a graph that doubles its input to a folder of its own, and return its path."""
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", value[:1], value[1:])
     (tmp_path / "toy").mkdir()
@@ -66,7 +66,7 @@ def test_sampler_is_allowed_the_error_that_its_steps_amplify():
 
 def test_amplification_equals_that_of_a_perturbed_network():
     table = StepTable([], [], coef_x=[2.0, -0.5], coef_out=[-3.0, 0.25], alphas=[], noise_scales=[], sigmas=[])
-    # An error of 1 in each output, of the worst signs: 0.5 * 3 + 0.25; guidance at 2 weighs its halves by 2 and 1.
+    # An error of 1 in each output, with the worst signs, gives 0.5 * 3 + 0.25. Guidance at 2 weighs its halves by 2, 1.
     assert error_amplification(table, 1.0) == 1.75
     assert error_amplification(table, 2.0) == pytest.approx(1.75 * 5**0.5)
     assert error_amplification(StepTable([], [], [1.0], [0.1], [], [], []), 1.0) == 1.0
@@ -90,7 +90,7 @@ def test_invalid_model_is_refused(doubling):
 
 
 def test_operator_of_an_unsupported_type_is_refused(tmp_path):
-    # Before opset 22 a convolution of bfloat16 is none.
+    # Before opset 22 there is no convolution of bfloat16.
     value = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [1, 1, 4, 4]) for name in ("x", "w", "y")]
     graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[4, 4])], "g", value[:2], [])
     graph.output.append(helper.make_tensor_value_info("y", TensorProto.BFLOAT16, [1, 1, 1, 1]))

@@ -1,4 +1,4 @@
-"""The modules that are traced, and the sizes they are traced and verified at."""
+"""Tests of the modules that are traced, and of the sizes at which they are traced and verified."""
 
 import re
 
