@@ -175,7 +175,8 @@ class Sample:
 
     def _with_onnx(self, folder: str) -> "list[Image]":
         """Generate the images with ONNX Runtime, from an exported folder."""
-        from d2f_fast.export.inference import PROVIDERS, OnnxPipeline
+        from d2f_fast.export.inference import OnnxPipeline
+        from d2f_fast.export.sessions import PROVIDERS
 
         providers = None if self.onnx_provider == "auto" else PROVIDERS[self.onnx_provider]
         return OnnxPipeline(folder, providers=providers)(

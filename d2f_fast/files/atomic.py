@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -39,27 +40,74 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: StrPath) -> Iterator[Path]:
+def atomic_folder(folder: StrPath, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder` that becomes it at the end of the block, whole or not at all.
 
+    If the block raises, the temporary folder is removed and `folder` stays as it was. `recover_folder` tidies up after
+    a process that was killed in the block.
+
+    Args:
+        folder: path of the folder to make.
+        replace: Replace a folder that exists; the old one is removed only once the new one is in place. Without it, a
+            folder that exists is refused.
+
     Raises:
-        RefusedInputError: `folder` exists, cannot be made, or the disk is full.
+        RefusedInputError: `folder` exists and is not to be replaced, it cannot be made, or the disk is full.
     """
     folder = Path(folder)
-    if folder.exists():
+    if folder.exists() and not replace:
         raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
-    temporary = make_folder(folder.parent) / f".tmp-{secrets.token_hex(4)}-{folder.name}"
+    make_folder(folder.parent)
+    temporary, old = (folder.with_name(f".{kind}-{os.getpid()}-{folder.name}") for kind in ("tmp", "old"))
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync_to_disk(path)
+        if folder.exists():
+            folder.rename(old)
         temporary.rename(folder)
         sync_to_disk(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         refuse_full_disk(folder, error)
         raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: StrPath) -> None:
+    """Tidy up after `atomic_folder` in a process that was killed: put back what it was replacing, remove the rest.
+
+    Folders of processes that still run are left alone. Call it before `atomic_folder`, never inside its block.
+
+    Args:
+        folder: path that was given to `atomic_folder`.
+    """
+    folder = Path(folder)
+    for path in list(folder.parent.iterdir()) if folder.parent.is_dir() else []:
+        found = re.fullmatch(rf"\.(old|tmp)-(\d+)-{re.escape(folder.name)}", path.name)
+        if found is None or _is_running(int(found[2])):
+            continue
+        if found[1] == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether another process has this id; this process' own id was that of an earlier process."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def make_folder(path: StrPath) -> Path:

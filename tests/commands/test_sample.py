@@ -122,7 +122,7 @@ def test_sampling_takes_prediction_type_and_shift_from_the_trained_files(train, 
         (["--seed", "-1"], "seed must be in [0, 2**63), got -1"),
         (["--shift", "-1"], "shift must be positive and finite, got -1.0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite, got nan"),
-        (["--height", "17"], "height must be a multiple of 2, got 17"),
+        (["--height", "17"], "height must be a positive multiple of 8, got 17"),
         (
             ["--flow_spacing", "trailing", "--num_inference_steps", "1500"],
             "steps must be 1 to 1000 with trailing spacing",

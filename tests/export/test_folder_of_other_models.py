@@ -1,4 +1,4 @@
-"""Other models than a plain Stable Diffusion 1.5: depth, SDXL, SD2, what the trainer saves, tiny autoencoders."""
+"""Tests of the export of models other than Stable Diffusion 1.5: depth, SDXL, SD2 and pipelines of the trainer."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import (
-    AutoencoderTiny,
     DDIMScheduler,
     MarigoldDepthPipeline,
     StableDiffusionPipeline,
@@ -22,20 +21,12 @@ from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import ExportOptions
 
-# A single level, which the tracer is through with in a third of the time.
-ONE_LEVEL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-    "mid_block_type": None,
-}
-
 
 def _session(folder: Path, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(folder / f"{name}/model.onnx")
 
 
-def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
+def test_sdxl_pipeline_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
     folder, pipeline = tmp_path / "out", tiny_xl
     pipeline.save_pretrained(tmp_path / "model")
     components = "unet,text_encoder,vae_decoder,sampler"
@@ -47,7 +38,7 @@ def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
     added = ("text_embeds", "time_ids")
     names = {value.name for value in session.get_inputs()}
     assert names >= {*added, *(f"negative_{name}" for name in added)}
-    # The whole pipeline against diffusers, prompts, pooled text, sizes and the zeroed empty prompt included.
+    # The images must be those of diffusers: prompts, pooled text, sizes and the zeros of the empty prompt take part.
     pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
@@ -57,12 +48,12 @@ def test_sdxl_layout_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
     assert np.abs(np.asarray(got, np.int16) - np.asarray(want.images[0], np.int16)).max() <= 1
 
 
-def test_sdxl_layout_in_half_precision(tiny_xl, tmp_path):
+def test_sdxl_pipeline_in_half_precision(tiny_xl, tmp_path):
     tiny_xl.save_pretrained(tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "static": "1x16x16", "steps": "2"}
     report = export_folder(ExportOptions(**options, precision="fp16", components="unet,sampler"))
     assert max(row["rms"] for row in report["parity"]) <= 3e-3
-    # Sizes in pixels: above 2048 float16 has no odd numbers.
+    # Sizes in pixels must not be rounded: above 2048 float16 has no odd numbers.
     session = _session(tmp_path / "out", "unet")
     given = {"sample": np.zeros((2, 4, 8, 8), np.float32), "timestep": np.asarray(500, np.float32)}
     given |= {"encoder_hidden_states": np.zeros((2, 8, 32), np.float32), "text_embeds": np.zeros((2, 12), np.float32)}
@@ -74,11 +65,11 @@ def test_sdxl_layout_in_half_precision(tiny_xl, tmp_path):
 
 
 @pytest.fixture
-def marigold(tiny_folder, tmp_path):
-    """A depth pipeline in Marigold's layout, saved in model/."""
+def marigold(tiny_folder, one_level, tmp_path):
+    """Return a depth pipeline in Marigold's layout, and save it in model/."""
     base = StableDiffusionPipeline.from_pretrained(tiny_folder)
     pipeline = MarigoldDepthPipeline(
-        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | ONE_LEVEL | {"in_channels": 8}),
+        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | one_level | {"in_channels": 8}),
         vae=base.vae,
         scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction"),
         text_encoder=base.text_encoder,
@@ -91,15 +82,15 @@ def marigold(tiny_folder, tmp_path):
     return pipeline
 
 
-def test_depth_model_is_told_to_leave_the_sampler_out(marigold, tmp_path):
+def test_sampler_of_a_depth_model_is_refused(marigold, tmp_path):
     options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    with pytest.raises(RefusedInputError, match=r"takes 8 channels and gives 4 .*leave sampler out of components"):
+    with pytest.raises(RefusedInputError, match=r"takes 8 channels and returns 4 .*leave sampler out of components"):
         export_folder(ExportOptions(**options))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_marigold_folder_gives_the_depth_that_diffusers_gives(marigold, tmp_path):
+def test_marigold_folder_returns_the_depth_of_diffusers(marigold, tmp_path):
     options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
     folder = tmp_path / "out"
     report = export_folder(ExportOptions(**options, components="text_encoder,unet,vae_encoder,vae_decoder"))
@@ -107,9 +98,9 @@ def test_marigold_folder_gives_the_depth_that_diffusers_gives(marigold, tmp_path
     assert {row["sizes"]["sample"][1] for row in report["parity"] if row["graph"].startswith("unet")} == {8}
     index = json.loads((folder / "model_index.json").read_text())
     assert (index["_class_name"], index["prediction_type"]) == ("MarigoldDepthPipeline", "depth")
-    with pytest.raises(RefusedInputError, match=r"out draws no pictures of prompts: its network takes 8 channels"):
+    with pytest.raises(RefusedInputError, match=r"out generates no images from prompts: its network takes 8 channels"):
         OnnxPipeline(folder)
-    # Its own pipeline, the scheduler's steps included, against the graphs and the scheduler of the folder.
+    # The graphs and the scheduler of the folder must give what the pipeline of diffusers gives.
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
     noise = np.random.default_rng(1).standard_normal((1, 4, 8, 16), np.float32)
@@ -121,11 +112,11 @@ def test_marigold_folder_gives_the_depth_that_diffusers_gives(marigold, tmp_path
     ids = np.asarray(marigold.tokenizer([""], padding="do_not_pad").input_ids, np.int64)
     context = _session(folder, "text_encoder").run(["last_hidden_state"], {"input_ids": ids})[0]
     scale = marigold.vae.config.scaling_factor
-    picture = np.split(_session(folder, "vae_encoder").run(None, {"sample": image})[0], 2, 1)[0] * scale
+    image_latents = np.split(_session(folder, "vae_encoder").run(None, {"sample": image})[0], 2, 1)[0] * scale
     unet, state = _session(folder, "unet"), noise
     scheduler.set_timesteps(2)
     for t in scheduler.timesteps:
-        feed = {"sample": np.concatenate([picture, state], 1), "encoder_hidden_states": context}
+        feed = {"sample": np.concatenate([image_latents, state], 1), "encoder_hidden_states": context}
         (output,) = unet.run(None, feed | {"timestep": t.float().numpy()})
         state = scheduler.step(torch.from_numpy(output), t, torch.from_numpy(state)).prev_sample.numpy()
     (decoded,) = _session(folder, "vae_decoder").run(None, {"latent_sample": state / np.float32(scale)})
@@ -134,50 +125,9 @@ def test_marigold_folder_gives_the_depth_that_diffusers_gives(marigold, tmp_path
     assert want.std() > 0.01
 
 
-def test_tiny_autoencoder_takes_the_place_of_the_models_own(tiny_folder, tmp_path):
-    torch.manual_seed(1)
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    ).eval()
-    tiny.save_pretrained(tmp_path / "taesd")
-    folder = tmp_path / "out"
-    options = {"model": str(tiny_folder), "vae": str(tmp_path / "taesd"), "output": str(folder)}
-    report = export_folder(ExportOptions(**options, components="vae_encoder,vae_decoder"))
-    assert max(row["rms"] for row in report["parity"]) <= 5e-6 and report["vae"] == "taesd"
-    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
-    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 24)).astype(np.float32)
-    (latents,) = _session(folder, "vae_encoder").run(["latent_sample"], {"sample": image})
-    (decoded,) = _session(folder, "vae_decoder").run(["sample"], {"latent_sample": latents})
-    with torch.no_grad():
-        want = tiny.encode(torch.from_numpy(image)).latents
-        np.testing.assert_allclose(latents, want, atol=1e-5)
-        np.testing.assert_allclose(decoded, tiny.decode(want).sample, atol=1e-5)
-
-
-def test_autoencoder_of_another_model_is_refused(tiny_folder, tmp_path):
-    for options, sentence in (
-        ({"latent_channels": 16}, "has 16 latent channels, the model's own 4: it is of another model"),
-        ({}, "has 8 pixels a latent, the model's own 2: it is of another model"),
-    ):
-        AutoencoderTiny(**options).save_pretrained(tmp_path / "other")
-        with pytest.raises(RefusedInputError, match=f"vae .*other {sentence}"):
-            export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "other"), output="out"))
-    UNet2DConditionModel.from_pretrained(tiny_folder / "unet").save_pretrained(tmp_path / "unet")
-    with pytest.raises(RefusedInputError, match="unet is a UNet2DConditionModel: give an AutoencoderKL or an"):
-        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "unet"), output="out"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(RefusedInputError, match=r"vae .*/empty cannot be loaded: "):
-        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "empty"), output="out"))
-    with pytest.raises(RefusedInputError, match=r"vae .*/none does not exist: give a hub id, or the folder"):
-        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "none"), output="out"))
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_folder, tmp_path_factory):
-    """A trainer after three steps, and the folder of what it saved: lora/ and pipeline/."""
+    """Return a trainer after three steps, and the folder in which it saved lora/ and pipeline/."""
     folder = tmp_path_factory.mktemp("trained")
     config = TrainingConfig(output_dir=str(folder / "run"), resolution=16, rank=2, learning_rate=0.05)
     trainer = AlignedTrainer.from_pretrained(tiny_folder, config)
@@ -188,7 +138,7 @@ def trained(tiny_folder, tmp_path_factory):
     return trainer, folder
 
 
-def test_what_the_trainer_saves_is_what_is_exported(trained, tiny_folder):
+def test_exported_weights_are_those_that_the_trainer_saved(trained, tiny_folder):
     trainer, folder = trained
     merged = ExportJob(ExportOptions(model=str(tiny_folder), lora=(str(folder / "lora"),)))
     saved = ExportJob(ExportOptions(model=str(folder / "pipeline")))
@@ -196,7 +146,7 @@ def test_what_the_trainer_saves_is_what_is_exported(trained, tiny_folder):
     weights = saved.model.unet.state_dict()
     for name, value in merged.model.unet.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=1e-6)
-    # The schedule too: the same steps.
+    # The same schedule gives the same steps.
     assert merged.tables == saved.tables
     given = torch.randn(1, 4, 8, 8), torch.tensor(673.16), torch.randn(1, 8, 16)
     with torch.no_grad(), trainer.averaged():
@@ -215,7 +165,7 @@ def test_naive_flow_matching_pipeline_is_refused(tiny_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_sd2_layout_with_v_prediction(precision, tiny_folder, tmp_path):
+def test_sd2_pipeline_with_v_prediction(precision, tiny_folder, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
     config = dict(pipeline.unet.config) | {"use_linear_projection": True, "upcast_attention": True}
     torch.manual_seed(2)
