@@ -15,6 +15,10 @@ LearningRateSchedule = Literal[
 ]
 Method = Literal["euler", "midpoint", "heun"]
 Spacing = Literal["uniform", "trailing"]
+# The trackers of accelerate, by its names.
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio"
+]
 SNR_GAMMA = 5.0
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
@@ -64,7 +68,7 @@ class TrainingConfig:
         checkpoints_total_limit: checkpoints kept; None for all.
         resume_from_checkpoint: "latest", or a checkpoint's name or path.
         logging_steps: steps between log lines.
-        report_to: tensorboard, or none; metrics are always in log.jsonl.
+        report_to: accelerate's tracker that gets the logged steps, or none; log.jsonl always gets them.
         dataloader_num_workers: threads that read and decode, a batch each, while the step runs; with more than one the
             data set is read from several at once; 0 reads when asked.
         seed: of everything.
@@ -110,7 +114,7 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
     logging_steps: int = 10
-    report_to: Literal["tensorboard", "none"] = "none"
+    report_to: Tracker = "none"
     dataloader_num_workers: int = 1
     seed: int = 0
 
@@ -139,7 +143,7 @@ class TrainingConfig:
 _WORDS = {
     **{"objective": get_args(ObjectiveName), "loss_weighting": get_args(LossWeighting), "adapter": ("lora", "full")},
     **{"timestep_sampling": get_args(TimestepSampling), "lr_scheduler": get_args(LearningRateSchedule)},
-    **{"mixed_precision": ("no", "bf16"), "report_to": ("tensorboard", "none")},
+    **{"mixed_precision": ("no", "bf16"), "report_to": get_args(Tracker)},
 }
 _AT_LEAST = {
     **{"resolution": 8, "rank": 1, "conv_rank": 0, "train_batch_size": 1, "gradient_accumulation_steps": 1},
