@@ -252,9 +252,9 @@ class AlignedTrainer:
             RefusedInputError: the batch is malformed; see `check_batch`.
         """
         check_batch(batch)
-        inputs = self._inputs.sample(batch, self.global_step)
         if self._half_base is not None:
-            self._half_base.use()
+            self._half_base.use()  # first: the condition is cast to the type of the frozen weights
+        inputs = self._inputs.sample(batch, self.global_step)
         loss = self._training_step(inputs, self._learning_rate(self.global_step))
         self.global_step += 1
         return loss
