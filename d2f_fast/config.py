@@ -19,6 +19,10 @@ LearningRateSchedule = Literal[
 ]
 Method = Literal["euler", "midpoint", "heun"]
 Spacing = Literal["uniform", "trailing"]
+# The trackers that accelerate can log to, by its names.
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio"
+]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 OptionGroup = Literal[
     "model",
@@ -206,7 +210,8 @@ class TrainingConfig:
             a path. The default None starts a new run.
         logging_steps: Number of optimizer steps between two entries of the log.
         report_to: Where metrics are sent, besides the file log.jsonl, which is always written. "tensorboard" writes
-            TensorBoard files into output_dir; the default "none" writes nothing else.
+            its files into output_dir, and the other names are the trackers that accelerate knows. The tracker must be
+            installed. The default "none" sends metrics nowhere else.
         dataloader_num_workers: Number of threads that read and decode images while the model trains. 0 reads each batch
             only when it is needed. More than 1 reads the data set from several threads at once.
         seed: Seed of everything that is random in training: initial LoRA weights, order of the data, crops, noise and
@@ -256,7 +261,7 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1))
     resume_from_checkpoint: str | None = option("checkpoints and logs", None)
     logging_steps: int = option("checkpoints and logs", 10, at_least(1))
-    report_to: Literal["tensorboard", "none"] = option("checkpoints and logs", "none")
+    report_to: Tracker = option("checkpoints and logs", "none")
     dataloader_num_workers: int = option("memory and speed", 1, at_least(0))
     seed: int = option("optimisation", 0, check_seed)
 

@@ -1,6 +1,6 @@
 """What a training step is fed: pictures and captions of its share, encoded, through the cache on disk."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.data.batch import Batch
 from d2f_fast.data.cache import CacheKey, EmbeddingCache, LatentCache
 from d2f_fast.data.captions import choose_caption, validated_text
 from d2f_fast.data.images import DECODING_ERRORS
 from d2f_fast.data.loading import ImageDataset, load_sample
 from d2f_fast.data.order import BatchPlan
-from d2f_fast.errors import DatasetError, RefusedInputError
+from d2f_fast.errors import DatasetError
 from d2f_fast.models.base_model import BaseModel
 
 
@@ -79,7 +80,7 @@ class BatchEncoder:
         texts = [self._texts.key(caption) for caption in captions]
         return LoadedShare(keys, found, pixels, captions, texts, self._texts.read(texts))
 
-    def encode(self, plan: BatchPlan, loaded: LoadedShare) -> dict[str, Any]:
+    def encode(self, plan: BatchPlan, loaded: LoadedShare) -> Batch:
         """Posterior and text condition of a share that was loaded, encoding what the cache had not.
 
         Raises:
@@ -102,7 +103,8 @@ class BatchEncoder:
         )
         side = self._config.resolution
         return {
-            **posterior,
+            "mean": posterior["mean"],
+            "std": posterior["std"],
             "encoder_hidden_states": condition["encoder_hidden_states"],
             "added_cond_kwargs": self._model.added_cond_kwargs(condition, side, side),
             "offset": plan.offset,
@@ -141,7 +143,7 @@ class BatchEncoder:
             captions.append(choose_caption(text, draws.caption))
         return keys, captions
 
-    def _empty_share(self, plan: BatchPlan) -> dict[str, Any]:
+    def _empty_share(self, plan: BatchPlan) -> Batch:
         """Share of a process that a last, small batch of an epoch leaves without a sample."""
         unet = self._model.unet.config
         side = self._config.resolution // self._model.downsampling
@@ -151,35 +153,6 @@ class BatchEncoder:
             "offset": plan.offset,
             "global_batch_size": plan.global_batch_size,
         }
-
-
-def check_batch(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch for `AlignedTrainer.step` whose tensors are not those of one set of samples.
-
-    Raises:
-        RefusedInputError: a key is missing, its tensor has another type or shape, or more or fewer samples.
-    """
-    pictures = next((name for name in ("latents", "mean", "pixel_values") if name in batch), None)
-    texts = next((name for name in ("encoder_hidden_states", "input_ids") if name in batch), None)
-    if pictures is None or texts is None:
-        wanted = "encoder_hidden_states or input_ids" if pictures else "latents or pixel_values"
-        raise RefusedInputError(f"a batch needs {wanted}, got {', '.join(batch) or 'nothing'}")
-    added = batch.get("added_cond_kwargs") or {}
-    mask = {} if batch.get("mask") is None else {"mask": batch["mask"]}
-    tensors = {pictures: batch[pictures], texts: batch[texts], **added, **mask}
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise RefusedInputError(f"{name} must be a tensor, got {type(value).__name__}")
-    for name in {pictures, *mask}:
-        if tensors[name].ndim != 4 or not (tensors[name].is_floating_point() or name == "mask"):
-            got = f"{list(tensors[name].shape)} {tensors[name].dtype}"
-            raise RefusedInputError(f"{name} must be floating, [samples, channels, height, width], got {got}")
-    count = len(tensors[pictures])
-    for name, value in tensors.items():
-        if len(value) != count and not (name == "mask" and len(value) == 1):
-            raise RefusedInputError(
-                f"{name} has {len(value)} samples and {pictures} {count}: they must be of one batch"
-            )
 
 
 def _one_by_one(encode: Callable[[Any], dict[str, Tensor]], batches: Sequence[Any]) -> dict[str, Tensor]:
