@@ -1,52 +1,66 @@
-"""What a training step is fed: pictures and captions of its share, encoded, through the cache on disk."""
+"""Encode the images and captions of this process' slice of a batch, through the cache on disk."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch
-from d2f_fast.data.cache import CacheKey, EmbeddingCache, LatentCache
-from d2f_fast.data.captions import choose_caption, validated_text
-from d2f_fast.data.images import DECODING_ERRORS
-from d2f_fast.data.loading import ImageDataset, load_sample
-from d2f_fast.data.order import BatchPlan
-from d2f_fast.errors import DatasetError
+from d2f_fast.data.cache import CacheKey, EmbeddingCache, ImageIdentity, LatentCache
+from d2f_fast.data.captions import Captions
+from d2f_fast.data.loading import (
+    CaptionedDataset,
+    FileDataset,
+    ImageDataset,
+    KeyedDataset,
+    ReadSample,
+    augmented_pixels,
+    read_sample,
+)
+from d2f_fast.data.order import Augmentation, BatchPlan
+from d2f_fast.errors import printable
 from d2f_fast.models.base_model import BaseModel
 
+Input = TypeVar("Input")
 
-class LoadedShare(NamedTuple):
-    """What the host knows of a share before the networks encode the rest of it.
+
+@dataclass
+class LoadedSlice:
+    """This process' slice of a batch as the host loads it, before the networks encode what the cache lacks.
 
     Attributes:
-        keys: of its latents; none without a cache for them.
-        found: the latents that the cache has, by digest.
-        pixels: [3, resolution, resolution] of the pictures that are to be encoded, by position.
-        captions: one a sample.
-        text_keys, found_texts: as of the latents, of the captions.
+        keys: Keys of the latents, one for each sample; empty without a latent cache.
+        found: Latents that the cache has, by digest.
+        pixels: Pixels [3, resolution, resolution] of the images that are still to be encoded, by position.
+        captions: One caption for each sample.
+        text_keys: Keys of the encoded captions.
+        found_texts: Encoded captions that the cache has, by digest.
     """
 
-    keys: list[CacheKey]
-    found: dict[str, dict[str, Tensor]]
-    pixels: dict[int, Tensor]
-    captions: list[str]
-    text_keys: list[CacheKey]
-    found_texts: dict[str, dict[str, Tensor]]
+    keys: list[CacheKey] = field(default_factory=list)
+    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    pixels: dict[int, Tensor] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=list)
+    text_keys: list[CacheKey] = field(default_factory=list)
+    found_texts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class BatchEncoder:
-    """Loads and encodes the samples that a plan names, as `AlignedTrainer.step` takes them.
+    """Load and encode the samples of a plan into a batch for `AlignedTrainer.step`.
+
+    Where latents are cached, the hash of an image in memory and its captions are remembered for the life of the
+    encoder, so that a sample is read once in a run and not once an epoch.
 
     Args:
-        model: whose autoencoder and text encoders encode.
-        config: of the run.
+        model: Base model whose autoencoder and text encoders encode.
+        config: Options of the run.
 
     Raises:
-        RefusedInputError: the cache's folder cannot be made, or latents are to be cached of random crops.
+        RefusedInputError: The cache's folder cannot be made, or latents of random crops are to be cached.
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
@@ -58,39 +72,53 @@ class BatchEncoder:
             self._latents = LatentCache(folder, model=vae, resolution=config.resolution, center_crop=config.center_crop)
         texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         self._texts = EmbeddingCache(folder, model=texts)
+        self._identities: dict[int, ImageIdentity] = {}
+        self._captions: dict[int, Captions] = {}
 
-    def load(self, dataset: ImageDataset, plan: BatchPlan) -> LoadedShare:
-        """What of a share the host can do: read it from the cache, and decode the pictures that are not there.
+    def load(self, dataset: ImageDataset, plan: BatchPlan) -> LoadedSlice:
+        """Read cached tensors, and decode the images whose latents are not cached.
 
-        From any thread, if the dataset may be read from it.
+        Any thread may call it, if the data set may be read from any thread.
+
+        Args:
+            dataset: Data set of the run, the same at each call.
+            plan: Samples to load.
 
         Raises:
-            DatasetError: a sample that cannot be used.
+            DatasetError: A sample cannot be used.
+            RefusedInputError: The index of the cache cannot be written.
         """
-        positions = range(len(plan.index))
-        if self._latents is None:
-            samples = [self._load(dataset, plan, position) for position in positions]
-            keys, found = list[CacheKey](), dict[str, dict[str, Tensor]]()
-            pixels, captions = dict(enumerate(p for p, _ in samples)), [caption for _, caption in samples]
-        else:
-            keys, captions = self._keys(self._latents, dataset, plan)
-            found = self._latents.read(keys)
-            missing = [position for position in positions if keys[position].digest not in found]
-            pixels = {position: self._load(dataset, plan, position)[0] for position in missing}
-        texts = [self._texts.key(caption) for caption in captions]
-        return LoadedShare(keys, found, pixels, captions, texts, self._texts.read(texts))
+        loaded = LoadedSlice()
+        for position, (index, augmentation) in enumerate(zip(plan.index, plan.augmentations, strict=True)):
+            missing: ReadSample | None
+            if self._latents is None:
+                missing = read_sample(dataset, index)
+                captions = missing.captions
+            else:
+                captions, missing = self._load_cached(self._latents, dataset, index, augmentation, loaded)
+            if missing is not None:
+                loaded.pixels[position] = self._pixels(missing, augmentation)
+            loaded.captions.append(captions.choose(augmentation.caption))
+        loaded.text_keys = [self._texts.key(caption) for caption in loaded.captions]
+        loaded.found_texts = self._texts.read(loaded.text_keys)
+        return loaded
 
-    def encode(self, plan: BatchPlan, loaded: LoadedShare) -> Batch:
-        """Posterior and text condition of a share that was loaded, encoding what the cache had not.
+    def encode(self, plan: BatchPlan, loaded: LoadedSlice) -> Batch:
+        """Return the batch of a loaded slice, after encoding the images and captions that the cache lacked.
+
+        Args:
+            plan: Samples of the slice.
+            loaded: Result of `load` for this plan.
 
         Raises:
-            DatasetError: a picture or caption whose encoding is not finite.
+            DatasetError: The encoding of an image or caption is not finite.
+            RefusedInputError: The cache's folder cannot be written.
         """
         if not plan.index:
-            return self._empty_share(plan)
+            return self._empty_slice(plan)
 
         def encode_images(positions: Iterable[int]) -> dict[str, Tensor]:
-            return _one_by_one(self._model.encode_images, [loaded.pixels[i][None] for i in positions])
+            return _encode_one_by_one(self._model.encode_images, [loaded.pixels[i][None] for i in positions])
 
         if self._latents is None:
             posterior = encode_images(loaded.pixels)
@@ -99,52 +127,56 @@ class BatchEncoder:
         condition = self._texts.complete(
             loaded.text_keys,
             loaded.found_texts,
-            lambda missing: _one_by_one(self._model.encode_prompts, [[loaded.captions[i]] for i in missing]),
+            lambda missing: _encode_one_by_one(self._model.encode_prompts, [[loaded.captions[i]] for i in missing]),
         )
         side = self._config.resolution
         return {
-            "mean": posterior["mean"],
-            "std": posterior["std"],
+            **posterior,
             "encoder_hidden_states": condition["encoder_hidden_states"],
             "added_cond_kwargs": self._model.added_cond_kwargs(condition, side, side),
             "offset": plan.offset,
             "global_batch_size": plan.global_batch_size,
         }
 
-    def _load(self, dataset: ImageDataset, plan: BatchPlan, position: int) -> tuple[Tensor, str]:
-        """Pixels and caption of one sample of the share."""
-        return load_sample(
-            dataset,
-            plan.index[position],
-            plan.draws[position],
-            self._config.resolution,
-            random_flip=self._config.random_flip,
-            center_crop=self._config.center_crop,
+    def _load_cached(
+        self, latents: LatentCache, dataset: ImageDataset, index: int, augmentation: Augmentation, loaded: LoadedSlice
+    ) -> tuple[Captions, ReadSample | None]:
+        """Look one sample up in the latent cache, and read it only where something is missing.
+
+        Returns:
+            The sample's captions, and the sample itself if it must be encoded.
+        """
+        name, sample = f"sample {index}", None
+        identity, captions = self._identities.get(index), self._captions.get(index)
+        if isinstance(dataset, KeyedDataset):
+            identity = latents.identify(dataset.key(index))
+        elif isinstance(dataset, FileDataset):
+            path = dataset.path(index)
+            identity, name = latents.identify(path), printable(path)
+        if isinstance(dataset, CaptionedDataset):
+            captions = dataset.captions(index)
+        if identity is None or captions is None:
+            sample = read_sample(dataset, index)
+            name = sample.name
+            if identity is None:
+                identity = self._identities[index] = latents.identify(sample.image)
+            if captions is None:
+                captions = self._captions[index] = sample.captions
+        key = latents.key(identity, self._config.random_flip and augmentation.mirrored, name)
+        found = latents.read([key])
+        loaded.keys.append(key)
+        loaded.found |= found
+        return captions, None if found else sample or read_sample(dataset, index)
+
+    def _pixels(self, sample: ReadSample, augmentation: Augmentation) -> Tensor:
+        """Return the training pixels of a sample with the options of the run."""
+        config = self._config
+        return augmented_pixels(
+            sample, augmentation, config.resolution, random_flip=config.random_flip, center_crop=config.center_crop
         )
 
-    def _keys(self, latents: LatentCache, dataset: ImageDataset, plan: BatchPlan) -> tuple[list[CacheKey], list[str]]:
-        """Where the share's latents are cached, and its captions."""
-        keys, captions = [], []
-        for index, draws in zip(plan.index, plan.draws, strict=True):
-            flip = self._config.random_flip and draws.mirrored
-            # Datasets that can name a file and its caption without decoding it are not decoded.
-            if hasattr(dataset, "path") and hasattr(dataset, "text"):
-                text = dataset.text(index)
-                keys.append(latents.key(dataset.path(index), flip))
-            else:
-                item, name = dataset[index], f"sample {index}"
-                source, text = item.get("image"), validated_text(item.get("text"), f'{name}: "text"')
-                if not isinstance(source, Image.Image):
-                    raise DatasetError(f'{name}: "image" must be a PIL image, got {type(source).__name__}')
-                try:
-                    keys.append(latents.key(source, flip, name))
-                except DECODING_ERRORS as error:
-                    raise DatasetError(f"{name}: {error}") from error
-            captions.append(choose_caption(text, draws.caption))
-        return keys, captions
-
-    def _empty_share(self, plan: BatchPlan) -> Batch:
-        """Share of a process that a last, small batch of an epoch leaves without a sample."""
+    def _empty_slice(self, plan: BatchPlan) -> Batch:
+        """Return the batch of a process that the last, small batch of an epoch leaves without a sample."""
         unet = self._model.unet.config
         side = self._config.resolution // self._model.downsampling
         return {
@@ -155,7 +187,10 @@ class BatchEncoder:
         }
 
 
-def _one_by_one(encode: Callable[[Any], dict[str, Tensor]], batches: Sequence[Any]) -> dict[str, Tensor]:
-    """Encode batches of one: rounding then depends on no neighbour, and so on no kill that left a cache half filled."""
+def _encode_one_by_one(encode: Callable[[Input], dict[str, Tensor]], batches: Sequence[Input]) -> dict[str, Tensor]:
+    """Encode batches of one sample each.
+
+    The rounding of a sample then depends on no other sample, and so not on which of them the cache already had.
+    """
     encoded = [encode(batch) for batch in batches]
     return {name: torch.cat([tensors[name] for tensors in encoded]) for name in encoded[0]}

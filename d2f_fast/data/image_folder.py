@@ -1,4 +1,4 @@
-"""Folders of captioned images: their layouts, the checks of what is in them, and decoding to RGB."""
+"""Find the captioned images of a folder, whose layout is detected, and check every entry before training starts."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import NoReturn, TypedDict
 from PIL import Image
 from torch.utils.data import Dataset
 
-from d2f_fast.data.captions import read_caption_file, validated_text
+from d2f_fast.data.captions import Captions, read_caption_file
 from d2f_fast.data.images import read_image
 from d2f_fast.errors import DatasetError, printable
 
@@ -28,7 +28,13 @@ _REPEATS = re.compile(r"([0-9]+)_")
 
 
 class Sample(TypedDict):
-    """One captioned image; a list in `text` holds alternatives, of which each epoch draws one."""
+    """One captioned image.
+
+    Attributes:
+        image: The decoded image, in the mode and orientation of its file.
+        text: Its caption, or a list of alternatives, of which each epoch uses one.
+        path: Its file.
+    """
 
     image: Image.Image
     text: str | list[str]
@@ -36,23 +42,26 @@ class Sample(TypedDict):
 
 
 class CaptionedImages(Dataset[Sample]):
-    """Read captioned images from a folder, whose layout is detected; images are decoded only when asked for.
+    """Read captioned images from a folder. An image is decoded only when it is asked for.
 
-    Layouts: a `metadata.jsonl` whose lines name an image and its caption or captions; otherwise images with a caption
-    file of the same name beside them, at any depth. There, the innermost sub-folder named `<number>_<name>` gives the
-    number of repeats (0 leaves its images out). Hidden files and folders are not read, nor are images that
-    `metadata.jsonl` does not list. The order is that of the metadata lines, or of the sorted paths.
+    There are two layouts. Either a `metadata.jsonl` names an image and its caption or captions on each line, or images
+    have a caption file of the same name beside them, at any depth. In the second, the innermost sub-folder named
+    `<number>_<name>` gives the number of times that its images are repeated; 0 leaves them out. Hidden files and
+    folders are not read, nor are images that `metadata.jsonl` does not list. The samples are in the order of the
+    metadata lines, or of the sorted paths.
 
     Args:
-        folder: the training folder.
-        image_column: "image" reads the metadata key "file_name"; any other name reads "<name>_file_name".
-        caption_column: metadata key of the caption, a string or a list of alternatives.
-        caption_extension: extension of the caption files, whose whole text, stripped, is the caption.
+        folder: Folder of the images.
+        image_column: Column of the image in `metadata.jsonl`. "image" reads the key "file_name"; any other name reads
+            "<name>_file_name".
+        caption_column: Key of the caption in `metadata.jsonl`, a string or a list of alternatives.
+        caption_extension: Extension of the caption files. The whole text of a file, without white space at either end,
+            is the caption.
 
     Raises:
-        DatasetError: no such layout; a caption that is missing, empty or over 10,000 characters; a file that is missing
-            or outside the folder; a metadata line that is not JSON or lacks a key. When an item is read: its image does
-            not decode.
+        DatasetError: The folder has neither layout; a caption is missing, empty or over 10,000 characters; a file is
+            missing or outside the folder; a metadata line is not JSON or lacks a key. When a sample is read: its image
+            does not decode.
     """
 
     def __init__(
@@ -70,9 +79,7 @@ class CaptionedImages(Dataset[Sample]):
             samples = _read_metadata(self.folder, image_key, caption_column)
         else:
             samples = _read_caption_files(self.folder, "." + caption_extension.removeprefix("."))
-        self._samples: list[tuple[str, str | list[str]]] = [
-            (name, text) for name, text, repeats in samples for _ in range(repeats)
-        ]
+        self._samples = [(name, captions) for name, captions, repeats in samples for _ in range(repeats)]
         if not self._samples:
             raise DatasetError(f"{printable(self.folder)} has no captioned images: {EXPECTED_LAYOUTS}")
 
@@ -84,16 +91,20 @@ class CaptionedImages(Dataset[Sample]):
         return {"image": read_image(path), "text": self.text(index), "path": path}
 
     def path(self, index: int) -> Path:
-        """Path of an image, without reading it."""
+        """Return the path of an image, without reading it."""
         return self.folder / self._samples[index][0]
 
-    def text(self, index: int) -> str | list[str]:
-        """Caption of an image, or its list of captions, without reading the image."""
+    def captions(self, index: int) -> Captions:
+        """Return the checked captions of an image, without reading the image."""
         return self._samples[index][1]
 
+    def text(self, index: int) -> str | list[str]:
+        """Return the caption of an image, or its list of alternatives, without reading the image."""
+        return self.captions(index).text
 
-def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[tuple[str, str | list[str], int]]:
-    """Image name, caption and repeats of each line."""
+
+def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[tuple[str, Captions, int]]:
+    """Yield the image name, the captions and the number of repeats of each line."""
     path = folder / METADATA_FILE
     try:
         lines = path.open("rb")
@@ -121,11 +132,11 @@ def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[t
                 raise DatasetError(f"{where}: no such file as {name[:200]!r}: add the image or remove the line")
             if not name.lower().endswith(IMAGE_EXTENSIONS):
                 raise DatasetError(f"{where}: {name[:200]!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
-            yield name, validated_text(entry.get(caption_key), f'{where}: "{caption_key}"'), 1
+            yield name, Captions.check(entry.get(caption_key), f'{where}: "{caption_key}"'), 1
 
 
-def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, str, int]]:
-    """Image name, caption and repeats of each image below `folder`."""
+def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Captions, int]]:
+    """Yield the image name, the caption and the number of repeats of each image below `folder`."""
     images = [(name, os.path.splitext(name)[0] + extension) for name in sorted(_find_images(folder))]
     if not any(os.path.isfile(folder / caption) for _, caption in images):
         raise DatasetError(f"{printable(folder)} has no captioned images: {EXPECTED_LAYOUTS}")
@@ -149,7 +160,7 @@ def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, str
 
 
 def _find_images(folder: Path) -> Iterator[str]:
-    """Names, relative to `folder` and with forward slashes, of the images at any depth."""
+    """Yield the names of the images at any depth, relative to `folder` and with forward slashes."""
 
     def refuse(error: OSError) -> NoReturn:
         raise DatasetError(

@@ -1,53 +1,146 @@
-"""Load the samples of a batch, ahead of the step that trains on them."""
+"""Read the samples of a data set, and load the batches ahead of the step that trains on them."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast.data.captions import choose_caption, validated_text
-from d2f_fast.data.images import DECODING_ERRORS, preprocess
-from d2f_fast.data.order import BatchPlan, Draws
+from d2f_fast.data.captions import Captions
+from d2f_fast.data.images import DECODING_ERRORS, preprocess, to_rgb
+from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import DatasetError, printable
 
 Loaded = TypeVar("Loaded")
 
 
 class ImageDataset(Protocol):
-    """What a run trains on: items have "image" (PIL) and "text"; "path", where they have one, names them in errors."""
+    """Data set of captioned images: it has a length, and a sample for each index from 0 on.
+
+    A sample is a mapping with the keys "image", a PIL image of any mode, and "text", a caption or a list of
+    alternatives, of which each epoch uses one. A third key, "path", is optional; it names the sample in errors. An
+    index must always give the same sample.
+
+    Where latents are cached, each sample is read once in a run to find its cache entry, unless the data set has these
+    optional methods:
+
+    - `key(index) -> str` identifies the image (`KeyedDataset`), or `path(index) -> Path` gives its file
+      (`FileDataset`);
+    - `captions(index) -> Captions` returns its checked captions (`CaptionedDataset`).
+    """
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
 
 
-def load_sample(
-    dataset: ImageDataset, index: int, draws: Draws, resolution: int, *, random_flip: bool, center_crop: bool
-) -> tuple[Tensor, str]:
-    """Pixels, [3, resolution, resolution] float32 in [-1, 1], and caption of one sample, augmented by its draws.
+@runtime_checkable
+class KeyedDataset(Protocol):
+    """Data set that identifies an image without reading it."""
+
+    def key(self, index: int, /) -> str:
+        """Return any string that changes when the image of the sample changes.
+
+        Two images that share a cache folder must not have the same key, even if they are of different data sets: use
+        a content hash, or a name that includes the data set's name and version.
+        """
+        ...
+
+
+@runtime_checkable
+class FileDataset(Protocol):
+    """Data set whose images are files. The cache identifies an image by the content of its file."""
+
+    def path(self, index: int, /) -> Path:
+        """Return the path of the image file of a sample."""
+        ...
+
+
+@runtime_checkable
+class CaptionedDataset(Protocol):
+    """Data set that returns captions without reading the image."""
+
+    def captions(self, index: int, /) -> Captions:
+        """Return the checked captions of a sample."""
+        ...
+
+
+class ReadSample(NamedTuple):
+    """One sample, read and checked.
+
+    Attributes:
+        image: Upright image of mode "RGB".
+        captions: Its checked captions.
+        name: Name of the sample in errors.
+    """
+
+    image: Image.Image
+    captions: Captions
+    name: str
+
+
+def read_sample(dataset: ImageDataset, index: int) -> ReadSample:
+    """Read one sample: check its captions, and convert its image to RGB.
+
+    No other place converts an image or checks the captions of a sample.
+
+    Args:
+        dataset: Data set of captioned images.
+        index: Index of the sample.
 
     Raises:
-        DatasetError: the sample has no image or no caption, or its image cannot be used.
+        DatasetError: The sample has no image or no caption, or its image cannot be used.
     """
     sample = dataset[index]
     name = printable(sample["path"]) if "path" in sample else f"sample {index}"
-    caption = choose_caption(validated_text(sample.get("text"), f'{name}: "text"'), draws.caption)
-    if not isinstance(sample.get("image"), Image.Image):
-        raise DatasetError(f'{name}: "image" must be a PIL image, got {type(sample.get("image")).__name__}')
+    if isinstance(dataset, CaptionedDataset):
+        captions = dataset.captions(index)
+    else:
+        captions = Captions.check(sample.get("text"), f'{name}: "text"')
+    image = sample.get("image")
+    if not isinstance(image, Image.Image):
+        raise DatasetError(f'{name}: "image" must be a PIL image, got {type(image).__name__}')
     try:
-        pixels = preprocess(sample["image"], resolution, center_crop, random_flip and draws.mirrored, draws.crop)
+        return ReadSample(to_rgb(image), captions, name)
     except DECODING_ERRORS as error:
         raise DatasetError(f"{name}: {error}") from error
-    return pixels, caption
 
 
-def check_dataset(dataset: Any) -> None:
-    """Refuse what has no order to be drawn in, or nothing.
+def augmented_pixels(
+    sample: ReadSample, augmentation: Augmentation, resolution: int, *, random_flip: bool, center_crop: bool
+) -> Tensor:
+    """Return the training pixels of a sample, cropped and mirrored as its augmentation says.
+
+    Args:
+        sample: The sample.
+        augmentation: Random numbers of the sample in this epoch.
+        resolution: Side of the square, in pixels.
+        random_flip: Whether the augmentation may mirror the image.
+        center_crop: Whether the middle is cropped. Otherwise the augmentation gives the position.
+
+    Returns:
+        Pixels, [3, resolution, resolution], float32, in [-1, 1].
 
     Raises:
-        DatasetError: it has no length, no items by index, or none at all.
+        DatasetError: The image is too elongated for the resolution.
+    """
+    flip = random_flip and augmentation.mirrored
+    try:
+        return preprocess(sample.image, resolution, center_crop, flip, augmentation.crop)
+    except DECODING_ERRORS as error:
+        raise DatasetError(f"{sample.name}: {error}") from error
+
+
+def check_dataset(dataset: object) -> None:
+    """Refuse a data set that cannot be trained on.
+
+    Args:
+        dataset: What the caller gave as the data set.
+
+    Raises:
+        DatasetError: It has no length, no samples by index, or no sample at all.
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DatasetError(
@@ -61,15 +154,16 @@ def check_dataset(dataset: Any) -> None:
 def load_ahead(
     plans: Iterator[BatchPlan], load: Callable[[BatchPlan], Loaded], workers: int
 ) -> Iterator[tuple[BatchPlan, Loaded]]:
-    """Yield each plan with what `load` makes of it, in order.
+    """Yield each plan with the result of `load` for it, in order.
 
     Args:
-        plans: of this process.
-        load: called from several threads at once where there is more than one.
-        workers: threads that load while the caller computes, a batch each; 0 loads when asked.
+        plans: Plans of this process.
+        load: Function that loads one batch. Several threads call it at once where `workers` is 2 or more.
+        workers: Number of threads that load while the caller computes, one batch each. 0 loads in the calling thread,
+            when a batch is asked for.
 
     Raises:
-        Exception: that of `load`, at the turn of its plan.
+        Exception: `load` raised it; it is raised again when its batch is due.
     """
     if workers == 0:
         for plan in plans:

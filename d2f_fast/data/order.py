@@ -1,11 +1,11 @@
-"""Captioned training images: the folder, the order, the augmentation, and who reads them.
+"""Decide which samples each step trains on, in which order, and with which augmentation.
 
-    order(epoch)         = argsort(Philox(seed; epoch))
-    draws(epoch, sample) = Philox(seed; epoch, sample)
+    order(epoch)                = argsort(Philox(seed; epoch))
+    augmentation(epoch, sample) = Philox(seed; epoch, sample)
 
-What a global step sees is a pure function of (seed, step): a run that restarts at any step, with any number of
+The content of a global step is a pure function of (seed, step): a run that restarts at any step, with any number of
 processes and of decoding threads, trains on the same images, mirrored, cropped and captioned the same way. Only raw
-Philox words are used, whose stream numpy keeps from version to version.
+Philox words are used, because numpy keeps their stream from version to version.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,14 @@ _ORDER_STREAM = 0
 _AUGMENTATION_STREAM = 1
 
 
-class Draws(NamedTuple):
-    """Uniform draws in [0, 1) of one sample in one epoch; `crop` is (vertical, horizontal)."""
+class Augmentation(NamedTuple):
+    """Random numbers in [0, 1) of one sample in one epoch.
+
+    Attributes:
+        flip: Below 0.5 the image is mirrored, where random flips are on.
+        crop: Position of a random crop, (vertical, horizontal).
+        caption: Number that selects one of the alternative captions.
+    """
 
     flip: float
     crop: tuple[float, float]
@@ -27,38 +33,57 @@ class Draws(NamedTuple):
 
     @property
     def mirrored(self) -> bool:
-        """Whether the sample is mirrored, where random flips are on."""
+        """Return whether the image is mirrored, where random flips are on."""
         return self.flip < 0.5
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One process' share of a global batch, before anything is decoded."""
+    """This process' slice of one global batch, before anything is decoded.
+
+    Attributes:
+        epoch: Number of the epoch, from 0 on.
+        index: Indices of the samples in the data set.
+        augmentations: Random numbers of each sample.
+        global_batch_size: Number of samples in the global batch, over all processes.
+        offset: Position in the global batch where this slice begins.
+    """
 
     epoch: int
     index: list[int]
-    draws: list[Draws]
+    augmentations: list[Augmentation]
     global_batch_size: int
     offset: int
 
 
-def _philox(seed: int, stream: int, epoch: int, index: int = 0) -> np.random.Philox:
-    """Counter-based generator, one independent stream for each set of arguments."""
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-    key = np.array([seed, stream], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, index, epoch, 0], dtype=np.uint64))
-
-
 def steps_per_epoch(length: int, batch_size: int) -> int:
-    """Global batches in an epoch; the last one is smaller when `batch_size` does not divide `length`."""
+    """Return the number of global batches in an epoch.
+
+    Args:
+        length: Number of samples in the data set, at least 1.
+        batch_size: Number of samples in a global batch, at least 1. The last batch of an epoch is smaller where it does
+            not divide `length`.
+
+    Raises:
+        ValueError: `length` or `batch_size` is below 1.
+    """
     if length < 1 or batch_size < 1:
         raise ValueError(f"length and batch_size must be at least 1, got {length} and {batch_size}")
     return -(-length // batch_size)
 
 
 def iterate_indices(length: int, batch_size: int, seed: int, start_step: int = 0) -> Iterator[tuple[int, list[int]]]:
-    """Yield `batch_indices` of `start_step` and every later step, without end; one permutation an epoch."""
+    """Yield the epoch and the sample indices of every global batch, without end.
+
+    Args:
+        length: Number of samples in the data set.
+        batch_size: Number of samples in a global batch.
+        seed: Seed of the order, in [0, 2**64).
+        start_step: Global step of the first batch that is yielded.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
     if start_step < 0:
         raise ValueError(f"start_step must be at least 0, got {start_step}")
     epoch, position = divmod(start_step, steps_per_epoch(length, batch_size))
@@ -70,33 +95,68 @@ def iterate_indices(length: int, batch_size: int, seed: int, start_step: int = 0
 
 
 def batch_indices(length: int, batch_size: int, seed: int, step: int) -> tuple[int, list[int]]:
-    """Epoch and sample indices of the global batch of a global step.
+    """Return the epoch and the sample indices of the global batch of one step.
 
-    An epoch is a permutation of all samples that depends on `seed` and the epoch alone; its last batch is kept, however
-    small, and nothing is repeated to fill it.
+    An epoch is a permutation of all samples that depends on `seed` and the epoch alone. Its last batch is kept, however
+    small, and no sample is repeated to fill it.
+
+    Args:
+        length: Number of samples in the data set.
+        batch_size: Number of samples in a global batch.
+        seed: Seed of the order, in [0, 2**64).
+        step: Global step, from 0 on.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
     return next(iterate_indices(length, batch_size, seed, step))
 
 
-def augmentation(seed: int, epoch: int, index: int) -> Draws:
-    """Uniform draws for the flip, the crop and the caption of one sample in one epoch, in [0, 1) with 53 bits."""
+def sample_augmentation(seed: int, epoch: int, index: int) -> Augmentation:
+    """Return the random numbers of one sample in one epoch, each with 53 random bits.
+
+    Args:
+        seed: Seed of the run, in [0, 2**64).
+        epoch: Number of the epoch, from 0 on.
+        index: Index of the sample in the data set.
+    """
     words = _philox(seed, _AUGMENTATION_STREAM, epoch, index).random_raw(4)
     flip, vertical, horizontal, caption = ((words >> np.uint64(11)) * 2.0**-53).tolist()
-    return Draws(flip, (vertical, horizontal), caption)
+    return Augmentation(flip, (vertical, horizontal), caption)
 
 
 def plan_batches(
     length: int, batch_size: int, seed: int, start_step: int = 0, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[BatchPlan]:
-    """Yield what this process trains on at each global step, without end and without reading an image.
+    """Yield this process' slice of every global batch, without end and without reading an image.
 
-    The shares of all ranks, in order, are the global batch; their sizes differ by one at most. A share is empty only
+    The slices of all ranks, in order, are the global batch; their sizes differ by one at most. A slice is empty only
     where the global batch is smaller than `world_size`, as the last one of an epoch may be.
+
+    Args:
+        length: Number of samples in the data set.
+        batch_size: Number of samples in a global batch.
+        seed: Seed of order and augmentation, in [0, 2**64).
+        start_step: Global step of the first plan.
+        rank: Number of this process, in [0, world_size).
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
     for epoch, indices in iterate_indices(length, batch_size, seed, start_step):
-        share, larger_shares = divmod(len(indices), world_size)
-        offset = rank * share + min(rank, larger_shares)
-        mine = indices[offset : offset + share + (rank < larger_shares)]
-        yield BatchPlan(epoch, mine, [augmentation(seed, epoch, index) for index in mine], len(indices), offset)
+        size, larger_slices = divmod(len(indices), world_size)
+        offset = rank * size + min(rank, larger_slices)
+        mine = indices[offset : offset + size + (rank < larger_slices)]
+        augmentations = [sample_augmentation(seed, epoch, index) for index in mine]
+        yield BatchPlan(epoch, mine, augmentations, len(indices), offset)
+
+
+def _philox(seed: int, stream: int, epoch: int, index: int = 0) -> np.random.Philox:
+    """Return a counter-based generator that is independent for each set of arguments."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    key = np.array([seed, stream], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, index, epoch, 0], dtype=np.uint64))

@@ -175,8 +175,8 @@ class AlignedTrainer:
         """Train on a dataset until `max_train_steps`, with checkpoints, log and progress bar.
 
         Args:
-            dataset: dataset with a length and items {"image": PIL image, "text": caption or captions}, such as
-                `CaptionedImages`.
+            dataset: Samples {"image": PIL image, "text": caption or list of captions} by index, and a length. Optional
+                methods `key(index)` and `captions(index)` save reading cached images; see `data.loading.ImageDataset`.
 
         Returns:
             Steps taken, last loss, skipped steps, and seconds of this call.

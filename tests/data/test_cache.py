@@ -1,8 +1,7 @@
-"""Disk cache: what is computed again and what is not, damage of every kind, and processes killed while they write."""
+"""Disk cache of encoded samples: what is computed again, damage of every kind, and processes killed while writing."""
 
 import errno
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -19,8 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast.data import cache as cache_module
-from d2f_fast.data.cache import CacheKey, EmbeddingCache, FileHashes, LatentCache
+from d2f_fast.data.cache import CacheKey, EmbeddingCache, LatentCache
 from d2f_fast.errors import DatasetError, RefusedInputError
 
 torch.set_num_threads(1)
@@ -74,7 +72,7 @@ def test_only_missing_samples_are_computed_and_in_one_call(tmp_path):
     assert cache.get_or_compute([], refuse_to_compute) == {}
 
 
-def test_one_file_a_sample_in_sub_folders_named_by_the_key(tmp_path):
+def test_each_sample_has_a_file_named_by_its_key(tmp_path):
     cache = EmbeddingCache(tmp_path, model="clip")
     captions = [str(number) for number in range(40)]
     fill(cache, captions)
@@ -93,34 +91,35 @@ def test_files_are_plain_safetensors_of_one_sample(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_fresh_and_a_stored_value_are_the_same_bits_in_the_stored_precision(tmp_path, dtype):
+def test_computed_value_equals_the_stored_value_bit_for_bit(tmp_path, dtype):
     cache = EmbeddingCache(tmp_path, model="clip", dtype=dtype)
     assert fill(cache, ["a"]) == [["a"]]
     assert fill(cache, ["a"]) == []
 
 
-def test_what_a_value_depends_on_is_part_of_its_key(tmp_path):
+def test_everything_that_a_value_depends_on_is_part_of_its_key(tmp_path):
     image, other = Image.new("RGB", (4, 6), "red"), Image.new("RGB", (6, 4), "red")
     options: dict[str, Any] = {"model": "vae", "resolution": 32, "center_crop": True}
     latents = LatentCache(tmp_path, **options)
     text = EmbeddingCache(tmp_path, model="vae")
     keys = [
-        latents.key(image, False),
-        latents.key(image, True),
-        latents.key(other, False),
-        LatentCache(tmp_path, **{**options, "model": "other"}).key(image, False),
-        LatentCache(tmp_path, **{**options, "resolution": 64}).key(image, False),
-        LatentCache(tmp_path, **options, dtype=torch.float16).key(image, False),
+        latents.key(latents.identify(image), False),
+        latents.key(latents.identify(image), True),
+        latents.key(latents.identify(other), False),
+        LatentCache(tmp_path, **{**options, "model": "other"}).key(latents.identify(image), False),
+        LatentCache(tmp_path, **{**options, "resolution": 64}).key(latents.identify(image), False),
+        LatentCache(tmp_path, **options, dtype=torch.float16).key(latents.identify(image), False),
+        latents.key(latents.identify("key of the data set"), False),
         text.key("a cat"),
         text.key("a cat "),
         EmbeddingCache(tmp_path, model="other").key("a cat"),
         EmbeddingCache(tmp_path, model="vae", dtype=torch.bfloat16).key("a cat"),
     ]
     assert len({key.digest for key in keys}) == len(keys)
-    assert LatentCache(tmp_path, **options).key(image, False) == keys[0]
+    assert LatentCache(tmp_path, **options).key(latents.identify(image), False, "an image") == keys[0]
 
 
-def test_keys_do_not_change_between_releases_unless_the_version_does(tmp_path):
+def test_keys_change_only_with_the_version(tmp_path):
     described = (
         '[{"crop": "center", "dtype": "torch.float32", "kind": "latents", "model": "vae", "resolution": 32, '
         f'"version": 1}}, {{"file": "{hashlib.sha256(b"bytes").hexdigest()}", "flip": true}}]'
@@ -128,7 +127,7 @@ def test_keys_do_not_change_between_releases_unless_the_version_does(tmp_path):
     (tmp_path / "a.png").write_bytes(b"bytes")
     cache = LatentCache(tmp_path / "cache", model="vae", resolution=32, center_crop=True)
     expected = CacheKey(hashlib.sha256(described.encode()).hexdigest(), str(tmp_path / "a.png"))
-    assert cache.key(tmp_path / "a.png", True) == expected
+    assert cache.key(cache.identify(tmp_path / "a.png"), True, str(tmp_path / "a.png")) == expected
 
 
 def test_latents_keep_mean_and_deviation_of_both_orientations(tmp_path):
@@ -140,7 +139,7 @@ def test_latents_keep_mean_and_deviation_of_both_orientations(tmp_path):
 
     def get(flips: list[bool], allowed: bool = True) -> dict[str, Tensor]:
         batch = torch.stack([image.flip(-1) if flip else image for image, flip in zip(pixels, flips, strict=True)])
-        keys = [cache.key(path, flip) for path, flip in zip(paths, flips, strict=True)]
+        keys = [cache.key(cache.identify(path), flip) for path, flip in zip(paths, flips, strict=True)]
         batch = batch.contiguous(memory_format=torch.channels_last).requires_grad_()  # as a VAE may return it
         compute = lambda missing: {"mean": batch[missing] * 2, "std": batch[missing].abs()}  # noqa: E731
         return cache.get_or_compute(keys, compute if allowed else refuse_to_compute)
@@ -184,7 +183,7 @@ def damaged(intact: bytes, kind: str) -> bytes:
     "kind",
     ["empty", "cut in its header", "cut in its tensors", "zeros", "one bit", "longer", "text", "huge header"],
 )
-def test_a_damaged_file_is_told_and_made_again(tmp_path, kind, caplog):
+def test_damaged_file_is_reported_and_computed_again(tmp_path, kind, caplog):
     cache = EmbeddingCache(tmp_path, model="clip")
     fill(cache, ["a"])
     (file,) = files(tmp_path)
@@ -197,7 +196,7 @@ def test_a_damaged_file_is_told_and_made_again(tmp_path, kind, caplog):
     assert fill(cache, ["a"]) == []
 
 
-def test_a_file_of_another_sample_or_program_is_made_again(tmp_path):
+def test_file_of_another_sample_or_program_is_computed_again(tmp_path):
     cache = EmbeddingCache(tmp_path, model="clip")
     fill(cache, ["a", "b"])
     first, second = (cache.folder / key[:2] / f"{key}.safetensors" for key in (cache.key(c).digest for c in "ab"))
@@ -207,7 +206,7 @@ def test_a_file_of_another_sample_or_program_is_made_again(tmp_path):
     assert fill(cache, ["b"]) == [["b"]]
 
 
-def test_a_file_that_cannot_be_made_again_is_refused(tmp_path):
+def test_file_that_cannot_be_replaced_is_refused(tmp_path):
     cache = EmbeddingCache(tmp_path, model="clip")
     digest = cache.key("a").digest
     blocked = tmp_path / digest[:2] / f"{digest}.safetensors"
@@ -219,7 +218,7 @@ def test_a_file_that_cannot_be_made_again_is_refused(tmp_path):
     assert list((tmp_path / "unfinished").iterdir()) == []
 
 
-def test_a_full_disk_is_refused_and_leaves_what_was_there(tmp_path, monkeypatch):
+def test_full_disk_is_refused_and_keeps_the_files_there(tmp_path, monkeypatch):
     cache = EmbeddingCache(tmp_path, model="clip")
     fill(cache, ["a"])
     write_bytes = Path.write_bytes
@@ -238,7 +237,7 @@ def test_a_full_disk_is_refused_and_leaves_what_was_there(tmp_path, monkeypatch)
     assert fill(cache, ["a", "b"]) == [["b"]]
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(
         RefusedInputError, match=r"cannot write the cache .*/file/cache \(Not a directory\): free space"
@@ -247,11 +246,11 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_latents_that_are_not_finite_as_stored_are_refused_by_name(tmp_path, value):
+def test_latents_that_are_not_finite_in_the_stored_type_are_refused_by_name(tmp_path, value):
     options: dict[str, Any] = {"model": "vae", "resolution": 8, "center_crop": True, "dtype": torch.float16}
     cache = LatentCache(tmp_path, **options)
     images = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    keys = [cache.key(image, False, f"{name}.png") for image, name in zip(images, "ab", strict=True)]
+    keys = [cache.key(cache.identify(image), False, f"{name}.png") for image, name in zip(images, "ab", strict=True)]
     mean = torch.zeros(2, 4, 1, 1)
     mean[1, 2] = value
     expected = (
@@ -268,13 +267,13 @@ def test_random_crops_are_refused(tmp_path):
         LatentCache(tmp_path, model="vae", resolution=8, center_crop=False)
 
 
-def test_a_compute_that_returns_another_number_of_samples_is_refused(tmp_path):
+def test_wrong_number_of_computed_samples_is_refused(tmp_path):
     cache = EmbeddingCache(tmp_path, model="clip")
     with pytest.raises(ValueError, match="compute must return 2 samples, got 3 of 'hidden'"):
         cache.get_or_compute([cache.key("a"), cache.key("b")], lambda missing: {"hidden": torch.zeros(3, 2)})
 
 
-def test_abandoned_files_are_cleared_away_and_recent_ones_kept(tmp_path):
+def test_abandoned_files_are_removed_and_recent_ones_kept(tmp_path):
     cache = EmbeddingCache(tmp_path, model="clip")
     old, recent = tmp_path / "unfinished" / "old", tmp_path / "unfinished" / "recent"
     for file in (old, recent):
@@ -284,78 +283,10 @@ def test_abandoned_files_are_cleared_away_and_recent_ones_kept(tmp_path):
     assert (old.exists(), recent.exists()) == (False, True)
 
 
-# Hashes of files.
-
-
-def settled(path: Path, content: bytes, changed: int = 1_700_000_000) -> Path:
-    path.write_bytes(content)
-    os.utime(path, (changed, changed))
-    return path
-
-
-@pytest.fixture
-def hashed(monkeypatch) -> list[str]:
-    """Names of the files whose bytes were hashed."""
-    names: list[str] = []
-    file_digest = hashlib.file_digest
-    monkeypatch.setattr(
-        cache_module.hashlib,
-        "file_digest",
-        lambda file, kind: names.append(Path(file.name).name) or file_digest(file, kind),
-    )
-    return names
-
-
-def test_an_unchanged_file_is_not_hashed_again(tmp_path, hashed):
-    path = settled(tmp_path / "a.png", b"one")
-    hashes = FileHashes(tmp_path / "index")
-    for _ in range(3):
-        assert hashes(path) == hashlib.sha256(b"one").hexdigest()
-    assert FileHashes(tmp_path / "index")(path) == hashlib.sha256(b"one").hexdigest()
-    assert hashed == ["a.png"]
-
-
-def test_a_file_that_changed_is_hashed_again(tmp_path, hashed):
-    hashes = FileHashes(tmp_path / "index")
-    for content, changed in [(b"one", 1_600_000_000), (b"two", 1_700_000_000), (b"three", 1_700_000_000)]:
-        path = settled(tmp_path / "a.png", content, changed)
-        assert hashes(path) == hashlib.sha256(content).hexdigest()
-        assert FileHashes(tmp_path / "index")(path) == hashlib.sha256(content).hexdigest()
-    assert len(hashed) == 3
-
-
-def test_a_file_that_may_still_be_changing_is_not_remembered(tmp_path):
-    hashes = FileHashes(tmp_path / "index")
-    path = tmp_path / "a.png"
-    for content in (b"one", b"two"):
-        path.write_bytes(content)
-        now = time.time()
-        os.utime(path, (now, now))
-        assert hashes(path) == hashlib.sha256(content).hexdigest()
-    assert not (tmp_path / "index").exists()
-
-
-def test_damaged_lines_of_the_index_cost_a_hash_and_nothing_else(tmp_path, hashed):
-    index = tmp_path / "index"
-    names = ("a.png", "b.png", "c\n\udcff.png")
-    paths = [settled(tmp_path / name, os.fsencode(name)) for name in names]
-    hashes = FileHashes(index)
-    for path in paths:
-        hashes(path)
-    lines = index.read_bytes().split(b"\n")
-    assert len([line for line in lines if line]) == 3
-    index.write_bytes(b"\n".join([b"\xff\x00", b"[1, 2]", b"7", b'[["x"], 1, 2, "y"]', *lines[:-2], lines[-2][:30]]))
-    hashed.clear()
-    again = FileHashes(index)
-    assert [again(path) for path in paths] == [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
-    assert hashed == [names[2]]
-    assert all(FileHashes(index)._known.get(str(path)) for path in paths)
-
-
-def test_an_image_that_is_gone_is_refused_by_name(tmp_path):
+def test_missing_image_is_refused_by_name(tmp_path):
     cache = LatentCache(tmp_path / "cache", model="vae", resolution=8, center_crop=True)
     with pytest.raises(DatasetError, match=r"/gone\.png cannot be read \(No such file or directory\): check the file"):
-        cache.key(tmp_path / "gone.png", False)
+        cache.identify(tmp_path / "gone.png")
 
 
 # Killed processes. The children are forked: they inherit torch instead of importing it.
@@ -421,38 +352,10 @@ def fill_with(folder: Path, owner: Any, name: str, replacement: Any) -> None:
     ],
     ids=["half written", "before the rename", "after the rename"],
 )
-def test_a_process_killed_at_each_step_of_a_write_loses_that_sample_alone(tmp_path, owner, name, replacement, computed):
+def test_process_killed_at_any_step_of_a_write_loses_only_that_sample(tmp_path, owner, name, replacement, computed):
     child = FORK.Process(target=fill_with, args=(tmp_path, owner, name, replacement))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     assert fill(EmbeddingCache(tmp_path, model="clip"), ["a", "b"]) == computed
     assert fill(EmbeddingCache(tmp_path, model="clip"), ["a", "b"]) == []
-
-
-def hash_forever(index: Path, paths: list[Path]) -> None:
-    while True:
-        hashes = FileHashes(index)
-        hashes._known.clear()
-        for path in paths:
-            hashes(path)
-
-
-def test_processes_killed_while_indexing_leave_an_index_of_right_hashes(tmp_path):
-    paths = [settled(tmp_path / f"{number}.png", str(number).encode()) for number in range(50)]
-    expected = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(50)]
-    index = tmp_path / "index"
-    for _ in range(5):
-        workers = [FORK.Process(target=hash_forever, args=(index, paths)) for _ in range(2)]
-        for worker in workers:
-            worker.start()
-        time.sleep(0.05)
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGKILL)
-            worker.join()
-    with index.open("ab") as file:
-        file.write(json.dumps([str(paths[0]), 1, 1, "0" * 64])[:-1].encode())  # cut short, as by a full disk
-    assert index.stat().st_size > 1000
-    for _ in range(2):
-        hashes = FileHashes(index)
-        assert [hashes(path) for path in paths] == expected

@@ -1,0 +1,43 @@
+"""Checked captions, and the choice between alternatives."""
+
+import pytest
+
+from d2f_fast.data.captions import Captions
+from d2f_fast.errors import DatasetError
+
+
+def test_each_alternative_can_be_chosen():
+    assert Captions(("only",)).choose(0.99) == "only"
+    assert [Captions(("a", "b", "c")).choose(number) for number in (0, 0.33, 0.34, 0.66, 0.67)] == [
+        "a",
+        "a",
+        "b",
+        "b",
+        "c",
+    ]
+    largest = 1 - 2**-53
+    assert all(Captions(("x",) * (count - 1) + ("last",)).choose(largest) == "last" for count in range(1, 1000))
+
+
+def test_checked_captions_are_stripped_and_keep_their_order():
+    assert Captions.check(" a cat\n", "file") == Captions(("a cat",))
+    assert Captions.check([" b", "a "], "file") == Captions(("b", "a"))
+    assert Captions.check(["only"], "file").text == "only"
+    assert Captions.check(["b", "a"], "file").text == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "is missing or empty: give each image a caption"),
+        ([], "is missing or empty: give each image a caption"),
+        (["fine", " "], "is missing or empty: give each image a caption"),
+        (7, "is not text: give each image a caption"),
+        ("x" * 10_001, "is a caption of more than 10000 characters: shorten it"),
+        ("\ud800", "holds half a surrogate pair, which no tokenizer reads: correct it"),
+    ],
+)
+def test_unusable_caption_is_refused_by_name(text, problem):
+    with pytest.raises(DatasetError) as caught:
+        Captions.check(text, "a.txt")
+    assert str(caught.value) == f"a.txt {problem}"
