@@ -1,14 +1,33 @@
-.PHONY: check test bench docs
+# Each command runs in a virtual environment of its own, which the first one creates and which is brought up to date
+# where pyproject.toml or constraints.txt has changed. environment.sh lists the variables that choose Python and torch.
 
-check:
-	ruff check . && ruff format --check . && mypy -p d2f_fast && pytest
+# The folder of the environment.
+VENV ?= .venv
+# Further arguments of pytest, such as PYTEST_ARGS="-x tests/flow".
+PYTEST_ARGS ?=
 
-test:
-	pytest
+RUN = "$(VENV)/bin/python" -m
+unexport PYTHONHOME PYTHONPATH
 
-bench:
-	pytest --benchmark
+.PHONY: demo test check bench docs environment
 
-docs:
-	pdoc --docformat google --output-directory site d2f_fast d2f_fast.base_model d2f_fast.data d2f_fast.evaluate \
-		d2f_fast.kernels.lora_linear d2f_fast.export.inference d2f_fast.export.to_onnx
+demo: environment
+	$(RUN) d2f_fast demo --output_dir demo
+
+test: environment
+	$(RUN) pytest $(PYTEST_ARGS)
+
+check: environment
+	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy -p d2f_fast && $(RUN) pytest $(PYTEST_ARGS)
+
+bench: environment
+	$(RUN) pytest --benchmark $(PYTEST_ARGS)
+
+docs: environment
+	$(RUN) pdoc --docformat google --output-directory site d2f_fast
+
+environment: $(VENV)/installed.txt
+	@cat "$(VENV)/installed.txt"
+
+$(VENV)/installed.txt: pyproject.toml constraints.txt environment.sh
+	@bash environment.sh "$(VENV)"

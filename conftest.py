@@ -1,5 +1,6 @@
-"""What tests/ and benchmarks/ share, at the root, so that it exists whatever path is given: options, a large model."""
+"""Options, the number of worker processes and a large model, which tests/ and benchmarks/ share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default="benchmarks/results", help="folder that benchmarks append their rows to")
     parser.addoption("--keep", help="folder where benchmarks keep the large model and its export for their next run")
     parser.addoption("--go_on", action="store_true", help="leave out what --results has by an earlier --go_on")
+    parser.addoption("--wheel", help="wheel that tests/test_layout.py checks; it builds one by default")
     parser.addoption("--dry_run", action="store_true", help="try each benchmark once at its smallest size")
 
 
@@ -23,6 +25,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(config.rootpath / "benchmarks")]
     if config.option.markexpr in config.getini("addopts"):  # so is a -m the user typed
         config.option.markexpr = ""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many worker processes `-n auto`, the default, starts; 0 runs the tests in this process alone.
+
+    The default selection of tests runs in two processes. Benchmarks measure time, tests chosen with -m may need the
+    GPU or most of the memory, `-s` shows what a test prints, and one test named by its id gains nothing from a second
+    process: these run in one. `-n 4` starts four processes whatever is selected.
+    """
+    typed_markers = config.option.markexpr not in config.getini("addopts")
+    shows_output = config.getoption("capture") == "no"
+    names_a_test = any("::" in argument for argument in config.args)
+    if config.getoption("--benchmark") or typed_markers or shows_output or names_a_test or os.cpu_count() == 1:
+        return 0
+    return 2
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,10 @@
-"""The alignment prologue: latents, noise and t to the network's sample and timestep, `pytest --benchmark`.
+"""Measure `align`, which turns latents, noise and t into the network's sample and timestep.
 
-Providers: the operators of the published code, plain torch eager and compiled, and `d2f_fast.align`. On a CPU
-`d2f_fast.align` is plain torch behind its checks.
+    pytest --benchmark benchmarks/bench_align.py
+
+Peers: "published", the operators of the published code; "torch eager" and "torch compiled", the formula in plain torch;
+and "d2f_fast", `d2f_fast.align`, which on a CPU is plain torch behind its checks. Each is compared with float64 before
+it is timed. Rows go to `results/<device>.csv`, with the rate of bytes and its share of the copy bandwidth.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from d2f_fast.kernels.align import align_reference
 
 SHAPES = [(1, 4, 64, 64), (16, 4, 64, 64), (16, 4, 128, 128)]
 if torch.cuda.is_available():
-    SHAPES += [(512, 4, 128, 128)]  # 64 MiB, beyond every cache: the share of the copy bandwidth is meant there
+    SHAPES += [(512, 4, 128, 128)]  # 64 MiB exceed every cache, so that the share of the copy bandwidth is meaningful
 GRAPHS = [True, False] if torch.cuda.is_available() else [False]
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 1e-6}[DTYPE]
@@ -25,9 +28,10 @@ Provider = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def published(alignment: Alignment, device: torch.device) -> Provider:
-    """The operators of the published objective: a table with an entry before the first timestep, float32 throughout.
+    """Return the operators of the published objective, with a table entry before the first timestep, in float32.
 
-    Its timesteps are one too high, which the gate takes off. Left out: its test for NaN, which waits for the device.
+    Its timesteps are one too high, which the comparison with float64 takes off. Its test for NaN is left out, because
+    it waits for the device.
     """
     abar = torch.cat([torch.ones(1), alignment.schedule.alphas_cumprod.float()]).to(device)
     alphas, sigmas = abar.sqrt(), (1 - abar).sqrt()
@@ -49,6 +53,7 @@ def published(alignment: Alignment, device: torch.device) -> Provider:
 
 
 def provider_of(name: str, alignment: Alignment, device: torch.device) -> Provider:
+    """Return the function of a peer."""
     table = (alignment.rising_flow_times(torch.float32), alignment.t_min, alignment.num_train_timesteps)
     if name == "published":
         return published(alignment, device)

@@ -1,12 +1,13 @@
-"""How many times one call of the objective reaches the device: align, loss, and the loss' gradient; nothing is timed.
+"""Count how often one call of the objective (align, loss, and the loss' gradient) launches work on the device.
 
-    eager            operations that are no view and no allocation, each a launch on a GPU; of d2f_fast those of torch
-                     beside its Triton launches
-    triton_launches  of our kernels, counted by a stand-in for Triton's launcher
-    compiled         kernels of the code that Inductor generates, here for this device, and our launches
+    pytest --benchmark benchmarks/bench_launches.py
 
-It needs no GPU. The published operators are those of `bench_align.py` and `bench_velocity_loss.py`, without the test
-for NaN that waits for the device.
+Nothing is timed and no GPU is needed. Peers: "published", the operators of the published code without their test for
+NaN; "torch", the formula in plain torch; and "d2f_fast". Columns of `results/<device>-launches.csv`:
+
+    eager            torch operations other than views and allocations, each of which is one launch on a GPU
+    triton_launches  launches of this package's kernels, counted by a stand-in for Triton's launcher
+    compiled         kernels that Inductor generates for this device, and this package's launches
 """
 
 import sys
@@ -24,12 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import bench_align, bench_velocity_loss
 from d2f_fast import Alignment
 
-MOST = 4  # launches of ours: one before the network, loss and its sum after it, and what scales the gradient
+MOST = 4  # our launches: align before the network, then the loss, its sum, and the scaling of the gradient
 KERNELS = {"align": ("_align_kernel",), "velocity_loss": ("_error_kernel", "_sum_kernel")}
 
 
 class Recorder(TorchDispatchMode):
-    """Counts what would run on a device; our ops are launched, on Triton kernels that only count."""
+    """Count what would run on a device; this package's ops are launched with kernels that only count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Recorder(TorchDispatchMode):
 
 
 def objective(provider: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Align and loss of one provider; the network's output is given."""
+    """Return align and loss of one peer as a function of a given network output."""
     table = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     alignment, device = (
         Alignment.from_scheduler(DDIMScheduler(**table, prediction_type="v_prediction")),
@@ -68,7 +69,7 @@ def objective(provider: str) -> Callable[..., tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("provider", ["published", "torch eager", "d2f_fast"])
 def test_launches(record, monkeypatch, provider):
-    for name in KERNELS:  # as on a GPU
+    for name in KERNELS:  # the ops take the path of a GPU
         monkeypatch.setattr(sys.modules[f"d2f_fast.kernels.{name}"], "serves", lambda *_: provider == "d2f_fast")
     output, latents, noise, t = *torch.randn(3, 16, 4, 64, 64), torch.rand(16)
     output, run, upstream = output.requires_grad_(), objective(provider), torch.ones(())

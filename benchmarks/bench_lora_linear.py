@@ -1,13 +1,21 @@
-"""A linear layer with its LoRA adapter, forward and backward, `pytest --benchmark`.
+"""Measure a linear layer with a LoRA adapter, forward and backward.
 
-The base weight is frozen and of the type of the product, A and B are float32. Providers: the base layer without an
-adapter; peft's layer as the diffusers scripts run it (under autocast on a GPU), without the cast of its input to the
-type of A, and compiled; plain torch compiled; `lora_linear` held to cuBLAS addmm; Transformer Engine's fused LoRA
-linear; `lora_linear` by its dispatch table. On a CPU all is float32 without autocast: the second peft row equals the
-first, and `lora_linear` always takes addmm.
+    pytest --benchmark benchmarks/bench_lora_linear.py
 
-The ceiling is the slower of copying the least bytes and multiplying: a row's share of it is the larger of
-share_of_copy and share_of_matmul.
+The base weight is frozen and has the type of the product; A and B are float32. Peers:
+
+    base only           the layer without an adapter
+    peft eager          peft's layer as the diffusers scripts run it, under autocast on a GPU
+    peft no input cast  the same without the cast of its input to the type of A
+    peft compiled       the same by torch.compile
+    torch compiled      the formula in plain torch by torch.compile
+    addmm               `lora_linear` restricted to cuBLAS
+    transformer engine  Transformer Engine's fused LoRA linear, where it is installed
+    d2f_fast            `lora_linear` with its dispatch table
+
+On a CPU everything is float32 without autocast: the second peft row equals the first, and `lora_linear` always takes
+addmm. Outputs and gradients are compared with float64 before they are timed. The ceiling is the slower of copying the
+least bytes and multiplying, so that a row's share of it is the larger of share_of_copy and share_of_matmul.
 """
 
 from collections.abc import Callable
@@ -24,9 +32,9 @@ from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_reference
 CUDA = torch.cuda.is_available()
 DTYPE, ROUNDING = (torch.bfloat16, 2.0**-8) if CUDA else (torch.float32, 2.0**-24)
 GRAPHS = [True, False] if CUDA else [False]
-# Rows, output and input features, rank. On a GPU: SD1.5, sixteen pictures of 64 x 64 latents: attention on three
-# levels, the feed-forward of the first, the text's keys; and SDXL's attention, four of 128 x 128. On a CPU: one of
-# 16 x 16 latents.
+# Rows, output features, input features and rank. On a GPU they are those of SD1.5 for sixteen images of 64 x 64 latents
+# (attention on three levels, the feed-forward of the first, the text's keys), and of SDXL's attention for four images
+# of 128 x 128 latents. On a CPU they are those of one image of 16 x 16 latents.
 CASES = [(256, 320, 320, 16), (16, 1280, 1280, 16)]
 if CUDA:
     CASES = [(65536, 320, 320, 16), (65536, 320, 320, 64), (16384, 640, 640, 16), (4096, 1280, 1280, 16)]
@@ -36,7 +44,7 @@ PROVIDERS += ["transformer engine", "d2f_fast"]
 
 
 class Layer(nn.Module):
-    """One linear layer for peft to wrap."""
+    """A linear layer that peft can wrap."""
 
     def __init__(self, n: int, k: int) -> None:
         super().__init__()
@@ -47,7 +55,7 @@ class Layer(nn.Module):
 
 
 def peft_layer(n: int, k: int, rank: int, device: torch.device) -> Layer:
-    """A layer of peft's with a random adapter of scale 1, in float32."""
+    """Return a layer of peft's with a random float32 adapter of scale 1."""
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"], init_lora_weights=False)
     layer = inject_adapter_in_model(config, Layer(n, k)).to(device)
     layer.linear.lora_A.float()
@@ -56,9 +64,10 @@ def peft_layer(n: int, k: int, rank: int, device: torch.device) -> Layer:
 
 
 def transformer_engine(weight: Tensor, bias: Tensor, lora_a: Tensor, lora_b: Tensor) -> Callable[[Tensor], Tensor]:
-    """Its operation fuser: x is forked, and the adapter added in place, by products with beta = 1 both ways.
+    """Return Transformer Engine's fused LoRA linear, which adds the adapter in place, forward and backward.
 
-    Not run: it was never installed where this was written. Where it is, the gate against float64 comes first.
+    This was never run, because the library was not installed where it was written. The comparison with float64 comes
+    before any timing.
     """
     ops = pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed").ops
 
@@ -79,6 +88,7 @@ def transformer_engine(weight: Tensor, bias: Tensor, lora_a: Tensor, lora_b: Ten
 
 
 def provider_of(name: str, layer: Layer) -> Callable[[Tensor], Tensor]:
+    """Return the function of a peer."""
     wrapped = layer.linear
     weight, bias = wrapped.base_layer.weight, wrapped.base_layer.bias
     lora_a, lora_b = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight
@@ -96,7 +106,7 @@ def provider_of(name: str, layer: Layer) -> Callable[[Tensor], Tensor]:
     if name == "base only":
         return wrapped.base_layer
     if name == "peft no input cast":
-        wrapped.cast_input_dtype_enabled = False  # what peft.helpers.disable_input_dtype_casting sets
+        wrapped.cast_input_dtype_enabled = False  # peft.helpers.disable_input_dtype_casting sets the same
     if name == "transformer engine":
         return autocast(transformer_engine(weight, bias, lora_a, lora_b))
     if name.startswith("peft"):
@@ -108,10 +118,11 @@ def provider_of(name: str, layer: Layer) -> Callable[[Tensor], Tensor]:
 
 
 def least_work(rows: int, n: int, k: int, rank: int) -> tuple[int, int]:
-    """Bytes that must be read and written, and operations: y and the gradients of x, A and B; rank 0 has no adapter.
+    """Return the least bytes moved and the operations of a forward and backward pass; rank 0 has no adapter.
 
     x is read and y written; then dy is read, dx written, and x read again for dA. The weight is read twice. The adapter
-    adds s = x Aᵀ, written and read; A and B, read forward and backward, and their gradients, written, in float32.
+    adds s = x Aᵀ, which is written and read; A and B, which are read forward and backward; and their gradients, which
+    are written, all three in float32.
     """
     adapted = int(rank > 0)
     elements = rows * ((2 + adapted) * k + 2 * n + 2 * rank) + 2 * n * k + n
@@ -144,7 +155,7 @@ def test_lora_linear(measure, device, monkeypatch, case, provider, graph):
     weight, bias = (tensor.double() for tensor in (wrapped.base_layer.weight, wrapped.base_layer.bias))
     y = lora_linear_reference(exact[0], weight, *exact[1:], bias) if adapter else exact[0] @ weight.t() + bias
     for got, expected in zip(run(x, grad_y), (y, *torch.autograd.grad(y, exact, grad_y.double())), strict=True):
-        # In bfloat16 A or B, s or ds, and the result are rounded; in float32 sums of thousands of products are.
+        # In bfloat16, A or B, s or ds, and the result are rounded; in float32, sums of thousands of products are.
         error, allowed = (got - expected).norm() / expected.norm(), (2 if CUDA else 20) * ROUNDING
         assert error <= allowed, f"{provider} is {error:.1e} from float64, {allowed:.1e} allowed"
     del exact, y, expected

@@ -1,11 +1,13 @@
-"""What a training step of Stable Diffusion 1.5 with LoRA keeps for backward: peft's layers, and `use_fused_lora`.
+"""Count the bytes that a training step of Stable Diffusion 1.5 with LoRA keeps for its backward pass.
 
-Bytes of one picture of 64 x 64 latents, read off shapes: nothing is computed and no weight is touched, so that it runs
-anywhere in minutes. Eager: what autograd saves. Compiled: what the forward graph hands to the backward graph after
-AOTAutograd's partition. Parameters are not counted.
+    pytest --benchmark benchmarks/bench_memory.py
 
-    scripts   bfloat16 base, float32 adapters, bfloat16 autocast: as diffusers' training scripts run it
-    fp32      all float32: no cast to save, only the inputs of frozen convolutions
+Peers: peft's layers, and the same network under `use_fused_lora`. The bytes are those of one image of 64 x 64 latents,
+found from shapes: nothing is computed, so that it runs on any machine in minutes. "eager" counts what autograd saves,
+"compiled" what the forward graph hands to the backward graph after AOTAutograd's partition. Parameters do not count.
+
+    scripts   bfloat16 base, float32 adapters, bfloat16 autocast, as diffusers' training scripts run it
+    fp32      everything float32, where no cast is saved and only inputs of frozen convolutions can be left out
 """
 
 import json
@@ -31,17 +33,17 @@ TARGETS: dict[str, dict[str, Any]] = {
     "attention and feed-forward": {},
     "convolutions too": {"conv_rank": RANK},
 }
-# Least share of the bytes that must go under "scripts". With adapted convolutions and no cast there is nothing to win.
+# Least share of the bytes that must be saved under "scripts". Under "fp32" with adapted convolutions none can be.
 GATES = {"eager": 0.14, "compiled": 0.10}
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 class _Measured(Exception):
-    """The graphs are known: there is nothing to run."""
+    """Stop before the graphs run, once they are known."""
 
 
 def sd15(dtype: torch.dtype, **options: Any) -> Any:
-    """The UNet with LoRA; its memory is reserved and never touched."""
+    """Return the UNet with LoRA, whose memory is reserved and never touched."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -54,7 +56,7 @@ def sd15(dtype: torch.dtype, **options: Any) -> Any:
 
 
 def eager_bytes(unet: Any, inputs: Inputs) -> int:
-    """Bytes that autograd saves, each storage once."""
+    """Return the bytes that autograd saves, counting each storage once."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -63,9 +65,8 @@ def eager_bytes(unet: Any, inputs: Inputs) -> int:
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        parameters = [
-            fakes.from_tensor(parameter) for parameter in unet.parameters()
-        ]  # held: views share their storage
+        # The list keeps the parameters alive, whose storage their views share.
+        parameters = [fakes.from_tensor(parameter) for parameter in unet.parameters()]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             unet(*(fakes.from_tensor(tensor) for tensor in inputs))
         own = {parameter.untyped_storage()._cdata for parameter in parameters}
@@ -73,7 +74,7 @@ def eager_bytes(unet: Any, inputs: Inputs) -> int:
 
 
 def compiled_bytes(unet: Any, inputs: Inputs) -> int:
-    """Bytes that the compiled forward returns beside its output, each storage once."""
+    """Return the bytes that the compiled forward returns beside its output, counting each storage once."""
     kept: dict[int, int] = {}
 
     def measure(graph: torch.fx.GraphModule, _: Any) -> Any:

@@ -1,9 +1,13 @@
-"""Prompt to picture with guidance: diffusers eager, diffusers compiled, and the three forms of an export.
+"""Measure sampling from prompt to image, with guidance, text encoder and autoencoder.
 
-The embedded miniature at its own 32 x 32 pixels, and a network of Stable Diffusion 1.5's size (random weights) at
-256 x 256, both from 4 x 8 x 8 or 4 x 32 x 32 latents. Each provider runs in a process of its own, one after the other,
-on the same threads; its pictures are compared with diffusers' before its times are written. With `--keep FOLDER` the
-large model, its export and diffusers' pictures outlive the run, so that the providers can be run one by one (`-k`).
+    pytest --benchmark benchmarks/bench_sampling.py -m "not slow"     # the embedded miniature, 32 x 32 pixels
+    pytest --benchmark --keep FOLDER benchmarks/bench_sampling.py     # and a model of SD1.5's size, 256 x 256 pixels
+
+Peers: "diffusers" eager and "diffusers_compiled" by torch.compile, both with `Diff2FlowScheduler`; and the three forms
+of an export in ONNX Runtime, "onnx_folder", "onnx_loop" and "onnx_unrolled". Each runs in a process of its own, one
+after the other, on the same threads; its images are compared with those of diffusers before its times are written to
+`results/<device>-sampling.csv`. With `--keep`, the large model with random weights, its export and diffusers' images
+outlive the run, so that single peers can be run again by `-k`.
 """
 
 import json
@@ -28,7 +32,16 @@ PROVIDERS = ("diffusers", "diffusers_compiled", "onnx_folder", "onnx_loop", "onn
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its export, and the folder of noise and pictures."""
+    """A model, its export, and the folder of its noise and images.
+
+    Args:
+        name: name of the model in the rows.
+        source: "miniature", or the folder of the pipeline.
+        graphs: folder of the export.
+        work: folder of the noise and the images.
+        side: height and width of the images in pixels.
+        rounds: timed calls for each number of steps.
+    """
 
     name: str
     source: str
@@ -38,7 +51,7 @@ class Subject:
     rounds: dict[int, int]
 
     def run(self, provider: str) -> dict[str, Any]:
-        """What a provider measures in a process of its own."""
+        """Run a peer in a process of its own, and return what it measured."""
         steps = [UNROLLED] if provider == "onnx_unrolled" else list(STEPS)
         settings = {
             "provider": provider,
@@ -48,7 +61,7 @@ class Subject:
             "steps": steps,
             "rounds": self.rounds,
             "noise": str(self.work / "noise.npy"),
-            "pictures": str(self.work / f"{provider}.npz"),
+            "images": str(self.work / f"{provider}.npz"),
         }
         (self.work / "settings.json").write_text(json.dumps(settings))
         command = [sys.executable, str(WORKER), str(self.work / "settings.json")]
@@ -57,7 +70,7 @@ class Subject:
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def file_mb(self, provider: str) -> float:
-        """Size of the files that a provider reads."""
+        """Return the size in megabytes of the files that a peer reads."""
         if provider.startswith("diffusers"):
             from d2f_fast import miniature
 
@@ -74,7 +87,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     name = request.param
     is_small = name == "miniature"
     if dry_run and not is_small:
-        pytest.skip("the smallest size is the miniature's")
+        pytest.skip("a dry run measures the miniature only")
     source = name if is_small else str(request.getfixturevalue("sd15_folder"))
     kept = request.config.getoption("--keep")
     work = Path(kept) / f"{name}-sampling" if kept else tmp_path_factory.mktemp(name)

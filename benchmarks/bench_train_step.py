@@ -1,22 +1,26 @@
-"""A whole training step with LoRA, `pytest --benchmark`: peft's as the scripts run it, lever by lever, and ours.
+"""Measure a whole training step with LoRA: diffusers' script with peft, lever by lever, and `AlignedTrainer.step`.
 
-Each row is one provider on one case, appended to `results/<device>-train-step.csv` as soon as it is measured. Before
-the clock starts its loss and its clipped gradients, for the draws of one of its own steps, must agree with the
-script's: relative differences within ALLOWED, gradients as one vector of all of A and B.
+    pytest --benchmark benchmarks/bench_train_step.py
+    bash benchmarks/gpu_suite.sh step-b16 FOLDER          # on a GPU, in parts that fit a time limit
 
-    first_step_s    compile and capture included, from an empty compile cache ("cold"); where the environment names
-                    TORCHINDUCTOR_CACHE_DIR, from that one ("kept")
-    to_step_500_s   the first three steps as they were, and 497 medians
-    floor_ms        the least work of a step at the copy bandwidth and the matrix product of the same run; see
-                    `unets.least_work`. share_of_ceiling = floor / median
-    vs_script       time of the script's step over that of the row; on a CPU both are taken in turns, round by round
-    peak_mib        on a GPU: the most memory that was allocated at once, above what was before the row, in the first
-                    step, whose warm-up before a capture runs uncaptured, or in any later one: replays allocate nothing
-    kernels, host_ms  on a GPU: kernels and copies a step, and how long the host is busy with them
+Peers: "script", the step of diffusers' LoRA script; "peft …", the same with levers (torch.compile, channels_last, fused
+AdamW, CUDA graph; "peft best" has all); "base only", peft best without an adapter; and "d2f_fast", which compiles and,
+on a GPU, captures the step, with rows that leave levers out. Each row is one peer on one case. Before it is timed, its
+loss and clipped gradients must agree with the script's for the noise and times of one of its steps: the relative
+differences must lie within ALLOWED, the gradients taken as one vector of all of A and B.
 
-Rows of a GPU: provider "d2f_fast" compiles and captures the step; "compiled" and "eager" leave levers out.
+Columns of `results/<device>-train-step.csv`, to which each row is appended as soon as it is measured:
 
-Tables of their own: memory caps, aspect-ratio buckets, and the first step, cold and from a warm cache.
+    first_step_s      the first step, compiling and capturing included, from an empty cache of compiled code ("cold"),
+                      or from the cache that TORCHINDUCTOR_CACHE_DIR names ("kept")
+    to_step_500_s     the first three steps, and 497 times the median
+    floor_ms          the least work of a step (`unets.least_work`) at the copy bandwidth and the matrix product rate of
+                      the same run; share_of_ceiling = floor / median
+    vs_script         time of the script's step over that of the row; on a CPU the two take turns, round by round
+    peak_mib          on a GPU, the most memory allocated at once above what was there before the row
+    kernels, host_ms  on a GPU, kernels and copies per step, and how long the host is busy with them
+
+Memory caps, aspect-ratio buckets, and the first step with a cold and a warm cache have tables of their own.
 """
 
 import contextlib
@@ -37,36 +41,46 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import clock
-from benchmarks.train_steps import Draws, Levers, PeftStep, TrainerStep, first_step_seconds, trainer_draws
+from benchmarks.train_steps import (
+    Levers,
+    PeftStep,
+    TrainerStep,
+    first_step_seconds,
+    trainer_noise_and_times,
+)
 from benchmarks.unets import Case, batch_of, least_work
 from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE
 
 CUDA = torch.cuda.is_available()
-# Relative difference of the loss, and of the gradients. In float32 other orders of sums; in bfloat16 every product of a
-# deep network is rounded at 4e-3: the script's own gradients are 1.6e-2 from float32's (miniature, CPU), as are ours.
+# Largest relative differences of the loss and of the gradients. In float32 only the order of sums differs. In bfloat16
+# every product of a deep network is rounded at 4e-3: the gradients of the script and ours both differ from float32's by
+# 1.6e-2 (miniature, CPU).
 ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (5e-3, 5e-2)}
 LATER_STEPS, ROW_SECONDS, MOST_ROUNDS = 500, 20.0, 30
-# Calls between two waits: on a GPU the host prepares a step while the one before it runs, as in training.
+# Calls between two waits for the device: on a GPU the host prepares a step while the last one runs, as in training.
 LEAST_CALLS = 4 if CUDA else 1
-# Those that a compiled peft gives whoever asks for all of it; on a CPU there is nothing to capture.
+# All levers together. On a CPU there is nothing to capture.
 BEST = Levers(compiled="step", channels_last=True, fused=True, captured=CUDA)
 Provider = Callable[[Case, torch.device], Any]
 
 
 def peft(**levers: Any) -> Provider:
+    """Return a peer: the script's step with these levers."""
     return lambda case, device: PeftStep(case, device, Levers(**levers))
 
 
 def best(**levers: Any) -> Provider:
+    """Return a peer: the step with all levers, changed by these."""
     return lambda case, device: PeftStep(case, device, dataclasses.replace(BEST, **levers))
 
 
 def ours(**options: Any) -> Provider:
+    """Return a peer: the step of `AlignedTrainer` with these options."""
     return lambda case, device: TrainerStep(case, device, **options)
 
 
 FULL = {"compile": True, **({"cuda_graph": True} if CUDA else {})}
-# In the order in which they are measured: a run that is cut has the answers that matter.
+# Peers in the order in which they are measured, the most important first, because a run may be cut.
 PROVIDERS: dict[str, Provider] = {
     "d2f_fast": ours(**FULL),
     "peft best": best(),
@@ -98,10 +112,10 @@ ATTENTION = {
 ALL = list(PROVIDERS)
 RIVALS = ["d2f_fast", "peft best", "script"]
 LEVERS = [name for name in ALL if name not in RIVALS]
-# Inductor takes 250 to 400 s over SDXL, by the number of its kernels: what needs none of it comes first.
+# Inductor takes 250 to 400 s to compile SDXL, so that the peers without it come first.
 UNCOMPILED = ["d2f_fast eager, captured", "script"]
 COMPILED = ["d2f_fast", "peft best"]
-# The rivals of the largest batches before the levers of one: compiling takes most of a row's time.
+# The rivals at the largest batches come before the levers at one batch, because compiling takes most of a row's time.
 STAGES: dict[str, list[tuple[Case, list[str]]]] = {
     "cpu": [
         (case, [name for name in ALL if name not in ONLY_ON_A_GPU])
@@ -139,7 +153,7 @@ ROWS = [
 
 @pytest.fixture
 def step_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Make a provider's step, with what surrounds it until the end of the test."""
+    """Return a function that makes a peer's step, and undo its settings at the end of the test."""
     with contextlib.ExitStack() as stack:
         torch.compiler.reset()
         clear()
@@ -158,12 +172,13 @@ def step_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 
 class Script:
-    """The script's step on the case in hand, for the gates and, on a CPU, beside every row."""
+    """Hold the script's step on the current case, which checks every peer and, on a CPU, is timed beside each."""
 
     _held: tuple[Case, PeftStep] | None = None
 
     @classmethod
     def on(cls, case: Case, device: torch.device) -> PeftStep:
+        """Return the script's step on a case; the step of another case is dropped first."""
         if cls._held is None or cls._held[0] != case:
             cls._held = None
             clear()
@@ -172,7 +187,7 @@ class Script:
 
 
 def clear() -> None:
-    """Give memory that nothing holds back to the device."""
+    """Release unused memory to the device, and restart its record of the peak."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
@@ -180,20 +195,20 @@ def clear() -> None:
 
 
 def peak_above(before: int) -> int:
-    """The most bytes allocated at once since the last `clear`, above those before."""
+    """Return the most bytes allocated at once since the last `clear`, minus those before; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() - before if CUDA else 0
 
 
 def differences(step: Any, case: Case, device: torch.device) -> tuple[float, float]:
-    """How far a step's loss and gradients are from the script's, relatively; both as of the step's beginning."""
+    """Return the relative differences of a step's loss and gradients from the script's, at the initial parameters."""
     adapter = not isinstance(step, PeftStep) or step.levers.adapter
     if isinstance(step, PeftStep):
         step.restore()
         step()
-        draws: Draws = step.draws
+        noise_and_times = step.noise_and_times
     else:
-        draws = trainer_draws(case, device)  # of its first step, which it has taken
-    loss, gradients = Script.on(case, device).evaluate(draws, zero_adapter=not adapter)
+        noise_and_times = trainer_noise_and_times(case, device)  # the trainer has taken its first step
+    loss, gradients = Script.on(case, device).evaluate(noise_and_times, zero_adapter=not adapter)
     of_loss = abs(float(step.loss - loss)) / abs(float(loss))
     got, want = step.gradients(), gradients if adapter else {}
     error = sum(float((got[name].double() - want[name].double()).square().sum()) for name in want)
@@ -203,13 +218,14 @@ def differences(step: Any, case: Case, device: torch.device) -> tuple[float, flo
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds of one call."""
     return clock.seconds_of(step, device, 1)
 
 
 def time_rounds(
     step: Callable[[], None], beside: Callable[[], None] | None, device: torch.device, most: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of a step in each round, and of the one beside it."""
+    """Return the seconds of a step in each round, and those of the step that takes turns with it."""
     once = seconds_of(step, device) + (seconds_of(beside, device) if beside else 0)
     calls = max(LEAST_CALLS, round(0.05 / once))
     rounds = max(3, min(most, int(ROW_SECONDS / (calls * once))))
@@ -222,7 +238,7 @@ def time_rounds(
 
 
 def device_kernels(step: Callable[[], None]) -> int:
-    """Kernels and copies that the device runs in one step."""
+    """Return the number of kernels and copies that the device runs in one step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -230,7 +246,7 @@ def device_kernels(step: Callable[[], None]) -> int:
 
 
 def host_seconds(step: Callable[[], None], repeats: int = 5) -> float:
-    """How long the host takes to hand a step to an idle device."""
+    """Return the seconds that the host takes to launch a step on an idle device."""
     seconds = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -248,13 +264,13 @@ def test_train_step(step_of, device, record, dry_run, stage, case, provider):
         pytest.skip(f"for a {'CPU' if CUDA else 'CUDA GPU'}")
     script = Script.on(case, device)
     if CUDA:
-        script_seconds(case)  # now: beside another step's graph there may be no room for its activations
+        script_seconds(case)  # before another step's graph takes the memory that its activations need
     clear()
     before = torch.cuda.memory_allocated() if CUDA else 0
     step = step_of(case, provider, device)
     clear()
     first = [seconds_of(step, device)]
-    peak = peak_above(before)  # now: the script, which judges the step, allocates too
+    peak = peak_above(before)  # before the script, which checks the step, allocates too
     of_loss, of_gradients = differences(step, case, device)
     allowed = ALLOWED[case.dtype]
     assert of_loss <= allowed[0] and of_gradients <= allowed[1], f"{provider}: {of_loss:.1e}, {of_gradients:.1e}"
@@ -271,7 +287,7 @@ def test_train_step(step_of, device, record, dry_run, stage, case, provider):
     copy_rate, matmul_rate = clock.copy_rate(device), clock.matmul_rate(device)
     floor = work.seconds(matmul_rate, copy_rate)
     host = f"{host_seconds(step) * 1e3:.4g}" if CUDA else ""
-    kernels = device_kernels(step) if CUDA else ""  # last: a profiler leaves every later launch slower
+    kernels = device_kernels(step) if CUDA else ""  # last, because every launch after a profiler is slower
     record(
         "train-step",
         {
@@ -308,7 +324,7 @@ _SCRIPT_SECONDS: dict[Case, float] = {}
 
 
 def script_seconds(case: Case) -> float:
-    """Median of the script's step on a GPU, timed once a case."""
+    """Return the median seconds of the script's step on a GPU, timed once per case."""
     if case not in _SCRIPT_SECONDS:
         assert Script._held is not None
         step, device = Script._held[1], torch.device("cuda")
@@ -319,7 +335,7 @@ def script_seconds(case: Case) -> float:
     return _SCRIPT_SECONDS[case]
 
 
-# SDXL eagerly: in the minutes that Inductor takes over it no memory would be known.
+# SDXL runs eagerly, because compiling it takes more minutes than a stage has.
 CAPS = [
     (Case("sd15", 1, 64), "d2f_fast", 6),
     (Case("sdxl", 1, 128, checkpointing=True), "d2f_fast eager, captured", 10),
@@ -328,10 +344,10 @@ CAPS = [
 
 @pytest.mark.parametrize(("case", "provider", "gigabytes"), CAPS, ids=["b1", "sdxl"])
 def test_memory_cap(step_of, device, record, case, provider, gigabytes):
-    """Steps of ours, and the network's making, under a hard cap of what torch's allocator may take of the device.
+    """Build the network and take steps under a hard cap on the memory that torch's allocator may reserve.
 
-    It gives unused blocks back at the cap only: reserved_gb sufficed, and less may. The driver's own memory, of the
-    context, of compiled kernels and of the graph's nodes, is neither in it nor in the cap.
+    The allocator releases unused blocks only at the cap, so that less than reserved_gb may suffice. Memory of the
+    driver, for its context, compiled kernels and the graph's nodes, counts neither in reserved_gb nor in the cap.
     """
     if not CUDA:
         pytest.skip("needs a CUDA GPU")
@@ -353,7 +369,7 @@ def test_memory_cap(step_of, device, record, case, provider, gigabytes):
 
 
 def test_first_step(device, record, dry_run, tmp_path, monkeypatch):
-    """The first step of ours in two processes, one after the other, which share an empty cache of compiled code."""
+    """Time our first step in two processes in turn; they share a cache of compiled code, which starts empty."""
     case = DRY if dry_run else Case("sd15", 1, 64) if CUDA else Case("miniature", 16, 8)
     Script._held = None
     clear()
@@ -368,8 +384,8 @@ def test_first_step(device, record, dry_run, tmp_path, monkeypatch):
 
 
 def test_buckets(step_of, device, record):
-    """Steps of ours over the aspect ratios of one resolution: how much compiling they cost, and that it ends."""
-    # 768 pixels, widths 384 to 1536 by 64; on a CPU three of the miniature's.
+    """Time our steps over all aspect ratios of a resolution, three times: only the first ones compile."""
+    # Widths from 384 to 1536 by 64, of the area of 768 x 768 pixels; on a CPU, three of the miniature's.
     case, unit, widths = (Case("sd21", 1, 96), 8, range(48, 193, 8)) if CUDA else (DRY, 2, range(4, 17, 6))
     shapes = [(case.side**2 // width // unit * unit, width) for width in widths]
     step = step_of(case, "d2f_fast", device)

@@ -1,7 +1,10 @@
-"""The loss epilogue: the network's output to the loss and its gradient, forward and backward, `pytest --benchmark`.
+"""Measure the loss of the network's output together with its gradient.
 
-Providers: the operators of the published code, plain torch eager and compiled, and `d2f_fast.aligned_loss`. On a CPU
-`d2f_fast.aligned_loss` is plain torch behind its checks.
+    pytest --benchmark benchmarks/bench_velocity_loss.py
+
+Peers: "published", the operators of the published code; "torch eager" and "torch compiled", the formula in plain torch;
+and "d2f_fast", `d2f_fast.aligned_loss`, which on a CPU is plain torch behind its checks. Loss and gradient are compared
+with float64 before they are timed. Rows go to `results/<device>.csv`.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from d2f_fast.kernels.velocity_loss import velocity_loss_reference
 
 SHAPES = [(1, 4, 64, 64), (16, 4, 64, 64), (16, 4, 128, 128)]
 if torch.cuda.is_available():
-    SHAPES += [(512, 4, 128, 128)]  # 64 MiB, beyond every cache: the share of the copy bandwidth is meant there
+    SHAPES += [(512, 4, 128, 128)]  # 64 MiB exceed every cache, so that the share of the copy bandwidth is meaningful
 GRAPHS = [True, False] if torch.cuda.is_available() else [False]
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
@@ -24,7 +27,7 @@ Provider = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def published(alignment: Alignment, device: torch.device) -> Provider:
-    """The operators of the published objective for a v-prediction, with its coefficients one table entry too high."""
+    """Return the operators of the published objective for a v-prediction; its coefficients are one entry too high."""
     abar = alignment.schedule.alphas_cumprod.float().to(device)
     alphas, sigmas = abar.sqrt(), (1 - abar).sqrt()
 
@@ -44,6 +47,7 @@ def published(alignment: Alignment, device: torch.device) -> Provider:
 
 
 def provider_of(name: str, alignment: Alignment, device: torch.device) -> Provider:
+    """Return the function of a peer."""
     if name == "published":
         return published(alignment, device)
     if name == "d2f_fast":
@@ -82,7 +86,8 @@ def test_velocity_loss(measure, device, shape, layout, provider, graph):
     expected = aligned_loss(exact, *(x.double() for x in operands[1:]), alignment)
     (expected_gradient,) = torch.autograd.grad(expected, exact)
     loss, gradient = run(*operands)
-    # The published coefficients are 0.2 % off on average, 1.6 % at most, and its state is rounded to the latents' type.
+    # The published coefficients are off by 0.2 % on average and 1.6 % at most, and the published state is rounded to
+    # the type of the latents.
     rounding = {torch.bfloat16: 2.0**-8, torch.float32: 1e-6}[DTYPE]
     allowed = 0.03 if provider == "published" else rounding
     assert (loss - expected).abs() <= max(allowed, 1e-5) * expected

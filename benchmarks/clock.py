@@ -1,4 +1,4 @@
-"""The clock of the benchmarks, the ceilings measured beside them, and the tables of rows that they leave behind."""
+"""Time functions, measure the device's ceilings beside them, and write rows to the tables of results."""
 
 import argparse
 import csv
@@ -24,9 +24,10 @@ from torch import Tensor
 from d2f_fast.kernels.runtime import INTERPRET
 
 RESULTS = Path(__file__).parent / "results"
-# Whether this run was told where compiled code is kept; Inductor sets it too, once it is used.
+# Whether the environment of this run names a cache of compiled code. It is read at import, because Inductor sets the
+# variable later.
 KEEPS_COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR" in os.environ
-# Columns that are printed, by table; of the others all.
+# Columns that are printed of each table; all columns of tables that are not listed.
 SHOWN = {
     "": (
         *("benchmark", "case", "provider", "timing", "median_us", "p20_us", "p80_us"),
@@ -41,46 +42,60 @@ SHOWN = {
         *("first_step_s", "to_step_500_s", "peak_mib", "kernels", "host_ms", "share_of_matmul", "share_of_ceiling"),
     ),
 }
-ROUND_SECONDS = 0.01  # of one round: the clock's own cost, some 10 µs on a GPU, stays below 0.2 %
-CLOCK_SECONDS = 2.5  # of load while nvidia-smi, which may take two seconds, reads the clock
+ROUND_SECONDS = 0.01  # length of a round; the cost of timing it, some 10 µs on a GPU, stays below 0.2 %
+CLOCK_SECONDS = 2.5  # length of the load under which nvidia-smi, which may take two seconds, reads the clock rate
 
 
 def gpu_script(document: str | None, minutes: float) -> argparse.ArgumentParser:
-    """Options of a script that measures a GPU: where its rows go, when it stops, and trying it.
+    """Return a parser with the options that every script that measures a GPU has.
 
     Args:
-        document: of the script, whose first line is its description.
-        minutes: unless the user says otherwise.
+        document: docstring of the script, whose first line describes it.
+        minutes: default of the time limit.
     """
     parser = argparse.ArgumentParser(description=(document or "").partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--minutes", type=float, default=minutes, help="nothing is begun after them")
-    parser.add_argument("--dry_run", action="store_true", help="tiny sizes, in Triton's interpreter without a GPU")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder to which rows are written (default: benchmarks/results)"
+    )
+    minutes_help = f"start no measurement after this many minutes (default: {minutes:g})"
+    parser.add_argument("--minutes", type=float, default=minutes, help=minutes_help)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="use tiny sizes; runs in Triton's interpreter without a GPU"
+    )
     return parser
 
 
 def gpu_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Options of such a script; it ends here where there is no GPU, unless it is tried in Triton's interpreter."""
+    """Parse the options of a `gpu_script`; exit if there is no GPU, unless this is a dry run in the interpreter."""
     options = parser.parse_args()
     if not torch.cuda.is_available() and not (options.dry_run and INTERPRET):
         parser.error("needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none")
     return options
 
 
-def tensors_of(operands: Any) -> Iterable[Tensor]:
+def tensors_of(operands: Iterable[Any]) -> Iterable[Tensor]:
+    """Return the tensors among operands."""
     return (x for x in operands if isinstance(x, Tensor))
 
 
 def make_round(
     function: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]], where: torch.device, graph: bool
 ) -> tuple[Callable[[], None], int]:
-    """What one round runs, about ROUND_SECONDS of it, and how many calls that is."""
+    """Return the function that one round runs, which takes about ROUND_SECONDS, and its number of calls.
+
+    Args:
+        function: function to time.
+        inputs: function that returns one tuple of operands. On a GPU it is called as often as it takes to make operands
+            of twice the size of the L2 cache, which are used in turn.
+        where: device of the operands.
+        graph: Replay a CUDA graph of the calls instead of launching them.
+    """
     operands = [inputs()]
     if where.type == "cuda":
         size = sum(x.numel() * x.element_size() for x in tensors_of(operands[0]))
         cold = 2 * torch.cuda.get_device_properties(where).L2_cache_size
         operands += [inputs() for _ in range(math.ceil(cold / max(size, 1)) - 1)]
-    for _ in range(3):  # compiles, and fills caches
+    for _ in range(3):  # the first calls compile and fill caches
         function(*operands[0])
     if not graph:
         turns = itertools.cycle(operands)
@@ -111,7 +126,7 @@ def make_round(
 
 
 def quantiles_of(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
+    """Return the median and the 20th and 80th percentiles."""
     tenths = statistics.quantiles(seconds, n=10)
     return statistics.median(seconds), tenths[1], tenths[7]
 
@@ -119,14 +134,17 @@ def quantiles_of(seconds: Sequence[float]) -> tuple[float, float, float]:
 def time_calls(
     function: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]], where: torch.device, rounds: int
 ) -> tuple[float, float, float]:
-    """Seconds of one call: median, 20th and 80th percentile; on a GPU replayed from a graph, on operands not in L2."""
+    """Return the median and the 20th and 80th percentiles of the seconds of one call.
+
+    On a GPU the calls are replayed from a CUDA graph, with operands that are not in the L2 cache.
+    """
     target, calls = make_round(function, inputs, where, where.type == "cuda")
     target()
     return quantiles_of([seconds_of(target, where, 1) / calls for _ in range(rounds)])
 
 
 def seconds_of(function: Callable[[], Any], where: torch.device, repeats: int = 9) -> float:
-    """Median time of a call, host and synchronisation included."""
+    """Return the median seconds of a call, including the host's work and the wait for the device."""
     seconds = []
     for _ in range(repeats):
         if where.type == "cuda":
@@ -140,7 +158,7 @@ def seconds_of(function: Callable[[], Any], where: torch.device, repeats: int = 
 
 
 def _seconds_of_one(function: Callable[[], Any], where: torch.device) -> float:
-    """Time of a call; on a GPU of one among ten in its queue: a launch and a wait are 5 to 10 % of these."""
+    """Return the seconds of a call; on a GPU ten are timed together, as a launch and a wait take 5 to 10 % of one."""
     calls = 10 if where.type == "cuda" else 1
 
     def several() -> None:
@@ -152,7 +170,7 @@ def _seconds_of_one(function: Callable[[], Any], where: torch.device) -> float:
 
 @functools.cache
 def copy_rate(where: torch.device) -> float:
-    """Bytes a second that `copy_` reads and writes, on operands far larger than the caches."""
+    """Return the bytes per second that `copy_` reads and writes, on operands far larger than the caches."""
     source = torch.ones((1 << 28 if where.type == "cuda" else 1 << 26) // 4, device=where)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / _seconds_of_one(lambda: target.copy_(source), where)
@@ -160,7 +178,7 @@ def copy_rate(where: torch.device) -> float:
 
 @functools.cache
 def matmul_rate(where: torch.device) -> float:
-    """Operations a second of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the operations per second of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
     side, dtype = (8192, torch.bfloat16) if where.type == "cuda" else (1024, torch.float32)
     a = torch.randn(side, side, device=where, dtype=dtype)
     return 2 * side**3 / _seconds_of_one(lambda: a @ a, where)
@@ -168,10 +186,10 @@ def matmul_rate(where: torch.device) -> float:
 
 @functools.cache
 def clock_mhz(where: torch.device) -> str:
-    """Clock of the GPU's multiprocessors under load; nothing on a CPU, or without nvidia-smi."""
+    """Return the clock rate of the GPU's multiprocessors under load, in MHz; "" on a CPU or without nvidia-smi."""
     if where.type != "cuda" or not shutil.which("nvidia-smi"):
         return ""
-    side = 12288  # products large enough that a GPU's queue, of 1024 launches, holds them all
+    side = 12288  # at this size the products fit into the GPU's queue of 1024 launches
     a = torch.randn(side, side, device=where, dtype=torch.bfloat16)
     for _ in range(round(CLOCK_SECONDS * matmul_rate(where) / (2 * side**3))):
         a @ a
@@ -184,7 +202,7 @@ def clock_mhz(where: torch.device) -> str:
 
 @functools.cache
 def _commit() -> str:
-    """Short hash of the commit, "-dirty" where files other than results were changed; without git, $GIT_COMMIT."""
+    """Return the commit's short hash, with "-dirty" if files other than results changed; $GIT_COMMIT without git."""
     if not shutil.which("git"):
         return os.environ.get("GIT_COMMIT", "none")
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -195,14 +213,14 @@ def _commit() -> str:
 
 
 def _processor() -> str:
-    """Name of the CPU; `platform.processor()` is empty on Linux."""
+    """Return the name of the CPU, for which `platform.processor()` is empty on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def measured_on() -> dict[str, str]:
-    """Device, commit and package versions of this run."""
+    """Return the device, the commit and the package versions of this run."""
     try:
         triton_version = version("triton")
     except PackageNotFoundError:
@@ -217,13 +235,24 @@ def measured_on() -> dict[str, str]:
 
 
 def path_of(table: str = "", folder: Path | None = None) -> Path:
-    """File of this device's table."""
+    """Return the path of this device's table.
+
+    Args:
+        table: name of the table; "" for the table of kernels.
+        folder: folder of the tables; None for `benchmarks/results`.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", f"{measured_on()['device']} {table}".lower()).strip("-")
     return (folder or RESULTS) / f"{slug}.csv"
 
 
 def measured(table: str, columns: Sequence[str], folder: Path | None = None) -> set[tuple[str, ...]]:
-    """Values of these columns in the rows that this device's table has."""
+    """Return the values of some columns in the rows that this device's table already has.
+
+    Args:
+        table: name of the table.
+        columns: names of the columns.
+        folder: folder of the tables; None for `benchmarks/results`.
+    """
     path = path_of(table, folder)
     if not path.exists():
         return set()
@@ -232,15 +261,15 @@ def measured(table: str, columns: Sequence[str], folder: Path | None = None) -> 
 
 
 def append(row: Mapping[str, Any], table: str = "", folder: Path | None = None) -> dict[str, Any]:
-    """Add a row to the device's table at once: a run that is cut keeps what it measured.
+    """Write a row to this device's table at once, so that a run that is stopped keeps its rows.
 
     Args:
-        row: columns after the date and `measured_on`.
-        table: rows of different columns are in different tables, `<device>-<table>.csv`.
-        folder: of the tables; None for `benchmarks/results`.
+        row: columns after the date and those of `measured_on`.
+        table: name of the table, `<device>-<table>.csv`; rows with other columns need another table.
+        folder: folder of the tables; None for `benchmarks/results`.
 
     Returns:
-        The whole row.
+        The row with all columns.
     """
     row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **measured_on(), **row}
     path = path_of(table, folder)
@@ -256,7 +285,7 @@ def append(row: Mapping[str, Any], table: str = "", folder: Path | None = None) 
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], write: Callable[[str], Any] = print) -> None:
-    """Print these columns of rows, aligned."""
+    """Print some columns of rows as an aligned table."""
     table = [list(columns), *([str(row[column]) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table if rows else []:

@@ -1,8 +1,8 @@
-"""Compile the LoRA kernels that a tuning is about to launch, in processes beside it, into Triton's cache on disk.
+"""Compile the LoRA kernels that a tuning is about to launch, in other processes, into Triton's cache on disk.
 
-The processes run the same launch functions, on tensors without memory and with Triton compiling where it would launch:
-the types, alignments, constants and options of which the cache's key is made are those of the launch. They never touch
-the GPU, whose target they are told.
+The processes call the same launch functions on tensors without memory, and Triton compiles instead of launching. The
+key of the cache is made of types, alignments, constants and options, which are therefore those of the launch. The
+processes never use the GPU; they are given its target.
 """
 
 import multiprocessing
@@ -17,12 +17,20 @@ from benchmarks.lora_paths import Operands, operands
 from d2f_fast.kernels import lora_kernels
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, Entry, NarrowEntry, Tile
 
-MOST_PROCESSES = 14  # each imports torch, a gigabyte; a container may show the cores of its host
+MOST_PROCESSES = 14  # each imports torch, which takes a gigabyte; a container may report its host's cores
 KERNELS = ("_narrow_kernel", "_wide_kernel", "_grad_b_kernel", "_rows_sum_kernel")
 
 
 class Launch(NamedTuple):
-    """One launch, of a key of CALLS; what is compiled depends on the rows only by their being multiples of 16."""
+    """A launch of one kernel; of the number of rows, only whether it is a multiple of 16 changes the compiled code.
+
+    Args:
+        call: key of CALLS.
+        tile: block sizes.
+        n: output features.
+        k: input features.
+        rank: rank of the adapter.
+    """
 
     call: str
     tile: Tile
@@ -43,7 +51,7 @@ CALLS: dict[str, Callable[[Operands, Tile], Any]] = {
 
 
 def narrow_launches(entry: NarrowEntry, n: int, k: int, rank: int) -> list[Launch]:
-    """What a layer launches beside its wide products."""
+    """Return the launches of a layer other than its wide products."""
     calls = [("s", entry.shrink), ("grad_a", entry.rows_sum)]
     if entry.grad_b is not None:
         calls += [("grad_s and grad_b", entry.grad_b)]
@@ -53,12 +61,12 @@ def narrow_launches(entry: NarrowEntry, n: int, k: int, rank: int) -> list[Launc
 
 
 def wide_launches(entry: Entry, n: int, k: int, rank: int) -> list[Launch]:
-    """Its wide products."""
+    """Return the launches of a layer's wide products."""
     return [Launch("y", entry.forward, n, k, rank), Launch("grad_x", entry.grad_x, n, k, rank)]
 
 
 def free_cores() -> int:
-    """Processes that leave a core to the tuning, and one to what else the machine does."""
+    """Return a number of processes that leaves one core to the tuning and one to everything else."""
     return max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2))
 
 
@@ -66,46 +74,46 @@ class Ahead:
     """Compile launches in other processes.
 
     Args:
-        processes: 0 for none: then every kernel is compiled by its launch, here.
-        target: triton's, of the GPU that will launch.
-        dtype: of the products.
+        processes: number of processes; with 0, every kernel is compiled by its launch, in this process.
+        target: Triton's target of the GPU that will launch.
+        dtype: type of the products.
 
     Attributes:
-        missed: kernels that were compiled here, where they are launched.
+        missed: number of kernels that were compiled in this process, at their launch.
     """
 
     def __init__(self, processes: int, target: Any = None, dtype: torch.dtype = torch.bfloat16) -> None:
         self._dtype, self._pool, self.missed = dtype, None, 0
         self._compiling: dict[Launch, Future[None]] = {}
         if processes:
-            import triton  # here: where it is missing there is nothing to compile
+            import triton  # imported here, because a machine without it compiles nothing
 
             triton.knobs.compilation.listener = self._count
-            spawn = multiprocessing.get_context("spawn")  # a fork would inherit the CUDA context
+            spawn = multiprocessing.get_context("spawn")  # a forked process would inherit the CUDA context
             self._pool = ProcessPoolExecutor(processes, spawn, compile_only, (target,))
 
     def submit(self, launches: Iterable[Launch]) -> None:
-        """Begin with these, in this order."""
+        """Start compiling these launches, in this order."""
         for launch in dict.fromkeys(launches):
             if self._pool is not None and launch not in self._compiling:
                 try:
                     self._compiling[launch] = self._pool.submit(compile_launch, launch, self._dtype)
-                except RuntimeError as error:  # its processes are gone
+                except RuntimeError as error:  # the processes have ended
                     self._give_up(error)
 
     def wait(self, launches: Iterable[Launch]) -> None:
-        """Have these compiled."""
+        """Wait until these launches are compiled."""
         launches = list(launches)
         self.submit(launches)
         for launch in launches:
             if self._pool is not None:
                 try:
                     self._compiling[launch].result()
-                except Exception as error:  # whatever it is: the launch itself compiles too, and tells
+                except Exception as error:  # the launch compiles the kernel again and raises what is wrong
                     self._give_up(error)
 
     def close(self) -> None:
-        """End the processes, and tell what they did."""
+        """End the processes, and print what they did."""
         if self._pool is not None:
             done = sum(future.done() for future in self._compiling.values())
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -122,8 +130,8 @@ class Ahead:
         self.missed += not cache_hit
 
 
-class _Told:
-    """What Triton asks of a driver before it launches."""
+class _FixedDriver:
+    """Driver that answers the questions that Triton asks before a launch."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -139,7 +147,7 @@ class _Told:
 
 
 class _CompileOnly:
-    """A kernel that is compiled where it would be launched."""
+    """Kernel that is compiled instead of launched."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
@@ -149,15 +157,15 @@ class _CompileOnly:
 
 
 def compile_only(target: Any) -> None:
-    """Have this process compile for a target where it launches, from now on."""
+    """Make this process compile kernels for a target instead of launching them, from now on."""
     from triton.runtime import driver
 
-    driver.set_active(_Told(target))
+    driver.set_active(_FixedDriver(target))
     for name in KERNELS:
         setattr(lora_kernels, name, _CompileOnly(getattr(lora_kernels, name)))
 
 
 def compile_launch(launch: Launch, dtype: torch.dtype) -> None:
-    """Compile what a launch runs; in a process that compiles only."""
+    """Compile the kernel of a launch, in a process after `compile_only`."""
     given = operands(MIN_ROWS, launch.n, launch.k, launch.rank, torch.device("meta"), dtype)
     CALLS[launch.call](given, launch.tile)

@@ -1,4 +1,4 @@
-"""The clock of every benchmark, and the row that it writes: `measure`, shared by all files of this folder."""
+"""Provide the fixtures that every benchmark uses: `measure` times a function and writes a row."""
 
 import time
 from collections.abc import Callable
@@ -14,30 +14,30 @@ ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 COMPLETE = pytest.StashKey[bool]()
 ROUNDS = 30
 DRY_ROUNDS = 2
-DONE = "measured.txt"  # in the folder of the rows: the benchmarks that --go_on leaves out
+DONE = "measured.txt"  # file beside the rows that lists the benchmarks that --go_on leaves out
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where benchmarks run: the GPU if there is one."""
+    """Return the device that benchmarks run on: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config) -> Path:
-    """Folder of the tables of rows."""
+    """Return the folder to which rows are written."""
     return Path(pytestconfig.getoption("--results"))
 
 
 @pytest.fixture(scope="session")
 def dry_run(pytestconfig: pytest.Config) -> bool:
-    """Whether everything is tried once, at the smallest size, and no time is meant."""
+    """Return whether everything runs once at its smallest size, so that the times mean nothing."""
     return bool(pytestconfig.getoption("--dry_run"))
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, results: Path) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
-    """Append a row to the table of a name, and print it at the end of the run: `record("train-step", row)`."""
+    """Return a function that writes a row and prints it at the end of the run: `record("train-step", row)`."""
 
     def record(table: str, row: dict[str, Any]) -> dict[str, Any]:
         written = clock.append(row, table, results)
@@ -54,20 +54,22 @@ def record(request: pytest.FixtureRequest, results: Path) -> Callable[[str, dict
 def measure(
     request: pytest.FixtureRequest, record: Callable[..., dict[str, Any]], dry_run: bool
 ) -> Callable[..., dict[str, Any]]:
-    """Time one provider, print its row, and append it to `results/<device>.csv`.
+    """Return a function that times one provider, prints its row, and writes it to `results/<device>.csv`.
 
-    A benchmark asserts that the provider is right, then calls this once:
+    A benchmark first asserts that the provider computes the right result, then calls this once:
 
-        measure(function, inputs, case="16x4x64x64 bf16", provider="ours", bytes_moved=..., flops=...)
+        measure(function, inputs, case="16x4x64x64 bf16", provider="d2f_fast", bytes_moved=..., flops=...)
 
-    function: one call of what is measured, forward and backward as the benchmark's name says. It must not sync.
-    inputs: gives one tuple of operands; on a GPU as many are made and taken in turn as overflow its L2 cache twice.
-    case, provider: columns of the row; providers of one case are compared.
-    bytes_moved, flops: the least that the operation needs (not what the provider does); the row holds the rate, and its
-        share of the copy bandwidth or matrix product measured in the same run.
-    graph: on a GPU, replay a CUDA graph of the calls: device time alone. False times eager launches, host included.
+    function: function to time. It must not wait for the device.
+    inputs: function that returns one tuple of operands. On a GPU it is called as often as it takes to make operands of
+        twice the size of the L2 cache, which are used in turn.
+    case, provider: columns of the row; the providers of one case are compared with each other.
+    bytes_moved, flops: least bytes and operations that any implementation needs; 0 leaves the rate out. The row holds
+        the rate, and its share of the copy bandwidth or matrix product rate measured in the same run.
+    graph: On a GPU, replay a CUDA graph of the calls, which times the device alone. False times eager launches and the
+        host. It has no effect on a CPU.
 
-    Returns the row; times are of one call.
+    It returns the row, whose times are those of one call.
     """
 
     def measure(
@@ -120,7 +122,7 @@ def measure(
     return measure
 
 
-@pytest.hookimpl(trylast=True)  # after -k, which would be left with nothing: a failure
+@pytest.hookimpl(trylast=True)  # after -k, which fails where nothing is left to select from
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     done = Path(config.getoption("--results"), DONE)
     if config.getoption("--go_on") and done.exists():
@@ -131,7 +133,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.stash.get(COMPLETE, False):  # nothing was left to measure: no failure
+    if session.config.stash.get(COMPLETE, False):  # everything was measured before, which is a success
         session.exitstatus = pytest.ExitCode.OK
 
 

@@ -1,29 +1,33 @@
 #!/usr/bin/env bash
-# What only a GPU can answer, in stages of at most nine minutes: bash benchmarks/gpu_suite.sh STAGE FOLDER
+# Run the tests and benchmarks that need a GPU, in stages of at most nine minutes:
 #
-#   probe      six minutes: products and attention kernels of torch and Triton alone
-#   correct    pytest -m gpu, file by file, the kernels' first (real shapes against float64, 100 repeats bitwise, graph
-#              replay, no sync); memcheck and racecheck where compute-sanitizer is installed
-#   kernels    tuning, then the kernels' benchmarks beside their peers
-#   step-b16   whole training steps of SD1.5 and SD2.1 beside peft: the rivals at batch 16 and 64, then lever by lever,
-#              other ranks, networks and batches
-#   step-b1    the same at batch 1: the rivals, the first step cold and warm, memory cap, aspect-ratio buckets, the rest
-#   sdxl       steps of SDXL at 128 x 128 latents: uncompiled; memory cap; compiled, 250 to 400 s a row
+#   bash benchmarks/gpu_suite.sh STAGE FOLDER
 #
-# Half an hour is best spent in this order, with these D2F_SUITE_SECONDS: correct, 450, for no time counts before it;
-# kernels, 240, most of them for the tuning, whose table the steps use; step-b16, 400; step-b1, 330; sdxl, 200, for what
-# needs no compiling. Another half hour goes on with what each stage lacks. probe is for a card that is new to all this.
+#   probe      for six minutes, time matrix products and attention kernels of torch and Triton alone
+#   correct    run pytest -m gpu file by file, the kernels first (real shapes against float64, 100 repeats bitwise, graph
+#              replay, no sync); run memcheck and racecheck where compute-sanitizer is installed
+#   kernels    tune the LoRA kernels, then time all kernels beside their peers
+#   step-b16   time whole training steps of SD1.5 and SD2.1 beside peft at batch 16 and 64: first the rivals, then each
+#              lever alone and other ranks, networks and batches
+#   step-b1    do the same at batch 1: the rivals, the first step cold and warm, the memory cap, the aspect-ratio
+#              buckets, the rest
+#   sdxl       time steps of SDXL at 128 x 128 latents: uncompiled; the memory cap; compiled, 250 to 400 s per row
 #
-# FOLDER gets results/*.csv, each row as it is measured; a log of each command; and lora_measured.json, the dispatch
-# table of the LoRA kernels, which later stages use: to keep it, commit it as kernels/lora_measured.json. A stage that is
-# cut, by its own limit or from outside, keeps all this, and the same command goes on: what FOLDER has is not measured
-# again. All rows are printed last, and drawn into results/*.svg.
+# Half an hour is best spent in this order, with these values of D2F_SUITE_SECONDS: correct, 450, because times count
+# only for right results; kernels, 240, most of it for the tuning, whose table the steps use; step-b16, 400; step-b1,
+# 330; sdxl, 200, which is enough for the rows without compiling. Another half hour continues with the rows that each
+# stage lacks. Begin with probe on a GPU that was never measured.
 #
-# Exit code: 0 complete, 1 a command failed (see its log), 2 wrong use, 124 cut by the limit.
+# FOLDER gets results/*.csv, each row as soon as it is measured; a log of each command; and lora_measured.json, the
+# dispatch table of the LoRA kernels, which later stages use: to keep it, commit it as kernels/lora_measured.json. A
+# stage that is stopped, by its own limit or from outside, keeps all this, and the same command continues: rows that
+# FOLDER has are not measured again. At the end all rows are printed, and charts of them written to results/*.svg.
 #
-# Needs: Linux, one NVIDIA GPU, Python 3.11 or 3.12, a C compiler (which Triton calls), torch 2.11 with triton 3.6 or
-# newer. `probe` needs nothing else. The other stages need what a machine without a network cannot fetch: do it
-# elsewhere, under the same Python (60 MB), and install it beside the torch that is there:
+# Exit codes: 0 complete, 1 a command failed (see its log), 2 wrong use, 124 stopped by the limit.
+#
+# Requirements: Linux, one NVIDIA GPU, Python 3.11 or 3.12, a C compiler (which Triton calls), torch 2.11 with triton 3.6
+# or newer. `probe` needs nothing else. The other stages need packages that a machine without a network cannot download:
+# download them (60 MB) on another machine under the same Python, and install them beside the torch that is there:
 #
 #   grep -vE '^(torch|triton)=' constraints.txt > rest.txt
 #   pip download --no-deps --only-binary :all: -c rest.txt -d wheels accelerate annotated-doc annotated-types anyio \
@@ -36,8 +40,9 @@
 #
 # pytest-xdist is optional: with it `correct` runs its tests, most of whose time is compiling, in eight processes.
 #
-# GIT_COMMIT names the commit in the rows where git or the repository's history is not there.
-# D2F_SUITE_SECONDS sets another limit; D2F_SUITE_DRY_RUN=1 tries every command at its smallest size, on a CPU too.
+# GIT_COMMIT names the commit in the rows where git or the repository's history is missing.
+# D2F_SUITE_SECONDS sets another limit, in seconds; D2F_SUITE_DRY_RUN=1 runs every command at its smallest size, for which
+# a CPU suffices.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -52,7 +57,7 @@ if [[ -z $folder ]] || ! mkdir -p "$folder/results"; then
   exit 2
 fi
 folder=$(cd "$folder" && pwd)
-limit=${D2F_SUITE_SECONDS:-$((seconds - 40))} # what is over is for the report
+limit=${D2F_SUITE_SECONDS:-$((seconds - 40))} # the rest of the time is for the report
 dry=()
 if [[ ${D2F_SUITE_DRY_RUN:-} == 1 ]]; then
   dry=(--dry_run)
@@ -60,7 +65,7 @@ if [[ ${D2F_SUITE_DRY_RUN:-} == 1 ]]; then
 fi
 failed=0 cut=0 steps=benchmarks/bench_train_step.py
 
-# run NAME SECONDS COMMAND...: no longer than that, nor than what is left of the stage.
+# run NAME SECONDS COMMAND...: run a command for at most SECONDS, and at most for the rest of the stage.
 run() {
   local name=$1 most=$2 code
   shift 2
@@ -81,7 +86,7 @@ run() {
   return "$code"
 }
 
-# once NAME SECONDS COMMAND...: the same, unless it is done.
+# once NAME SECONDS COMMAND...: run a command like `run`, unless it succeeded before.
 once() {
   [[ -e $folder/$1.done ]] || { run "$@" && touch "$folder/$1.done"; }
 }
@@ -100,13 +105,13 @@ case $stage in
   correct)
     parallel=()
     python -c 'import xdist' 2> /dev/null && parallel=(-n 8)
-    # The kernels' files, then those of the steps; tests/export asks for TensorRT.
-    mapfile -t files < <(grep -rl --include='test_*.py' 'mark[.]gpu' tests/kernels tests/test_lora_on_a_gpu.py tests |
+    # The kernels' files come first, then the others. tests/export is left out, because it needs TensorRT.
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark[.]gpu' tests/kernels tests/layers/test_lora_on_a_gpu.py tests |
       grep -v '^tests/export/' | awk '!seen[$0]++')
     for file in "${files[@]}"; do
       once "$(basename "$file" .py)" 240 python -m pytest -q -m gpu ${parallel[@]+"${parallel[@]}"} "$file"
     done
-    once launches 200 python tests/kernels/small_launches.py # fills Triton's cache: compiling under the tools is slow
+    once launches 200 python tests/kernels/small_launches.py # fills Triton's cache, because compiling under the sanitizer is slow
     if command -v compute-sanitizer > /dev/null; then
       for tool in memcheck racecheck; do
         once "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 python tests/kernels/small_launches.py

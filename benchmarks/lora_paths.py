@@ -1,4 +1,4 @@
-"""A LoRA linear's forward and backward as bare calls, for scripts that time one path, or one block, at a time."""
+"""Call the forward and backward pass of a LoRA linear operation by operation, for scripts that time each alone."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from d2f_fast.kernels.lora_linear import _REFERENCES
 
 
 class Operands(NamedTuple):
-    """What one layer is given: x [M, K], grad_y [M, N], weight [N, K], bias [N], a [r, K], b [N, r]; s and grad_s."""
+    """Operands of a layer: x [M, K], grad_y [M, N], weight [N, K], bias [N], a [r, K], b [N, r], s, grad_s [M, r]."""
 
     x: Tensor
     grad_y: Tensor
@@ -27,7 +27,7 @@ class Operands(NamedTuple):
 
 
 def operands(rows: int, n: int, k: int, rank: int, device: torch.device, dtype: torch.dtype) -> Operands:
-    """Random ones, of outputs of size 1."""
+    """Return random operands whose products are of size 1."""
 
     def random(*shape: int, size: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device) * size).to(dtype)
@@ -45,7 +45,7 @@ def operands(rows: int, n: int, k: int, rank: int, device: torch.device, dtype: 
 
 
 class Ops(NamedTuple):
-    """The five operations of a path."""
+    """The five operations of a layer, by one implementation."""
 
     shrink: Callable[..., Tensor]
     forward: Callable[..., Tensor]
@@ -60,7 +60,7 @@ ADDMM = Ops(
 
 
 def split(entry: Entry, narrow: NarrowEntry) -> Ops:
-    """The Triton kernels with these blocks."""
+    """Return the operations by the Triton kernels with these blocks."""
 
     def ds_db(grad_y: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if narrow.grad_b is not None:
@@ -79,25 +79,25 @@ def split(entry: Entry, narrow: NarrowEntry) -> Ops:
 
 
 def run_forward(ops: Ops, o: Operands) -> tuple[Tensor, ...]:
-    """The adapter's s, and y."""
+    """Compute forward, and return s and y."""
     s = ops.shrink(o.x, o.a)
     return s, ops.forward(o.x, o.weight, o.bias, s, o.b)
 
 
 def run_step(ops: Ops, o: Operands) -> tuple[Tensor, ...]:
-    """Forward and backward: y, dx, dA and dB."""
+    """Compute forward and backward, and return y, dx, dA and dB."""
     s, y = run_forward(ops, o)
     grad_s, grad_b = ops.ds_db(o.grad_y, s, o.b)
     return y, ops.dx(o.grad_y, o.weight, grad_s, o.a), ops.da(grad_s, o.x), grad_b
 
 
 def run_base(o: Operands) -> tuple[Tensor, ...]:
-    """The layer without an adapter, forward and backward to x."""
+    """Compute the layer without an adapter forward and backward, and return y and dx."""
     return F.linear(o.x, o.weight, o.bias), o.grad_y @ o.weight
 
 
 def errors_of(ops: Ops, o: Operands) -> list[float]:
-    """Relative differences (Frobenius) from float64 of a path's y, dx, dA and dB."""
+    """Return the relative differences (Frobenius norm) of y, dx, dA and dB from float64."""
     exact = run_step(ADDMM, Operands(*(tensor.double() for tensor in o)))
     return [_difference(got, want) for got, want in zip(run_step(ops, o), exact, strict=True)]
 

@@ -1,15 +1,17 @@
-"""What a card does with the products and attentions of a training step, in minutes, by torch and Triton alone.
+"""Measure the matrix products and attentions of a training step on a GPU in minutes, by torch and Triton alone.
 
     python -m benchmarks.probe --minutes 6
 
-    base, addmm, split   a LoRA linear at 320, 640 and 1280 features, batch 16: the frozen product alone; with the
-                         adapter by cuBLAS; by the Triton kernels with the blocks of the dispatch table
+Peers, forward alone and forward with backward:
+
+    base, addmm, split   a LoRA linear of 320, 640 and 1280 features at batch 16: the frozen product alone; with the
+                         adapter by cuBLAS; with the adapter by the Triton kernels with the dispatch table's blocks
     flash, cudnn, …      torch's attention kernels at Stable Diffusion's shapes: head sizes 40, 80 and 160 (SD1.5), and
                          64 (SD2.1, SDXL)
 
-Forward, and forward with backward. What is timed was compared with float64 first. Each row is appended to
-`<results>/<device>-probe.csv` as it is measured; a row that is there is not measured again. It decides what is worth
-fusing: where split takes more than addmm / 1.2, addmm and not the kernels deserve further work.
+Each is compared with float64 before it is timed. Each row is written to `<results>/<device>-probe.csv` as soon as it is
+measured; a row that is already there is not measured again. The rows decide which kernels deserve work: where split
+takes more than addmm / 1.2, improve the use of addmm rather than the kernels.
 """
 
 import time
@@ -37,12 +39,13 @@ BACKENDS = {
 
 
 class Probe(Protocol):
-    """One row.
+    """A product or an attention that is timed as one row.
 
     Attributes:
-        case, provider: columns of the row.
-        forward: alone; False for forward and backward.
-        flops: of one call.
+        case: column of the row that names the sizes.
+        provider: column of the row that names the peer.
+        forward: True for forward alone, False for forward and backward.
+        flops: operations of one call.
     """
 
     provider: str
@@ -54,18 +57,22 @@ class Probe(Protocol):
     def flops(self) -> int: ...
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Random operands of `run`."""
+        """Return random operands of `run`."""
 
     def run(self, *operands: Tensor) -> object:
-        """One call; RuntimeError where this kernel does not serve the shape."""
+        """Compute once.
+
+        Raises:
+            RuntimeError: this kernel does not support the shape.
+        """
 
     def error(self, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-        """Relative difference from float64 on a smaller case, and what is allowed."""
+        """Return the relative difference from float64 on a smaller case, and the largest that is allowed."""
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A LoRA linear of n to n features by one path."""
+    """A LoRA linear from n to n features by one peer."""
 
     rows: int
     n: int
@@ -148,11 +155,11 @@ class AttentionProbe:
 
 
 def probes() -> Iterable[Probe]:
-    """All rows, those that decide most first."""
+    """Yield all rows, the most important first."""
     for rows, n, rank in ((65536, 320, 16), (16384, 640, 16), (4096, 1280, 16), (65536, 320, 64), (4096, 1280, 64)):
         for forward in (True, False):
             yield from (LinearProbe(rows, n, rank, path, forward) for path in ("base", "addmm", "split"))
-    # Self-attention on three levels, the text, and heads of 64.
+    # Self-attention on three levels, cross-attention to the text, and heads of size 64.
     for shape in ((16, 8, 4096, 4096, 40), (16, 8, 1024, 1024, 80), (16, 8, 256, 256, 160), (16, 8, 4096, 77, 40),
                   (16, 5, 4096, 4096, 64), (4, 10, 4096, 4096, 64)):  # fmt: skip
         for forward in (True, False):
@@ -163,7 +170,16 @@ def probes() -> Iterable[Probe]:
 def measure(
     rows: Iterable[Probe], device: torch.device, dtype: torch.dtype, rounds: int, deadline: float, results: Path
 ) -> bool:
-    """Time what the table lacks until the deadline of `time.monotonic`; says whether nothing is missing."""
+    """Time the rows that the table lacks, and return whether none is missing in the end.
+
+    Args:
+        rows: probes in order.
+        device: device to measure.
+        dtype: type of the operands.
+        rounds: timed rounds of each row.
+        deadline: time of `time.monotonic` after which no row is started.
+        results: folder of the table.
+    """
     measured = clock.measured(TABLE, ("case", "provider", "pass"), results)
     for probe in rows:
         row: dict[str, Any] = {"case": probe.case, "provider": probe.provider}
@@ -175,7 +191,7 @@ def measure(
         row |= dict.fromkeys(("median_us", "p20_us", "p80_us", "tflop_per_s", "error"), "")
         try:
             error, allowed = probe.error(device, dtype)
-        except RuntimeError as refusal:  # an attention kernel that does not serve this shape on this card
+        except RuntimeError as refusal:  # this card has no such attention kernel for this shape
             print(f"{probe.case}, {probe.provider}: {str(refusal).splitlines()[0]}")
         else:
             if error > allowed:
@@ -189,17 +205,17 @@ def measure(
 
 
 def main() -> None:
-    """Probe this device."""
+    """Probe this device, and print whether every row is measured."""
     options, cuda = clock.gpu_options(clock.gpu_script(__doc__, minutes=6)), torch.cuda.is_available()
     device, dtype, rows, rounds = torch.device("cuda"), torch.bfloat16, probes(), ROUNDS
-    if options.dry_run:  # one shape of each kind; the interpreter truncates bfloat16
+    if options.dry_run:  # one shape of each kind, in float32 on a CPU, where Triton's interpreter truncates bfloat16
         rounds, rows = 3, [LinearProbe(48, 32, 16, path, False) for path in ("base", "addmm", "split")]
         rows += [AttentionProbe(1, 2, 16, 16, 40, name, False) for name in BACKENDS]
         if not cuda:
             device, dtype = torch.device("cpu"), torch.float32
     torch.manual_seed(0)
     complete = measure(rows, device, dtype, rounds, time.monotonic() + 60 * options.minutes, options.results)
-    print("complete" if complete else "cut: run it again with the same --results to go on")
+    print("complete" if complete else "stopped: run it again with the same --results to continue")
 
 
 if __name__ == "__main__":

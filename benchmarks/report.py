@@ -1,10 +1,10 @@
-"""Tables and pictures of the rows that benchmarks left behind.
+"""Print the rows that benchmarks wrote, and draw them as bar charts.
 
-    python -m benchmarks.report                      # those of benchmarks/results
-    python -m benchmarks.report FOLDER --pictures docs
+    python -m benchmarks.report                      # the rows in benchmarks/results
+    python -m benchmarks.report FOLDER --charts docs
 
-Of each case and provider the newest row counts. Bars are medians, the line across one is from the 20th to the 80th
-percentile, or from the fastest to the slowest picture; ours are green, and the dashed line is the first of them.
+Only the newest row of each case and provider counts. Bars are medians. The line across a bar spans the 20th to the 80th
+percentile, or the fastest to the slowest image. Our bars are green, and the dashed line marks the first of them.
 """
 
 import argparse
@@ -32,14 +32,14 @@ STYLE = (
 
 
 def newest(path: Path) -> list[Row]:
-    """The last row of each case and provider of a table, in the order in which they came first."""
+    """Return the last row of each case and provider of a table, in the order of their first rows."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return list({tuple(row.get(key, "") for key in KEYS): row for row in rows}.values())
 
 
 def print_tables(folder: Path) -> None:
-    """Print the newest rows of every table of a folder, but for the hundreds of a tuning."""
+    """Print the newest rows of every table in a folder, except the hundreds of rows of a tuning."""
     for path in sorted(folder.glob("*.csv")):
         rows = newest(path)
         if "provider" not in rows[0]:
@@ -52,7 +52,7 @@ def print_tables(folder: Path) -> None:
 
 
 def bars_of(rows: Sequence[Row]) -> tuple[list[Bar], float, str]:
-    """Bars of one case's rows, the median of ours (0 without), and the unit."""
+    """Return the bars of one case's rows, the median of our first row (0 without one), and the unit."""
     times = next(names for names in TIMES if names[0] in rows[0])
     bars, level = [], 0.0
     for row in rows:
@@ -63,8 +63,8 @@ def bars_of(rows: Sequence[Row]) -> tuple[list[Bar], float, str]:
     return bars, level, times[0].rpartition("_")[2].replace("us", "µs")
 
 
-def picture(rows: Sequence[Row], title: str) -> str:
-    """One SVG file: a panel of bars for each case."""
+def chart(rows: Sequence[Row], title: str) -> str:
+    """Return the text of an SVG file with a panel of bars for each case."""
     panels: dict[str, list[Row]] = {}
     for row in rows:
         steps = f"{row['steps']} steps" if row.get("steps") else ""
@@ -82,8 +82,13 @@ def picture(rows: Sequence[Row], title: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{"".join(parts)}</svg>\n'
 
 
-def draw(folder: Path, pictures: Path) -> list[Path]:
-    """Draw every table that has medians; one file for each benchmark of it."""
+def write_charts(folder: Path, charts: Path) -> list[Path]:
+    """Write a chart of each benchmark in each table that has medians, and return the paths.
+
+    Args:
+        folder: folder of the tables.
+        charts: folder of the charts.
+    """
     written = []
     for path in sorted(folder.glob("*.csv")):
         timed = [row for row in newest(path) if any(row.get(names[0]) for names in TIMES)]
@@ -92,21 +97,23 @@ def draw(folder: Path, pictures: Path) -> list[Path]:
             if "provider" not in rows[0]:
                 continue
             name = "-".join(filter(None, (path.stem, re.sub(r"[^a-z0-9]+", "-", benchmark))))
-            written.append(pictures / f"{name}.svg")
+            written.append(charts / f"{name}.svg")
             spread = "fastest to slowest" if "picture_ms" in rows[0] else "20th to 80th percentile"
             title = f"{benchmark or path.stem}, {rows[-1]['device']}: medians, {spread}"
-            written[-1].write_text(picture(rows, title))
+            written[-1].write_text(chart(rows, title))
     return written
 
 
 def main() -> None:
-    """Print and draw."""
+    """Print the tables, write the charts, and print the charts' paths."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("folder", type=Path, nargs="?", default=clock.RESULTS, help="of the rows")
-    parser.add_argument("--pictures", type=Path, help="folder of the pictures; that of the rows without")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=clock.RESULTS, help="folder of the tables (default: benchmarks/results)"
+    )
+    parser.add_argument("--charts", type=Path, help="folder to which charts are written (default: that of the tables)")
     options = parser.parse_args()
     print_tables(options.folder)
-    for path in draw(options.folder, options.pictures or options.folder):
+    for path in write_charts(options.folder, options.charts or options.folder):
         print(path)
 
 

@@ -1,6 +1,6 @@
-"""One provider of bench_sampling in a process of its own, so that its load time and peak memory are its own.
+"""Run one peer of bench_sampling in a process of its own, so that its load time and peak memory are its own.
 
-sampling.py SETTINGS.json: prints what it measured as one JSON line, and saves the pictures it drew.
+`sampling.py SETTINGS.json` prints what it measured as one line of JSON, and saves the images that it generated.
 """
 
 import json
@@ -10,40 +10,41 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from d2f_fast.files.memory import peak_resident_bytes
 
 PROMPT, GUIDANCE_SCALE = "an owl on a blue background", 3.0
 
-Draw = Callable[[int], np.ndarray[Any, Any]]
+Generate = Callable[[int], npt.NDArray[np.uint8]]  # from a number of steps to the pixels of an image
 
 
 def main() -> None:
-    """Load, draw the first picture, check nothing (the benchmark does), then time each number of steps."""
+    """Load, generate a first image, then time each number of steps; the benchmark compares the images."""
     with open(sys.argv[1], encoding="utf-8") as file:
         settings = json.load(file)
     noise = np.load(settings["noise"])
     make = _diffusers if settings["provider"].startswith("diffusers") else _onnx
     started = time.perf_counter()
-    draw = make(settings, noise)
-    draw(settings["steps"][0])
+    generate = make(settings, noise)
+    generate(settings["steps"][0])
     load_s = time.perf_counter() - started
-    pictures: dict[str, Any] = {}
+    images: dict[str, npt.NDArray[np.uint8]] = {}
     seconds: dict[int, list[float]] = {}
     for steps in settings["steps"]:
-        pictures[str(steps)] = draw(steps)
-        seconds[steps] = [_seconds_of(draw, steps) for _ in range(settings["rounds"][str(steps)])]
-    np.savez(settings["pictures"], **pictures)
+        images[str(steps)] = generate(steps)
+        seconds[steps] = [_seconds_of(generate, steps) for _ in range(settings["rounds"][str(steps)])]
+    np.savez(settings["images"], **images)
     print(json.dumps({"load_s": load_s, "peak_mib": peak_resident_bytes() / 2**20, "seconds": seconds}))
 
 
-def _seconds_of(draw: Draw, steps: int) -> float:
+def _seconds_of(generate: Generate, steps: int) -> float:
     started = time.perf_counter()
-    draw(steps)
+    generate(steps)
     return time.perf_counter() - started
 
 
-def _diffusers(settings: dict[str, Any], noise: np.ndarray[Any, Any]) -> Draw:
+def _diffusers(settings: dict[str, Any], noise: npt.NDArray[np.float32]) -> Generate:
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -57,26 +58,26 @@ def _diffusers(settings: dict[str, Any], noise: np.ndarray[Any, Any]) -> Draw:
         pipeline.unet.compile()
         pipeline.vae.decoder.compile()
 
-    def draw(steps: int) -> np.ndarray[Any, Any]:
+    def generate(steps: int) -> npt.NDArray[np.uint8]:
         size = {"height": settings["side"], "width": settings["side"]}
         latents = torch.from_numpy(noise)
-        drawn = pipeline(PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, latents=latents, **size)
-        return np.asarray(drawn.images[0])
+        output = pipeline(PROMPT, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, latents=latents, **size)
+        return np.asarray(output.images[0])
 
-    return draw
+    return generate
 
 
-def _onnx(settings: dict[str, Any], noise: np.ndarray[Any, Any]) -> Draw:
+def _onnx(settings: dict[str, Any], noise: npt.NDArray[np.float32]) -> Generate:
     from d2f_fast.export.inference import OnnxPipeline
 
     pipeline = OnnxPipeline(settings["graphs"], form=settings["provider"].removeprefix("onnx_"))
 
-    def draw(steps: int) -> np.ndarray[Any, Any]:
+    def generate(steps: int) -> npt.NDArray[np.uint8]:
         size = {"height": settings["side"], "width": settings["side"]}
-        drawn = pipeline([PROMPT], steps=steps, guidance_scale=GUIDANCE_SCALE, noise=noise, **size)
-        return np.asarray(drawn[0])
+        images = pipeline([PROMPT], steps=steps, guidance_scale=GUIDANCE_SCALE, noise=noise, **size)
+        return np.asarray(images[0])
 
-    return draw
+    return generate
 
 
 if __name__ == "__main__":

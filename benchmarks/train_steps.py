@@ -1,11 +1,11 @@
-"""The training steps that are compared: one optimizer step on cached latents and text, by peft's layers or by ours.
+"""Take the training steps that bench_train_step compares: one optimizer step on latents and text in memory.
 
-    peft's      the loop of diffusers' LoRA scripts, with the Diff2Flow loss in plain torch in place of theirs; every
-                lever that is no kernel of ours can be pulled
-    d2f_fast    `AlignedTrainer.step`
+    PeftStep      the loop of diffusers' LoRA scripts with peft's layers and the Diff2Flow loss in plain torch; `Levers`
+                  turn on everything that makes it faster without this package's kernels
+    TrainerStep   `AlignedTrainer.step`
 
-All draw noise and time, take the loss and its gradients, clip them and step AdamW at a constant learning rate; none
-averages weights unless its name says so.
+Both sample noise and times, compute the loss and its gradients, clip them and step AdamW at a constant learning rate.
+Neither averages weights unless a row's name says so.
 """
 
 import contextlib
@@ -31,22 +31,23 @@ from d2f_fast.training.objective import Objective
 
 LEARNING_RATE, BETAS, MAX_NORM = 1e-4, (0.9, 0.999), 1.0
 WARM_UP_STEPS = 3
-EVALUATED_AT_ONCE = 4  # pictures: eagerly each of Stable Diffusion 1.5 keeps 1 GiB, beside the graph that is judged
-Draws = tuple[Tensor, Tensor]  # noise and t
+EVALUATED_AT_ONCE = 4  # images; eagerly each keeps 1 GiB with Stable Diffusion 1.5, beside the step that is compared
+NoiseAndTimes = tuple[Tensor, Tensor]  # noise [B, C, H, W] and t [B]
 
 
 @dataclasses.dataclass(frozen=True)
 class Levers:
-    """What a step of peft's layers is given beside the network; the defaults are the scripts'.
+    """Settings of a step with peft's layers; the defaults are those of diffusers' scripts.
 
     Args:
-        adapter: none trains nothing, and takes the gradient of the latents to have a backward pass.
-        input_cast: peft casts x to the type of A and B.
-        compiled: "", "network" or "step": the loss with the network in it.
-        mode: of torch.compile.
-        channels_last: weights and latents.
-        fused: AdamW in one kernel, and no loss read back to the host.
-        captured: the whole step as one CUDA graph.
+        adapter: Train an adapter. Without it nothing is trained, and the gradient of the latents is computed so that
+            there is a backward pass.
+        input_cast: Let peft cast the input to the type of A and B.
+        compiled: Part that is compiled: "" for none, "network", or "step" for the loss with the network in it.
+        mode: mode of torch.compile.
+        channels_last: Keep weights and latents in the channels-last layout.
+        fused: Step AdamW in one kernel, and never read the loss back to the host.
+        captured: Replay the whole step as one CUDA graph.
     """
 
     adapter: bool = True
@@ -59,17 +60,22 @@ class Levers:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.5's table of noise."""
+    """Return a scheduler with the noise schedule of Stable Diffusion 1.5."""
     table = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     return DDIMScheduler(**table, clip_sample=False, steps_offset=1)
 
 
 class PeftStep:
-    """One step of diffusers' LoRA scripts, and what can be made of it without a kernel.
+    """A step of diffusers' LoRA scripts, with or without the levers that make it faster.
+
+    Args:
+        case: network, sizes and adapter.
+        device: device of the step.
+        levers: settings of the step.
 
     Attributes:
-        loss: of the last step.
-        draws: noise and t of the last step.
+        loss: loss of the last step, [] float32.
+        noise_and_times: noise and t of the last step.
     """
 
     def __init__(self, case: Case, device: torch.device, levers: Levers) -> None:
@@ -79,7 +85,7 @@ class PeftStep:
         self._unet.to(memory_format=self._layout).train()
         self._latents = batch.pop("latents").contiguous(memory_format=self._layout)
         self._condition = batch
-        self.draws: Draws = torch.empty_like(self._latents), torch.empty(case.batch, device=device)
+        self.noise_and_times: NoiseAndTimes = torch.empty_like(self._latents), torch.empty(case.batch, device=device)
         self.loss, self._loss_read = torch.zeros((), device=device), 0.0
         self._alignment = Alignment.from_scheduler(scheduler()).to(device)
         self.trainable: Mapping[str, Any] = {"latents": self._latents.requires_grad_()}
@@ -102,7 +108,7 @@ class PeftStep:
         self._graph: Any = None
 
     def __call__(self) -> None:
-        """Take one step; the first compiles and captures."""
+        """Take one step; the first one compiles and captures."""
         if not self.levers.captured:
             return self._step()
         if self._graph is None:
@@ -110,7 +116,7 @@ class PeftStep:
         self._graph.replay()
 
     def restore(self) -> None:
-        """Set parameters and optimizer to where they began, in place."""
+        """Set the parameters and the optimizer back to their initial state, in place."""
         if self.levers.adapter:
             set_adapter(self.trainable)
             for state in self.optimizer.state.values():
@@ -118,11 +124,16 @@ class PeftStep:
                     tensor.zero_()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of the first step after `restore`, clipped: as AdamW's first moment holds them."""
+        """Return the clipped gradients of the first step after `restore`, read from AdamW's first moment."""
         return first_moments(self.trainable, self.optimizer) if self.levers.adapter else {}
 
-    def evaluate(self, draws: Draws, zero_adapter: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and clipped gradients where parameters began, for given draws, a few pictures at a time; no step."""
+    def evaluate(self, noise_and_times: NoiseAndTimes, zero_adapter: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and the clipped gradients of the initial parameters, without taking a step.
+
+        Args:
+            noise_and_times: noise and t of the whole batch, which is computed a few images at a time.
+            zero_adapter: Set A and B to zero first.
+        """
         set_adapter(self.trainable)
         if zero_adapter:
             nn.utils.vector_to_parameters(
@@ -132,7 +143,7 @@ class PeftStep:
         mean = torch.zeros((), device=self._device)
         for first in range(0, self.case.batch, EVALUATED_AT_ONCE):
             part = slice(first, first + EVALUATED_AT_ONCE)
-            noise, t = (tensor[part] for tensor in draws)
+            noise, t = (tensor[part] for tensor in noise_and_times)
             condition = tree_map(lambda tensor, part=part: tensor[part], self._condition)
             loss = self._forward(self._latents[part], noise, t, condition) * (len(t) / self.case.batch)
             loss.backward()
@@ -148,27 +159,27 @@ class PeftStep:
             return self._run(latents, noise, t, condition)
 
     def _mean_loss(self, latents: Tensor, noise: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        model = self._alignment
-        table = model.rising_flow_times(torch.float32)
-        sample, timestep = align_reference(latents, noise, t, table, model.t_min, model.num_train_timesteps)
+        flow = self._alignment
+        table = flow.rising_flow_times(torch.float32)
+        sample, timestep = align_reference(latents, noise, t, table, flow.t_min, flow.num_train_timesteps)
         output = self._unet(sample.to(self.case.dtype), timestep, **condition, return_dict=False)[0]
-        settings = (model.prediction_type, model.t_min, model.t_max, "flow", 5.0)
+        settings = (flow.prediction_type, flow.t_min, flow.t_max, "flow", 5.0)
         return velocity_loss_reference(output, latents, noise, t, None, *settings)[0].mean()
 
     def _step(self) -> None:
-        noise, t = self.draws
+        noise, t = self.noise_and_times
         noise.normal_()
         t.uniform_()
         for parameter in self.trainable.values():
             parameter.grad = None
-        loss = self._forward(self._latents, *self.draws, self._condition)
+        loss = self._forward(self._latents, *self.noise_and_times, self._condition)
         loss.backward()
         if self.optimizer is not None:
             nn.utils.clip_grad_norm_(self.trainable.values(), MAX_NORM)
             self.optimizer.step()
         self.loss.copy_(loss.detach())
         if not self.levers.fused:
-            self._loss_read += self.loss.item()  # as the scripts do, for their progress bar
+            self._loss_read += self.loss.item()  # the scripts read it for their progress bar
 
     def _capture(self) -> Any:
         side = torch.cuda.Stream()
@@ -187,8 +198,13 @@ class PeftStep:
 class TrainerStep:
     """`AlignedTrainer.step` on a batch in memory.
 
+    Args:
+        case: network, sizes and adapter.
+        device: device of the step.
+        options: options of `TrainingConfig` beside those of the case.
+
     Attributes:
-        loss: of the last step.
+        loss: loss of the last step, [] float32.
     """
 
     def __init__(self, case: Case, device: torch.device, **options: Any) -> None:
@@ -198,22 +214,22 @@ class TrainerStep:
         self.loss = torch.zeros(())
 
     def __call__(self) -> None:
-        """Take one step; the first compiles and captures."""
+        """Take one step; the first one compiles and captures."""
         self.loss = self.trainer.step(self.batch)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of the first step, clipped: as AdamW's first moment holds them."""
+        """Return the clipped gradients of the first step, read from AdamW's first moment."""
         return first_moments(self.trainer.trainable, self.trainer.optimizer)
 
 
 def first_step_seconds(case: Case, device: torch.device, options: Mapping[str, Any]) -> float:
-    """How long the first step of `TrainerStep` takes, compile and capture included: for a process of its own."""
+    """Return the seconds of the first `TrainerStep`, compiling and capturing included; call it in a fresh process."""
     step = TrainerStep(case, device, **options)
     return clock.seconds_of(step, device, 1)
 
 
 def trainer_of(unet: Any, case: Case, **options: Any) -> AlignedTrainer:
-    """A trainer of a network, which is given what no step needs from the miniature."""
+    """Return a trainer of a network; the parts that no step uses come from the miniature."""
     small = load_miniature()
     parts = {**small.components, "unet": unet, "scheduler": scheduler()}
     config = TrainingConfig(
@@ -234,27 +250,27 @@ def trainer_of(unet: Any, case: Case, **options: Any) -> AlignedTrainer:
     return AlignedTrainer(BaseModel(StableDiffusionPipeline(**parts, requires_safety_checker=False)), config)
 
 
-def trainer_draws(case: Case, device: torch.device) -> Draws:
-    """Noise and t of the first step that every `AlignedTrainer` takes on a batch of this shape."""
+def trainer_noise_and_times(case: Case, device: torch.device) -> NoiseAndTimes:
+    """Return the noise and t that every `AlignedTrainer` samples in its first step on a batch of this shape."""
     small = dataclasses.replace(case, network="miniature", targets=None, dtype=torch.float32)
     text = torch.zeros(case.batch, 77, CONFIGS["miniature"]["cross_attention_dim"], device=device)
     batch = {"latents": batch_of(small, device)["latents"], "encoder_hidden_states": text}
-    drawn: list[Draws] = []
+    sampled: list[NoiseAndTimes] = []
 
     def record(self: Objective, latents: Tensor, noise: Tensor, t: Tensor) -> Any:
-        drawn.append((noise.clone(), t.clone()))
-        raise _Drawn
+        sampled.append((noise.clone(), t.clone()))
+        raise _Sampled
 
     trainer = trainer_of(build(small, device), small, compile=False)
-    with mock.patch.object(Objective, "inputs", record), contextlib.suppress(_Drawn):
+    with mock.patch.object(Objective, "inputs", record), contextlib.suppress(_Sampled):
         trainer.step(batch)
-    return drawn[0]
+    return sampled[0]
 
 
-class _Drawn(Exception):
-    """The draws are known: there is nothing to run."""
+class _Sampled(Exception):
+    """Stop a step once its noise and times are known."""
 
 
 def first_moments(trainable: Mapping[str, nn.Parameter], optimizer: Any) -> dict[str, Tensor]:
-    """Gradients of an optimizer's first step."""
+    """Return the gradients of an optimizer's first step."""
     return {name: optimizer.state[p]["exp_avg"] / (1 - BETAS[0]) for name, p in trainable.items()}

@@ -1,15 +1,15 @@
-"""Measure a card, and write the entries of the LoRA kernels' dispatch table for it.
+"""Measure a GPU, and write the entries of the LoRA kernels' dispatch table for it.
 
     python -m benchmarks.tune_lora --minutes 8
 
-For each width and rank the blocks of the kernels are timed one by one, then forward and backward by these blocks and by
-cuBLAS ("addmm"), at the rows of a batch of 16 pictures and at the fewest rows that the table serves. The kernels are
-chosen where they win at the former and lose nothing at the latter. Every block must be right against float64 first.
+For each width and rank, the blocks of the kernels are timed one by one; then forward and backward by the best blocks
+and by cuBLAS ("addmm"), at the rows of a batch of 16 images and at the fewest rows that the table covers. The kernels
+are chosen where they win at the former and do not lose at the latter. Every block is compared with float64 first.
 
-`kernels/lora_measured.json` is rewritten after each entry; entries that it has are not measured again, so that a run
-that was cut is continued by the next. Each timing is a row of `<results>/<device>-lora-tuning.csv`.
+`kernels/lora_measured.json` is written after each entry. Entries that it already has are not measured again, so that
+the next run continues one that was stopped. Each timing is a row of `<results>/<device>-lora-tuning.csv`.
 
-One at a time the kernels would take half an hour to compile: other processes compile them ahead, `compile_ahead`.
+Compiling the kernels one after the other would take half an hour: `compile_ahead` does it in other processes.
 """
 
 import itertools
@@ -35,11 +35,11 @@ try:
 except ImportError:
     OutOfResources = RuntimeError
 
-WINS, LOSES = 0.98, 1.02  # times of the kernels, as shares of addmm's
+WINS, LOSES = 0.98, 1.02  # largest time of the kernels over that of addmm, at many rows and at few
 ROUNDS = 7
-# q, k and v packed at rank 16 have rank 48, of the bucket 64.
+# q, k and v packed at rank 16 have rank 48, which uses the entry of rank 64.
 RANKS = (16, 64, 32, 128)
-# By what they are worth in a step of Stable Diffusion 1.5.
+# Features out and in, ordered by their part in the time of a step of Stable Diffusion 1.5.
 SHAPES = (
     *((320, 320), (960, 320), (320, 1280), (2560, 320), (640, 640), (1920, 640), (5120, 640), (640, 2560)),
     *((1280, 1280), (3840, 1280), (10240, 1280), (1280, 5120)),
@@ -82,13 +82,13 @@ GRAD_B = tuple(
 
 
 class Tuner:
-    """Times blocks and paths on one device.
+    """Time blocks and whole layers on one device.
 
     Args:
-        device: to measure.
-        dtype: of the products.
-        rounds: of each timing.
-        deadline: of `time.monotonic`; nothing is begun after it.
+        device: device to measure.
+        dtype: type of the products.
+        rounds: rounds of each timing.
+        deadline: time of `time.monotonic` after which nothing is started.
         results: folder of the rows.
     """
 
@@ -97,7 +97,7 @@ class Tuner:
         self.deadline, self.results = deadline, results
 
     def narrow_launches(self, rank: int, sizes: Sequence[tuple[int, int, int]]) -> list[Launch]:
-        """All that `narrow_entry` launches."""
+        """Return every launch of `narrow_entry`."""
         wide, found = Entry("split", WIDE[0], WIDE[0]), list[Launch]()
         tiles = itertools.zip_longest(SHRINK, ROWS_SUM, (None, *GRAD_B))
         for (shrink, rows_sum, grad_b), (_, n, k) in itertools.product(tiles, sizes):
@@ -107,7 +107,7 @@ class Tuner:
         return found
 
     def narrow_entry(self, rank: int, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-        """Blocks of the products that are `rank` wide, best over rows, n and k of `sizes`."""
+        """Choose the blocks of the products that are `rank` wide, by their total time over `sizes` (rows, n, k)."""
         wide = Entry("split", WIDE[0], WIDE[0])
         chosen, times = NarrowEntry(SHRINK[0], ROWS_SUM[0], None), {}
         calls: dict[str, tuple[Sequence[Tile | None], Callable[[Ops, Operands], Any]]] = {
@@ -133,7 +133,10 @@ class Tuner:
     def wide_entry(
         self, rows: Sequence[int], n: int, k: int, rank: int, narrow: NarrowEntry, tiles: Sequence[Tile]
     ) -> dict[str, Any]:
-        """Path of a layer, and blocks of its wide products, at the most rows of `rows`."""
+        """Choose between the kernels and addmm for a layer, and the blocks of its wide products.
+
+        Blocks are chosen at the first of `rows`; the kernels must win there and not lose at the others.
+        """
         given = (rows[0], n, k, rank)
         found: dict[str, dict[Tile, float]] = {"forward": {}, "grad_x": {}}
         for tile in tiles:
@@ -165,8 +168,12 @@ class Tuner:
         return {"n": n, "k": k, "rank": rank, "path": path, **chosen, "microseconds": times}
 
     def is_right(self, ops: Ops, n: int, k: int, rank: int) -> bool:
-        """Whether a path is as near to float64 as cuBLAS; False too where a block is too large for the card."""
-        # Rows that fill no block, but multiples of 16 as those that are timed: else Triton compiles another kernel.
+        """Return whether the operations run on this card; a block may be too large for it.
+
+        Raises:
+            RuntimeError: the operations are further from float64 than cuBLAS.
+        """
+        # The rows fill no block, but are a multiple of 16 like the timed ones, or Triton would compile another kernel.
         o = operands(MIN_ROWS + 48 if self.device.type == "cuda" else 48, n, k, rank, self.device, self.dtype)
         try:
             errors = errors_of(ops, o)
@@ -178,7 +185,7 @@ class Tuner:
         return True
 
     def microseconds(self, call: Callable[..., Any], given: tuple[int, int, int, int]) -> float | None:
-        """Median of a call, rounded; None where a block is too large for the card."""
+        """Return the rounded median of a call; None where a block is too large for the card."""
         try:
             inputs = lambda: operands(*given, self.device, self.dtype)  # noqa: E731
             return round(clock.time_calls(call, inputs, self.device, self.rounds)[0] * 1e6, 2)
@@ -186,19 +193,19 @@ class Tuner:
             return None
 
     def row(self, op: str, given: tuple[int, int, int, int], tile: Tile | None, took: float | None) -> None:
-        """Append a timing."""
+        """Write a timing as a row."""
         sizes = dict(zip(("rows", "n", "k", "rank"), given, strict=True))
         row = {"op": op, **sizes, "tile": "x".join(map(str, tile or ())), "us": "too large" if took is None else took}
         clock.append(row, "lora-tuning", self.results)
 
     @property
     def late(self) -> bool:
-        """Whether nothing more is to be begun."""
+        """Return whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
 
 def effective(tiles: Iterable[Tile], n: int, k: int) -> list[Tile]:
-    """Blocks that differ for a product of n features summed over k."""
+    """Return the blocks that differ for a product of n features summed over k."""
     kept: dict[Tile, None] = {}
     for tile in tiles:
         kept[tile._replace(n=_dividing(tile.n, n), k=_dividing(tile.k, k))] = None
@@ -207,9 +214,9 @@ def effective(tiles: Iterable[Tile], n: int, k: int) -> list[Tile]:
 
 def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shapes: dict[tuple[int, int], list[int]],
          tiles: Sequence[Tile], ahead: Ahead) -> bool:  # fmt: skip
-    """Measure what the file lacks until the time is up; says whether it is complete."""
+    """Measure the entries that the file lacks until the deadline, and return whether it is complete."""
     table: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    lora_dispatch.read_measured(output)  # refuses a corrupt one
+    lora_dispatch.read_measured(output)  # this refuses a corrupt file
     card = table.setdefault(str(capability), {"measured_on": {}, "wide": [], "narrow": []})
     card["measured_on"] = clock.measured_on()
     narrow_sizes = [(rows[0], n, k) for (n, k), rows in shapes.items() if n == k][:2]
@@ -227,7 +234,7 @@ def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shap
         for n, k in shapes:
             if any((row["n"], row["k"], row["rank"]) == (n, k, rank) for row in card["wide"]):
                 continue
-            # The rank hardly moves which blocks of a width are best: after the first rank, only those.
+            # The best blocks of a width hardly depend on the rank: after the first rank, only they are tried.
             known = [Tile(*row[name]) for row in card["wide"] if (row["n"], row["k"]) == (n, k)
                      for name in ("forward", "grad_x")]  # fmt: skip
             options = effective([*known, WIDE[0], WIDE[1]] if known else tiles, n, k)
@@ -246,9 +253,14 @@ def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shap
 
 
 def main() -> None:
-    """Tune this device."""
+    """Tune this device, and print how many entries the table has."""
     parser = clock.gpu_script(__doc__, minutes=30)
-    parser.add_argument("--output", type=Path, default=MEASURED, help="table to write, or to go on with")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=MEASURED,
+        help="table to write or to continue (default: kernels/lora_measured.json)",
+    )
     options, cuda = clock.gpu_options(parser), torch.cuda.is_available()
     device, deadline = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes
     torch.manual_seed(0)
@@ -258,7 +270,7 @@ def main() -> None:
     ranks, tiles = RANKS, WIDE
     if options.dry_run:
         shapes, ranks, tiles = {(32, 32): [48, 33], (64, 32): [48]}, RANKS[:1], WIDE[:2]
-        tuner.rounds, tuner.dtype = 2, torch.float32  # the interpreter truncates bfloat16
+        tuner.rounds, tuner.dtype = 2, torch.float32  # Triton's interpreter truncates bfloat16
     ahead = Ahead(0)
     if cuda:
         from triton.runtime import driver

@@ -1,5 +1,6 @@
-"""The networks that are measured: real sizes from their configurations, random weights, nothing downloaded; and what
-the least work of a training step of one is.
+"""Build the networks that are measured, and count the least work of a training step of each.
+
+The networks have their real sizes, from their configurations, and random weights; nothing is downloaded.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "miniature": json.loads((MINIATURE / "unet" / "config.json").read_text()),
 }
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what the diffusers scripts adapt
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # layers that the diffusers scripts adapt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +60,13 @@ class Case:
     """One network at one size, with the adapter that is trained.
 
     Args:
-        network: of CONFIGS.
-        batch: pictures a step.
-        side: of the square latents.
-        rank: of the adapter.
-        targets: what it adapts; None for attention, feed-forward and projections.
-        checkpointing: recompute activations in the backward pass.
-        dtype: of the frozen weights; A and B are float32.
+        network: key of CONFIGS.
+        batch: images per step.
+        side: height and width of the latents.
+        rank: rank of the adapter.
+        targets: name endings of the layers that are adapted; None for attention, feed-forward and projections.
+        checkpointing: Recompute activations in the backward pass.
+        dtype: type of the frozen weights; A and B are float32.
     """
 
     network: str
@@ -77,7 +78,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
     def __str__(self) -> str:
-        """Name of the rows of this case."""
+        """Return the name of this case in the rows."""
         parts = [self.network, f"r{self.rank}", f"b{self.batch}", f"{self.side}x{self.side}"]
         parts += [] if self.targets == ATTENTION else ["all linear"]
         parts += ["checkpointed"] if self.checkpointing else []
@@ -85,7 +86,7 @@ class Case:
 
 
 def build(case: Case, device: torch.device | str) -> Any:
-    """The network without an adapter, channels first; the same weights at every call."""
+    """Return the network without an adapter, channels first, with the same weights at every call."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(case.dtype)
     torch.manual_seed(0)
@@ -101,7 +102,7 @@ def build(case: Case, device: torch.device | str) -> Any:
 
 @torch.no_grad()
 def set_adapter(trainable: Mapping[str, nn.Parameter]) -> None:
-    """Give A and B the same random values in every network, by name; B too, or A had no gradient."""
+    """Give A and B random values that depend on their names alone; B is not zero, or A would have no gradient."""
     for name in sorted(trainable):
         generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
         values = torch.randn(trainable[name].shape, generator=generator)
@@ -109,7 +110,7 @@ def set_adapter(trainable: Mapping[str, nn.Parameter]) -> None:
 
 
 def batch_of(case: Case, device: torch.device | str) -> dict[str, Any]:
-    """What `AlignedTrainer.step` takes: latents, text and, for SDXL, its added condition."""
+    """Return a batch for `AlignedTrainer.step`: latents, text and, for SDXL, its added condition."""
     config, generator = CONFIGS[case.network], torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -132,39 +133,43 @@ def batch_of(case: Case, device: torch.device | str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The products, convolutions and attentions of a step: (operations, bytes) of each."""
+    """The operations and bytes of each product, convolution and attention of a step."""
 
     parts: tuple[tuple[int, int], ...]
 
     @property
     def flops(self) -> int:
-        """Operations of a step."""
+        """Return the operations of a step."""
         return sum(flops for flops, _ in self.parts)
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that they read and write."""
+        """Return the bytes that a step reads and writes."""
         return sum(moved for _, moved in self.parts)
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Least time: each waits for the slower of arithmetic and memory; everything else is free."""
+        """Return the least seconds: each part takes the slower of arithmetic and memory, all else takes no time."""
         return sum(max(flops / flops_per_s, moved / bytes_per_s) for flops, moved in self.parts)
 
 
 @functools.cache
 def least_work(case: Case, adapter: bool = True) -> Work:
-    """Work of one step of a case, read off shapes: nothing is computed.
+    """Return the least work of one step of a case, found from shapes without computing anything.
 
     Each product, convolution and attention, forward and backward, reads its operands once and writes its result once.
-    All else, norms and activations, is taken to be fused into them. A convolution's backward does not read the input
-    that only its frozen weight's gradient would need. Without an adapter the state's gradient is taken instead, so that
-    there is a backward pass.
+    Norms and activations are assumed to be fused into them. A convolution's backward pass does not read the input,
+    which only the gradient of its frozen weight would need.
+
+    Args:
+        case: network, sizes and adapter.
+        adapter: Train the adapter. Without it, the gradient of the latents is computed so that there is a backward
+            pass.
     """
     case = dataclasses.replace(case, checkpointing=False)
     counter, unet = _Counter(), build(case, "meta")
     if adapter:
         inject_lora(unet, case.rank, target_modules=case.targets)
-    unet.to_empty(device="cpu")  # reserved, never touched
+    unet.to_empty(device="cpu")  # the memory is reserved and never touched
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = batch_of(case, "cpu")
         sample = batch["latents"].to(case.dtype).requires_grad_(not adapter)
@@ -205,7 +210,7 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-# torch's own table lacks the attention of CPUs.
+# Attention on CPUs, which torch's own table of operations lacks.
 _FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

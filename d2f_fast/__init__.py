@@ -4,7 +4,7 @@ Public names are imported when first used, so that `import d2f_fast` loads neith
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2f_fast.config import TrainingConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from d2f_fast.sampling.scheduler import Diff2FlowScheduler
     from d2f_fast.training.trainer import AlignedTrainer
 
-    __version__: str
+__version__ = "0.1.0"
 
 __all__ = [
     "AlignedTrainer",
@@ -31,6 +31,7 @@ __all__ = [
     "use_fused_lora",
 ]
 
+# The module of each public name; the imports above, which only type checkers read, must agree with it.
 _MODULE_OF = {
     "AlignedTrainer": "d2f_fast.training.trainer",
     "Alignment": "d2f_fast.flow.alignment",
@@ -44,26 +45,15 @@ _MODULE_OF = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        value: Any = _installed_version()
-    elif name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    else:
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # the next use finds it without this call
+    value: object = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # The next use finds it without this call.
     return value
 
 
 def __dir__() -> list[str]:
+    """Return all names of the package, including those that were not imported yet."""
     return sorted({*globals(), *__all__})
-
-
-def _installed_version() -> str:
-    """Version from the installed metadata; "0+checkout" in a checkout that was never installed."""
-    from importlib.metadata import PackageNotFoundError, version  # here: it takes longer to import than this package
-
-    try:
-        return version("d2f-fast")
-    except PackageNotFoundError:
-        return "0+checkout"

@@ -1,4 +1,4 @@
-"""`python -m d2f_fast` is `d2f`."""
+"""Run the `d2f` command line by `python -m d2f_fast`."""
 
 import sys
 

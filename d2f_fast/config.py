@@ -1,9 +1,13 @@
-"""Options of a run, and the words they take. Imports no torch, so that `d2f --help` is instant."""
+"""Options of a training run, their checks, and the words that they take.
+
+This module imports no torch, so that `d2f --help` answers at once.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from d2f_fast.errors import RefusedInputError
 
@@ -15,175 +19,267 @@ LearningRateSchedule = Literal[
 ]
 Method = Literal["euler", "midpoint", "heun"]
 Spacing = Literal["uniform", "trailing"]
-SNR_GAMMA = 5.0
+# The trackers that accelerate can log to, by its names.
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio"
+]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+OptionGroup = Literal[
+    "model",
+    "data",
+    "method",
+    "optimisation",
+    "memory and speed",
+    "checkpoints and logs",
+    "image",
+    "sampling",
+]
+SNR_GAMMA = 5.0
 
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Options of a run, spelled as in the diffusers training scripts.
-
-    Args:
-        output_dir: of checkpoints, logs and the result.
-        objective: diff2flow aligned flow matching; fm naive flow matching; diffusion the base model's own loss.
-        loss_weighting: flow, native (1 / Q²) or min_snr; a factor on the velocity error.
-        snr_gamma: of min_snr.
-        timestep_sampling: density of 1 - t.
-        logit_mean: of logit_normal.
-        logit_std: of logit_normal.
-        flow_shift: factor on the sampling sigmas, in training and sampling.
-        adapter: lora trains LoRA layers, full every weight of the UNet.
-        rank: of the linear LoRA layers.
-        lora_alpha: scale is alpha / rank; None for a scale of 1.
-        conv_rank: of the convolutional LoRA layers; 0 for none.
-        first_last_layers: adapt the first and last convolution too, as expressively as full weights.
-        target_modules: name endings of the linear layers to adapt; None for attention and feed-forward.
-        resolution: pixels.
-        center_crop: crop the middle instead of a random position.
-        random_flip: mirror half of the pictures.
-        cache_dir: latents and text embeddings are kept here; None for output_dir/cache.
-        cache_latents: needs center_crop.
-        caption_dropout: share of captions replaced by the empty one, for guidance.
-        train_batch_size: pictures per process and backward pass.
-        gradient_accumulation_steps: backward passes per step.
-        max_train_steps: steps in all.
-        learning_rate: of AdamW.
-        lr_scheduler: of diffusers.
-        lr_warmup_steps: steps of linear rise.
-        adam_beta1: of AdamW.
-        adam_beta2: of AdamW.
-        adam_epsilon: of AdamW.
-        adam_weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to it.
-        ema_decay: of the trained weights, which sampling and saving use; 0 turns the average off.
-        mixed_precision: no, or bf16 autocast; None for what `accelerate launch` was told.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        compile: compile the training step; the compiled code is kept between runs.
-        cuda_graph: replay the whole step as one CUDA graph, for up to four shapes of a batch; needs a CUDA GPU.
-        checkpointing_steps: steps between checkpoints; 0 for none but the one on a signal.
-        checkpoints_total_limit: checkpoints kept; None for all.
-        resume_from_checkpoint: "latest", or a checkpoint's name or path.
-        logging_steps: steps between log lines.
-        report_to: tensorboard, or none; metrics are always in log.jsonl.
-        dataloader_num_workers: threads that read and decode, a batch each, while the step runs; with more than one the
-            data set is read from several at once; 0 reads when asked.
-        seed: of everything.
-    """
-
-    output_dir: str = "d2f-output"
-    objective: ObjectiveName = "diff2flow"
-    loss_weighting: LossWeighting = "flow"
-    snr_gamma: float = SNR_GAMMA
-    timestep_sampling: TimestepSampling = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    flow_shift: float = 1.0
-    adapter: Literal["lora", "full"] = "lora"
-    rank: int = 64
-    lora_alpha: float | None = None
-    conv_rank: int = 0
-    first_last_layers: bool = False
-    target_modules: tuple[str, ...] | None = None
-    resolution: int = 512
-    center_crop: bool = True
-    random_flip: bool = False
-    cache_dir: str | None = None
-    cache_latents: bool = True
-    caption_dropout: float = 0.1
-    train_batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int = 1000
-    learning_rate: float = 1e-4
-    lr_scheduler: LearningRateSchedule = "constant"
-    lr_warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    adam_weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16"] | None = None
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    cuda_graph: bool = False
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = None
-    logging_steps: int = 10
-    report_to: Literal["tensorboard", "none"] = "none"
-    dataloader_num_workers: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what no run could mean."""
-        for name, words in _WORDS.items():
-            check_word(name, getattr(self, name), words)
-        for name, least in _AT_LEAST.items():
-            check_number(name, getattr(self, name), least)
-        check_seed(self.seed)
-        for name in ("caption_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RefusedInputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in _POSITIVE:
-            check_positive(name, getattr(self, name))
-        if not math.isfinite(self.logit_mean):
-            raise RefusedInputError(f"logit_mean must be finite, got {self.logit_mean}")
-        if self.objective == "fm" and self.loss_weighting != "flow":
-            raise RefusedInputError(f"objective fm has no loss_weighting but flow, got {self.loss_weighting}")
-        if self.snr_gamma != SNR_GAMMA and self.loss_weighting != "min_snr":  # diffusers' scripts switch it on by this
-            raise RefusedInputError(f"snr_gamma is of loss_weighting min_snr, got {self.loss_weighting}")
-        if self.cache_latents and not self.center_crop:
-            raise RefusedInputError("cache_latents needs center_crop: a random crop has no one latent")
-
-
-_WORDS = {
-    **{"objective": get_args(ObjectiveName), "loss_weighting": get_args(LossWeighting), "adapter": ("lora", "full")},
-    **{"timestep_sampling": get_args(TimestepSampling), "lr_scheduler": get_args(LearningRateSchedule)},
-    **{"mixed_precision": ("no", "bf16"), "report_to": ("tensorboard", "none")},
-}
-_AT_LEAST = {
-    **{"resolution": 8, "rank": 1, "conv_rank": 0, "train_batch_size": 1, "gradient_accumulation_steps": 1},
-    **{"max_train_steps": 1, "lr_warmup_steps": 0, "checkpointing_steps": 0, "checkpoints_total_limit": 1},
-    **{"logging_steps": 1, "dataloader_num_workers": 0, "adam_weight_decay": 0},
-}
-_POSITIVE = ("learning_rate", "lora_alpha", "snr_gamma", "logit_std", "flow_shift", "adam_epsilon", "max_grad_norm")
-
-
-def check_word(name: str, value: str | None, words: Sequence[str]) -> None:
-    """Refuse a value that is none of the words of an option; None stands for its default.
-
-    Raises:
-        RefusedInputError: with the words.
-    """
-    if value is not None and value not in words:
-        raise RefusedInputError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value}")
+T = TypeVar("T")
 
 
 def check_number(name: str, value: float | None, least: float) -> None:
-    """Refuse a value below the least that an option takes.
+    """Refuse a value that is smaller than the least one allowed; None is accepted.
 
     Raises:
-        RefusedInputError: with the least.
+        RefusedInputError: The value is smaller than `least`, or not a number.
     """
     if value is not None and not value >= least:
         raise RefusedInputError(f"{name} must be at least {least}, got {value}")
 
 
-def check_seed(seed: int) -> None:
-    """Refuse what torch's generators do not take.
-
-    Raises:
-        RefusedInputError: negative, or of more than 63 bits.
-    """
-    if not 0 <= seed < 2**63:
-        raise RefusedInputError(f"seed must be in [0, 2**63), got {seed}")
-
-
 def check_positive(name: str, value: float | None) -> None:
-    """Refuse a value that is zero, negative, infinite or no number.
+    """Refuse a value that is not a positive and finite number; None is accepted.
 
     Raises:
-        RefusedInputError: with the value.
+        RefusedInputError: The value is zero, negative, infinite or not a number.
     """
     if value is not None and not 0 < value < math.inf:
         raise RefusedInputError(f"{name} must be positive and finite, got {value}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Refuse a value that is infinite or not a number.
+
+    Raises:
+        RefusedInputError: The value is infinite or not a number.
+    """
+    if not math.isfinite(value):
+        raise RefusedInputError(f"{name} must be finite, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse a value outside [0, 1).
+
+    Raises:
+        RefusedInputError: The value is negative, 1 or larger, or not a number.
+    """
+    if not 0 <= value < 1:
+        raise RefusedInputError(f"{name} must be in [0, 1), got {value}")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Refuse a seed that torch's random generators do not accept.
+
+    Raises:
+        RefusedInputError: The seed is negative, or has more than 63 bits.
+    """
+    if not 0 <= value < 2**63:
+        raise RefusedInputError(f"{name} must be in [0, 2**63), got {value}")
+
+
+def at_least(least: float) -> Callable[[str, float | None], None]:
+    """Return the check that refuses numbers smaller than `least`."""
+    return partial(check_number, least=least)
+
+
+def option(group: OptionGroup | None, default: T, check: Callable[[str, Any], None] | None = None) -> T:
+    """Declare an option of a dataclass, together with the title that the command line's help lists it under.
+
+    Args:
+        group: title in the help; None lists the option first, under no title of its own.
+        default: default value of the option.
+        check: function of the option's name and value, which raises RefusedInputError for a value that cannot be used;
+            None accepts every value.
+
+    Returns:
+        The dataclass field. Its declared type is that of the default, which is how `dataclasses.field` is typed, too.
+    """
+    return field(default=default, metadata={"group": group, "check": check})
+
+
+def words_of(hint: Any) -> tuple[str, ...]:
+    """Return the words of a `Literal` type, alone or in a union with None; () for any other type."""
+    return next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
+
+
+def check_options(options: Any) -> None:
+    """Refuse a dataclass of options that holds a value which its option does not take.
+
+    Args:
+        options: instance of a dataclass. A field of a `Literal` type takes that type's words, and None where the type
+            has it; a field that was declared with a check takes what the check accepts.
+
+    Raises:
+        RefusedInputError: A value cannot be used; the message names the option and what it takes.
+    """
+    hints = get_type_hints(type(options))
+    for declared in fields(options):
+        value, words = getattr(options, declared.name), words_of(hints[declared.name])
+        if words and value not in words and not (value is None and type(None) in get_args(hints[declared.name])):
+            raise RefusedInputError(f"{declared.name} must be {', '.join(words[:-1])} or {words[-1]}, got {value}")
+        if check := declared.metadata.get("check"):
+            check(declared.name, value)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Hold the options of a training run, spelled as in the diffusers training scripts.
+
+    Args:
+        output_dir: Folder that receives checkpoints, logs and the trained weights; it is created if it is missing.
+        objective: What the network learns. "diff2flow" is flow matching aligned with the base model, "fm" is flow
+            matching without alignment, and "diffusion" is the base model's own loss.
+        loss_weighting: Weight of the squared velocity error. "flow" weights all times equally, "native" gives the base
+            model's own loss, and "min_snr" limits the weight of nearly clean images. The objective "fm" takes only
+            "flow", and "diffusion" ignores this option.
+        snr_gamma: Signal-to-noise ratio above which "min_snr" lowers the weight. Change it only together with
+            --loss_weighting min_snr.
+        timestep_sampling: Distribution from which training times are sampled. "uniform" covers all noise levels
+            equally, "logit_normal" and "mode" prefer the middle, and "u_shaped" prefers both ends. The objective
+            "diffusion" always samples uniformly.
+        logit_mean: Mean of the "logit_normal" distribution, in logits of the noise level. Positive values train more on
+            noisy images; the default 0 is centred.
+        logit_std: Standard deviation of the "logit_normal" distribution, in logits of the noise level. Larger values
+            train more on very clean and very noisy images.
+        flow_shift: Factor on the noise-to-image ratio in training, saved with the result so that sampling uses it too.
+            Values above 1 train more on noisy images, which helps at high resolutions; the default 1 turns it off.
+        adapter: Which weights are trained. "lora" trains small LoRA layers and leaves the base model unchanged; "full"
+            trains every weight of the UNet and saves a whole pipeline.
+        rank: Rank of the LoRA layers in attention and feed-forward layers. A larger rank learns more, and makes a
+            larger file. It has no effect with --adapter full.
+        lora_alpha: Strength of the LoRA layers, whose output is multiplied by lora_alpha / rank. The default None means
+            a factor of 1.
+        conv_rank: Rank of LoRA layers that are added to the UNet's inner convolutions. The default 0 adds none.
+        first_last_layers: Also train the UNet's first and last convolution, with LoRA layers that are as expressive as
+            the full weights. It is off by default.
+        target_modules: Name endings of the layers that get LoRA layers, such as to_q to_k. The default None takes all
+            attention and feed-forward layers.
+        resolution: Side of the square training images, in pixels. The shorter side of each image is resized to it, and
+            the longer side is cropped. It must be a multiple of the model's downsampling, which is 8 for Stable
+            Diffusion.
+        center_crop: Crop the middle of each image, which is the default. --no_center_crop crops a random position, and
+            needs --no_cache_latents.
+        random_flip: Mirror each image left to right with a probability of one half. It is off by default.
+        cache_dir: Folder that keeps encoded images and captions. The default None means the folder "cache" inside
+            output_dir.
+        cache_latents: Keep encoded images on disk, and reuse them in each epoch; this needs --center_crop. It is on by
+            default, and --no_cache_latents encodes every image again each time.
+        caption_dropout: Fraction of captions, in [0, 1), that are replaced by the empty caption, so that guidance works
+            when sampling. 0 keeps every caption.
+        train_batch_size: Number of images in each forward and backward pass of each process.
+        gradient_accumulation_steps: Number of forward and backward passes whose gradients are averaged into one
+            optimizer step. The default 1 turns accumulation off.
+        max_train_steps: Number of optimizer steps of the whole run, including the steps before a resumed checkpoint.
+        learning_rate: Learning rate of the AdamW optimizer, after warm-up and before any decay.
+        lr_scheduler: Name of the diffusers schedule that changes the learning rate during the run. The default
+            "constant" keeps it, and does not warm up.
+        lr_warmup_steps: Number of optimizer steps in which the learning rate rises linearly from 0. The default 0 turns
+            warm-up off.
+        adam_beta1: Decay of AdamW's running mean of the gradient, in [0, 1).
+        adam_beta2: Decay of AdamW's running mean of the squared gradient, in [0, 1).
+        adam_epsilon: Small number that AdamW adds to its denominator, so that it never divides by zero.
+        adam_weight_decay: Strength of AdamW's weight decay. 0 turns it off.
+        max_grad_norm: Gradients are scaled down when the norm of all of them together is larger than this. A very large
+            value, such as 1e9, turns clipping off.
+        ema_decay: Decay per step, in [0, 1), of the moving average of the trained weights, which is used for sampling
+            and saving. 0 turns the average off, so that the last weights are used.
+        mixed_precision: Precision of the forward and backward pass. "no" is float32, and "bf16" is bfloat16 autocast,
+            which is faster on recent GPUs. The default None takes what `accelerate launch` was set to, or else "no".
+        gradient_checkpointing: Compute activations again in the backward pass, which takes less memory and more time.
+            It is off by default.
+        compile: Compile the training step with torch.compile. The first step takes minutes, later ones are faster, and
+            the compiled code is kept for the next run. It is off by default.
+        cuda_graph: Record the whole training step as one CUDA graph, which removes the CPU's overhead. It needs an
+            NVIDIA GPU and a single process, and records at most four different batch shapes. It is off by default.
+        checkpointing_steps: Number of optimizer steps between two checkpoints. 0 saves a checkpoint only when the run
+            is stopped by SIGTERM or Ctrl-C.
+        checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. None keeps all of them.
+        resume_from_checkpoint: Checkpoint to continue from, given as "latest", as a name such as checkpoint-500, or as
+            a path. The default None starts a new run.
+        logging_steps: Number of optimizer steps between two entries of the log.
+        report_to: Where metrics are sent, besides the file log.jsonl, which is always written. "tensorboard" writes
+            its files into output_dir, and the other names are the trackers that accelerate knows. The tracker must be
+            installed. The default "none" sends metrics nowhere else.
+        dataloader_num_workers: Number of threads that read and decode images while the model trains. 0 reads each batch
+            only when it is needed. More than 1 reads the data set from several threads at once.
+        seed: Seed of everything that is random in training: initial LoRA weights, order of the data, crops, noise and
+            times. The same seed and options repeat a run.
+
+    Raises:
+        RefusedInputError: An option has a value that it does not take, or two options contradict each other.
+    """
+
+    output_dir: str = option("checkpoints and logs", "d2f-output")
+    objective: ObjectiveName = option("method", "diff2flow")
+    loss_weighting: LossWeighting = option("method", "flow")
+    snr_gamma: float = option("method", SNR_GAMMA, check_positive)
+    timestep_sampling: TimestepSampling = option("method", "uniform")
+    logit_mean: float = option("method", 0.0, check_finite)
+    logit_std: float = option("method", 1.0, check_positive)
+    flow_shift: float = option("method", 1.0, check_positive)
+    adapter: Literal["lora", "full"] = option("model", "lora")
+    rank: int = option("model", 64, at_least(1))
+    lora_alpha: float | None = option("model", None, check_positive)
+    conv_rank: int = option("model", 0, at_least(0))
+    first_last_layers: bool = option("model", False)
+    target_modules: tuple[str, ...] | None = option("model", None)
+    resolution: int = option("data", 512, at_least(8))
+    center_crop: bool = option("data", True)
+    random_flip: bool = option("data", False)
+    cache_dir: str | None = option("data", None)
+    cache_latents: bool = option("data", True)
+    caption_dropout: float = option("data", 0.1, check_fraction)
+    train_batch_size: int = option("optimisation", 4, at_least(1))
+    gradient_accumulation_steps: int = option("optimisation", 1, at_least(1))
+    max_train_steps: int = option("optimisation", 1000, at_least(1))
+    learning_rate: float = option("optimisation", 1e-4, check_positive)
+    lr_scheduler: LearningRateSchedule = option("optimisation", "constant")
+    lr_warmup_steps: int = option("optimisation", 0, at_least(0))
+    adam_beta1: float = option("optimisation", 0.9, check_fraction)
+    adam_beta2: float = option("optimisation", 0.999, check_fraction)
+    adam_epsilon: float = option("optimisation", 1e-8, check_positive)
+    adam_weight_decay: float = option("optimisation", 1e-2, at_least(0))
+    max_grad_norm: float = option("optimisation", 1.0, check_positive)
+    ema_decay: float = option("optimisation", 0.999, check_fraction)
+    mixed_precision: Literal["no", "bf16"] | None = option("memory and speed", None)
+    gradient_checkpointing: bool = option("memory and speed", False)
+    compile: bool = option("memory and speed", False)
+    cuda_graph: bool = option("memory and speed", False)
+    checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0))
+    checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1))
+    resume_from_checkpoint: str | None = option("checkpoints and logs", None)
+    logging_steps: int = option("checkpoints and logs", 10, at_least(1))
+    report_to: Tracker = option("checkpoints and logs", "none")
+    dataloader_num_workers: int = option("memory and speed", 1, at_least(0))
+    seed: int = option("optimisation", 0, check_seed)
+
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not take, and options that contradict each other."""
+        check_options(self)
+        if self.objective == "fm" and self.loss_weighting != "flow":
+            raise RefusedInputError(
+                f"loss_weighting must be flow with the objective fm, got {self.loss_weighting}: leave it out"
+            )
+        if self.snr_gamma != SNR_GAMMA and self.loss_weighting != "min_snr":
+            # The diffusers scripts turn the weighting on by giving this option, so it must not pass without effect.
+            raise RefusedInputError(
+                f"snr_gamma works only with loss_weighting min_snr, got {self.loss_weighting}: add"
+                " --loss_weighting min_snr, or leave snr_gamma out"
+            )
+        if self.cache_latents and not self.center_crop:
+            raise RefusedInputError(
+                "cache_latents needs center_crop, because a random crop differs each time: add --no_cache_latents, or"
+                " leave --no_center_crop out"
+            )

@@ -1,8 +1,8 @@
-"""The door to the kernels: align before the network, the loss after it, and the LoRA layers inside.
+"""The door to the kernels: `align` before the network, `aligned_loss` after it, and the LoRA linears inside it.
 
-On a GPU align and aligned_loss are each an op of Triton kernels, `kernels/align.py` and `kernels/velocity_loss.py`.
-Plain torch, the same formulas, serves what the kernels do not: other devices; gradients with respect to latents, noise,
-t or mask; float64; ranks other than 4; graphs for export.
+On a GPU, `align` and `aligned_loss` are each an op of Triton kernels, in `kernels/align.py` and
+`kernels/velocity_loss.py`. Plain torch computes the same formulas for everything that the kernels do not serve: other
+devices; gradients with respect to latents, noise, t or mask; float64; ranks other than 4; graphs for export.
 """
 
 import math
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from d2f_fast.config import LossWeighting
-from d2f_fast.flow.formulas import Flow
+from d2f_fast.flow.flow import Flow
 from d2f_fast.kernels.align import align as fused_align
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
-from d2f_fast.kernels.runtime import autocasts, kernel_path
+from d2f_fast.kernels.runtime import autocasts, is_channels_last, kernel_path
 from d2f_fast.kernels.velocity_loss import velocity_loss
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "autocasts",
     "check_operands",
     "choose_path",
+    "is_channels_last",
     "kernel_path",
     "lora_linear",
     "lora_linear_packed",
@@ -38,18 +39,21 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def align(latents: Tensor, noise: Tensor, t: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
-    """What the network is given at flow time t: `to_sample(t * latents + (1 - t) * noise, t)` and `timestep(t)`.
+    """Return the network's inputs at flow time t: its state and its timestep.
 
-    Times outside [0, 1] are not looked for, which would wait for the device: the state is extrapolated, the timestep
-    stays in [0, T-1] (except for `NaiveFlow`, whose timestep goes on).
+        flow.to_sample(flow.interpolate(latents, noise, t), t), flow.timestep(t)
+
+    Times outside [0, 1] are not detected, because a check would wait for the device: there the state is extrapolated,
+    and the timestep stays in [0, T-1] (for `NaiveFlow` it is extrapolated too).
 
     Args:
-        latents, noise: [B, C, H, W] float32, float16 or bfloat16, of any strides.
-        t: [B] float32 in [0, 1], 0 = noise.
-        flow: an `Alignment` (or `NaiveFlow`) on the same device.
+        latents: clean latents, [B, C, H, W] float32, float16 or bfloat16, of any strides.
+        noise: Gaussian noise, same shape.
+        t: flow time, [B] float32 in [0, 1], 0 = noise and 1 = data.
+        flow: `Alignment` or `NaiveFlow` of the network, on the device of the latents.
 
     Returns:
-        The state, [B, C, H, W] in the type of the latents, rounded once; the timestep, [B] float32, fractional.
+        The state, [B, C, H, W] in the type of the latents, rounded once; the fractional timestep, [B] float32.
 
     Raises:
         ValueError: shapes, types or devices do not fit, or t is not float32 (or float64) of shape [B].
@@ -74,27 +78,32 @@ def aligned_loss(
     reduction: Reduction = "mean",
     snr_gamma: float = 5.0,
 ) -> Tensor:
-    """Flow-matching loss of the network's output: weight * ‖velocity - (latents - noise)‖², mean over the elements.
+    """Return the flow-matching loss of the network's output.
 
-    Computed as Q² * ‖model_output - model_target‖², the same number (velocity is linear in the output), with its
-    gradient beside it. The output can be differentiated once: a second derivative is an error where the op serves.
+        weight * mean(‖flow.velocity(model_output, sample, t) - (latents - noise)‖²)
+
+    It is computed as Q² * ‖model_output - model_target‖², the same number because the velocity is linear in the output,
+    together with its gradient. It can be differentiated once: a second derivative is an error where the op serves.
 
     Args:
-        model_output, latents, noise: [B, C, H, W], of any strides; the output may be of lower precision.
-        t: [B] float32 in [0, 1]; beyond, the formulas go on.
-        flow: an `Alignment` (or `NaiveFlow`) on the same device.
-        weighting: "flow" 1, the paper's; "native" 1 / Q², the network's own loss; "min_snr" min(SNR, gamma) / SNR.
-        mask: [B or 1, C or 1, H or 1, W or 1], weight of each element, not negative; a sample's loss is its weighted
-            mean, 0 for an empty mask.
-        reduction: "mean" over the batch (NaN for an empty one, as in torch), or "none" for the loss per sample, [B].
-        snr_gamma: gamma of "min_snr".
+        model_output: output of the network, [B, C, H, W] of any strides; it may be of lower precision than the latents.
+        latents: clean latents, same shape.
+        noise: Gaussian noise, same shape.
+        t: flow time, [B] float32 in [0, 1]; times outside are not detected, and the formulas are extrapolated.
+        flow: `Alignment` or `NaiveFlow` of the network, on the device of the latents.
+        weighting: factor on the velocity error: "flow" 1, the paper's; "native" 1 / Q², which gives the network's own
+            loss; "min_snr" min(SNR, gamma) / SNR.
+        mask: non-negative weight of each element, [B or 1, C or 1, H or 1, W or 1]; a sample's loss is its weighted
+            mean, 0 where all its weights are 0. None weighs all elements equally.
+        reduction: "mean" over the batch (NaN for an empty batch, as in torch), or "none" for the loss of each sample.
+        snr_gamma: positive gamma of "min_snr"; the other weightings ignore it.
 
     Returns:
-        float32 scalar, or [B]; float64 where t is float64.
+        The loss, a float32 scalar, or [B] without reduction; float64 where t is float64.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, t is not float32 of shape [B], an unknown weighting or
-            reduction, or a gamma that is not positive.
+        ValueError: shapes, types or devices do not fit, t is not float32 (or float64) of shape [B], the weighting or
+            the reduction is unknown, or gamma is not positive.
     """
     check_operands(latents, noise, t, model_output, mask)
     if reduction not in get_args(Reduction):
@@ -113,7 +122,11 @@ def aligned_loss(
 def check_operands(
     latents: Tensor, noise: Tensor, t: Tensor, model_output: Tensor | None = None, mask: Tensor | None = None
 ) -> None:
-    """Refuse what would broadcast, truncate, round the time, or fail on the device."""
+    """Refuse operands that would broadcast, be truncated, round the time, or fail on the device.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit; the message names the operand.
+    """
     shape = list(latents.shape)
     if latents.ndim < 2 or not math.prod(shape[1:]):
         raise ValueError(f"latents must have shape [B, C, H, W] with C, H and W at least 1, got {shape}")
@@ -126,7 +139,7 @@ def check_operands(
             raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
     if t.dtype not in (torch.float32, torch.float64) or t.shape != latents.shape[:1]:
         raise ValueError(f"t must be float32 of shape {shape[:1]}, got {t.dtype} {list(t.shape)}")
-    # [B, H, W] would broadcast its batch over the channels wherever B = C.
+    # A mask [B, H, W] would silently broadcast its batch over the channels wherever B = C.
     if mask is not None and (
         mask.ndim != latents.ndim or any(m not in (1, n) for m, n in zip(mask.shape, latents.shape, strict=True))
     ):

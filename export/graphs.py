@@ -1,4 +1,4 @@
-"""From a module to an ONNX file: trace, convert, name the dimensions, and strip what only the tracer needs."""
+"""Turn a module into an ONNX file: trace, convert, name the dimensions, and remove what only the tracer needs."""
 
 import contextlib
 import logging
@@ -6,30 +6,31 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import onnx_ir
 import torch
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.wrappers import Component, example_sizes
 
-# Below this a graph and its weights stay in one file; protobuf itself ends at 2 GiB.
+# A graph with fewer bytes of weights is one file together with them; protobuf itself allows 2 GiB.
 INLINE_LIMIT_BYTES = 1_500_000_000
 DATA_SUFFIX = ".data"
-# ONNX infers no type of what these give: it stays in the file, sizes that are free left open.
+# ONNX cannot infer the output types of these operators, so that they stay in the file, without sizes that are free.
 _WITHOUT_INFERENCE = {"GroupNormalization", "Attention"}
 OWN_NAMESPACE = "d2f_fast"
 
 
 def convert(component: Component, opset: int, sizes: dict[str, int] | None = None) -> onnx_ir.Model:
-    """ONNX model of a component.
+    """Convert a component to an ONNX model.
 
     Args:
-        component: its module in evaluation mode, on the CPU.
-        opset: 20, or 23 for nodes that TensorRT fuses itself (GroupNormalization, Attention).
-        sizes: fixed size of every named dimension; None leaves them to the run time.
+        component: component whose module is in evaluation mode and on the CPU.
+        opset: ONNX opset: 20, or 23 for GroupNormalization and Attention as single nodes, which TensorRT fuses.
+        sizes: fixed size of every named dimension; None leaves all of them free.
 
     Raises:
         RefusedInputError: an operator has no ONNX form; the message names it and the module that calls it.
@@ -55,7 +56,12 @@ def convert(component: Component, opset: int, sizes: dict[str, int] | None = Non
 
 
 def trace(component: Component, sizes: dict[str, int] | None = None) -> ExportedProgram:
-    """Exported program of a component, with every named dimension free unless `sizes` fixes it."""
+    """Trace a component with torch.export.
+
+    Args:
+        component: component whose module is in evaluation mode and on the CPU.
+        sizes: fixed size of every named dimension; None leaves all of them free.
+    """
     example = component.make_inputs(sizes or example_sizes(component), seed=0)
     with torch.no_grad():
         return torch.export.export(
@@ -64,20 +70,30 @@ def trace(component: Component, sizes: dict[str, int] | None = None) -> Exported
 
 
 def save(model: onnx_ir.Model, path: Path, external: bool) -> None:
-    """Write the model, its weights beside it in one `NAME.data` file where asked or where they are large."""
+    """Write a model to a file.
+
+    Args:
+        model: model to write.
+        path: path of the graph.
+        external: Write the weights to `<path>.data` beside the graph. Weights above 1.5 GB go there in any case.
+    """
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     data = f"{path.name}{DATA_SUFFIX}" if external or weights > INLINE_LIMIT_BYTES else None
     onnx_ir.save(model, path, external_data=data)
 
 
-def _dynamic_shapes(component: Component) -> tuple[Any, ...]:
-    named: dict[str, Any] = {}
+_DynamicShapes: TypeAlias = "tuple[dict[int, Dim] | None, ...]"
+
+
+def _dynamic_shapes(component: Component) -> _DynamicShapes:
+    """Return the free dimensions of each input, as torch.export takes them."""
+    named: dict[str, Dim] = {}
     for port in component.inputs:
         for name in port.dims:
             if not isinstance(name, str) or name in named:
                 continue
             step, limit = component.multiples.get(name, 1), component.limits.get(name)
-            # A multiple of a symbol, so that the sizes going in and coming out are the same expression.
+            # A multiple of a symbol makes the sizes of inputs and outputs the same expression.
             dim = torch.export.Dim(f"{name}_steps" if step > 1 else name, max=limit)
             named[name] = step * dim if step > 1 else dim
     return tuple(
@@ -86,12 +102,12 @@ def _dynamic_shapes(component: Component) -> tuple[Any, ...]:
 
 
 def _tidy(model: onnx_ir.Model, component: Component, sizes: dict[str, int] | None) -> None:
-    """Name the free dimensions, and drop the tracer's symbols, source paths and stack traces."""
+    """Name the free dimensions, and remove the tracer's symbols, source paths and stack traces."""
     for values, ports in ((model.graph.inputs, component.inputs), (model.graph.outputs, component.outputs)):
         for value, port in zip(values, ports, strict=True):
             traced = value.shape
             assert traced is not None and len(traced) == len(port.dims), f"{port.name}: {traced}"
-            # A size that the tracer found fixed (a static export, or one implied by another) stays a number.
+            # A size that the tracer found to be fixed, by a static export or by another size, stays a number.
             value.shape = onnx_ir.Shape(
                 [size if isinstance(size, int) else name for size, name in zip(traced, port.dims, strict=True)]
             )
@@ -117,13 +133,14 @@ def _tidy(model: onnx_ir.Model, component: Component, sizes: dict[str, int] | No
 
 
 def _refuse_own_operators(program: ExportedProgram) -> None:
+    """Refuse this package's custom operators, which no ONNX runtime knows."""
     for node in program.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "namespace", "") == OWN_NAMESPACE:
             raise RefusedInputError(_no_form(f"{node.target}", node))
 
 
 def _without_onnx_form(program: ExportedProgram, error: BaseException) -> RefusedInputError:
-    """The refusal for a conversion that failed: the operator and its module, as far as the exception tells."""
+    """Make the refusal of a failed conversion, with the operator and its module where the exception names them."""
     cause: BaseException | None = error
     while cause is not None:
         found = re.search(r"node %(\S+) .*?target=torch\.ops\.([\w.]+)", str(cause))
@@ -133,12 +150,14 @@ def _without_onnx_form(program: ExportedProgram, error: BaseException) -> Refuse
             for node in program.graph.nodes:
                 if node.name == name or operator in str(node.target):
                     return RefusedInputError(_no_form(str(node.target), node))
-            return RefusedInputError(f"operator {target} has no ONNX form")
+            return RefusedInputError(f"operator {target} has no ONNX form: leave its component out")
         cause = cause.__cause__
-    return RefusedInputError(f"the model cannot be converted: {str(error).splitlines()[0]}")
+    reason = str(error).splitlines()[0]
+    return RefusedInputError(f"the model cannot be converted ({reason}): leave its component out")
 
 
-def _no_form(target: str, node: Any) -> str:
+def _no_form(target: str, node: Node) -> str:
+    """Write the message for an operator without an ONNX form, with the module that calls it."""
     modules = list(node.meta.get("nn_module_stack", {}).values())
     module = modules[-1][0] if modules else "?"
     name, _, overload = target.rpartition(".")
@@ -150,7 +169,7 @@ def _no_form(target: str, node: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the tracer says of itself; errors are exceptions."""
+    """Silence the tracer's log and warnings; errors are exceptions and pass."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

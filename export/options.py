@@ -1,120 +1,191 @@
-"""Options of the export, and the refusals that need no model. Imports no torch, so that `--help` is instant."""
+"""Define the options of the export, and refuse wrong ones before a model is loaded. Imports no torch."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.models.names import MINIATURE
 
-MINIATURE = "miniature"
 COMPONENTS = ("unet", "text_encoder", "vae_encoder", "vae_decoder", "sampler")
 TOLERANCES = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """Export a Stable Diffusion pipeline, aligned or not, to ONNX graphs that were checked against torch.
+class ModelOptions:
+    """Choose what is exported.
 
     Args:
-        model: hub id, pipeline folder, .safetensors file, or "miniature", the embedded model.
-        lora: FILE_OR_FOLDER[:scale] of a peft or kohya LoRA to merge first; may be repeated.
-        vae: hub id or folder of another autoencoder to export in place of the model's: madebyollin/taesd decodes in
-            a fraction of the time, which at 4 steps is half of the whole.
-        output: folder to make.
-        components: of unet, text_encoder, vae_encoder, vae_decoder, sampler; separated by commas.
-        precision: of the weights; inputs, outputs, times and step tables are float32 always. bf16 needs opset 23.
-        target: ort for opset 20, tensorrt for opset 23, whose normalisations and attentions TensorRT fuses.
-        opset: in place of the target's; of bf16 it is 23, as convolutions take bfloat16 from 22 on.
-        steps: numbers of steps to make tables for, separated by commas.
-        guidance: build classifier-free guidance into the sampler; without it half the batch.
-        with_vae: let the sampler decode its latents to a picture.
-        static: BATCHxHEIGHTxWIDTH in pixels, for graphs of one size; None for any size.
-        unroll: also write the sampler with this many steps written out, for engines; 0 for none.
-        tolerance: largest relative error of a network against torch in float32; None for 1e-5, 3e-3 (fp16).
-        overwrite: replace an earlier export in the output folder.
-        verify_only: check the export in the output folder against the model again, with the options that it was made
-            with; model, lora and vae are to be given again.
-        skip_verify: check that the graphs are valid, but do not run them; needed for bf16, which ONNX Runtime has no
-            CPU kernels for.
-        keep_failed: keep the folder of an export that failed its checks, under another name.
-        json: print the report, the seconds and the peak memory as JSON.
+        model: Model to export: a hub id, the folder of a diffusers pipeline, a .safetensors file, or "miniature" for
+            the model that comes with this package.
+        lora: LoRA in peft's or kohya's format to merge into the model first, as FILE_OR_FOLDER or FILE_OR_FOLDER:SCALE;
+            the scale is 1 if left out. Repeat the option for several; without it, nothing is merged.
+        vae: Hub id or folder of an autoencoder to export in place of the model's own, for example madebyollin/taesd,
+            which decodes much faster. None exports the model's own.
     """
 
     model: str = MINIATURE
     lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     vae: str | None = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Choose where the export goes and what is printed.
+
+    Args:
+        output: Folder to write. It appears only once every check has passed.
+        overwrite: Replace an earlier export in the output folder. Without it, a folder with files is refused.
+        keep_failed: If a check fails, keep the graphs in a folder named like the output with "-failed" appended.
+            Without it, they are removed.
+        json: Print the report, the run time in seconds and the peak memory in bytes as JSON instead of a table.
+    """
+
     output: str = "d2f-onnx"
+    overwrite: bool = False
+    keep_failed: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """Choose which graphs are written, in which shapes and precision.
+
+    Args:
+        components: Graphs to write, separated by commas.
+        precision: Number format of the weights. Inputs, outputs, times and step tables are always float32. bf16 also
+            needs --skip_verify.
+        target: Program that runs the graphs. "ort" (ONNX Runtime) writes opset 20; "tensorrt" writes opset 23, whose
+            normalisation and attention nodes TensorRT runs as one kernel each.
+        opset: ONNX opset version. None takes the version of --target, or 23 for bf16.
+        static: Fixed input size as BATCHxHEIGHTxWIDTH, in images and pixels, for example 1x512x512. None lets each run
+            choose its own size.
+    """
+
     components: str = ",".join(COMPONENTS)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     target: Literal["ort", "tensorrt"] = "ort"
     opset: Literal[20, 23] | None = None
+    static: str | None = None
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """Choose what the sampler graph does: all steps from noise to latents in one graph.
+
+    Args:
+        steps: Numbers of sampling steps that the sampler can take, separated by commas, each 1 to 1000.
+        guidance: Build classifier-free guidance into the sampler, which doubles the network's batch.
+        with_vae: Let the sampler also decode its latents, so that it returns an image.
+        unroll: Also write a sampler with this number of steps, 1 to 50, written out one after the other, for engines
+            that run no loops. 0 writes none.
+    """
+
     steps: str = "1,2,4,8"
     guidance: bool = True
     with_vae: bool = False
-    static: str | None = None
     unroll: int = 0
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Choose how the graphs are checked against torch.
+
+    Args:
+        tolerance: Largest relative RMS error of a network against torch in float32, above 0 and below 1. None allows an
+            error of 1e-5 for fp32 and 3e-3 for fp16.
+        verify_only: Export nothing; compare the export in the output folder with the model again. Name the model, its
+            LoRAs and its other autoencoder again; the options of the graphs are read from the export.
+        skip_verify: Check that the graphs are valid, but do not run them. bf16 needs this, because ONNX Runtime cannot
+            run bf16 graphs on a CPU.
+    """
+
     tolerance: float | None = None
-    overwrite: bool = False
     verify_only: bool = False
     skip_verify: bool = False
-    keep_failed: bool = False
-    json: bool = False
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Export a Stable Diffusion pipeline, aligned or not, to ONNX graphs that are checked against torch.
+
+    Exit codes: 0 done, 1 a graph differs from torch, 2 refused input, 143 stopped by SIGTERM.
+    """
+
+    model: ModelOptions
+    output: OutputOptions
+    graphs: Annotated[GraphOptions, tyro.conf.arg(name="shapes and precision")]
+    sampler: SamplerOptions
+    check: CheckOptions
+
+
+@dataclass(frozen=True)
+class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, ModelOptions):
+    """Hold the options of all groups side by side. Construction accepts any value; `check` refuses wrong ones."""
 
     def check(self) -> None:
-        """Refuse what no export could mean; not at construction, where tyro would put it into a box.
+        """Refuse options that no export can follow.
+
+        This is not done at construction, where tyro would print the refusal as several lines in a box.
 
         Raises:
             RefusedInputError: an option is out of its range, or does not go with another.
         """
+        self._check_components()
+        self._check_precision()
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise RefusedInputError(f"tolerance must be above 0 and below 1, got {self.tolerance}")
+        if self.verify_only and self.skip_verify:
+            raise RefusedInputError("verify_only and skip_verify exclude each other: give only one of them")
+        _ = self.step_counts, self.static_sizes, self.adapters
+
+    def _check_components(self) -> None:
         unknown = [name for name in self.component_names if name not in COMPONENTS]
         if unknown or not self.component_names:
             raise RefusedInputError(
-                f"components: {', '.join(unknown) or 'none'} unknown: choose of {', '.join(COMPONENTS)}"
+                f"components must be some of {', '.join(COMPONENTS)}, got {', '.join(unknown) or 'none'}"
             )
         if self.unroll < 0 or self.unroll > 50:
             raise RefusedInputError(f"unroll must be 0 to 50, got {self.unroll}: each step is a copy of the network")
-        for option, needed in {"with_vae": self.with_vae, "unroll": self.unroll > 0}.items():
-            if needed and "sampler" not in self.component_names:
-                raise RefusedInputError(f"{option} is of the sampler: add it to components")
+        for option, is_given in {"with_vae": self.with_vae, "unroll": self.unroll > 0}.items():
+            if is_given and "sampler" not in self.component_names:
+                raise RefusedInputError(f"{option} changes the sampler only: add sampler to components")
         if "sampler" in self.component_names and "unet" not in self.component_names:
-            raise RefusedInputError("the sampler shares the weights of unet/: add unet to components")
+            raise RefusedInputError("the sampler uses the weights in unet/: add unet to components")
         if self.with_vae and "vae_decoder" not in self.component_names:
-            raise RefusedInputError("with_vae needs vae_decoder: add it to components")
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise RefusedInputError(f"tolerance must be between 0 and 1, got {self.tolerance}")
+            raise RefusedInputError("with_vae needs vae_decoder: add vae_decoder to components")
+
+    def _check_precision(self) -> None:
         if self.precision == "bf16" and not self.skip_verify:
             raise RefusedInputError(
-                "bf16 graphs do not run on the ONNX Runtime CPU provider: use --precision fp16 or --skip_verify"
+                "bf16 graphs do not run on ONNX Runtime's CPU provider: use --precision fp16 or --skip_verify"
             )
         if self.precision == "bf16" and self.opset_version < 22:
             raise RefusedInputError(
-                f"bf16 needs opset 23, got {self.opset}: before 22 ONNX has no convolution of bfloat16; leave opset out"
+                f"bf16 needs opset 23, got {self.opset}: ONNX has no bfloat16 convolution before 22; leave opset out"
             )
-        if self.verify_only and self.skip_verify:
-            raise RefusedInputError("verify_only and skip_verify exclude each other")
-        _ = self.step_counts, self.static_sizes, self.adapters
 
     @property
     def component_names(self) -> tuple[str, ...]:
-        """The components asked for."""
+        """Return the names in `components`."""
         return tuple(name for name in self.components.replace(" ", "").split(",") if name)
 
     @property
     def opset_version(self) -> int:
-        """The opset asked for, or that of the target and the precision."""
+        """Return `opset`, or the opset of the target and the precision where it is None."""
         return self.opset or (23 if self.target == "tensorrt" or self.precision == "bf16" else 20)
 
     @property
     def largest_error(self) -> float:
-        """The tolerance asked for, or the precision's."""
+        """Return `tolerance`, or the tolerance of the precision where it is None."""
         return TOLERANCES[self.precision] if self.tolerance is None else self.tolerance
 
     @property
     def step_counts(self) -> tuple[int, ...]:
-        """Numbers of steps, rising; the unrolled one among them."""
+        """Return the numbers of steps in rising order, that of `unroll` included."""
         words = [word for word in self.steps.replace(" ", "").split(",") if word]
         if not words or not all(word.isdecimal() and 1 <= int(word) <= 1000 for word in words):
             raise RefusedInputError(f"steps must be numbers from 1 to 1000 separated by commas, got {self.steps!r}")
@@ -122,18 +193,20 @@ class ExportOptions:
 
     @property
     def static_sizes(self) -> tuple[int, int, int] | None:
-        """Batch, height and width in pixels, or None."""
+        """Return the batch, and the height and width in pixels, of a static export; None where each run chooses."""
         if self.static is None:
             return None
         found = re.fullmatch(r"(\d{1,4})x(\d{1,5})x(\d{1,5})", self.static)
         if found is None or int(found[1]) < 1:
-            raise RefusedInputError(f"static must be BATCHxHEIGHTxWIDTH in pixels, as 1x512x512, got {self.static!r}")
+            raise RefusedInputError(
+                f"static must be BATCHxHEIGHTxWIDTH in pixels, for example 1x512x512, got {self.static!r}"
+            )
         batch, height, width = (int(size) for size in found.groups())
         return batch, height, width
 
     @property
     def adapters(self) -> tuple[tuple[Path, float], ...]:
-        """LoRA files with their scales."""
+        """Return the path and the scale of each LoRA."""
         found = []
         for entry in self.lora:
             path, _, scale = entry.rpartition(":")
@@ -142,3 +215,18 @@ class ExportOptions:
             else:
                 found.append((Path(entry), 1.0))
         return tuple(found)
+
+
+def parse(arguments: list[str], program: str) -> ExportOptions:
+    """Read the options from a command line.
+
+    Args:
+        arguments: words after the program's name.
+        program: name that the help shows.
+
+    Raises:
+        SystemExit: an option is unknown or has a wrong type (code 2), or help was asked for (code 0).
+    """
+    groups = tyro.cli(_Groups, prog=program, args=arguments, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
+    held = [getattr(groups, group.name) for group in fields(groups)]
+    return ExportOptions(**{option.name: getattr(group, option.name) for group in held for option in fields(group)})

@@ -1,12 +1,12 @@
-"""Whether TensorRT's parser can take a graph, as far as the graph alone tells: no GPU and no TensorRT are needed.
+"""Check whether TensorRT's parser can read a graph, as far as the graph alone shows. Needs no GPU and no TensorRT.
 
-The operators, versions and limits are those of onnx-tensorrt's operator list and TensorRT's release notes, not tried on
-an engine here.
+The operators, versions and limits come from onnx-tensorrt's operator list and TensorRT's release notes. They were not
+tried on an engine here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import onnx
 from onnx import TensorProto, helper
@@ -27,17 +27,17 @@ ALLOWED = {
     "Not",
 }
 # fmt: on
-# First TensorRT whose parser has the operator of opset 21 and above; everything else here is in 10.0.
+# First TensorRT version whose parser reads an operator that opset 21 or later brought; 10.0 reads all the others.
 SINCE = {"GroupNormalization": (10, 9), "Attention": (10, 14)}
-# First TensorRT by the last opset that it takes: the operator lists of 10.0 and 10.15 end at 20 and 24; those between
-# are told by the operators above.
+# First TensorRT version for each last opset that a version reads. The operator lists of 10.0 and 10.15 end at opsets 20
+# and 24; the versions between follow from the operators above.
 OPSETS = {20: (10, 0), 22: (10, 9), 23: (10, 14), 24: (10, 15)}
 _TYPES = {
     TensorProto.DataType.Value(name)
     for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "INT8", "UINT8", "BOOL")
 }
-# Attributes of Resize, with their defaults and what TensorRT has of them.
-_RESIZE: dict[str, tuple[Any, set[Any]]] = {
+# Attributes of Resize, with their defaults and the values that TensorRT supports.
+_RESIZE: dict[str, tuple[int | bytes, set[int | bytes]]] = {
     "antialias": (0, {0}),
     "mode": (b"nearest", {b"nearest", b"linear"}),
     "coordinate_transformation_mode": (
@@ -47,11 +47,32 @@ _RESIZE: dict[str, tuple[Any, set[Any]]] = {
     "keep_aspect_ratio_policy": (b"stretch", {b"stretch"}),
 }
 _DATA_LIMIT_BYTES = 2**31
-_SHAPE_BYTES = 1024  # a tensor that says a shape is smaller by far
+_SHAPE_BYTES = 1024  # a tensor that holds a shape is far smaller
 
 
-def check_readiness(path: Path) -> dict[str, Any]:
-    """Static TensorRT check of a graph: {"ready", "problems", "opset", "minimum_tensorrt", "operators"}."""
+class Readiness(TypedDict):
+    """Result of the static TensorRT check of one graph.
+
+    ready: True where there is no problem.
+    problems: one line each.
+    opset: version of the standard ONNX operators.
+    minimum_tensorrt: first TensorRT version that reads the graph.
+    operators: how often each operator occurs, bodies of Loops included.
+    """
+
+    ready: bool
+    problems: list[str]
+    opset: int
+    minimum_tensorrt: str
+    operators: dict[str, int]
+
+
+def check_readiness(path: Path) -> Readiness:
+    """Check a graph for TensorRT without running it.
+
+    Args:
+        path: path of the graph; its data file lies beside it and is not read.
+    """
     model = onnx.load(str(path), load_external_data=False)
     problems = []
     opset = 0
@@ -84,38 +105,8 @@ def check_readiness(path: Path) -> dict[str, Any]:
     }
 
 
-def trtexec_line(graph: str, profiles: Mapping[str, Sequence[Sequence[int]]]) -> str:
-    """The command that builds an engine of a graph.
-
-    Args:
-        graph: path of the file, relative to the export folder.
-        profiles: smallest, usual and largest shape of each input that varies; none for a graph of fixed sizes.
-    """
-    line = f"trtexec --onnx={graph} --stronglyTyped"
-    for i, option in enumerate(("minShapes", "optShapes", "maxShapes")):
-        if profiles:
-            shapes = (f"{name}:{'x'.join(map(str, shape[i]))}" for name, shape in profiles.items())
-            line += f" --{option}={','.join(shapes)}"
-    return f"{line} --saveEngine={graph.removesuffix('.onnx')}.engine"
-
-
-def profiles_of(path: Path, sizes: Mapping[str, Sequence[int]]) -> dict[str, list[list[int]]]:
-    """Smallest, usual and largest shape of each input of a graph that has free dimensions.
-
-    Args:
-        path: of the graph.
-        sizes: the three sizes of each named dimension.
-    """
-    profiles = {}
-    for value in onnx.load(str(path), load_external_data=False).graph.input:
-        dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        if any(isinstance(d, str) for d in dims):
-            profiles[value.name] = [[sizes[d][i] if isinstance(d, str) else d for d in dims] for i in range(3)]
-    return profiles
-
-
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph, and those within it: bodies of Loops, branches of Ifs."""
+    """Yield a graph and the graphs inside it: bodies of Loops, branches of Ifs."""
     yield graph
     for node in graph.node:
         for body in _bodies(node):
@@ -132,7 +123,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _attribute_problems(model: onnx.ModelProto) -> list[str]:
-    """Forms of allowed operators that TensorRT has not."""
+    """Return the uses of allowed operators that TensorRT does not support."""
     problems = []
     constants = {tensor.name for graph in _graphs(model.graph) for tensor in graph.initializer}
     constants |= {node.output[0] for node in _nodes(model.graph) if node.op_type == "Constant"}
@@ -144,14 +135,15 @@ def _attribute_problems(model: onnx.ModelProto) -> list[str]:
                 if value not in allowed:
                     shown = value.decode() if isinstance(value, bytes) else value
                     problems.append(f"Resize {node.name}: {name} {shown}")
-        # Outputs beyond the states, which come in after the trip count and the condition, are collected over the trips.
+        # A Loop's inputs are the trip count, the condition and its states. Outputs beyond the states are scan outputs,
+        # which grow with every trip.
         if node.op_type == "Loop" and len(node.output) > len(node.input) - 2 and node.input[0] not in constants:
             problems.append(f"Loop {node.name}: scan output {node.output[-1]} of dynamic length")
     return problems
 
 
 def _data_problems(path: Path, model: onnx.ModelProto) -> list[str]:
-    """External data must be one file beside the graph; every tensor below 2 GiB and of a type that TensorRT has."""
+    """Return tensors of 2 GiB or more or of unsupported types, and external data not in one file beside the graph."""
     problems, locations = [], set()
     for tensor in (tensor for graph in _graphs(model.graph) for tensor in graph.initializer):
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -170,10 +162,10 @@ def _data_problems(path: Path, model: onnx.ModelProto) -> list[str]:
 
 
 def _shape_problems(model: onnx.ModelProto) -> list[str]:
-    """Shape inference must pass and leave no value without a rank, and none of a type that TensorRT has not."""
+    """Return failures of shape inference, values of unknown rank or unsupported type, and unnamed output sizes."""
     for tensor in (tensor for graph in _graphs(model.graph) for tensor in graph.initializer):
         if len(tensor.raw_data) > _SHAPE_BYTES:
-            # Inference reads no weights, but copies them several times.
+            # Shape inference reads no weights but would copy them several times.
             onnx.external_data_helper.set_external_data(tensor, "weights")
             tensor.ClearField("raw_data")
     problems = _value_problems(model, model.graph, {}, {})
@@ -181,7 +173,7 @@ def _shape_problems(model: onnx.ModelProto) -> list[str]:
     for value in model.graph.output:
         if value.name in ("out_sample", "out_latents"):
             problems += [
-                f"{value.name}: dimension {d.dim_param} is none of the inputs'"
+                f"{value.name}: dimension {d.dim_param} is not a dimension of an input"
                 for d in value.type.tensor_type.shape.dim
                 if d.dim_param and d.dim_param not in free
             ]
@@ -194,12 +186,15 @@ def _value_problems(
     values: Mapping[str, onnx.ValueInfoProto],
     constants: Mapping[str, TensorProto],
 ) -> list[str]:
-    """Problems of the values of a graph and of those within it.
+    """Return the problems of the values of a graph and of the graphs inside it.
+
+    Each graph is inferred by itself, because inference inside a model does not see the constants around a body.
 
     Args:
-        model: that the graph is of.
-        graph: the model's own, or a body; by itself, as inference in place sees no constants around a body.
-        values, constants: around a body.
+        model: model that holds the graph.
+        graph: the model's own graph, or the body of one of its nodes.
+        values: values outside a body, by name; empty for the model's own graph.
+        constants: constants outside a body, by name; empty for the model's own graph.
     """
     taken = {name for node in _nodes(graph) for name in node.input}
     around = [value for name, value in values.items() if name in taken]

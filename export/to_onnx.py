@@ -1,6 +1,6 @@
 """Export a Stable Diffusion pipeline, aligned or not, to ONNX graphs: `python export/to_onnx.py --help`.
 
-Exit codes: 0 done, 1 a graph does not do what torch does, 2 refused input, 143 ended by SIGTERM.
+Exit codes: 0 done, 1 a graph does not compute what torch computes, 2 refused input, 143 stopped by SIGTERM.
 """
 
 import json
@@ -10,14 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run as `python export/to_onnx.py`: import the checkout, not this folder's modules
+if not __package__:  # run as `python export/to_onnx.py`: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-import tyro
 
 from d2f_fast import __version__
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.options import ExportOptions
+from d2f_fast.export.options import ExportOptions, parse
 from d2f_fast.files.memory import peak_resident_bytes
 from d2f_fast.models.library_messages import silence_libraries
 
@@ -25,15 +23,19 @@ PROGRAM = "to_onnx.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line, and return the exit code.
+
+    Args:
+        arguments: words after the program's name; None takes those of this process.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given == ["--version"]:
         print(f"d2f_fast {__version__}")
         return 0
     try:
-        options = tyro.cli(ExportOptions, prog=PROGRAM, args=given, use_underscores=True)
+        options = parse(given, PROGRAM)
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            # An exception, so that the unfinished folder is removed.
+            # SIGTERM raises an exception, so that the unfinished folder is removed.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return _export(options)
     except RefusedInputError as error:
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: ExportOptions) -> int:
+    """Export, print the result, and return the exit code."""
     started = time.monotonic()
     silence_libraries()
     from d2f_fast.export.folder import export_folder

@@ -1,4 +1,4 @@
-"""Check exported graphs: ONNX Runtime against torch, at sizes and times that the tracer never saw."""
+"""Compare exported graphs in ONNX Runtime with torch, at sizes and times at which they were not traced."""
 
 import contextlib
 import math
@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
@@ -20,25 +21,27 @@ from d2f_fast.flow.alignment import Alignment
 from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity
 
 GUIDANCE_SCALE = 1.5
-# One whole, one between two training times, the last.
+# One timestep between two training timesteps, one on a training timestep, and the last.
 TIMESTEPS = (673.16, 21.0, 999.0)
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Array = npt.NDArray[np.float32]
+Arrays = dict[str, Array]  # token ids alone are int64
 
 
 class VerificationError(RuntimeError):
-    """A graph that does not do what torch does. The command line exits with 1."""
+    """A graph does not compute what torch computes. The command line exits with 1."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a graph, and what torch makes of them in float32.
+    """Inputs of a graph, and torch's outputs for them in float32.
 
     Args:
-        inputs, outputs: by name.
-        amplification: how many times larger than the network's own error that of the outputs may be.
+        inputs: inputs by name.
+        outputs: outputs by name.
+        amplification: how many times larger the error of the outputs may be than that of one network evaluation.
     """
 
     inputs: Arrays
@@ -46,9 +49,35 @@ class Case:
     amplification: float = 1.0
 
 
+class Row(TypedDict):
+    """Errors of a graph in one case.
+
+    graph: path of the graph in the export folder.
+    sizes: shape of each input of two or more dimensions.
+    rms: relative RMS error of the worst output.
+    max: largest error of the worst output, relative to the output's RMS.
+    amplification: that of the case.
+    timestep: timestep of a network evaluation; absent elsewhere.
+    steps: number of steps of a sampler; absent elsewhere.
+    """
+
+    graph: str
+    sizes: dict[str, list[int]]
+    rms: float
+    max: float
+    amplification: float
+    timestep: NotRequired[float]
+    steps: NotRequired[int]
+
+
 @torch.no_grad()
 def component_cases(component: Component, sizes: dict[str, int] | None = None) -> list[Case]:
-    """Cases of a component at three sizes (or at the one fixed size), with fractional times among them."""
+    """Return a component's cases at three sizes and timesteps.
+
+    Args:
+        component: component in float32.
+        sizes: fixed sizes of a static export; None takes three different ones.
+    """
     cases = []
     for i, at in enumerate([sizes] * len(TIMESTEPS) if sizes else check_sizes(component)):
         inputs = component.make_inputs(at, seed=i + 1)
@@ -71,20 +100,22 @@ def sampler_cases(
     decode: Callable[[Tensor], Tensor] | None = None,
     sizes: dict[str, int] | None = None,
 ) -> dict[int, Case]:
-    """A case of the sampler for each number of steps: the flow integrated by `sample_flow`, in x_t and flow time.
+    """Return a case of the sampler for each number of steps.
+
+    The expected output is that of `sample_flow`, which integrates x_t over flow time and knows no step table.
 
     Args:
-        component: the UNet's, in float32.
-        alignment: how its output is read.
-        tables: by number of steps.
-        guidance: whether the sampler guides.
-        decode: pictures of latents, where the sampler decodes.
-        sizes: of the network's inputs for a static export; its batch is the sampler's own.
+        component: component of the UNet, in float32.
+        alignment: flow that reads the network's output as a velocity.
+        tables: step tables by number of steps.
+        guidance: Whether the sampler guides.
+        decode: function from scaled latents to pixels in [-1, 1]; None where the sampler returns latents.
+        sizes: sizes of the network's inputs in a static export, with the sampler's own batch; None elsewhere.
     """
     cases: dict[int, Case] = {}
     free = sorted(check_sizes(component), key=lambda at: at["batch"])
     for i, (steps, table) in enumerate(sorted(tables.items(), reverse=True)):
-        # The most steps go with the smallest batch.
+        # The largest number of steps is checked at the smallest batch, to save time.
         given = component.make_inputs(sizes or free[i % len(free)], seed=100 + i)
         negative = component.make_inputs(sizes or free[i % len(free)], seed=200 + i)
         latents = torch.randn(
@@ -112,11 +143,11 @@ def sampler_cases(
             added or None,
         )
 
-        # In float64 times, as the tables are: float32 finds a time between two of the table's to three digits only.
+        # Times are float64, as in the tables: in float32 a timestep between two training timesteps has three digits.
         def exactly_timed(x_t: Tensor, t: Tensor, velocity: Velocity = velocity) -> Tensor:
             return velocity(x_t, t.double())
 
-        # At both ends of the flow the two states are one: n(0) = n(1) = 1.
+        # At both ends of the flow, the flow state and the diffusion state are equal: n(0) = n(1) = 1.
         with exact_convolutions():
             final = sample_flow(exactly_timed, latents, times=alignment.times(steps))
             assert isinstance(final, Tensor)
@@ -127,12 +158,16 @@ def sampler_cases(
 
 
 def error_amplification(table: StepTable, guidance_scale: float) -> float:
-    """Factor from a relative error of every network evaluation to that of the final latents, at least 1.
+    """Return the factor from a relative error of each network evaluation to that of the final latents, at least 1.
 
         sum_k |B_k| prod_{j > k} |A_j| * sqrt(g² + (g - 1)²)
 
-    In the first step alone ε-prediction divides by alpha, 0.07 in Stable Diffusion: one step from pure noise multiplies
-    the rounding of any network by 15. How a network answers a changed state is left out.
+    The first step of an epsilon-prediction divides by alpha, 0.07 in Stable Diffusion, so that one step from pure noise
+    multiplies the rounding of any network by 15. How a network responds to a changed state is left out.
+
+    Args:
+        table: step table of the sampler.
+        guidance_scale: guidance scale g; 1 for none.
     """
     total = 0.0
     for a, b in zip(table.coef_x, table.coef_out, strict=True):
@@ -142,32 +177,43 @@ def error_amplification(table: StepTable, guidance_scale: float) -> float:
 
 @contextlib.contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Let torch convolve by plain matrix products, not by oneDNN.
+    """Make torch compute convolutions as matrix products instead of by oneDNN.
 
-    Of the forms that oneDNN chooses by shape some round several times as much: the reference would then be further from
-    float64 than the graph is (6e-6 against 1.6e-6 for a decoder of Stable Diffusion 1.5's size at a batch of 3).
+    oneDNN chooses an algorithm by shape, and some round several times as much. The reference would then be further from
+    float64 than the graph is: 6e-6 against 1.6e-6 for a decoder of Stable Diffusion 1.5's size at a batch of 3.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of settings for other devices, which the switch touches too
+        warnings.simplefilter("ignore")  # the switch warns about settings of other devices
         with torch.backends.mkldnn.flags(enabled=False):
             yield
 
 
 def check_structure(path: Path) -> None:
-    """Check a graph by its path, as files above 2 GiB need it, the types of its operators included.
+    """Check that a file is a valid ONNX model, the types of its operators included.
+
+    Args:
+        path: path of the graph. ONNX reads it itself, because a model above 2 GiB cannot be passed in memory.
 
     Raises:
-        VerificationError: the file is no valid model.
+        VerificationError: the file is not a valid model.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         name = f"{path.parent.name}/{path.name}"
-        raise VerificationError(f"{name} is no valid ONNX model: {str(error).splitlines()[0]}") from error
+        raise VerificationError(f"{name} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
 
 
 def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Session on the CPU, which every machine has."""
+    """Open a graph in ONNX Runtime on the CPU, which every machine has.
+
+    Args:
+        path: path of the graph.
+        threads: threads of one operator; 0 for one per core.
+
+    Raises:
+        VerificationError: the graph does not load.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -179,8 +225,12 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
         ) from error
 
 
-def compare(path: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Run a checked graph on its cases; a row for each, with the worst output's relative RMS and largest error.
+def compare(path: Path, cases: Sequence[Case]) -> list[Row]:
+    """Run a graph on its cases, and return a row of errors for each.
+
+    Args:
+        path: path of the graph, which `check_structure` has checked.
+        cases: inputs and expected outputs.
 
     Raises:
         VerificationError: the graph does not load, or lacks an input or output.
@@ -188,7 +238,7 @@ def compare(path: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
     session = open_session(path)
     names = [value.name for value in session.get_outputs()]
     taken = {value.name for value in session.get_inputs()}
-    rows = []
+    rows: list[Row] = []
     for case in cases:
         if taken != set(case.inputs) or set(names) != set(case.outputs):
             raise VerificationError(
@@ -213,8 +263,11 @@ def compare(path: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
     return rows
 
 
-def relative_errors(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Relative RMS error, and largest error over the RMS of `want`; infinite where a value is not finite."""
+def relative_errors(got: Array, want: Array) -> tuple[float, float]:
+    """Return the relative RMS error, and the largest error over the RMS of `want`.
+
+    Both are infinite where the shapes differ or a value is not finite.
+    """
     if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
         return math.inf, math.inf
     difference = got.astype(np.float64) - want.astype(np.float64)
@@ -222,22 +275,26 @@ def relative_errors(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> tu
     return float(np.sqrt(np.mean(difference**2))) / scale, float(np.abs(difference).max()) / scale
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], tolerance: float) -> None:
-    """Refuse rows above the tolerance times their amplification.
+def check_rows(rows: Sequence[Row], tolerance: float) -> None:
+    """Refuse an export if the RMS error of a row is above the tolerance times the row's amplification.
+
+    Args:
+        rows: rows of all graphs.
+        tolerance: largest relative RMS error of one network evaluation.
 
     Raises:
-        VerificationError: names the worst graph, its error and the tolerance.
+        VerificationError: a row is above; the message has the worst graph, its error and the allowed one.
     """
     worst = max(rows, key=lambda row: row["rms"] / row["amplification"], default=None)
     if worst is not None and not worst["rms"] <= tolerance * worst["amplification"]:
         raise VerificationError(
             f"{worst['graph']} differs from torch by {worst['rms']:.1e} (relative RMS at {worst['sizes']}), allowed is"
-            f" {tolerance * worst['amplification']:.1e}: the export is not usable; see --tolerance and --precision"
+            f" {tolerance * worst['amplification']:.1e}: do not use this export; see --tolerance and --precision"
         )
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text, one a line."""
+def table_of(rows: Sequence[Row]) -> str:
+    """Format rows as a table, one line for each."""
     lines = [f"{'graph':32} {'time or steps':>13} {'rms':>9} {'max':>9}"]
     for row in rows:
         when = f"t={row['timestep']:.2f}" if "timestep" in row else f"{row['steps']} steps" if "steps" in row else ""

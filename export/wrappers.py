@@ -1,27 +1,34 @@
-"""The parts of a pipeline as modules with flat tensors in and out, named and shaped as in optimum's ONNX folders.
+"""Wrap the parts of a pipeline as modules with flat tensors in and out, named and shaped as in optimum's ONNX folders.
 
-Every graph takes and gives float32 (token ids: int64), whatever its weights are in: a half-precision module casts at
-its own door, and the timestep is never rounded (float16 would make 673.16 into 673, bfloat16 into 672).
+Every graph takes and returns float32, and int64 token ids, whatever the type of its weights. A half-precision module
+casts its inputs itself and never rounds the timestep: float16 would turn 673.16 into 673, bfloat16 into 672.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError
 
-Dim = int | str
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from diffusers.configuration_utils import FrozenDict
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-# Options of a UNet's configuration by which it takes another input: those that it does not, and the input.
+Dim: TypeAlias = int | str
+TextModel: TypeAlias = "CLIPTextModel | CLIPTextModelWithProjection"
+Vae: TypeAlias = "AutoencoderKL | AutoencoderTiny"
+
+# Options of a UNet's configuration that may ask for another input: the values that do not, and the name of the input.
 _OTHER_INPUTS: dict[str, tuple[tuple[str | None, ...], str]] = {
     "time_cond_proj_dim": ((None,), "the guidance scale (LCM)"),
     "class_embed_type": ((None,), "class labels"),
     "num_class_embeds": ((None,), "class labels"),
-    "encoder_hid_dim_type": ((None,), "another text or a picture"),
+    "encoder_hid_dim_type": ((None,), "another text or an image"),
     "addition_embed_type": ((None, "text_time"), "an embedding beside the time's other than SDXL's"),
 }
 
@@ -31,9 +38,9 @@ class Port:
     """An input or output of a graph.
 
     Args:
-        name: as optimum expects it.
-        dims: sizes; a name for one that is chosen at run time.
-        make: a random value of such a shape; None for outputs.
+        name: name that optimum expects.
+        dims: size of each dimension; a name stands for a size that is chosen at run time.
+        make: function from a shape to a random value; None for outputs.
     """
 
     name: str
@@ -43,27 +50,33 @@ class Port:
 
 @dataclass
 class Component:
-    """One graph of the folder.
+    """A module that becomes one graph of the folder.
 
     Args:
-        name: of its folder.
-        module: takes the inputs and gives the outputs, in order.
-        inputs, outputs: ports.
-        multiples: size step of a named dimension, 1 where it is not listed.
-        limits: largest size of a named dimension.
-        config: of the model it belongs to; written beside the graph.
+        name: name of the graph's folder.
+        module: module that takes the inputs and returns the outputs, in order.
+        inputs: ports of the inputs.
+        outputs: ports of the outputs.
+        config: configuration of the wrapped model, which is written beside the graph.
+        multiples: step of the sizes of a named dimension; 1 where it is not listed.
+        limits: largest size of a named dimension; none where it is not listed.
     """
 
     name: str
     module: nn.Module
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    config: Any
+    config: "FrozenDict | CLIPTextConfig"
     multiples: dict[str, int] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
 
     def make_inputs(self, sizes: dict[str, int], seed: int) -> dict[str, Tensor]:
-        """Random inputs of the given sizes, the same for the same seed."""
+        """Return random inputs by name.
+
+        Args:
+            sizes: size of every named dimension.
+            seed: seed of the values.
+        """
         generator = torch.Generator().manual_seed(seed)
         made = {}
         for port in self.inputs:
@@ -77,7 +90,7 @@ def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _timestep(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A fractional time."""
+    """Return a fractional timestep in [0, 999); `shape` is empty."""
     return torch.rand((), generator=generator) * 999
 
 
@@ -90,9 +103,9 @@ def _time_ids(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 class UNet(nn.Module):
-    """A conditional UNet: (sample, timestep [], encoder_hidden_states, then SDXL's text_embeds, time_ids) -> output."""
+    """A conditional UNet with a scalar timestep and, for SDXL, with text_embeds and time_ids."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: "UNet2DConditionModel") -> None:
         super().__init__()
         self.unet = unet
 
@@ -104,15 +117,23 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        """Model output, float32, in the shape of the sample."""
+        """Return the network's output as float32.
+
+        Args:
+            sample: diffusion state, [B, C, H, W] float32.
+            timestep: fractional diffusion timestep, [] float32.
+            encoder_hidden_states: text condition, [B, L, D] float32.
+            text_embeds: pooled text of SDXL, [B, P] float32; None for other models.
+            time_ids: image sizes and crop of SDXL, [B, 6] float32 in pixels; None for other models.
+        """
         dtype = self.unet.dtype
         extra = {}
         if text_embeds is not None:
             assert time_ids is not None
-            # In float32: diffusers casts them itself, after it has joined the pooled text and the embedded sizes. Cast
-            # here, the two came to be of different types in the graph.
+            # They stay float32, because diffusers casts them after joining pooled text and embedded sizes. Casting them
+            # here gave the two different types in the graph.
             extra["added_cond_kwargs"] = {"text_embeds": text_embeds, "time_ids": time_ids}
-        output = self.unet(
+        output: Tensor = self.unet(
             sample.to(dtype),
             timestep,
             encoder_hidden_states=encoder_hidden_states.to(dtype),
@@ -123,15 +144,24 @@ class UNet(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A CLIP text encoder: input_ids -> optimum's outputs, pooled or projected first where the model projects."""
+    """A CLIP text encoder with optimum's outputs.
 
-    def __init__(self, text_encoder: Any, projects: bool) -> None:
+    Args:
+        text_encoder: model to wrap.
+        projects: Whether the model projects the pooled text, as SDXL's second one does.
+    """
+
+    def __init__(self, text_encoder: TextModel, projects: bool) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.projects = projects
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """(text_embeds, last_hidden_state, hidden_states.i) or (last_hidden_state, pooler_output, hidden_states.i)."""
+        """Return the outputs for token ids [B, L] int64, in float32.
+
+        They are (text_embeds, last_hidden_state, hidden_states.i …) where the model projects, and (last_hidden_state,
+        pooler_output, hidden_states.i …) elsewhere.
+        """
         out = self.text_encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
         if self.projects:
             first = (out.text_embeds, out.last_hidden_state)
@@ -141,47 +171,58 @@ class TextEncoder(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    """Pixels in [-1, 1] -> mean and log variance of the unscaled latents, concatenated; a tiny one gives latents."""
+    """The encoder of an autoencoder: from pixels in [-1, 1] to unscaled latents."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Vae) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, sample: Tensor) -> Tensor:
-        """latent_parameters [B, 2 C, H / f, W / f], or latent_sample [B, C, H / f, W / f]."""
+        """Return the mean and log variance of the latents, [B, 2 C, H / f, W / f] float32.
+
+        An AutoencoderTiny has no variance: it returns the latents, [B, C, H / f, W / f].
+
+        Args:
+            sample: pixels in [-1, 1], [B, 3, H, W] float32.
+        """
         encoded = self.vae.encode(sample.to(self.vae.dtype), return_dict=False)[0]
         return (encoded if isinstance(encoded, Tensor) else encoded.parameters).float()
 
 
 class VAEDecoder(nn.Module):
-    """Unscaled latents -> pixels in about [-1, 1]."""
+    """The decoder of an autoencoder: from unscaled latents to pixels in about [-1, 1]."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Vae) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        """sample [B, 3, f H, f W]."""
-        return self.vae.decode(latent_sample.to(self.vae.dtype), return_dict=False)[0].float()
+        """Return pixels, [B, 3, f H, f W] float32.
+
+        Args:
+            latent_sample: unscaled latents, [B, C, H, W] float32.
+        """
+        decoded: Tensor = self.vae.decode(latent_sample.to(self.vae.dtype), return_dict=False)[0]
+        return decoded.float()
 
 
-def unet_component(unet: Any) -> Component:
-    """The network: one evaluation, with a scalar float32 timestep.
+def unet_component(unet: "UNet2DConditionModel") -> Component:
+    """Return the component of one network evaluation.
 
     Raises:
-        ModelError: it takes an input that this folder's layout and samplers have not, or would be run without it.
+        ModelError: the network takes an input that the exported graphs and samplers do not have.
     """
     config = unet.config
     for option, (allowed, taken) in _OTHER_INPUTS.items():
         if config.get(option) not in allowed:
             raise ModelError(
                 f"unet/config.json: with {option} {config[option]!r} the network takes {taken}, which no exported graph"
-                " does: leave unet and sampler out of components"
+                " takes: leave unet and sampler out of components"
             )
     if not isinstance(config.cross_attention_dim, int):
         raise ModelError(
             f"unet/config.json: with cross_attention_dim {list(config.cross_attention_dim)} the network takes texts of"
-            " several widths, which no exported graph does: leave unet and sampler out of components"
+            " several widths, which no exported graph takes: leave unet and sampler out of components"
         )
     inputs = [
         Port("sample", ("batch", config.in_channels, "height", "width"), _normal),
@@ -199,22 +240,29 @@ def unet_component(unet: Any) -> Component:
         outputs=(Port("out_sample", ("batch", config.out_channels, "height", "width")),),
         config=config,
         multiples={"height": step, "width": step},
-        # diffusers branches at a batch of 64 (a memory layout, without effect in a graph).
+        # At a batch of 64 diffusers takes another branch, for a memory layout that has no effect in a graph.
         limits={"batch": 63},
     )
 
 
-def text_encoder_component(text_encoder: Any, name: str) -> Component:
-    """A text encoder, with attention written out: the fused form leaves guards against NaN in the graph."""
+def text_encoder_component(text_encoder: TextModel, name: str) -> Component:
+    """Return the component of a text encoder, and set its attention to the eager form.
+
+    The fused form of attention would leave guards against NaN in the graph.
+
+    Args:
+        text_encoder: model to wrap.
+        name: "text_encoder" or "text_encoder_2".
+    """
     text_encoder.set_attn_implementation("eager")
     config = text_encoder.config
     projects = type(text_encoder).__name__.endswith("WithProjection")
 
     def token_ids(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Prompts of growing length, ended and padded by the end-of-text token."""
+        """Return prompts of growing length, ended and padded by the end-of-text token."""
         batch, length = shape
         end = config.eos_token_id if 0 <= config.eos_token_id < config.vocab_size else config.vocab_size - 1
-        end = config.vocab_size - 1 if end == 2 else end  # CLIP's old configurations say 2; its vocabulary ends with it
+        end = config.vocab_size - 1 if end == 2 else end  # old configurations of CLIP say 2 for their last token
         ids = torch.randint(0, config.vocab_size - 2, (batch, length), generator=generator)
         for row in range(batch):
             ids[row, max(1, (row + 1) * length // (batch + 1)) :] = end
@@ -236,8 +284,8 @@ def text_encoder_component(text_encoder: Any, name: str) -> Component:
     )
 
 
-def vae_components(vae: Any) -> list[Component]:
-    """The encoder and the decoder of the autoencoder."""
+def vae_components(vae: Vae) -> list[Component]:
+    """Return the components of an autoencoder's encoder and decoder."""
     config = vae.config
     factor = 2 ** (len(config.block_out_channels) - 1)
     is_tiny = type(vae).__name__ == "AutoencoderTiny"
@@ -262,7 +310,7 @@ def vae_components(vae: Any) -> list[Component]:
 
 
 def example_sizes(component: Component) -> dict[str, int]:
-    """Sizes to trace with: every one at least 2, or the tracer would take it for a constant."""
+    """Return sizes to trace with, each at least 2, because the tracer takes smaller ones for constants."""
     names = {d for port in component.inputs for d in port.dims if isinstance(d, str)}
     base = {"batch": 2, "sequence": 7}
     sizes = {}
@@ -275,7 +323,10 @@ def example_sizes(component: Component) -> dict[str, int]:
 
 
 def check_sizes(component: Component) -> list[dict[str, int]]:
-    """Sizes to verify at: one picture, a tall and a wide one, a prompt of two chunks; none is the example's."""
+    """Return three sets of sizes to verify at, none of which was traced.
+
+    They are one wide image, three tall ones, and two tall ones with a prompt of two chunks.
+    """
     names = {d for port in component.inputs for d in port.dims if isinstance(d, str)}
     sides = [(1, 2), (3, 1), (2, 1)]  # (height, width) in units
     found = []
@@ -283,7 +334,7 @@ def check_sizes(component: Component) -> list[dict[str, int]]:
         sizes = {"batch": (1, 3, 2)[i], "sequence": (77, 77, 154)[i]}
         for name in ("height", "width", "latent_height", "latent_width"):
             step = component.multiples.get(name, 1)
-            # A decoder makes 64 pixels of a latent: with half the side it costs a quarter.
+            # A decoder makes many pixels of each latent: half the side costs a quarter of the time.
             unit = step * math.ceil((4 if name.startswith("latent") else 8) / step)
             sizes[name] = unit * (height if "height" in name else width)
         limits = component.limits

@@ -1,4 +1,4 @@
-"""What the network is given at flow time t: the diffusion state and its timestep, in one launch.
+"""Align: compute the network's inputs at flow time t, the diffusion state and its timestep, in one launch.
 
     sample   = (t * latents + (1 - t) * noise) / n      n = sqrt(t² + (1 - t)²)
     timestep = T - 1 - k - (t - r_k) / (r_k+1 - r_k)    r the table of flow times, ascending, r_k <= t < r_k+1
@@ -7,10 +7,8 @@ Diff2Flow, arXiv 2506.02221, section 3.2: interpolant alignment and timestep res
 timestep = T * (1 - t): naive flow matching.
 
 latents, noise: [B, C, H, W] float32, float16 or bfloat16, of any strides; t, timestep: [B] float32. All arithmetic is
-float32; the sample is rounded once, at the store, to the type of the latents, in whose memory layout it is.
+float32; the sample is rounded once, at the store, to the type of the latents, and has their memory layout.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +38,18 @@ NUM_WARPS = 8
 def align_reference(
     latents: Tensor, noise: Tensor, t: Tensor, rising_flow_times: Tensor | None, t_min: float, num_train_timesteps: int
 ) -> tuple[Tensor, Tensor]:
-    """Sample and timestep in plain torch, differentiable, for any rank; float64 where t is.
+    """Return sample and timestep in plain torch: differentiable, of any rank, in float64 where t is float64.
 
     Args:
-        latents, noise: [B, ...].
-        t: [B].
-        rising_flow_times: [T] of t's type; None for naive flow matching.
-        t_min: flow time below which the timestep stays.
-        num_train_timesteps: T.
+        latents: clean latents, [B, ...].
+        noise: Gaussian noise, same shape.
+        t: flow time, [B] float32 or float64.
+        rising_flow_times: table of flow times, [T] ascending in t's type; None for naive flow matching.
+        t_min: flow time below which the timestep no longer changes.
+        num_train_timesteps: number T of timesteps.
+
+    Returns:
+        The diffusion state in the type of the latents, and the fractional timestep, [B] in t's type.
     """
     if rising_flow_times is None:
         n, timestep = torch.ones_like(t), naive_timestep(t, num_train_timesteps)
@@ -111,7 +113,7 @@ if triton is not None:
                 # Counting the nodes at or below t reads the table at once; bisection would wait for ten reads in turn.
                 node = tl.arange(0, TABLE_BLOCK)
                 nodes = tl.load(table_ptr + node, mask=node < num_train_timesteps, other=float("inf"))
-                # NaN must come out as NaN, as from torch.
+                # A NaN must stay NaN, as it does in torch.
                 t = tl.maximum(t, t_min, propagate_nan=tl.PropagateNan.ALL)
                 upper = tl.sum((nodes <= t).to(tl.int32), 0)
                 upper = tl.minimum(tl.maximum(upper, 1), num_train_timesteps - 1)
@@ -125,7 +127,7 @@ if triton is not None:
 def align_launch(
     latents: Tensor, noise: Tensor, t: Tensor, rising_flow_times: Tensor | None, t_min: float, num_train_timesteps: int
 ) -> tuple[Tensor, Tensor]:
-    """`align_reference` by the Triton kernel."""
+    """Return what `align_reference` returns, by the Triton kernel."""
     latents = dense_samples(latents)
     sample, timestep = align_fake(latents, noise, t, rising_flow_times, t_min, num_train_timesteps)
     if not len(t):
@@ -159,14 +161,18 @@ def align_launch(
     return sample, timestep
 
 
-def align_cpu(latents: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    """`align_reference` in the memory layout of the kernel."""
-    sample, timestep = align_reference(latents, *operands)
+def align_cpu(
+    latents: Tensor, noise: Tensor, t: Tensor, rising_flow_times: Tensor | None, t_min: float, num_train_timesteps: int
+) -> tuple[Tensor, Tensor]:
+    """Return what `align_reference` returns, in the memory layout that the kernel gives it."""
+    sample, timestep = align_reference(latents, noise, t, rising_flow_times, t_min, num_train_timesteps)
     return sample.contiguous(memory_format=memory_format(latents)), timestep
 
 
-def align_fake(latents: Tensor, noise: Tensor, t: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Outputs of the op, without values."""
+def align_fake(
+    latents: Tensor, noise: Tensor, t: Tensor, rising_flow_times: Tensor | None, t_min: float, num_train_timesteps: int
+) -> tuple[Tensor, Tensor]:
+    """Return the op's outputs without their values."""
     sample = torch.empty(
         latents.shape, dtype=latents.dtype, device=latents.device, memory_format=memory_format(latents)
     )
@@ -185,8 +191,9 @@ torch.library.register_fake("d2f_fast::align", align_fake, lib=library)
 def align(
     latents: Tensor, noise: Tensor, t: Tensor, rising_flow_times: Tensor | None, t_min: float, num_train_timesteps: int
 ) -> tuple[Tensor, Tensor]:
-    """Give `align_reference` of the operands, by the op where it serves them."""
+    """Return what `align_reference` returns, by the op where it serves these operands."""
     operands = (latents, noise, t, rising_flow_times, t_min, num_train_timesteps)
     if serves(t, latents, noise) and not wants_gradient(latents, noise, t):
-        return torch.ops.d2f_fast.align(*operands)
+        aligned: tuple[Tensor, Tensor] = torch.ops.d2f_fast.align(*operands)
+        return aligned
     return align_reference(*operands)

@@ -1,4 +1,4 @@
-"""The Triton kernels of a LoRA linear, and their launches. `lora_linear.py` holds the formulas they are compared with.
+"""LoRA kernels: the Triton kernels of a LoRA linear and their launches; `lora_linear.py` holds their formulas.
 
     _narrow_kernel       s = x Aᵀ, ds = dy (scale B)               M rows to r columns
     _wide_kernel         y = x Wᵀ + s (scale B)ᵀ + bias, dx = dy W + ds A        one accumulator, one store
@@ -6,9 +6,9 @@
     _rows_sum_kernel     partial sums of dA = dsᵀ x, and of dB where one pass does not pay
 
 Sums over the rows are cut into blocks of rows, each of which writes its own float32 part; the parts are added in a
-fixed order, so that two runs are bitwise equal. All products accumulate in float32 (float32 operands: IEEE, never
-tf32); each output is rounded once, at its store. Features are compile-time constants and multiples of 16; the rank is
-padded to a power of two in registers; M is masked.
+fixed order, so that two runs are bitwise equal. All products accumulate in float32, and float32 operands are multiplied
+in IEEE float32, never in tf32; each output is rounded once, at its store. Features are compile-time constants and
+multiples of 16; the rank is padded to a power of two in registers; M is masked.
 """
 
 import torch
@@ -30,7 +30,7 @@ if triton is not None:
 
     @triton.jit
     def _rank_tile(ptr, rank, mask, RANK: tl.constexpr, R: tl.constexpr, UPCAST: tl.constexpr):
-        """Tile whose padded ranks, and rows outside `mask`, are zero."""
+        """Load a tile whose padded ranks, and rows outside `mask`, are zero."""
         tile = tl.load(ptr, mask=mask if RANK == R else mask & (rank < RANK), other=0.0)
         return tile.to(tl.float32) if UPCAST else tile
 
@@ -107,7 +107,7 @@ if triton is not None:
             acc = tl.dot(x, weight, acc, input_precision="ieee")
             x_ptrs += BLOCK_K
             weight_ptrs += BLOCK_K * STRIDE_WEIGHT_K
-        # Last: s is needed only here, and its load overlaps the loop.
+        # The adapter comes last: s is needed only here, and its load overlaps the loop.
         s = _rank_tile(s_ptr + m * RANK + rank[None, :], rank[None, :], m < rows, RANK, R, UPCAST)
         b_ptrs = b_ptr + n * STRIDE_B_N + rank[:, None] * STRIDE_B_RANK
         b = _rank_tile(b_ptrs, rank[:, None], n < N, RANK, R, UPCAST)
@@ -181,7 +181,7 @@ if triton is not None:
 
 
 def launch_shrink(x: Tensor, a: Tensor, tile: Tile | None = None) -> Tensor:
-    """s = x Aᵀ, [M, r], in x's dtype; x [M, K], a [r, K]."""
+    """Return s = x Aᵀ, [M, r], in x's dtype; x [M, K], a [r, K]."""
     rank, k = a.shape
     return _launch_narrow(x, a.contiguous(), rank, (k, 1), tile)
 
@@ -189,14 +189,20 @@ def launch_shrink(x: Tensor, a: Tensor, tile: Tile | None = None) -> Tensor:
 def launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, tile: Tile | None = None
 ) -> Tensor:
-    """y = x Wᵀ + s bᵀ + bias, [M, N]; x [M, K], weight [N, K], bias [N], s [M, r], b [N, r], all of one dtype."""
+    """Return y = x Wᵀ + s bᵀ + bias, [M, N].
+
+    Shapes: x [M, K], weight [N, K], bias [N], s [M, r], b [N, r], all of one dtype.
+    """
     n, k = weight.shape
     tile = tile or entry_of(n, k, s.shape[1], x.dtype, x.device).forward
     return _launch_wide(x, weight.contiguous(), (k, 1), s, b.contiguous(), (s.shape[1], 1), n, bias, tile)
 
 
 def launch_backward_dx(grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, tile: Tile | None = None) -> Tensor:
-    """dx = dy W + ds A, [M, K]; grad_y [M, N], weight [N, K], grad_s [M, r], a [r, K], all of one dtype."""
+    """Return dx = dy W + ds A, [M, K].
+
+    Shapes: grad_y [M, N], weight [N, K], grad_s [M, r], a [r, K], all of one dtype.
+    """
     n, k = weight.shape
     tile = tile or entry_of(n, k, a.shape[0], grad_y.dtype, grad_y.device).grad_x
     return _launch_wide(grad_y, weight.contiguous(), (1, k), grad_s, a.contiguous(), (1, k), k, None, tile)
@@ -205,7 +211,10 @@ def launch_backward_dx(grad_y: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor
 def launch_backward_ds_db(
     grad_y: Tensor, s: Tensor, b: Tensor, tile: Tile | None = None, *, one_pass: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """ds = dy b, [M, r] in dy's dtype, and db = dyᵀ s, [N, r] float32; grad_y [M, N], s [M, r], b [N, r]."""
+    """Return ds = dy b, [M, r] in dy's dtype, and db = dyᵀ s, [N, r] float32.
+
+    Shapes: grad_y [M, N], s [M, r], b [N, r]. `one_pass` reads dy once for both; None lets the table decide.
+    """
     (rows, n), rank = grad_y.shape, b.shape[1]
     entry = narrow_entry_of(rank, grad_y.dtype, grad_y.device)
     if one_pass is None:
@@ -238,12 +247,12 @@ def launch_backward_ds_db(
 
 
 def launch_backward_da(grad_s: Tensor, x: Tensor, tile: Tile | None = None) -> Tensor:
-    """dA = dsᵀ x, [r, K] float32; grad_s [M, r], x [M, K]."""
+    """Return dA = dsᵀ x, [r, K] float32; grad_s [M, r], x [M, K]."""
     return _launch_rows_sum(x, grad_s, tile).t().contiguous()
 
 
 def _launch_narrow(x: Tensor, a: Tensor, rank: int, strides: tuple[int, int], tile: Tile | None) -> Tensor:
-    """x times the matrix [K, rank] that `a` holds at these strides of the rank and of K."""
+    """Return x times the matrix [K, rank] that `a` holds, whose strides along the rank and along K are `strides`."""
     rows, k = x.shape
     _check(k, rank)
     tile = tile or narrow_entry_of(rank, x.dtype, x.device).shrink
@@ -279,7 +288,10 @@ def _launch_wide(
     bias: Tensor | None,
     tile: Tile,
 ) -> Tensor:
-    """x times `weight` plus s times `b`, both held at these strides of the output feature and of the summed one."""
+    """Return x times `weight` plus s times `b`, plus the bias, [M, n].
+
+    The strides of `weight` and `b` are given along the output features first, then along the summed ones.
+    """
     (rows, k), rank = x.shape, s.shape[1]
     _check(n, rank)
     _check(k, rank)
@@ -314,7 +326,7 @@ def _launch_wide(
 
 
 def _launch_rows_sum(x: Tensor, s: Tensor, tile: Tile | None) -> Tensor:
-    """xᵀ s, [N, r] float32: sums over blocks of rows, added in a fixed order."""
+    """Return xᵀ s, [N, r] float32: sums over blocks of rows, added in a fixed order."""
     (rows, n), rank = x.shape, s.shape[1]
     _check(n, rank)
     tile = tile or narrow_entry_of(rank, x.dtype, x.device).rows_sum
@@ -345,10 +357,10 @@ def _check(features: int, rank: int) -> None:
 
 
 def _dividing(block: int, features: int) -> int:
-    """Largest power of two up to `block` that divides the features: no tile hangs over the edge."""
+    """Return the largest power of two up to `block` that divides the features: no tile exceeds the matrix."""
     return min(block, features & -features)
 
 
 def _options(tile: Tile) -> dict[str, int | bool]:
-    # FMA stated: its default changes between versions of Triton, and with it the results.
+    # Fused multiply-add is stated: its default changes between versions of Triton, and with it the results.
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}

@@ -1,20 +1,20 @@
-"""A linear layer with a LoRA adapter: the base product and the adapter as one differentiable operation.
+"""LoRA linear: the product of a linear layer and its LoRA adapter as one differentiable operation.
 
     y  = x Wᵀ + bias + s bᵀ        s = x aᵀ, a = A, b = scale B            LoRA, arXiv 2106.09685, equation 3
     ds = dy b        dx = dy W + ds a        dB = scale dyᵀ s        dA = dsᵀ x
 
 x [M, K], weight W [N, K], bias [N], A [r, K], B [N, r]. A and B are float32 master weights; a and b are rounded once to
-the type of the product, the scale folded in before. s and ds are rounded to that type; dA and dB come out float32.
-Saved for
-backward: x and s, and references to the weights. Neither x nor dy is ever written to.
+the type of the product, after the scale is folded in. s and ds are rounded to that type; dA and dB come out float32.
+Backward needs x, s and references to the weights. Neither x nor dy is ever written to.
 
 Where fusion pays (`lora_dispatch.py`), products run in the Triton kernels of `lora_kernels.py` ("split": the adapter is
-added in the accumulator of the base product); elsewhere in cuBLAS ("addmm"). Gradients and what is saved are the same.
+added in the accumulator of the base product), elsewhere in cuBLAS ("addmm"). Both have the same gradients and save the
+same tensors.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,16 +22,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from d2f_fast.kernels import lora_kernels
-from d2f_fast.kernels.lora_dispatch import Path, choose_path
+from d2f_fast.kernels.lora_dispatch import ComputePath, choose_path
 from d2f_fast.kernels.runtime import AUTOCAST_DEVICES, STORED_DTYPES, autocasts, library, triton_available
 
 _DTYPES = (*STORED_DTYPES, torch.float64)
+_Fake = TypeVar("_Fake", bound=Callable[..., object])
 
 
 def lora_linear_reference(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """The same in plain torch: operands of one dtype, any leading dimensions of x."""
+    """Return y in plain torch; the operands have one dtype, and x any leading dimensions."""
     return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scale
 
 
@@ -39,8 +40,8 @@ def _shrink(x: Tensor, a: Tensor) -> Tensor:
     return x @ a.t()
 
 
-# The two that add in place are ops of their own: in Inductor's graph of plain torch addmm_ becomes an addmm that first
-# copies the base product.
+# The two functions that add in place are also ops: Inductor turns a plain addmm_ into an addmm that first copies the
+# base product.
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, weight, bias).addmm_(s, b.t())
 
@@ -58,7 +59,7 @@ def _backward_da(grad_s: Tensor, x: Tensor) -> Tensor:
 
 
 def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right, in float32 where the operands are 16-bit."""
+    """Return leftᵀ right, in float32 where the operands are 16-bit."""
     if left.dtype not in (torch.float16, torch.bfloat16):
         return left.t() @ right
     if left.is_cuda:
@@ -99,8 +100,9 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake(name: str) -> Callable[..., Any]:
-    return torch.library.register_fake(f"d2f_fast::{name}", lib=library)
+def _fake(name: str) -> Callable[[_Fake], _Fake]:
+    register: Callable[[_Fake], _Fake] = torch.library.register_fake(f"d2f_fast::{name}", lib=library)
+    return register
 
 
 @_fake("lora_shrink")
@@ -131,7 +133,7 @@ def _(grad_s: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(grad_s.shape[1], x.shape[1], dtype=_wide_dtype(x.dtype))
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST_DEVICES else nullcontext()
 
 
@@ -145,15 +147,15 @@ class _LoRALinear(torch.autograd.Function):
         lora_a: Tensor,
         lora_b: Tensor,
         scale: float,
-        path: Path,
+        path: ComputePath,
     ) -> Tensor:
         op = torch.ops.d2f_fast
         with _without_autocast(x.device):
             a, b = lora_a.to(x.dtype), (lora_b if scale == 1 else lora_b * scale).to(x.dtype)
             s = op.lora_shrink(x, a) if path == "split" else _shrink(x, a)
-            y = (op.lora_forward if path == "split" else op.lora_forward_addmm)(x, weight, bias, s, b)
+            y: Tensor = (op.lora_forward if path == "split" else op.lora_forward_addmm)(x, weight, bias, s, b)
         x_grad, weight_grad, _, a_grad, b_grad, *_ = ctx.needs_input_grad
-        # Of several layers together the weight is a copy; text, which they share, needs no gradient.
+        # Only what some gradient needs is kept: the weight of packed layers is a copy, and text needs no gradient.
         kept = (x, weight_grad or a_grad), (s, b_grad), (weight, x_grad), (a, x_grad), (b, x_grad or a_grad or b_grad)
         ctx.save_for_backward(*(tensor if needed else None for tensor, needed in kept))
         ctx.scale, ctx.path, ctx.master_dtypes = scale, path, (lora_a.dtype, lora_b.dtype)
@@ -167,7 +169,7 @@ class _LoRALinear(torch.autograd.Function):
         a_dtype, b_dtype = ctx.master_dtypes
         op, split = torch.ops.d2f_fast, ctx.path == "split"
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None
-        grad_s: Any = None
+        grad_s: Tensor
         with _without_autocast(grad_y.device):
             if b_grad:
                 grad_s, grad_b = op.lora_backward_ds_db(grad_y, s, b) if split else _backward_ds_db(grad_y, s, b)
@@ -193,24 +195,25 @@ def lora_linear(
 
         y = F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scale
 
-    Under autocast the product is in autocast's type, otherwise in x's; A and B are cast to it and their gradients come
-    out in their own.
+    The product is computed in autocast's type under autocast, otherwise in x's. A and B are cast to that type; their
+    gradients have their own types.
 
     Args:
-        x: [..., K] float32, float16, bfloat16 or float64, any strides.
-        weight: [N, K], of x's dtype (any under autocast).
-        lora_a, lora_b: [r, K] and [N, r], float32 as a rule.
-        bias: [N], of the weight's dtype.
-        scale: alpha / r.
+        x: input, [..., K] float32, float16, bfloat16 or float64, with any strides.
+        weight: weight of the base layer, [N, K], in x's dtype (in any dtype under autocast).
+        lora_a: A of the adapter, [r, K], usually float32.
+        lora_b: B of the adapter, [N, r], usually float32.
+        bias: bias of the base layer, [N], in the weight's dtype; None for no bias.
+        scale: factor on the adapter's product, alpha / r.
 
     Returns:
-        [..., N].
+        The layer's output, [..., N].
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: the operands' shapes, dtypes or devices do not fit each other.
     """
     _check_operands(x, weight, lora_a, lora_b, bias)
-    if isinstance(scale, Tensor):  # which would get no gradient
+    if isinstance(scale, Tensor):  # a tensor would silently get no gradient
         raise ValueError("scale must be a number, got a tensor: multiply lora_b by it")
     if torch.compiler.is_exporting():
         return lora_linear_reference(x, weight, lora_a.to(x.dtype), lora_b.to(x.dtype), bias, scale)
@@ -222,8 +225,9 @@ def lora_linear(
     rows = x.reshape(-1, k).to(dtype)
     path = choose_path(rows.shape[0], n, k, rank, dtype, x.device)
     if path == "split":
-        rows = rows.contiguous()  # once: it is what is saved
-    y = _LoRALinear.apply(rows, weight.to(dtype), None if bias is None else bias.to(dtype), lora_a, lora_b, scale, path)
+        rows = rows.contiguous()  # only once: these rows are saved for backward too
+    apply: Callable[..., Tensor] = _LoRALinear.apply
+    y = apply(rows, weight.to(dtype), None if bias is None else bias.to(dtype), lora_a, lora_b, scale, path)
     return y.view(*x.shape[:-1], n)
 
 
@@ -235,26 +239,27 @@ def lora_linear_packed(
     bias: Tensor | Sequence[Tensor] | None = None,
     scales: Sequence[float] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Apply several linear layers with LoRA adapters to one x: q, k and v, or every text key and value of a network.
+    """Apply several linear layers with LoRA adapters to one x, for example q, k and v of an attention layer.
 
         tuple(lora_linear(x, w, a, b, bias_i, scale) for …)
 
-    x is read once: one product with all weights, one with all A, one with the block diagonal of all B. The same numbers
-    but for the order in which a sum is rounded.
+    x is read once: there is one product with all weights, one with all A and one with the block diagonal of all B. The
+    results are the same but for the order in which sums are rounded.
 
     Args:
-        x: [..., K].
-        weight: [N_1 + N_2 + …, K], or the weights [N_i, K], which are concatenated at each call: frozen ones are better
-            concatenated once.
-        lora_as, lora_bs: [r_i, K] and [N_i, r_i].
-        bias: [N_1 + N_2 + …], or one for every layer.
-        scales: of the adapters, 1 as a rule.
+        x: input of every layer, [..., K].
+        weight: concatenated weights, [N_1 + N_2 + …, K], or the weights [N_i, K], which are concatenated at each call:
+            it is faster to concatenate frozen weights once.
+        lora_as: A of each adapter, [r_i, K].
+        lora_bs: B of each adapter, [N_i, r_i].
+        bias: concatenated biases, [N_1 + N_2 + …], or the bias of every layer; None for no bias.
+        scales: factor on each adapter's product; None for 1.
 
     Returns:
-        Views [..., N_i] of one tensor.
+        The output of each layer, [..., N_i], as views of one tensor.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: the operands' shapes, dtypes or devices do not fit each other.
     """
     scales = [1.0] * len(lora_bs) if scales is None else list(scales)
     if not 0 < len(lora_as) == len(lora_bs) == len(scales):
@@ -264,21 +269,22 @@ def lora_linear_packed(
     for a, b in zip(lora_as, lora_bs, strict=True):
         if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
             raise ValueError(f"each B must be [N, r] for its A [r, K], got {list(b.shape)} and {list(a.shape)}")
-    # Packed, weights in another order would have the shape that the right ones have.
+    # Weights in the wrong order would have the right shape once they are packed, so their order is checked here.
     for name, given in (("weight", weight), ("bias", bias)):
         if given is not None and not isinstance(given, Tensor):
             features, wanted = [len(tensor) if tensor.ndim else 0 for tensor in given], [len(b) for b in lora_bs]
             if features != wanted:
-                raise ValueError(f"{name} must have {wanted} features as the B, got {features}")
+                raise ValueError(f"{name} must have {wanted} features like the B, got {features}")
     packed_weight = weight if isinstance(weight, Tensor) else torch.cat(list(weight))
     packed_bias = bias if bias is None or isinstance(bias, Tensor) else torch.cat(list(bias))
     scaled = [b if scale == 1 else b * scale for b, scale in zip(lora_bs, scales, strict=True)]
     y = lora_linear(x, packed_weight, torch.cat(list(lora_as)), torch.block_diag(*scaled), packed_bias)
-    return y.split([b.shape[0] for b in lora_bs], -1)
+    outputs: tuple[Tensor, ...] = y.split([b.shape[0] for b in lora_bs], -1)
+    return outputs
 
 
 def _check_operands(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
-    """Refuse what would broadcast, be cast in silence, or reach a kernel from another device."""
+    """Refuse operands that would broadcast, be cast silently, or reach a kernel from another device."""
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or not weight.numel():
         raise ValueError(
             f"x must be [..., K] for a weight [N, K] with elements, got {list(x.shape)} and {list(weight.shape)}"

@@ -1,4 +1,4 @@
-"""Flow-matching loss of a network's output, and its gradient, in one pass over memory.
+"""Velocity loss: the flow-matching loss of a network's output, and its gradient, in one pass over memory.
 
     error    = model_output - (e * latents + f * noise)      e, f from t: the output whose velocity is latents - noise
     loss     = weight * sum(mask * error²) / sum(mask)       per sample; weight = Q², velocity = P * sample + Q * output
@@ -8,25 +8,19 @@ Diff2Flow, arXiv 2506.02221, section 3.2; Q² * ‖output - target‖² is the s
 Without a mask sum(mask) is the number of elements of a sample.
 
 model_output, latents, noise: [B, C, H, W] float32, float16 or bfloat16, of any strides; t, loss, slope: [B] float32.
-All arithmetic is float32. mask * error is kept in float32 whatever the output is, and multiplied by the slope and by
-what arrives from above in the backward pass: the gradient is rounded once, and never underflows before it is scaled.
-Sums are taken in a fixed order, in two stages without atomics: the same bits on every run.
+All arithmetic is float32. mask * error is kept in float32 whatever the type of the output. The backward pass multiplies
+it by the slope and by the incoming gradient, so that the gradient is rounded once and never underflows before it is
+scaled. Sums are taken in a fixed order, in two stages without atomics: every run gives the same bits.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2f_fast.flow.formulas import (
-    at_least_float32,
-    combine,
-    over_latents,
-    readout_coefficients,
-    target_coefficients,
-    velocity_coefficients,
-)
+from d2f_fast.flow import formulas
 from d2f_fast.kernels.runtime import (
     dense_samples,
     is_dense,
@@ -48,6 +42,9 @@ BLOCK = 2048  # one 16-byte access of bfloat16 a thread
 NUM_WARPS = 8
 SUM_BLOCK = 1024  # partial sums that the second stage reads at once
 
+# latents, noise, t, mask, prediction_type, t_min, t_max, weighting, snr_gamma
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, str, float, float, str, float]
+
 
 def velocity_loss_reference(
     model_output: Tensor,
@@ -61,21 +58,24 @@ def velocity_loss_reference(
     weighting: str,
     snr_gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per sample, error and slope in plain torch, differentiable, for any rank; float64 where t is.
+    """Return loss, error and slope in plain torch: differentiable, of any rank, in float64 where t is float64.
 
     Args:
-        model_output, latents, noise: [B, ...].
-        t: [B].
-        mask: broadcastable to [B, ...], not negative, or None; the error is multiplied by it.
-        prediction_type: of the network, "flow_prediction" included.
-        t_min, t_max: flow times of the ends of the table.
-        weighting: "flow", "native" or "min_snr".
-        snr_gamma: of "min_snr".
+        model_output, latents, noise: the network's output, clean latents and Gaussian noise, [B, ...].
+        t: flow time, [B] float32 or float64.
+        mask: non-negative weight of each element, broadcastable to [B, ...]; None for no mask.
+        prediction_type: what the network predicts: "epsilon", "v_prediction", "sample" or "flow_prediction".
+        t_min, t_max: lowest and highest flow time of the table.
+        weighting: factor on the velocity error: "flow", "native" or "min_snr".
+        snr_gamma: gamma of "min_snr"; the other weightings ignore it.
+
+    Returns:
+        The loss of each sample, [B]; mask * error, [B, ...]; the slope, [B].
     """
-    p, q = velocity_coefficients(t, prediction_type, t_min, t_max)
-    e, f = target_coefficients(t, p, q, prediction_type)
-    wide_latents, wide_noise = (at_least_float32(x).to(t.dtype) for x in (latents, noise))
-    error = at_least_float32(model_output) - combine(e, wide_latents, f, wide_noise)
+    p, q = formulas.velocity_coefficients(t, prediction_type, t_min, t_max)
+    e, f = formulas.target_coefficients(t, p, q, prediction_type)
+    wide_latents, wide_noise = (formulas.at_least_float32(x).to(t.dtype) for x in (latents, noise))
+    error = formulas.at_least_float32(model_output) - formulas.combine(e, wide_latents, f, wide_noise)
     weight = loss_weight(t, q, t_min, t_max, weighting, snr_gamma)
     if mask is None:
         mean = error.square().flatten(1).mean(1)
@@ -88,13 +88,13 @@ def velocity_loss_reference(
 
 
 def loss_weight(t: Tensor, q: Tensor, t_min: float, t_max: float, weighting: str, snr_gamma: float) -> Tensor:
-    """Factor on ‖model_output - model_target‖², [B]: Q² times the weighting's own factor on the velocity error."""
+    """Return the factor on ‖model_output - model_target‖², [B]: Q² times the weighting of the velocity error."""
     if weighting == "native":
         return torch.ones_like(t)
     if weighting == "flow":
         return q.square()
-    alpha, sigma = readout_coefficients(t, t_min, t_max)
-    # min(SNR, gamma) / SNR, without a division by the SNR that is 0 at a zero-SNR end.
+    alpha, sigma = formulas.readout_coefficients(t, t_min, t_max)
+    # This is min(SNR, gamma) / SNR without a division by the SNR, which is 0 at the end of a zero-SNR schedule.
     return q.square() * snr_gamma / torch.maximum((alpha / sigma).square(), torch.full_like(t, snr_gamma))
 
 
@@ -102,7 +102,7 @@ if triton is not None:
 
     @triton.jit
     def _readout(t, t_min, t_max, from_t_max, from_t_min):
-        """`alignment.readout_coefficients`; from_t_max and from_t_min are 1 - t_max and 1 - t_min, rounded once."""
+        """`formulas.readout_coefficients`; from_t_max and from_t_min are 1 - t_max and 1 - t_min, rounded once."""
         to_data = tl.minimum(tl.maximum(t, t_min), t_max)
         from_data = tl.minimum(tl.maximum(1 - t, from_t_max), from_t_min)
         n = tl.sqrt_rn(to_data * to_data + from_data * from_data)
@@ -110,7 +110,7 @@ if triton is not None:
 
     @triton.jit
     def _coefficients(t, t_min, t_max, from_t_max, from_t_min, PREDICTION_TYPE: tl.constexpr):
-        """e, f of `alignment.target_coefficients` and Q of `alignment.velocity_coefficients`."""
+        """Return e, f of `formulas.target_coefficients` and Q of `formulas.velocity_coefficients`."""
         zero, one = tl.full((), 0.0, tl.float32), tl.full((), 1.0, tl.float32)
         e, f, q = -one, one, -one  # flow_prediction
         if PREDICTION_TYPE != "flow_prediction":
@@ -181,7 +181,7 @@ if triton is not None:
         inside = element < elements
         latents_element, noise_element = element, element
         if MASKED or not LATENTS_FLAT or not NOISE_FLAT:
-            # Positions along the sample's dimensions, in the order of the output's memory.
+            # These are positions along the sample's dimensions, in the order of the output's memory.
             i_0 = (element // (size_1 * size_2)).to(tl.int64)
             i_1 = (element // size_2 % size_1).to(tl.int64)
             i_2 = (element % size_2).to(tl.int64)
@@ -201,7 +201,7 @@ if triton is not None:
             tl.store(totals_ptr + tl.program_id(0), tl.sum(weight, 0))
         if STORE_ERROR:
             tl.store(error_ptr + row * elements + element, masked, mask=inside)
-        # Lanes outside hold 0, or NaN where t is NaN, and the loss with it.
+        # Lanes outside the sample hold 0, or NaN where t is NaN, which makes the loss NaN too.
         tl.store(squares_ptr + tl.program_id(0), tl.sum(masked * error, 0))
 
     @triton.jit
@@ -263,9 +263,9 @@ def velocity_loss_launch(
     snr_gamma: float,
     need_error: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`velocity_loss_reference` by the Triton kernels; the error is empty where it is not needed."""
+    """Return what `velocity_loss_reference` returns, by the Triton kernels; the error is empty unless it is needed."""
     model_output = dense_samples(model_output)
-    loss, error, slope = velocity_loss_fake(model_output, latents, noise, t, need_error)
+    loss, error, slope = _outputs(model_output, t, need_error)
     if not len(t):
         return loss, error, slope
     order, elements = sample_order(model_output), model_output[0].numel()
@@ -325,17 +325,21 @@ def velocity_loss_launch(
     return loss, error, slope
 
 
-def velocity_loss_cpu(model_output: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`velocity_loss_reference` in the memory layout of the kernels."""
+def velocity_loss_cpu(model_output: Tensor, *operands: *tuple[*_Operands, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `velocity_loss_reference` returns, in the memory layout that the kernels give it."""
     loss, error, slope = velocity_loss_reference(model_output, *operands[:-1])
     need_error = operands[-1]
     error = error.contiguous(memory_format=memory_format(model_output)) if need_error else error.new_empty(0)
     return loss, error, slope
 
 
-def velocity_loss_fake(model_output: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of the op, without values."""
-    t, need_error = operands[2], operands[-1]
+def velocity_loss_fake(model_output: Tensor, *operands: *tuple[*_Operands, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the op's outputs without their values."""
+    return _outputs(model_output, operands[2], operands[-1])
+
+
+def _outputs(model_output: Tensor, t: Tensor, need_error: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the op's outputs."""
     shape, layout = (model_output.shape, memory_format(model_output)) if need_error else ((0,), torch.contiguous_format)
     error = torch.empty(shape, dtype=torch.float32, device=model_output.device, memory_format=layout)
     return t.new_empty(t.shape), error, t.new_empty(t.shape)
@@ -351,10 +355,11 @@ torch.library.register_fake("d2f_fast::velocity_loss", velocity_loss_fake, lib=l
 
 
 class _VelocityLoss(torch.autograd.Function):
-    """Loss per sample, differentiable once, with respect to the output alone."""
+    """Loss of each sample, differentiable once, with respect to the network's output alone."""
 
     @staticmethod
-    def forward(ctx: Any, model_output: Tensor, *operands: Any) -> Tensor:
+    def forward(ctx: Any, model_output: Tensor, *operands: *_Operands) -> Tensor:
+        loss: Tensor
         loss, error, slope = torch.ops.d2f_fast.velocity_loss(model_output, *operands, True)
         ctx.save_for_backward(error, slope)
         ctx.dtype = model_output.dtype
@@ -363,13 +368,13 @@ class _VelocityLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # The stored error is a constant to autograd: a second derivative would silently lack a term. (A compiled
-        # backward pass refuses it itself.)
+        # backward pass refuses it by itself.)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "aligned_loss can be differentiated once, got create_graph=True: pass t in float64 for plain torch"
             )
         error, slope = ctx.saved_tensors
-        return (over_latents(grad_loss * slope, error) * error).to(ctx.dtype), *(None,) * 9
+        return (formulas.over_latents(grad_loss * slope, error) * error).to(ctx.dtype), *(None,) * 9
 
 
 def velocity_loss(
@@ -384,10 +389,12 @@ def velocity_loss(
     weighting: str,
     snr_gamma: float,
 ) -> Tensor:
-    """Give the loss per sample of `velocity_loss_reference`, [B], by the op where it serves the operands."""
+    """Return the loss of `velocity_loss_reference` for each sample, [B], by the op where it serves these operands."""
     operands = (latents, noise, t, mask, prediction_type, t_min, t_max, weighting, snr_gamma)
     if not serves(t, model_output, latents, noise) or wants_gradient(latents, noise, t, mask):
         return velocity_loss_reference(model_output, *operands)[0]
     if wants_gradient(model_output):
-        return _VelocityLoss.apply(model_output, *operands)
-    return torch.ops.d2f_fast.velocity_loss(model_output, *operands, False)[0]
+        apply: Callable[..., Tensor] = _VelocityLoss.apply
+        return apply(model_output, *operands)
+    loss: Tensor = torch.ops.d2f_fast.velocity_loss(model_output, *operands, False)[0]
+    return loss

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 # Kernels run in Triton's interpreter where there is no GPU; it must be chosen before triton is imported.
@@ -26,6 +28,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _children_are_no_workers() -> None:
+    """Hide from the processes that tests start that this one is a worker: a benchmark among them would not measure."""
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +73,41 @@ def check_capture() -> Callable[[Callable[[], Sequence[Tensor]]], None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return the function `shared_folder(name, make)`: the folder `name` of this run, the same in every worker process.
+
+    The first process that asks for the folder calls `make(folder)` to fill it, and the others wait until it has. What
+    `make` returns is ignored: it writes all that the tests need into the folder, which no test may change.
+    """
+    base = tmp_path_factory.getbasetemp()
+    run = base if worker_id == "master" else base.parent
+
+    def shared(name: str, make: Callable[[Path], object]) -> Path:
+        folder, filled = run / name, run / f"{name}.filled"
+        with FileLock(run / f"{name}.lock"):
+            if not filled.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process in which `make` failed
+                folder.mkdir()
+                make(folder)
+                filled.touch()
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """Folder of a Stable Diffusion pipeline with random weights: SD1.5's classes and layout, 40 thousand parameters."""
+    return shared_folder("tiny", _save_tiny_pipeline) / "pipeline"
+
+
+def _save_tiny_pipeline(folder: Path) -> None:
+    """Write the tokenizer's files into `folder`, and the pipeline into `folder`/pipeline."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("tiny")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -117,7 +154,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The rows that benchmarks write, what is printed and drawn of them, and the GPU suite, on a CPU."""
+"""Tests of the rows that benchmarks write, their tables and charts, and the GPU suite, on a CPU."""
 
 import csv
 import os
@@ -34,7 +34,7 @@ def run(folder, *options):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def test_a_row_holds_the_time_of_one_call_and_is_appended(tmp_path):
+def test_row_holds_the_time_of_one_call_and_is_appended(tmp_path):
     for name in ("conftest.py", "pyproject.toml", "benchmarks/clock.py", "benchmarks/conftest.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -61,7 +61,7 @@ def test_a_row_holds_the_time_of_one_call_and_is_appended(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_what_is_missing(tmp_path):
+def test_go_on_runs_only_the_benchmarks_that_are_missing(tmp_path):
     for name in ("conftest.py", "pyproject.toml", "benchmarks/clock.py", "benchmarks/conftest.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -77,7 +77,7 @@ def test_a_run_goes_on_with_what_is_missing(tmp_path):
         assert third.returncode == 0 and "1 deselected" in third.stdout
 
 
-# Printed and drawn
+# Tables and charts
 
 
 TABLE = """date,commit,device,torch,triton,threads,clock_mhz,case,provider,median_ms,p20_ms,p80_ms
@@ -88,20 +88,20 @@ TABLE = """date,commit,device,torch,triton,threads,clock_mhz,case,provider,media
 """
 
 
-def test_a_report_prints_and_draws_the_newest_row_of_each_provider(tmp_path):
+def test_report_shows_the_newest_row_of_each_provider(tmp_path):
     (tmp_path / "cpu-some-step.csv").write_text(TABLE)
     (tmp_path / "cpu-lora-tuning.csv").write_text("date,op,us\n1,shrink,3\n")
     command = [sys.executable, "-m", "benchmarks.report", str(tmp_path)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "40" in printed and "99" not in printed and "shrink" not in printed
     (path,) = tmp_path.glob("*.svg")
-    picture = path.read_text()
-    script, ours, large = (float(w) for w in re.findall(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)"', picture))
+    chart = path.read_text()
+    script, ours, large = (float(w) for w in re.findall(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)"', chart))
     assert ours == pytest.approx(script / 2, abs=0.2) and large > 0
-    assert path.name == "cpu-some-step.svg" and "large &lt;b&gt;" in picture and "<b>" not in picture
+    assert path.name == "cpu-some-step.svg" and "large &lt;b&gt;" in chart and "<b>" not in chart
 
 
-def test_a_report_draws_each_number_of_steps_of_a_sampler(tmp_path):
+def test_report_charts_each_number_of_steps_of_a_sampler(tmp_path):
     shown = (
         "case,steps,provider,picture_ms,fastest_ms,slowest_ms,vs_diffusers,load_s,file_mb,peak_mib,largest_difference"
     )
@@ -111,15 +111,15 @@ def test_a_report_draws_each_number_of_steps_of_a_sampler(tmp_path):
     (tmp_path / "cpu-sampling.csv").write_text("\n".join(rows) + "\n")
     command = [sys.executable, "-m", "benchmarks.report", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    picture = (tmp_path / "cpu-sampling.svg").read_text()
-    assert picture.count("<rect") == 4 and "small 4 steps, ms" in picture and "fastest to slowest" in picture
+    chart = (tmp_path / "cpu-sampling.svg").read_text()
+    assert chart.count("<rect") == 4 and "small 4 steps, ms" in chart and "fastest to slowest" in chart
 
 
 # The GPU suite
 
 
 def suite(folder, stage, seconds, **environment):
-    """Run a stage; returns the process and how long it took."""
+    """Run a stage, and return the finished process and the seconds that it took."""
     environment = {**os.environ, "D2F_SUITE_DRY_RUN": "1", "D2F_SUITE_SECONDS": str(seconds), **environment}
     started = time.monotonic()
     command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), stage, str(folder)]
@@ -137,7 +137,7 @@ esac
 
 
 def stub(tmp_path, then):
-    """Put a `python` before the real one that writes a row, and then does something."""
+    """Put a `python` before the real one on the path that writes a row and then runs `then`."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin/python"
     script.write_text(STUB.format(folder=tmp_path / "out", then=then))
@@ -146,7 +146,7 @@ def stub(tmp_path, then):
 
 
 @pytest.mark.parametrize("stage", ["probe", "correct", "kernels", "step-b16", "step-b1", "sdxl"])
-def test_a_stage_that_is_cut_keeps_its_rows_and_prints_them_last(tmp_path, stage):
+def test_stopped_stage_keeps_its_rows_and_prints_them_last(tmp_path, stage):
     done, took = suite(tmp_path / "out", stage, 1, **stub(tmp_path, "sleep 300"))
     assert done.returncode == 124 and took < 60, done.stderr
     rows = (tmp_path / "out/results/a.csv").read_text()
@@ -155,13 +155,13 @@ def test_a_stage_that_is_cut_keeps_its_rows_and_prints_them_last(tmp_path, stage
     assert not list((tmp_path / "out").glob("*.done"))
 
 
-def test_a_stage_tells_of_a_failure_and_goes_on(tmp_path):
+def test_stage_reports_a_failure_and_continues(tmp_path):
     done, _ = suite(tmp_path / "out", "kernels", 60, **stub(tmp_path, "[[ $* != *tune_lora* ]]"))
     assert done.returncode == 1 and "--- tuning: failed (1)" in done.stdout
     assert "bench_lora_linear.py" in (tmp_path / "out/results/a.csv").read_text()
 
 
-def test_a_test_file_that_is_done_is_not_run_again_and_one_that_failed_is(tmp_path):
+def test_only_test_files_that_failed_are_run_again(tmp_path):
     environment = stub(tmp_path, "[[ $* != *test_lora_on_a_gpu* ]]")
     for _ in range(2):
         done, _ = suite(tmp_path / "out", "correct", 60, **environment)
@@ -175,14 +175,14 @@ def test_a_test_file_that_is_done_is_not_run_again_and_one_that_failed_is(tmp_pa
 
 
 @pytest.mark.parametrize("arguments", [[], ["probe"], ["everything", "out"]])
-def test_wrong_use_of_the_suite_is_refused(tmp_path, arguments):
+def test_wrong_arguments_of_the_suite_are_refused(tmp_path, arguments):
     command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     usage = "usage: bash benchmarks/gpu_suite.sh probe|correct|kernels|step-b16|step-b1|sdxl FOLDER\n"
     assert (done.returncode, done.stderr) == (2, usage) and not list(tmp_path.iterdir())
 
 
-def test_the_stages_take_every_step_of_a_gpu_once():
+def test_stages_select_every_gpu_row_exactly_once():
     chosen = re.findall(r"-k '?([^'\n]+)", (ROOT / "benchmarks/gpu_suite.sh").read_text())
     names = [f"test_train_step[{row.id}]" for row in ROWS if not row.id.startswith("cpu-")]
     names += ["test_memory_cap[b1]", "test_memory_cap[sdxl]", "test_first_step", "test_buckets"]
@@ -191,7 +191,7 @@ def test_the_stages_take_every_step_of_a_gpu_once():
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_the_probe_measures_every_row_once(tmp_path):
+def test_dry_run_of_the_probe_measures_every_row_once(tmp_path):
     for _ in range(2):
         done, _ = suite(tmp_path, "probe", 500)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -204,7 +204,7 @@ def test_a_dry_run_of_the_probe_measures_every_row_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_a_step_stage_that_is_cut_keeps_the_steps_that_it_measured(tmp_path):
+def test_stopped_dry_run_of_a_step_stage_keeps_the_rows_that_it_measured(tmp_path):
     done, _ = suite(tmp_path, "step-b1", 400)
     (table,) = (tmp_path / "results").glob("*-train-step.csv")
     with table.open() as file:
@@ -212,16 +212,16 @@ def test_a_dry_run_of_a_step_stage_that_is_cut_keeps_the_steps_that_it_measured(
     assert done.returncode in (0, 124) and "miniature r16 b2 8x8" in done.stdout
 
 
-def test_the_script_that_judges_a_step_sums_a_few_pictures_at_a_time():
+def test_reference_step_sums_over_parts_of_the_batch():
     case = Case("miniature", 2 * EVALUATED_AT_ONCE + 1, 8, dtype=torch.float32)
     script = PeftStep(case, torch.device("cpu"), Levers())
-    draws = torch.randn(case.batch, 4, case.side, case.side), torch.rand(case.batch)
-    whole = script._mean_loss(script._latents, *draws, script._condition)
+    noise_and_times = torch.randn(case.batch, 4, case.side, case.side), torch.rand(case.batch)
+    whole = script._mean_loss(script._latents, *noise_and_times, script._condition)
     whole.backward()
     torch.nn.utils.clip_grad_norm_(script.trainable.values(), MAX_NORM)
     wanted = {name: parameter.grad for name, parameter in script.trainable.items()}
 
-    loss, gradients = script.evaluate(draws)
+    loss, gradients = script.evaluate(noise_and_times)
     torch.testing.assert_close(loss, whole.detach(), rtol=1e-6, atol=0)
     size = float(torch.stack([tensor.norm() for tensor in wanted.values()]).norm())
     torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-5 * size)
@@ -244,7 +244,7 @@ from benchmarks import clock, compile_ahead, lora_paths, tune_lora
 
 folder, target = Path(sys.argv[1]), GPUTarget("cuda", 90, 32)
 ahead = compile_ahead.Ahead(2, target)
-compile_ahead.compile_only(target)  # no GPU: here too Triton compiles, or finds, what it would launch
+compile_ahead.compile_only(target)  # without a GPU, Triton compiles or finds here too what it would launch
 launched = []
 
 def run(ops, o):
@@ -275,7 +275,7 @@ def test_every_kernel_of_a_tuning_is_compiled_ahead(tmp_path):
     assert done.stdout.splitlines()[-1] == "True True 0 missed", done.stdout
 
 
-def test_where_compiling_ahead_fails_the_tuning_goes_on_and_says_so(monkeypatch, capsys):
+def test_tuning_continues_and_reports_where_compiling_ahead_fails(monkeypatch, capsys):
     monkeypatch.setattr(knobs.compilation, "listener", None)
     ahead = Ahead(1)
     for rank in (16, 32):

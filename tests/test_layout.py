@@ -1,6 +1,7 @@
-"""Rules of the folder layout that no other test would notice broken."""
+"""Rules of the folder layout and of the files around the code."""
 
 import ast
+import functools
 import graphlib
 import importlib.metadata
 import os
@@ -14,16 +15,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 
 import d2f_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 BARE_FOLDERS = ("kernels", "export", "benchmarks", "tests")
 CODE_FOLDERS = ("d2f_fast", "kernels", "export")
-TIME_LIMIT_S = 900  # for a process that hangs; a loaded machine takes minutes over what an idle one does in seconds
+MAX_FILE_LINES, MAX_CLASS_LINES = 400, 300
+TIME_LIMIT_S = 900  # stops a process that hangs; a loaded machine takes minutes where an idle one takes seconds
 
-# Imports go one way: a module imports others of its own layer or of those before it. A folder is in one layer whole,
-# but for the embedded miniature: its loader is a model's, the rest of it is a demonstration.
+# Imports go one way: a module imports from its own layer or from those above it in this list. A folder lies in one
+# layer, except the embedded miniature: its loader belongs to the models, and the rest of it to the demonstration.
 LAYERS = (
     {"d2f_fast.errors"},
     {"d2f_fast.config", "d2f_fast.files.*", "d2f_fast.flow.*"},
@@ -39,16 +42,51 @@ LAYERS = (
     {"d2f_fast.demo.*", "d2f_fast.miniature.*"},
     {"d2f_fast.commands.*", "d2f_fast.__main__"},
 )
+# What export/ may import, itself or through what it imports.
+ROOMS_OF_EXPORT = (
+    *("d2f_fast", "d2f_fast.errors", "d2f_fast.config", "d2f_fast.export.*", "d2f_fast.miniature"),
+    *(f"d2f_fast.{room}.*" for room in ("models", "flow", "lora", "files", "sampling")),
+)
+
+
+# Each module of the package has a test file in the same place of tests/, except these.
+TESTED_ELSEWHERE = {
+    "d2f_fast": "It holds the list of public names, which the tests below check.",
+    "d2f_fast.errors": "It holds the types of errors; the tests of the code that raises them check type and exit code.",
+    "d2f_fast.files.hashes": "It holds one function of two lines, which the tests of caches and checkpoints call.",
+    "d2f_fast.kernels.lora_dispatch": "It is a part of lora_linear and is tested through it.",
+    "d2f_fast.kernels.lora_kernels": "It is a part of lora_linear and is tested through it.",
+    "d2f_fast.miniature.build": "It is the command that trained the committed weights, which takes hours.",
+    "d2f_fast.miniature.build_classifier": "It trained the committed weights, which takes hours.",
+    "d2f_fast.miniature.build_denoiser": "It trained the committed weights, which takes hours.",
+    "d2f_fast.miniature.classifier": "tests/miniature/test_miniature.py tests all that the miniature ships.",
+    "d2f_fast.miniature.pictures": "tests/miniature/test_miniature.py tests all that the miniature ships.",
+}
+
+# Each test file is called test_X.py, or test_X_more.py, in the place of the module X that it tests, except these.
+TESTS_OF_NO_MODULE = {
+    "tests/export/test_deploy.py": "It runs the examples of docs/deploy.md.",
+    "tests/export/test_large.py": "It exports a model of Stable Diffusion 1.5's size.",
+    "tests/export/test_models.py": "It exports one model of each supported kind.",
+    "tests/export/test_optimum.py": "It loads an export in optimum-onnx.",
+    "tests/layers/test_lora_on_a_gpu.py": "It holds the checks of the LoRA layers that only a GPU can run.",
+    "tests/test_benchmarks.py": "It tests benchmarks/.",
+    "tests/test_docs.py": "It runs the examples of docs/.",
+    "tests/test_environment.py": "It tests environment.sh and the Makefile.",
+    "tests/test_layout.py": "It tests the folders and the files around the code.",
+    "tests/test_paper.py": "It compares the package with the published method from one end to the other.",
+    "tests/test_readme.py": "It runs the examples of README.md.",
+}
 
 
 def _files(folder: str, pattern: str = "*.py") -> list[Path]:
-    """Files below a top-level folder, each once: links to other folders are not followed."""
+    """Return the files below a top-level folder, each once: links to other folders are not followed."""
     found = (Path(path, name) for path, _, names in os.walk(ROOT / folder) for name in names)
     return sorted(path for path in found if fnmatch(path.name, pattern) and "__pycache__" not in path.parts)
 
 
 def _packaged(path: Path) -> Path:
-    """Where a wheel holds `path`: kernels/ and export/ go inside the package."""
+    """Return the path that a wheel gives the file `path`: kernels/ and export/ go inside the package."""
     relative = path.relative_to(ROOT)
     return relative if relative.parts[0] == "d2f_fast" else "d2f_fast" / relative
 
@@ -67,8 +105,9 @@ def _python(code: str, *, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@functools.cache
 def _imported_modules(module: str) -> set[str]:
-    """Modules of this package that `module` imports, inside functions too, but not for type checkers alone."""
+    """Return the modules of this package that `module` imports, in functions too, but not only for type checkers."""
     return {target for name in _imported_names(module) if (target := _defining_module(name)) and target != module}
 
 
@@ -97,7 +136,7 @@ def _imported_names(module: str) -> Iterator[str]:
 
 
 def _defining_module(name: str) -> str | None:
-    """The module of this package that `name`, a module or a name in one, leads to."""
+    """Return the module of this package that `name` is or is defined in; None for a name of another package."""
     parent, _, attribute = name.rpartition(".")
     if name in SOURCES:
         return name
@@ -107,14 +146,14 @@ def _defining_module(name: str) -> str | None:
 
 
 def _layer(module: str) -> int:
-    """Number of a module's layer; -1 for the packages' own empty modules, which anything may import."""
+    """Return the number of a module's layer; -1 for an empty __init__.py, which every module may import."""
     if SOURCES[module].name == "__init__.py" and module != "d2f_fast.miniature":
         return -1
     return next(i for i, layer in enumerate(LAYERS) if any(fnmatch(module, pattern) for pattern in layer))
 
 
 @pytest.mark.parametrize("folder", BARE_FOLDERS)
-def test_folder_is_no_regular_package(folder: str) -> None:
+def test_folder_has_no_init_file(folder: str) -> None:
     # transformers, diffusers and peft import a PyPI package called `kernels`; ours must not hide it
     assert not _files(folder, "__init__.py")
 
@@ -127,7 +166,7 @@ def test_link_inside_the_package_is_relative_and_resolves(folder: str) -> None:
     assert link.resolve() == ROOT / folder and link.is_dir()
 
 
-def test_no_module_is_named_like_a_library() -> None:
+def test_no_module_has_the_name_of_a_library() -> None:
     taken = sys.stdlib_module_names | importlib.metadata.packages_distributions().keys()
     ours = {path.stem: path for folder in BARE_FOLDERS for path in _files(folder) if path.name != "conftest.py"}
     assert not {str(path) for name, path in ours.items() if name in taken}
@@ -141,7 +180,7 @@ def test_setuptools_packages_are_the_folders_with_code() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
-def test_module_reaches_nothing_of_a_later_layer(module: str) -> None:
+def test_module_imports_nothing_from_a_later_layer(module: str) -> None:
     reached, waiting = {module}, [module]
     while waiting:
         new = _imported_modules(waiting.pop()) - reached
@@ -154,29 +193,77 @@ def test_imports_between_modules_have_no_cycle() -> None:
     tuple(graphlib.TopologicalSorter({module: _imported_modules(module) for module in SOURCES}).static_order())
 
 
-def test_ops_is_the_one_door_to_the_kernels() -> None:
+def test_only_ops_imports_the_kernels() -> None:
     through = {m for m in SOURCES if any(t.startswith("d2f_fast.kernels.") for t in _imported_modules(m))}
     assert {m for m in through if not m.startswith("d2f_fast.kernels.")} <= {"d2f_fast.ops"}
 
 
-def test_export_uses_plain_torch() -> None:
-    exporting = [module for module in SOURCES if module.startswith("d2f_fast.export.")]
-    assert "d2f_fast.export.to_onnx" in exporting
-    assert not {(m, t) for m in exporting for t in _imported_modules(m) if t == "d2f_fast.ops"}
+def test_export_reaches_only_the_rooms_that_a_graph_needs() -> None:
+    # a graph needs plain torch: never ops or layers; and an export neither trains nor runs a command
+    waiting = [module for module in SOURCES if module.startswith("d2f_fast.export.")]
+    assert "d2f_fast.export.to_onnx" in waiting
+    reached = set(waiting)
+    while waiting:
+        new = _imported_modules(waiting.pop()) - reached
+        reached |= new
+        waiting += new
+    assert not {module for module in reached if not any(fnmatch(module, room) for room in ROOMS_OF_EXPORT)}
 
 
 def test_nothing_imports_the_export_command() -> None:
-    # run as a script it is __main__: importing it too would give two copies
+    # run as a script it is the module __main__, so that an import would load a second copy
     assert not {module for module in SOURCES if "d2f_fast.export.to_onnx" in _imported_modules(module)}
 
 
 def test_each_kernel_has_its_tests_and_its_benchmark() -> None:
-    # lora_dispatch and lora_kernels are the parts of lora_linear, and tested and measured through it
-    kernels = {path.stem for path in _files("kernels")} - {"runtime", "lora_dispatch", "lora_kernels"}
+    modules = {path.stem for path in _files("kernels")}
     tested = {path.stem.removeprefix("test_") for path in _files("tests/kernels", "test_*.py")}
     measured = {path.stem.removeprefix("bench_") for path in _files("benchmarks", "bench_*.py")}
-    assert tested - {"runtime", "aot_compile"} == kernels
-    assert kernels <= measured
+    assert tested == modules | {"objective"}  # the two alignment kernels together
+    # lora_dispatch and lora_kernels are the parts of lora_linear, and measured through it.
+    assert modules - {"runtime", "lora_dispatch", "lora_kernels"} <= measured
+
+
+def _test_file(module: str) -> str:
+    """Return the path of the test file that mirrors `module`."""
+    folders = _packaged(SOURCES[module]).parts[1:-1]
+    stem = SOURCES[module].stem if SOURCES[module].name != "__init__.py" else module.rpartition(".")[2]
+    return Path("tests", *folders, f"test_{stem}.py").as_posix()
+
+
+def _has_behaviour(path: Path) -> bool:
+    """Return whether a module defines functions or classes, which an __init__.py, as a rule, does not."""
+    return any(
+        isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(path.read_text(encoding="utf-8")).body
+    )
+
+
+def test_each_module_has_a_test_file_of_its_name() -> None:
+    tested = {path.relative_to(ROOT).as_posix() for path in _files("tests", "test_*.py")}
+    modules = {module for module, path in SOURCES.items() if _has_behaviour(path)}
+    assert {module for module in modules if _test_file(module) not in tested} == TESTED_ELSEWHERE.keys()
+
+
+def test_each_test_file_has_the_name_of_a_module() -> None:
+    tests = {path.relative_to(ROOT).as_posix() for path in _files("tests", "test_*.py")}
+    names = [_test_file(module).removesuffix(".py") for module in SOURCES]
+    mirrors = {path for path in tests if any(path == f"{name}.py" or path.startswith(f"{name}_") for name in names)}
+    assert tests - mirrors == TESTS_OF_NO_MODULE.keys()
+
+
+def test_no_code_file_is_longer_than_its_limit() -> None:
+    lines = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES.values()}
+    assert not {path: count for path, count in lines.items() if count > MAX_FILE_LINES}
+
+
+def test_no_class_is_longer_than_its_limit() -> None:
+    lines = {
+        f"{module}.{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for module, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert not {name: count for name, count in lines.items() if count > MAX_CLASS_LINES}
 
 
 def test_importing_the_package_imports_no_heavy_library() -> None:
@@ -209,18 +296,27 @@ print("absent" if spec is None else "namespace" if spec.origin is None else spec
     assert found in ("absent", "namespace") or "site-packages" in found
 
 
-def test_wheel_holds_each_module_once_and_nothing_else(tmp_path: Path) -> None:
+@pytest.fixture
+def wheel(pytestconfig: pytest.Config, tmp_path: Path) -> Path:
+    """Return the wheel that --wheel names, or build one from a copy of the checkout."""
+    if given := pytestconfig.getoption("--wheel"):
+        return Path(given)
+
     def ignored(folder: str, names: list[str]) -> set[str]:
         return {name for name in names if name == "__pycache__" or name.endswith(".egg-info")}
 
-    for name in ("d2f_fast", "kernels", "export"):
+    for name in CODE_FOLDERS:
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "d2f_fast/miniature/__pycache__").mkdir()
     (tmp_path / "d2f_fast/miniature/__pycache__/stale.pyc").touch()
     built = _python("from setuptools import build_meta; print(build_meta.build_wheel('dist'))", cwd=tmp_path)
-    names = zipfile.ZipFile(tmp_path / "dist" / built.split()[-1]).namelist()
+    return tmp_path / "dist" / built.split()[-1]
+
+
+def test_wheel_holds_each_module_once_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
     data = [path for name in ("d2f_fast", "kernels") for path in _files(name, "*") if path.suffix != ".py"]
     expected = [_packaged(path).as_posix() for path in [*SOURCES.values(), *data]]
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(expected)
@@ -255,3 +351,66 @@ def test_benchmark_option_swaps_tests_for_benchmarks(
     passed = [line.split("::test_")[1].split()[0] for line in done.stdout.splitlines() if " PASSED" in line]
     assert passed == collected
     assert ("Median" in done.stdout) == ("--benchmark" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes"),
+    [
+        ([], 2),
+        (["-k", "unit", "-x", "tests"], 2),
+        (["-m", "gpu or not gpu"], 0),
+        (["-s"], 0),
+        (["tests/test_unit.py::test_unit"], 0),
+        (["--pdb"], 0),
+        (["--benchmark"], 0),
+        (["--benchmark", "-n", "1"], 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_default_selection_runs_in_two_processes(arguments: list[str], processes: int, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_unit.py").write_text("def test_unit(): pass")
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = f"""
+import os, pytest
+os.cpu_count = lambda: 2
+class Plugin:
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config):
+        print("processes:", len(config.option.tx))
+        pytest.exit("seen", returncode=0)
+pytest.main({arguments!r}, plugins=[Plugin()])
+"""
+    assert f"processes: {processes}\n" in _python(code, cwd=tmp_path)
+
+
+def test_citation_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert citation["version"] == project["version"]
+    (paper,) = citation["references"]
+    assert paper["title"].startswith("Diff2Flow") and paper["identifiers"][0]["value"] == "arXiv:2506.02221"
+
+
+def test_newest_changelog_entry_is_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines() if line[:3] == "## "]
+    assert headings[0] == f"## {project['version']}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / ".github").rglob("*.yml"))
+)
+def test_github_file_is_yaml_of_its_kind(path: str) -> None:
+    content = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+    if "/workflows/" in path:
+        assert True in content, "YAML reads the key `on` as true"
+        assert all(job["steps"] and job["runs-on"] for job in content["jobs"].values())
+    else:
+        assert {"name", "description", "body"} <= content.keys()
+
+
+def test_release_publishes_nothing_yet() -> None:
+    release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    assert release["jobs"]["publish"]["if"] is False

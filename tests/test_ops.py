@@ -39,7 +39,7 @@ def alignment_of(name, prediction_type, zero_snr=False):
 
 
 def operands(dtype=torch.float64, shape=SHAPE, seed=0):
-    """Latents, noise, an imperfect output and times that include both ends."""
+    """Return latents, noise, an imperfect output, and times that include both ends."""
     generator = torch.Generator().manual_seed(seed)
     latents, noise, output = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
     t = torch.rand(shape[0], generator=generator, dtype=torch.float64)
@@ -82,12 +82,12 @@ class Oracle:
         return np.where(self.t < self.lowest, below, np.where(self.t > self.r[0], above, x0 - eps))
 
     def slope(self):
-        """How the velocity changes with the output: it is linear in it."""
+        """Return the derivative of the velocity, which is linear in the output, with respect to the output."""
         zero = np.zeros_like(self.t)
         return self.velocity(zero, zero + 1) - self.velocity(zero, zero)
 
     def factor(self, weighting):
-        """The weighting's factor on the velocity error."""
+        """Return the weighting's factor on the velocity error."""
         if weighting == "flow":
             return np.ones_like(self.t)
         if weighting == "native":
@@ -97,7 +97,7 @@ class Oracle:
             return np.where(snr == 0, 1.0, np.minimum(snr, 5.0) / snr)
 
     def loss_and_gradient(self, output, latents, noise, weighting, mask):
-        """Loss per sample, and the gradient of their mean."""
+        """Return the loss of each sample, and the gradient of their mean."""
         error = self.velocity(self.state(latents, noise), output) - (latents - noise)
         weights = np.broadcast_to(mask, error.shape)
         total = weights.sum((1, 2, 3), keepdims=True)
@@ -107,13 +107,13 @@ class Oracle:
 
 
 def assert_close(got, expected, tolerance):
-    """Each sample within `tolerance`, a number or one per sample, of its own largest element."""
+    """Assert that each sample is within `tolerance`, one number or one per sample, of its own largest element."""
     got, expected = (x.reshape(len(x), -1) for x in (got.detach().double().numpy(), expected))
     assert (np.abs(got - expected).max(1) <= tolerance * np.maximum(np.abs(expected).max(1), 1e-30)).all()
 
 
 @pytest.mark.parametrize(("name", "prediction_type", "zero_snr"), CASES)
-def test_align_gives_the_network_the_diffusion_state_and_fractional_timestep(name, prediction_type, zero_snr):
+def test_align_returns_the_diffusion_state_and_fractional_timestep(name, prediction_type, zero_snr):
     scheduler = scheduler_of(name, prediction_type, zero_snr)
     latents, noise, _, t = operands(torch.float32)
     sample, timestep = align(latents, noise, t, Alignment.from_scheduler(scheduler))
@@ -123,7 +123,7 @@ def test_align_gives_the_network_the_diffusion_state_and_fractional_timestep(nam
     np.testing.assert_allclose(timestep, oracle.timestep(), atol=1e-3)
 
 
-def test_align_gives_a_naive_flow_network_the_flow_state_and_diffusers_flow_timestep():
+def test_align_returns_flow_state_and_flow_timestep_for_naive_flow():
     latents, noise, _, t = operands(torch.float32)
     sample, timestep = align(latents, noise, t, NaiveFlow())
     time = t.reshape(-1, 1, 1, 1).double()
@@ -139,12 +139,12 @@ def test_align_rounds_low_precision_latents_once_and_never_the_timestep(dtype):
     sample, timestep = align(latents, noise, t, alignment)
     exact, exact_timestep = align(latents.double(), noise.double(), t.double(), alignment)
     assert sample.dtype == dtype and timestep.dtype == torch.float32
-    # A float32 sum next to a tie may round the other way, hardly ever.
+    # A float32 sum next to a tie may, rarely, round the other way.
     assert (sample != exact.to(dtype)).float().mean() < 1e-3
     assert (timestep - exact_timestep).abs().max() < 1e-3
 
 
-def test_align_answers_in_the_type_of_the_latents_whatever_the_noise_is():
+def test_align_returns_the_type_of_the_latents_for_noise_of_any_type():
     latents, noise, _, t = operands(torch.float32)
     sample, _ = align(latents.bfloat16(), noise, t, alignment_of("sd", "epsilon"))
     assert sample.dtype == torch.bfloat16
@@ -153,7 +153,7 @@ def test_align_answers_in_the_type_of_the_latents_whatever_the_noise_is():
 @pytest.mark.parametrize("mask", [None, "binary", "soft"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(("name", "prediction_type", "zero_snr"), CASES)
-def test_loss_and_gradient_are_the_closed_form(name, prediction_type, zero_snr, weighting, mask):
+def test_loss_and_gradient_equal_the_closed_form(name, prediction_type, zero_snr, weighting, mask):
     scheduler = scheduler_of(name, prediction_type, zero_snr)
     alignment = Alignment.from_scheduler(scheduler)
     for dtype, rounding in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
@@ -164,7 +164,7 @@ def test_loss_and_gradient_are_the_closed_form(name, prediction_type, zero_snr, 
             weights = (weights > 0.4) if mask == "binary" else weights * 0.01
             weights[3] = 0
         oracle = Oracle(scheduler, t)
-        # Reading x̂0 from ε divides by alpha, and ε̂ from x0 by sigma: what is subtracted is that much larger.
+        # Reading x̂0 from ε divides by alpha, and ε̂ from x0 by sigma, which enlarges the rounding errors.
         divisor = {"epsilon": oracle.alpha, "sample": oracle.sigma}.get(prediction_type, np.ones_like(oracle.t))
         tolerance = rounding / divisor.ravel()
         expected, gradient = oracle.loss_and_gradient(
@@ -206,13 +206,13 @@ def test_mixed_precisions_are_compared_in_float32():
     (losses[0] + losses[1]).backward()
     assert torch.equal(*losses)
     assert torch.equal(low.grad, high.grad.bfloat16())
-    # Nor is a float32 output rounded to cached low-precision latents.
+    # A float32 output is not rounded to the type of low-precision latents either.
     output = torch.randn(SHAPE)
     cached = aligned_loss(output, latents.bfloat16(), noise, t, alignment)
     assert torch.equal(cached, aligned_loss(output, latents.bfloat16().float(), noise, t, alignment))
 
 
-def test_a_perfect_output_of_an_actual_network_state_has_no_loss():
+def test_perfect_output_for_an_actual_state_has_no_loss():
     for prediction_type in ("epsilon", "v_prediction", "sample"):
         scheduler = scheduler_of("sd", prediction_type)
         latents, noise, _, _ = operands(torch.float32)
@@ -227,7 +227,7 @@ def test_a_perfect_output_of_an_actual_network_state_has_no_loss():
         assert aligned_loss(perfect, latents, noise, t, alignment, reduction="none").max() < 1e-9
 
 
-def test_a_mask_weighs_elements_and_not_the_sample():
+def test_mask_weighs_elements_and_not_the_sample():
     alignment = alignment_of("sd", "epsilon")
     latents, noise, output, t = operands()
     plain = aligned_loss(output, latents, noise, t, alignment, reduction="none")
@@ -237,7 +237,7 @@ def test_a_mask_weighs_elements_and_not_the_sample():
         torch.testing.assert_close(masked, plain)
 
 
-def test_an_empty_mask_gives_no_loss_and_no_gradient():
+def test_empty_mask_gives_zero_loss_and_gradient():
     alignment = alignment_of("sd", "epsilon")
     latents, noise, output, t = operands(torch.float32)
     output.requires_grad_()
@@ -249,7 +249,7 @@ def test_an_empty_mask_gives_no_loss_and_no_gradient():
     assert per_sample.isfinite().all() and (per_sample[[0, 1, 3, 4, 5]] > 0).all()
 
 
-def test_naive_flow_loss_is_the_plain_error_of_noise_minus_latents():
+def test_naive_flow_loss_is_the_squared_error_of_noise_minus_latents():
     latents, noise, output, t = operands()
     for weighting in ("flow", "native"):
         loss = aligned_loss(output, latents, noise, t, NaiveFlow(), weighting)
@@ -269,7 +269,7 @@ def test_naive_flow_loss_is_the_plain_error_of_noise_minus_latents():
         ({"model_output": torch.zeros(6, 8, 3, 5)}, r"model_output must have the latents' shape \[6, 4, 3, 5\], got"),
         ({"reduction": "sum"}, r"reduction must be one of \('mean', 'none'\), got 'sum'"),
         ({"weighting": "snr"}, r"loss_weighting must be one of \('flow', 'native', 'min_snr'\), got 'snr'"),
-        ({"weighting": "min_snr", "model": NaiveFlow()}, '"min_snr" needs a diffusion prediction'),
+        ({"weighting": "min_snr", "flow": NaiveFlow()}, '"min_snr" needs a diffusion prediction'),
         (
             {"mask": torch.ones(6, 3, 5)},
             r"mask must have 4 dimensions that broadcast to \[6, 4, 3, 5\], got \[6, 3, 5\]",
@@ -300,13 +300,13 @@ def test_unusable_operands_are_refused(change, sentence):
         "latents": latents,
         "noise": noise,
         "t": t,
-        "model": alignment_of("sd", "epsilon"),
+        "flow": alignment_of("sd", "epsilon"),
     } | change
     with pytest.raises(ValueError, match=sentence):
         aligned_loss(**arguments)
     if "noise" in change or "t" in change:
         with pytest.raises(ValueError, match=sentence):
-            align(latents, arguments["noise"], arguments["t"], arguments["model"])
+            align(latents, arguments["noise"], arguments["t"], arguments["flow"])
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (6, 4, 0, 5)])
@@ -319,30 +319,30 @@ def test_latents_without_elements_or_dimensions_are_refused(shape):
         aligned_loss(latents, latents, latents, t, alignment)
 
 
-def test_latents_that_are_no_real_numbers_are_refused():
+def test_latents_of_integers_are_refused():
     latents, t = torch.zeros(SHAPE, dtype=torch.int32), torch.zeros(6)
     with pytest.raises(ValueError, match=r"latents must be float32, float16, bfloat16 or float64, got torch\.int32"):
         align(latents, latents, t, alignment_of("sd", "epsilon"))
 
 
-def test_an_alignment_left_on_another_device_is_refused():
+def test_alignment_on_another_device_is_refused():
     latents, noise, _, t = operands(torch.float32)
     with pytest.raises(ValueError, match=r"the alignment must be on cpu as the latents, got meta: use alignment.to"):
         align(latents, noise, t, alignment_of("sd", "epsilon").to("meta"))
 
 
-def test_an_empty_batch_is_aligned_to_nothing_and_has_no_loss():
+def test_empty_batch_gives_empty_state_and_nan_loss():
     empty, t = torch.zeros(0, 4, 8, 8, dtype=torch.bfloat16), torch.zeros(0)
-    for model in (alignment_of("sd", "epsilon"), NaiveFlow()):
-        sample, timestep = align(empty, empty, t, model)
+    for flow in (alignment_of("sd", "epsilon"), NaiveFlow()):
+        sample, timestep = align(empty, empty, t, flow)
         assert sample.shape == empty.shape and sample.dtype == torch.bfloat16 and timestep.shape == (0,)
         for mask in (None, torch.ones(1, 1, 8, 8)):
-            assert aligned_loss(empty, empty, empty, t, model, mask=mask, reduction="none").shape == (0,)
-            assert aligned_loss(empty, empty, empty, t, model, mask=mask).isnan()  # as torch's mean of nothing
+            assert aligned_loss(empty, empty, empty, t, flow, mask=mask, reduction="none").shape == (0,)
+            assert aligned_loss(empty, empty, empty, t, flow, mask=mask).isnan()  # as the mean of an empty tensor is
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(weighting):
+def test_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(weighting):
     alignment = alignment_of("sd", "epsilon")
     network = torch.nn.Conv2d(4, 4, 3, padding=1)
 

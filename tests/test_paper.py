@@ -1,4 +1,4 @@
-"""What the paper's method rests on, checked on the embedded miniature."""
+"""Premises of the paper's method, checked on the embedded miniature."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_flow_euler_is_ddim_is_euler_discrete_at_the_same_nodes(pipe, guidance):
+def test_flow_euler_ddim_and_euler_discrete_agree_between_the_same_nodes(pipe, guidance):
     config = pipe.scheduler.config
     alignment = Alignment.from_scheduler(pipe.scheduler)
     pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True)
@@ -53,13 +53,13 @@ def test_flow_euler_is_ddim_is_euler_discrete_at_the_same_nodes(pipe, guidance):
     negative = model.encode_prompts([""] * len(PROMPTS))["encoder_hidden_states"]
     velocity = unet_velocity(pipe.unet, alignment, condition, negative, guidance)
     with torch.no_grad():
-        # DDIM takes the noise for its diffusion state at the first node: the flow state there is n * noise.
+        # DDIM takes the noise as its diffusion state at the first node, where the flow state is n * noise.
         flow = sample_flow(velocity, alignment.to_flow(noise(), nodes[0]), times=nodes)
     for other in (euler, ours, flow):
         assert relative(other, ddim) <= 1e-5
 
 
-def test_timesteps_between_two_integers_serve_as_well_as_the_integers(pipe):
+def test_fractional_timesteps_are_as_accurate_as_integers(pipe):
     """The paper's summary, experiment 1: the network interpolates in its timestep."""
     alignment = Alignment.from_scheduler(pipe.scheduler)
     model = BaseModel(pipe)
@@ -67,18 +67,18 @@ def test_timesteps_between_two_integers_serve_as_well_as_the_integers(pipe):
     velocity = unet_velocity(pipe.unet, alignment, condition)
     for integer in (300, 600):
         offsets = torch.arange(11) / 10
-        nodes = alignment.flow_time(integer + 1 - offsets)  # rising in t: from integer + 1 down to integer
+        nodes = alignment.flow_time(integer + 1 - offsets)  # they rise in t, from timestep integer + 1 down to integer
         with torch.no_grad():
             start = sample_flow(velocity, noise(), times=torch.linspace(0, nodes[0].item(), 30), method="heun")
             fine = sample_flow(velocity, start, times=nodes, method="heun", return_intermediates=True)
             rest = torch.linspace(nodes[-1].item(), 1, 30)
             reference = model.decode(sample_flow(velocity, fine[-1], times=rest, method="heun"))
-            # One long step from each offset to the end, against the fine solution of the same path.
+            # One long step from each offset to the end is compared with the fine solution of the same path.
             errors = torch.stack(
                 [
                     (model.decode(x_t + (1 - t) * velocity(x_t, t)) - reference).square().mean().sqrt()
                     for x_t, t in zip(fine, nodes, strict=True)
                 ]
             )
-        assert errors[0] > 1e-3  # a long step errs: the comparison is of something
+        assert errors[0] > 1e-3  # a long step has an error, so that there is something to compare
         assert (errors <= torch.maximum(errors[0], errors[-1]) * (1 + 1e-3)).all()

@@ -1,33 +1,40 @@
-"""`d2f demo`: the demonstration on the embedded miniature."""
+"""`d2f demo`: show what the package does, on the embedded miniature model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from d2f_fast.config import (
-    check_seed,
-)
+from d2f_fast.config import check_options, check_seed, option
 from d2f_fast.models.library_messages import silence_libraries
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Finetune the miniature four ways, sample each by every route, and write report.html.
+    """Train the embedded miniature model in four ways, sample each, and write a report.
 
     Args:
-        output_dir: of the report; overwritten.
-        seed: of training and sampling.
-        dry_run: print the resolved options and stop.
-        json: print the result as JSON.
+        output_dir: Folder that receives report.html, images, LoRA files and metrics.json; files of an earlier demo are
+            replaced.
+        seed: Seed of training and sampling, from 0 to 2**63 - 1. The same seed gives the same report on one machine.
+        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        json: Print the result as one line of JSON, in place of the path of the report. It is off by default.
     """
 
     output_dir: str = "demo"
-    seed: int = 0
+    seed: int = option(None, 0, check_seed)
     dry_run: bool = False
     json: bool = False
 
     def run(self) -> dict[str, Any]:
-        """Run it all, and return where the report is."""
-        check_seed(self.seed)
+        """Run the demonstration, and return the path of the report.
+
+        Raises:
+            RefusedInputError: The seed is out of range, or the output folder cannot be made.
+        """
+        from d2f_fast.files.atomic import make_folder
+
+        check_options(self)
+        make_folder(Path(self.output_dir))  # Before the slow imports, so that a refusal comes at once.
         silence_libraries()
         from d2f_fast.demo.run import run_demo
 

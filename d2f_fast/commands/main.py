@@ -1,4 +1,4 @@
-"""`d2f`: the commands. Options come from the dataclasses below, spelled with underscores or dashes.
+"""`d2f`: choose the command, and turn refusals into one line and an exit code.
 
 Exit codes: 0 done, 2 refused input, 143 saved after SIGTERM or SIGINT.
 """
@@ -6,86 +6,72 @@ Exit codes: 0 done, 2 refused input, 143 saved after SIGTERM or SIGINT.
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import tyro
-
+from d2f_fast import __version__
 from d2f_fast.commands.demo import Demo
+from d2f_fast.commands.options import Command, description, parse_options
 from d2f_fast.commands.sample import Sample
 from d2f_fast.commands.train import Train
-from d2f_fast.config import (
-    TrainingConfig,
-)
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import RefusedInputError, printable
 
-COMMANDS: dict[str, Any] = {"demo": Demo, "train": Train, "sample": Sample}
+COMMANDS: Mapping[str, type[Command]] = {"demo": Demo, "train": Train, "sample": Sample}
 
 
-def with_config_file(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--config FILE` out of the arguments, and read the options in it.
+def help_text() -> str:
+    """Return the text of `d2f --help`: what d2f is, its commands, and two examples."""
+    purposes = "\n".join(f"  {name:8}{description(command)}" for name, command in COMMANDS.items())
+    return f"""usage: d2f [-h] [--version] COMMAND [OPTIONS]
 
-    Raises:
-        RefusedInputError: the file is missing, too large, or not a YAML mapping.
-    """
-    import yaml
+d2f turns a Stable Diffusion model into a flow-matching model, which generates images in few
+steps. It finetunes the model on your captioned images, and samples from the result.
 
-    rest, options = list(arguments), {}
-    for i, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            inline = argument.partition("=")[2]
-            if not inline and i + 1 >= len(arguments):
-                raise RefusedInputError("--config: give the path of a YAML file")
-            path = Path(inline or arguments[i + 1])
-            del rest[i : i + (1 if inline else 2)]
-            try:
-                options = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise RefusedInputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-            if not isinstance(options, dict):
-                raise RefusedInputError(f"{path} must hold `option: value` lines")
-            break
-    return rest, options
+commands:
+{purposes}
+
+options:
+  -h, --help  Show this help and stop. `d2f COMMAND --help` explains the options of a command.
+  --version   Print the version of d2f and stop.
+
+Each command also takes its options from a YAML file (--config FILE), shows them without running
+(--dry_run), and prints its result as JSON (--json).
+
+examples:
+  d2f train --train_data_dir photos --pretrained_model_name_or_path MODEL --output_dir run
+  d2f sample --prompts "a red fox" --model MODEL --lora run --num_inference_steps 4
+"""
 
 
-def parse(arguments: Sequence[str]) -> Any:
-    """Command dataclass of an argument list: the file's options first, then those typed.
+def parse(arguments: Sequence[str]) -> Command:
+    """Return the command that the arguments ask for, with its options.
+
+    Args:
+        arguments: words after `d2f`, the name of the command first.
 
     Raises:
-        RefusedInputError: an option of the configuration file is unknown, or has a wrong type.
-        SystemExit: misuse (2), or help (0).
+        RefusedInputError: There is no such command, the configuration file cannot be used, or an option has a value
+            that it does not take.
+        SystemExit: The arguments cannot be parsed (2), or help was asked for (0).
     """
-    rest, from_file = with_config_file(arguments)
-    typed: list[str] = []
-    command = COMMANDS.get(rest[0]) if rest else None
-    if from_file and command is not None:
-        # Made into arguments, so that they go through the same checks as typed ones, which replace them.
-        options = [*dataclasses.fields(command), *(dataclasses.fields(TrainingConfig) if command is Train else ())]
-        known = {option.name: option.type for option in options}
-        for name, value in from_file.items():
-            if name not in known:
-                raise RefusedInputError(f"--config: {name} is no option of d2f {rest[0]}: see d2f {rest[0]} --help")
-            if any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in rest):
-                continue
-            if isinstance(value, bool) and known[name] is bool:
-                typed.append(f"--{name}" if value else f"--no_{name}")
-            elif isinstance(value, bool):  # YAML's yes and no, meant as words
-                typed += [f"--{name}", "yes" if value else "no"]
-            elif isinstance(value, list):
-                typed += [f"--{name}", *map(str, value)]
-            else:
-                typed += [f"--{name}", str(value)]
-        rest = [rest[0], *typed, *rest[1:]]
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="d2f", description=__doc__, args=rest, use_underscores=True, sort_subcommands=False
-    )
+    name = arguments[0] if arguments else None
+    if name is None or name not in COMMANDS:
+        got = "nothing" if name is None else printable(name)
+        raise RefusedInputError(f"give a command ({', '.join(COMMANDS)}), got {got}: see d2f --help")
+    return parse_options(COMMANDS[name], arguments[1:], name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line, and return the exit code.
+
+    Args:
+        arguments: words after `d2f`; None takes those of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ("-h", "--help", "--version"):
+        print(f"d2f {__version__}" if arguments[0] == "--version" else help_text().rstrip())
+        return 0
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
+        command = parse(arguments)
         if command.dry_run:
             print(json.dumps(dataclasses.asdict(command), indent=2))
             return 0
@@ -94,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"d2f: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, ValueError) as error:
-        # Only those classes of ours that carry an exit code; anything else is a defect and keeps its traceback.
+        # Only this package's own errors carry an exit code; any other error is a defect and keeps its traceback.
         code = getattr(error, "exit_code", None)
         if code is None:
             raise

@@ -1,99 +1,134 @@
-"""`d2f sample`: draw pictures of prompts."""
+"""`d2f sample`: generate images of prompts."""
 
 import dataclasses
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.config import (
     Method,
     PredictionType,
     Spacing,
-    check_number,
+    at_least,
+    check_finite,
+    check_options,
     check_positive,
     check_seed,
+    option,
 )
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# These options are fixed in an exported folder, so that they cannot be given together with --onnx.
+_FIXED_BY_EXPORT = ("model", "lora", "prediction_type", "method", "flow_spacing", "shift")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw pictures of prompts along flow time, in any Stable Diffusion pipeline.
+    """Generate images of prompts with a Stable Diffusion model, in few steps.
 
     Args:
-        prompts: one picture each.
-        model: hub id, pipeline folder, .safetensors file, or "miniature", the embedded model.
-        lora: folder or file of LoRA weights.
-        onnx: folder of export/to_onnx.py to draw with, by ONNX Runtime, in place of model and lora.
-        onnx_provider: auto, cpu, cuda or tensorrt, for onnx; auto is cuda where there is one.
-        num_inference_steps: network evaluations a picture; twice as many with midpoint and heun.
-        guidance_scale: 1 is no guidance.
-        negative_prompt: led away from.
-        prediction_type: flow_prediction for a network trained on naive flow matching; None for what the file says.
-        method: euler, midpoint or heun.
-        flow_spacing: uniform in flow time, or trailing.
-        shift: factor on the sampling sigmas; None for that of the training, or 1.
-        height: pixels; None for the model's own.
-        width: pixels; None for the model's own.
-        seed: of the noise.
-        output_dir: of the pictures.
-        dry_run: print the resolved options and stop.
-        json: print the result as JSON.
+        prompts: One or more prompts; one image is generated for each.
+        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. The
+            default "miniature" is the small model inside this package.
+        lora: Folder or .safetensors file of LoRA weights that are merged into the model. The default None uses the
+            model as it is.
+        onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of --model and --lora. The default
+            None runs the model with diffusers.
+        onnx_provider: Hardware that --onnx runs on. The default "auto" takes an NVIDIA GPU if there is one, and the CPU
+            otherwise.
+        num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
+            "midpoint" and "heun" twice.
+        guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1 turns
+            guidance off, which halves the time.
+        negative_prompt: Prompt to steer away from, the same for all images. The default is empty, for none.
+        prediction_type: What the network predicts, in the words of diffusers. The default None takes it from the model
+            or LoRA file; "flow_prediction" is for networks trained with the objective "fm".
+        method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
+        flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time; "trailing" uses the times that
+            diffusers calls trailing.
+        shift: Factor on the noise-to-image ratio at each step. Values above 1 spend more steps on noisy images. The
+            default None takes the factor saved with the trained weights, or else 1, which turns it off.
+        height: Height of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
+            own height.
+        width: Width of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
+            own width.
+        seed: Seed of the noise, from 0 to 2**63 - 1. The same seed and options give the same images on one machine.
+        output_dir: Folder that receives the images, 000.png and so on, and metrics.json; it is created if it is
+            missing.
+        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        json: Print the result as one line of JSON, in place of the path of the folder. It is off by default.
     """
 
-    prompts: tuple[str, ...]
-    model: str = MINIATURE
-    lora: str | None = None
-    onnx: str | None = None
-    onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
-    num_inference_steps: int = 4
-    guidance_scale: float = 3.0
-    negative_prompt: str = ""
-    prediction_type: PredictionType | None = None
-    method: Method = "euler"
-    flow_spacing: Spacing = "uniform"
-    shift: float | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    output_dir: str = "d2f-samples"
+    prompts: tuple[str, ...] = field(metadata={"group": "image"})
+    model: str = option("model", MINIATURE)
+    lora: str | None = option("model", None)
+    onnx: str | None = option("model", None)
+    onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("model", "auto")
+    num_inference_steps: int = option("sampling", 4, at_least(1))
+    guidance_scale: float = option("sampling", 3.0, check_finite)
+    negative_prompt: str = option("image", "")
+    prediction_type: PredictionType | None = option("model", None)
+    method: Method = option("sampling", "euler")
+    flow_spacing: Spacing = option("sampling", "uniform")
+    shift: float | None = option("sampling", None, check_positive)
+    height: int | None = option("image", None, at_least(8))
+    width: int | None = option("image", None, at_least(8))
+    seed: int = option("sampling", 0, check_seed)
+    output_dir: str = option("image", "d2f-samples")
     dry_run: bool = False
     json: bool = False
 
     def run(self) -> dict[str, Any]:
-        """Draw, write the pictures, and return where they are."""
+        """Generate the images, write them, and return what was generated and where it was written.
+
+        Raises:
+            RefusedInputError: An option, the model, the LoRA file or the output folder cannot be used.
+        """
+        output, started = Path(self.output_dir), time.monotonic()
+        self._refuse_early(output)
         from d2f_fast.files.atomic import atomic_path, make_folder
         from d2f_fast.files.run_record import write_run_record
 
-        if not self.prompts or not all(self.prompts):
-            raise RefusedInputError("prompts: give at least one prompt, none of them empty")
-        for name, least in (("num_inference_steps", 1), ("height", 8), ("width", 8)):
-            check_number(name, getattr(self, name), least)
-        check_seed(self.seed)
-        check_positive("shift", self.shift)
-        if not math.isfinite(self.guidance_scale):
-            raise RefusedInputError(f"guidance_scale must be finite, got {self.guidance_scale}")
-        output = Path(self.output_dir)
-        if output.exists():
-            make_folder(output)  # or refuse it, before the pictures are drawn
-        started = time.monotonic()
-        pictures = self._draw() if self.onnx is None else self._draw_with_onnx(self.onnx)
+        images = self._with_diffusers() if self.onnx is None else self._with_onnx(self.onnx)
         make_folder(output)
-        files = [str(output / f"{i:03d}.png") for i in range(len(pictures))]
-        for file, picture in zip(files, pictures, strict=True):
+        files = [str(output / f"{i:03d}.png") for i in range(len(images))]
+        for file, image in zip(files, images, strict=True):
             with atomic_path(file) as temporary:
-                picture.save(temporary)
+                image.save(temporary)
         seconds = time.monotonic() - started
         row = {"sampler": "flow", "method": self.method, "steps": self.num_inference_steps, "samples": len(files)}
         write_run_record(output, "d2f sample", self.seed, seconds, [row])
         return row | {"files": files, "output": str(output)}
 
-    def _draw(self) -> list[Any]:
-        """Pictures by diffusers."""
+    def _refuse_early(self, output: Path) -> None:
+        """Refuse, before the slow imports and the sampling, what would be refused after them."""
+        from d2f_fast.files.atomic import make_folder
+
+        if not self.prompts or not all(self.prompts):
+            raise RefusedInputError("prompts: give at least one prompt, none of them empty")
+        check_options(self)
+        if self.onnx is not None:
+            if not Path(self.onnx).is_dir():
+                raise RefusedInputError(f"onnx: {printable(self.onnx)} is not a folder: give one of export/to_onnx.py")
+            defaults = {declared.name: declared.default for declared in dataclasses.fields(self)}
+            for name in _FIXED_BY_EXPORT:
+                if getattr(self, name) != defaults[name]:
+                    raise RefusedInputError(
+                        f"{name} was settled when {printable(self.onnx)} was exported: leave it out, or export again"
+                    )
+        elif self.lora is not None and not Path(self.lora).exists():
+            raise RefusedInputError(f"lora: {printable(self.lora)} does not exist: give a LoRA folder or file")
+        if output.exists():
+            make_folder(output)  # This refuses a file of that name.
+
+    def _with_diffusers(self) -> "list[Image]":
+        """Generate the images with diffusers."""
         silence_libraries()
         import torch
 
@@ -120,7 +155,7 @@ class Sample:
         )
 
     def _of_training(self) -> dict[str, Any]:
-        """Prediction type and shift: those given, else those that the LoRA file or the pipeline's folder tells."""
+        """Return the prediction type and the shift: those given, else those in the tags of the LoRA file or model."""
         from d2f_fast.files.json_file import read_json
         from d2f_fast.lora.read import lora_tags
 
@@ -130,21 +165,18 @@ class Sample:
         try:
             if self.shift is None:
                 chosen["shift"] = float(tags.get("d2f.shift", 1))
-            # Any other type is that of the base, which has it in its own configuration.
+            # The other types are the base model's, whose own configuration says which one it is.
             if self.prediction_type is None and tags.get("d2f.prediction_type") == "flow_prediction":
                 chosen["prediction_type"] = "flow_prediction"
         except (AttributeError, TypeError, ValueError) as error:
-            raise RefusedInputError(f"{source} tells no usable shift ({error}): give --shift") from error
+            raise RefusedInputError(f"{source} holds no usable d2f.shift ({error}): give --shift") from error
         return {name: value for name, value in chosen.items() if value is not None}
 
-    def _draw_with_onnx(self, folder: str) -> list[Any]:
-        """Pictures by ONNX Runtime."""
-        from d2f_fast.export.inference import PROVIDERS, OnnxPipeline
+    def _with_onnx(self, folder: str) -> "list[Image]":
+        """Generate the images with ONNX Runtime, from an exported folder."""
+        from d2f_fast.export.inference import OnnxPipeline
+        from d2f_fast.export.sessions import PROVIDERS
 
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        for name in ("model", "lora", "prediction_type", "method", "flow_spacing", "shift"):
-            if getattr(self, name) != defaults[name]:
-                raise RefusedInputError(f"{name} was settled when {folder} was exported: leave it out, or export again")
         providers = None if self.onnx_provider == "auto" else PROVIDERS[self.onnx_provider]
         return OnnxPipeline(folder, providers=providers)(
             self.prompts,

@@ -1,14 +1,15 @@
 """Encode the images and captions of this process' slice of a batch, through the cache on disk."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.data.batch import Batch
 from d2f_fast.data.cache import CacheKey, EmbeddingCache, ImageIdentity, LatentCache
 from d2f_fast.data.captions import Captions
 from d2f_fast.data.loading import (
@@ -21,7 +22,7 @@ from d2f_fast.data.loading import (
     read_sample,
 )
 from d2f_fast.data.order import Augmentation, BatchPlan
-from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.errors import printable
 from d2f_fast.models.base_model import BaseModel
 
 Input = TypeVar("Input")
@@ -102,7 +103,7 @@ class BatchEncoder:
         loaded.found_texts = self._texts.read(loaded.text_keys)
         return loaded
 
-    def encode(self, plan: BatchPlan, loaded: LoadedSlice) -> dict[str, Any]:
+    def encode(self, plan: BatchPlan, loaded: LoadedSlice) -> Batch:
         """Return the batch of a loaded slice, after encoding the images and captions that the cache lacked.
 
         Args:
@@ -130,7 +131,8 @@ class BatchEncoder:
         )
         side = self._config.resolution
         return {
-            **posterior,
+            "mean": posterior["mean"],
+            "std": posterior["std"],
             "encoder_hidden_states": condition["encoder_hidden_states"],
             "added_cond_kwargs": self._model.added_cond_kwargs(condition, side, side),
             "offset": plan.offset,
@@ -174,7 +176,7 @@ class BatchEncoder:
             sample, augmentation, config.resolution, random_flip=config.random_flip, center_crop=config.center_crop
         )
 
-    def _empty_slice(self, plan: BatchPlan) -> dict[str, Any]:
+    def _empty_slice(self, plan: BatchPlan) -> Batch:
         """Return the batch of a process that the last, small batch of an epoch leaves without a sample."""
         unet = self._model.unet.config
         side = self._config.resolution // self._model.downsampling
@@ -184,35 +186,6 @@ class BatchEncoder:
             "offset": plan.offset,
             "global_batch_size": plan.global_batch_size,
         }
-
-
-def check_batch(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch for `AlignedTrainer.step` whose tensors are not those of one set of samples.
-
-    Raises:
-        RefusedInputError: a key is missing, its tensor has another type or shape, or more or fewer samples.
-    """
-    pictures = next((name for name in ("latents", "mean", "pixel_values") if name in batch), None)
-    texts = next((name for name in ("encoder_hidden_states", "input_ids") if name in batch), None)
-    if pictures is None or texts is None:
-        wanted = "encoder_hidden_states or input_ids" if pictures else "latents or pixel_values"
-        raise RefusedInputError(f"a batch needs {wanted}, got {', '.join(batch) or 'nothing'}")
-    added = batch.get("added_cond_kwargs") or {}
-    mask = {} if batch.get("mask") is None else {"mask": batch["mask"]}
-    tensors = {pictures: batch[pictures], texts: batch[texts], **added, **mask}
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise RefusedInputError(f"{name} must be a tensor, got {type(value).__name__}")
-    for name in {pictures, *mask}:
-        if tensors[name].ndim != 4 or not (tensors[name].is_floating_point() or name == "mask"):
-            got = f"{list(tensors[name].shape)} {tensors[name].dtype}"
-            raise RefusedInputError(f"{name} must be floating, [samples, channels, height, width], got {got}")
-    count = len(tensors[pictures])
-    for name, value in tensors.items():
-        if len(value) != count and not (name == "mask" and len(value) == 1):
-            raise RefusedInputError(
-                f"{name} has {len(value)} samples and {pictures} {count}: they must be of one batch"
-            )
 
 
 def _encode_one_by_one(encode: Callable[[Input], dict[str, Tensor]], batches: Sequence[Input]) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
-"""`d2f demo`: the method on the embedded miniature, beside naive flow matching and diffusion finetuning, measured.
+"""Compare Diff2Flow with naive flow matching and with diffusion finetuning on the embedded miniature (`d2f demo`).
 
-`run` trains and draws, `sampling` holds the samplers, `exam` the measurements, `reading` says in words what they say,
-`report` and `plots` show it.
+`run` does the whole demonstration. `settings` holds its sizes, `networks` the finetuned networks and their training,
+`samplers` the samplers, `generation` turns captions into images, `evaluation_set` and `measurements` measure, `rows`
+lists what a row of `metrics.json` holds, `comparisons` compares rows, `summary` puts them into words, and `report` and
+`plots` write the page.
 """

@@ -1,4 +1,4 @@
-"""Small plots as SVG text, for a report that opens anywhere: lines with intervals, and bars."""
+"""Write small plots as SVG text, which any browser shows: lines with intervals, and bars."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,14 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: points (x, y, low, high), rising in x."""
+    """One curve of a plot.
+
+    Args:
+        label: name of the curve, in the legend and on each point.
+        colour: CSS colour.
+        points: points (x, y, low, high) in the order of x; low and high bound the interval of y.
+        dash: SVG dash pattern; "" for a solid line.
+    """
 
     label: str
     colour: str
@@ -29,7 +36,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar with its interval."""
+    """One bar of a plot.
+
+    Args:
+        label: name of the bar.
+        colour: CSS colour.
+        value: length of the bar.
+        low, high: bounds of its interval.
+    """
 
     label: str
     colour: str
@@ -40,7 +54,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Linear or logarithmic map from values to pixels."""
+    """Linear or logarithmic map from values in [low, high] to pixels in [start, end]."""
 
     low: float
     high: float
@@ -57,7 +71,7 @@ class _Scale:
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round values within a range."""
+    """Return round values within a range."""
     if log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         steps = (1, 2, 5) if last - first < 3 else (1,)
@@ -73,7 +87,7 @@ def _text(x: float, y: float, words: str, **attributes: str) -> str:
 
 
 def _frame(y: _Scale, label: str) -> list[str]:
-    """Horizontal grid lines, their values, and the axis' label."""
+    """Return horizontal grid lines, their values, and the label of the axis."""
     parts = []
     for tick in _ticks(y.low, y.high, y.log):
         height = y(tick)
@@ -85,7 +99,7 @@ def _frame(y: _Scale, label: str) -> list[str]:
 
 
 def _svg(parts: Sequence[str], title: str, height: float = HEIGHT) -> str:
-    """The picture; its title is what a screen reader says."""
+    """Return the whole drawing; a screen reader reads its title out."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
@@ -100,14 +114,17 @@ def line_plot(
     x_ticks: Sequence[float],
     levels: Sequence[tuple[str, float]] = (),
 ) -> str:
-    """Curves over even steps of x's logarithm (0 stands one place before the first), y logarithmic.
+    """Plot curves with logarithmic axes.
 
     Args:
-        lines: the curves.
-        title: of the picture.
-        x_label, y_label: of the axes.
-        x_ticks: the values of x that occur, rising; they stand at even distances where they double.
-        levels: horizontal lines, (label, y).
+        lines: curves to plot.
+        title: title of the plot.
+        x_label, y_label: labels of the axes.
+        x_ticks: values of x that occur, rising. x = 0 is placed at half of the first positive value.
+        levels: horizontal lines, (label, y) each.
+
+    Returns:
+        SVG text.
     """
     points = [point for line in lines for point in line.points]
     values = [value for point in points for value in point[1:] if value > 0] + [
@@ -139,7 +156,17 @@ def line_plot(
 
 
 def bar_plot(bars: Sequence[Bar], title: str, level: float = 1.0, left: float = 190) -> str:
-    """Horizontal bars with intervals, and a line at one level; `left` pixels are for the labels."""
+    """Plot horizontal bars with intervals.
+
+    Args:
+        bars: bars to plot, from top to bottom.
+        title: title of the plot.
+        level: value of the dashed vertical line.
+        left: width in pixels that is reserved for the labels.
+
+    Returns:
+        SVG text.
+    """
     row = 26
     height = row * len(bars) + 34
     x = _Scale(0, max([level, *(bar.high for bar in bars)]) * 1.05, left, WIDTH - RIGHT, log=False)
@@ -163,7 +190,7 @@ def bar_plot(bars: Sequence[Bar], title: str, level: float = 1.0, left: float = 
 
 
 def legend(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Legend of a plot: (label, colour, dash) each."""
+    """Return the legend of a plot as HTML; each entry is (label, colour, dash)."""
     keys = [
         f'<span><svg class="key" viewBox="0 0 24 8"><line x1="0" x2="24" y1="4" y2="4" stroke="{colour}"'
         f' stroke-width="2.5" stroke-dasharray="{dash}"/></svg>{escape(label)}</span>'

@@ -1,4 +1,4 @@
-"""The demo's `report.html`: one file with pictures, plots and tables in it, that opens without a network."""
+"""Write the demo's `report.html`: one file that holds images, plots and tables, and opens without a network."""
 
 import base64
 import io
@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from d2f_fast.demo.comparisons import best, excess
 from d2f_fast.demo.plots import COLOURS, Bar, Line, bar_plot, legend, line_plot
-from d2f_fast.demo.reading import Row, best, excess, reading, route_of, select
-from d2f_fast.demo.sampling import DDIM, DPM, FLOW, FLOW_TRAILING, Route
+from d2f_fast.demo.rows import Row, sampler_of, select, training_curve
+from d2f_fast.demo.samplers import DDIM, DPM, FLOW, FLOW_TRAILING, Sampler
+from d2f_fast.demo.summary import summary
 from d2f_fast.files.atomic import atomic_path
 
 OBJECTIVES = ("base", "fm_paper", "fm", "diffusion", "diff2flow")
@@ -26,7 +28,22 @@ LABELS = {
     "diff2flow": "aligned LoRA",
 }
 DASHES = {DDIM: "", FLOW: "7 3", FLOW_TRAILING: "2 3", DPM: "8 3 2 3"}
-TILE, LABEL_WIDTH, HEADER = 96, 210, 40
+TILE, LABEL_WIDTH, HEADER = 96, 210, 40  # pixels
+
+Shown = Mapping[tuple[str, Sampler, int], Tensor]
+
+
+class GridColumns(NamedTuple):
+    """Columns of an image grid.
+
+    Args:
+        captions: caption of each column.
+        real: real image of each caption.
+    """
+
+    captions: Sequence[str]
+    real: Sequence[Image.Image]
+
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d1d24; --soft: #63636e; --rule: #e3e3e8; --paper: #fbfbfa }
@@ -34,7 +51,7 @@ STYLE = """
 body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 62rem; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, sans-serif }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem }
-.lead { color: var(--soft); margin: 0 0 1.6rem } .reading { border-left: 3px solid #0b7a75; padding-left: 1rem }
+.lead { color: var(--soft); margin: 0 0 1.6rem } .summary { border-left: 3px solid #0b7a75; padding-left: 1rem }
 figure { margin: 1rem 0 } figcaption { color: var(--soft); font-size: .88rem; margin-top: .4rem }
 figure > img { max-width: 100%; height: auto; image-rendering: pixelated }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1.2rem }
@@ -52,42 +69,41 @@ th { color: var(--soft); font-weight: 600 } td:nth-child(-n+2), th:nth-child(-n+
 
 
 def write_report(
-    folder: Path,
-    rows: Sequence[Row],
-    shown: Mapping[tuple[str, Route, int], Tensor],
-    columns: tuple[Sequence[str], Sequence[Image.Image]],
-    seed: int,
-    seconds: float,
+    folder: Path, rows: Sequence[Row], shown: Shown, columns: GridColumns, seed: int, seconds: float
 ) -> Path:
-    """Write the grids as PNG files, and `report.html` with everything inlined.
+    """Write the image grids as PNG files, and `report.html` with everything inlined.
 
     Args:
-        folder: of both.
-        rows: of `metrics.json`.
-        shown: pictures [columns, 3, H, W] in [-1, 1] by objective, route and evaluations.
-        columns: captions, and the real pictures.
-        seed: of the run.
-        seconds: that it took.
+        folder: folder for the files.
+        rows: rows of `metrics.json`.
+        shown: images [columns, 3, H, W] in [-1, 1] by network, sampler and network evaluations.
+        columns: captions and real images of the grids' columns.
+        seed: seed of the run.
+        seconds: duration of the run.
+
+    Returns:
+        Path of `report.html`.
     """
     evaluations = sorted({steps for _, _, steps in shown})
     middle = 4 if 4 in evaluations else evaluations[0]
     grids = {}
     for steps in evaluations:
-        grids[steps] = _png(picture_grid(shown, columns, steps))
+        grids[steps] = _png(image_grid(shown, columns, steps))
         with atomic_path(folder / f"grid-{steps}.png") as temporary:
             temporary.write_bytes(grids[steps])
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
     sections = [
         "<h1>Diff2Flow on an embedded miniature</h1>",
-        f'<p class="lead">One base model, four LoRA runs to a second style of drawing with the same budget, data order'
-        f" and seeds. Seed {seed}, {seconds / 60:.1f} minutes, {escape(versions)}.</p>",
-        f"<h2>What the numbers say</h2><p class='reading'>{escape(reading(rows, middle))}</p>",
-        f"<h2>The same noise, {middle} evaluations</h2>{_figure(grids[middle], middle)}",
+        '<p class="lead">Four LoRA runs teach one base model a second style of images, with the same number of'
+        f" training steps, the same data order and the same seeds. Seed {seed}, {seconds / 60:.1f} minutes,"
+        f" {escape(versions)}.</p>",
+        f"<h2>Summary</h2><p class='summary'>{escape(summary(rows, middle))}</p>",
+        f"<h2>Images from the same noise, {middle} evaluations</h2>{_figure(grids[middle], middle)}",
         *(f"<details><summary>{n} evaluations</summary>{_figure(grids[n], n)}</details>" for n in grids if n != middle),
-        f"<h2>Quality against evaluations</h2>{_quality_plots(rows, evaluations)}",
+        f"<h2>Quality against network evaluations</h2>{_quality_plots(rows, evaluations)}",
         f"<h2>Training</h2>{_training_plots(rows)}",
-        f"<h2>Grey bias</h2>{_grey_plots(rows)}",
-        f"<h2>Every network, every sampler</h2>{_table(rows)}",
+        f"<h2>Grey bias</h2>{_grey_bias_plots(rows)}",
+        f"<h2>Every network with every sampler</h2>{_table(rows)}",
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Diff2Flow demo</title>'
@@ -100,39 +116,36 @@ def write_report(
     return path
 
 
-def picture_grid(
-    shown: Mapping[tuple[str, Route, int], Tensor], columns: tuple[Sequence[str], Sequence[Image.Image]], steps: int
-) -> Image.Image:
-    """Pictures of one number of evaluations: a row for each network and sampler, a column for each caption."""
-    captions, real = columns
-    rows: list[tuple[str, str, Sequence[Image.Image]]] = [("real pictures", "the style to learn", real)]
+def image_grid(shown: Shown, columns: GridColumns, steps: int) -> Image.Image:
+    """Draw the images of one number of evaluations: a row for each network and sampler, a column for each caption."""
+    rows: list[tuple[str, str, Sequence[Image.Image]]] = [("real images", "the style to learn", columns.real)]
     for objective in OBJECTIVES:
-        for route in (DDIM, FLOW):
-            tensor = shown.get((objective, route, steps))
-            if tensor is None:  # it was not measured at this number of evaluations
+        for sampler in (DDIM, FLOW):
+            tensor = shown.get((objective, sampler, steps))
+            if tensor is None:  # This network is not measured at this number of evaluations.
                 continue
             pixels = ((tensor + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            rows.append((LABELS[objective], route.label, [Image.fromarray(picture) for picture in pixels]))
-    size = (LABEL_WIDTH + TILE * len(captions), HEADER + TILE * len(rows))
+            rows.append((LABELS[objective], sampler.label, [Image.fromarray(image) for image in pixels]))
+    size = (LABEL_WIDTH + TILE * len(columns.captions), HEADER + TILE * len(rows))
     sheet = Image.new("RGB", size, "white")
     pen, bold, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(11)
-    for column, caption in enumerate(captions):
+    for column, caption in enumerate(columns.captions):
         name, _, background = caption.partition(" on a ")
         words = [name.split(" ", 1)[1], background.removesuffix(" background")]
         for line, text in enumerate(words):
             pen.text((LABEL_WIDTH + column * TILE + 3, 5 + 16 * line), _shorten(text, small), "#63636e", small)
-    for row, (title, subtitle, pictures) in enumerate(rows):
+    for row, (title, subtitle, images) in enumerate(rows):
         top = HEADER + row * TILE
         pen.text((8, top + 28), title, "#1d1d24", bold)
         pen.text((8, top + 50), subtitle, "#63636e", small)
-        for column, picture in enumerate(pictures):
-            tile = picture.resize((TILE - 4, TILE - 4), Image.Resampling.NEAREST)
+        for column, image in enumerate(images):
+            tile = image.resize((TILE - 4, TILE - 4), Image.Resampling.NEAREST)
             sheet.paste(tile, (LABEL_WIDTH + column * TILE + 2, top + 2))
     return sheet
 
 
-def _shorten(text: str, font: Any) -> str:
-    """Cut a text to the width of a tile."""
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Cut a text to the width of a tile, with an ellipsis where something was cut."""
     if font.getlength(text) <= TILE - 6:
         return text
     while font.getlength(f"{text}…") > TILE - 6:
@@ -149,9 +162,10 @@ def _png(image: Image.Image) -> bytes:
 def _figure(png: bytes, steps: int) -> str:
     source = base64.b64encode(png).decode()
     return (
-        f'<figure><img alt="Pictures of each network and sampler at {steps} evaluations"'
-        f' src="data:image/png;base64,{source}"><figcaption>{steps} network evaluations a picture, guidance counted'
-        " once; names that finetuning never saw; each column starts from the same noise.</figcaption></figure>"
+        f'<figure><img alt="Images of each network and sampler at {steps} evaluations"'
+        f' src="data:image/png;base64,{source}"><figcaption>Each image took {steps} network evaluations, guidance'
+        " counted once. Finetuning never saw these names. All images of a column start from the same noise."
+        "</figcaption></figure>"
     )
 
 
@@ -164,68 +178,68 @@ def _panel(svg: str, caption: str, keys: str = "") -> str:
 
 
 def _quality_plots(rows: Sequence[Row], evaluations: Sequence[int]) -> str:
-    """Best with best, then each network by each sampler on a common scale of evaluations."""
+    """Plot each network with its best sampler, then each network with every sampler."""
     labels = ("network evaluations", "Fréchet distance")
-    # A single number of evaluations is no curve.
-    drawn = [name for name in OBJECTIVES if all(select(rows, "quality", objective=name, steps=n) for n in evaluations)]
+    # A network that is measured at a single number of evaluations has no curve.
+    curves = [name for name in OBJECTIVES if all(select(rows, "quality", objective=name, steps=n) for n in evaluations)]
     lines = [
         Line(LABELS[name], COLOURS[name], [_point(steps, best(rows, name, steps)) for steps in evaluations])
-        for name in drawn
+        for name in curves
     ]
     floor = select(rows, "autoencoder")[0]
-    levels = [("autoencoder", floor["frechet_distance"]), ("real pictures", floor["frechet_floor"])]
+    levels = [("autoencoder", floor["frechet_distance"]), ("real images", floor["frechet_floor"])]
     title = "Each network with its best sampler"
     keys = legend([(line.label, line.colour, "") for line in lines])
-    panels = [_panel(line_plot(lines, title, *labels, evaluations, levels), f"{title}; bars are 95 % intervals.", keys)]
-    for name in drawn:
+    panels = [
+        _panel(
+            line_plot(lines, title, *labels, evaluations, levels), f"{title}; vertical bars are 95 % intervals.", keys
+        )
+    ]
+    for name in curves:
         lines = []
-        for route, dash in DASHES.items():
-            found = select(rows, "quality", objective=name, sampler=route.sampler, spacing=route.spacing)
+        for sampler, dash in DASHES.items():
+            found = select(rows, "quality", objective=name, sampler=sampler.name, spacing=sampler.spacing)
             points = [_point(row["steps"], row) for row in sorted(found, key=lambda row: row["steps"])]
-            lines.append(Line(route.label, COLOURS[name], points, dash))
-        keys = legend([(route.label, COLOURS[name], dash) for route, dash in DASHES.items()])
+            lines.append(Line(sampler.label, COLOURS[name], points, dash))
+        keys = legend([(sampler.label, COLOURS[name], dash) for sampler, dash in DASHES.items()])
         panels.append(
-            _panel(line_plot(lines, LABELS[name], *labels, evaluations), f"{LABELS[name]}, by sampler.", keys)
+            _panel(line_plot(lines, LABELS[name], *labels, evaluations), f"{LABELS[name]}, with each sampler.", keys)
         )
     return f'<div class="plots">{"".join(panels)}</div>'
 
 
 def _training_plots(rows: Sequence[Row]) -> str:
-    """Loss and distance against training steps."""
-    curves = {
-        name: sorted(select(rows, "training", objective=name), key=lambda row: row["training_steps"])
-        for name in OBJECTIVES[1:]
-    }
-    ticks = sorted({row["training_steps"] for curve in curves.values() for row in curve})
+    """Plot loss and distance against training steps."""
+    curves = {name: training_curve(rows, name) for name in OBJECTIVES[1:]}
+    ticks = sorted({step for curve in curves.values() for step, _ in curve})
     losses = [
-        Line(LABELS[name], COLOURS[name], [(row["training_steps"], *(row["flow_loss"],) * 3) for row in curve])
+        Line(LABELS[name], COLOURS[name], [(step, *(row["flow_loss"],) * 3) for step, row in curve])
         for name, curve in curves.items()
     ]
     distances = [
-        Line(LABELS[name], COLOURS[name], [_point(row["training_steps"], row) for row in curve])
-        for name, curve in curves.items()
+        Line(LABELS[name], COLOURS[name], [_point(step, row) for step, row in curve]) for name, curve in curves.items()
     ]
-    level = [(f"{LABELS[name]} at the end", curves[name][-1]["frechet_distance"]) for name in ("fm", "fm_paper")]
-    routes = ", ".join(f"{LABELS[name]} by {route_of(curve[0]).label}" for name, curve in curves.items())
-    count, steps = curves["fm"][0]["samples"], curves["fm"][0]["steps"]
+    level = [(f"{LABELS[name]} at the end", curves[name][-1][1]["frechet_distance"]) for name in ("fm", "fm_paper")]
+    samplers = ", ".join(f"{LABELS[name]} with {sampler_of(curve[0][1]).label}" for name, curve in curves.items())
+    first = curves["fm"][0][1]
     keys = legend([(LABELS[name], COLOURS[name], "") for name in curves])
     panels = [
         _panel(
             line_plot(losses, "Flow loss against training steps", "training steps", "flow loss", ticks),
-            "Mean squared error of the velocity on held-out pictures, the same noise and times for all.",
+            "Mean squared error of the velocity on held-out images, with the same noise and times for all networks.",
             keys,
         ),
         _panel(
             line_plot(distances, "Quality against training steps", "training steps", "Fréchet distance", ticks, level),
-            f"{count} pictures at {steps} evaluations: {routes}.",
+            f"{first['samples']} images at {first['steps']} evaluations: {samplers}.",
             keys,
         ),
     ]
     return f'<div class="plots">{"".join(panels)}</div>'
 
 
-def _grey_plots(rows: Sequence[Row]) -> str:
-    """Brightness spread of each delivery route, and of a perfect network."""
+def _grey_bias_plots(rows: Sequence[Row]) -> str:
+    """Plot the spread of brightness of each network from each start, and tabulate that of a perfect network."""
     panels = []
     for captions in ("no colour", "black and white"):
         found = select(rows, "grey_bias", captions=captions)
@@ -239,25 +253,32 @@ def _grey_plots(rows: Sequence[Row]) -> str:
             )
             for row in found
         ]
-        title = f"Brightness spread, captions with {captions}"
+        title = f"Spread of brightness, captions with {captions}"
         count, steps = found[0]["samples"], found[0]["steps"]
-        words = f"{title}: share of the real pictures' ({count} samples a bar, {steps} evaluations, 95 % intervals)."
+        words = (
+            f"{title}, as a fraction of the real images' spread ({count} images for each bar, {steps} evaluations,"
+            " 95 % intervals)."
+        )
         panels.append(_panel(bar_plot(bars, title), words))
-    ideal = []
+    return f'<div class="plots">{"".join(panels)}</div>{_ideal_brightness_table(rows)}'
+
+
+def _ideal_brightness_table(rows: Sequence[Row]) -> str:
+    """Tabulate the spread of brightness that a perfect network keeps."""
+    body = []
     for row in select(rows, "gaussian_grey_bias"):
         start = "t = 0" if row["start"] == 0 else "stock start"
         cells = (f"{row['latents'][1]} × {row['latents'][2]}", start, str(row["steps"]), f"{row['grey_bias']:.3f}")
-        ideal.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    table = (
-        "<p>The share that a perfect network keeps on Gaussian latents whose channel means have variance 1, in closed"
-        ' form:</p><div class="scroll"><table><tr><th>latents</th><th>start</th><th>evaluations</th>'
-        f"<th>spread kept</th></tr>{''.join(ideal)}</table></div>"
+        body.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return (
+        "<p>Fraction of the spread that a perfect network keeps for Gaussian latents whose channel means have variance"
+        ' 1, computed in closed form:</p><div class="scroll"><table><tr><th>latents</th><th>start</th>'
+        f"<th>evaluations</th><th>spread kept</th></tr>{''.join(body)}</table></div>"
     )
-    return f'<div class="plots">{"".join(panels)}</div>{table}'
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """All sampling rows; the smallest distance of each number of evaluations in bold."""
+    """Tabulate the quality of every network with every sampler; the smallest distances are bold."""
     quality = select(rows, "quality")
     smallest = {
         row["steps"]: min(r["frechet_distance"] for r in quality if r["steps"] == row["steps"]) for row in quality
@@ -266,13 +287,14 @@ def _table(rows: Sequence[Row]) -> str:
     for row in sorted(quality, key=lambda row: row["steps"]):
         mark = ' class="best"' if row["frechet_distance"] == smallest[row["steps"]] else ""
         interval = f"{row['frechet_low']:.3g} – {row['frechet_high']:.3g}"
-        route = route_of(row).label + (" (= DDIM)" if row.get("equal_to") else "")
-        cells = [LABELS[row["objective"]], route, str(row["steps"]), str(row["samples"])]
+        sampler = sampler_of(row).label + (" (same as DDIM)" if "equal_to" in row else "")
+        cells = [LABELS[row["objective"]], sampler, str(row["steps"]), str(row["samples"])]
         numbers = [interval, f"{excess(row):.3g}", f"{row['background_accuracy']:.1%}", f"{row['name_top1']:.1%}"]
         body.append(
             f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}<td{mark}>{row['frechet_distance']:.3g}</td>"
             f"{''.join(f'<td>{number}</td>' for number in numbers)}<td>{row['name_top5']:.1%}</td></tr>"
         )
-    header = ("network", "sampler", "evaluations", "pictures", "Fréchet distance", "95 %", "above real", "background")
-    names = "".join(f"<th>{name}</th>" for name in (*header, "name first", "in first five"))
+    header = ("network", "sampler", "evaluations", "images", "Fréchet distance", "95 % interval", "above real images")
+    accuracies = ("right background", "name first", "name in first five")
+    names = "".join(f"<th>{name}</th>" for name in (*header, *accuracies))
     return f'<div class="scroll"><table><tr>{names}</tr>{"".join(body)}</table></div>'

@@ -1,39 +1,62 @@
-"""Judge whether pictures show the captioned background colour and name."""
+"""Measure how many images show the background colour and the name of their caption."""
 
 import torch
 from torch import Tensor
 
 
-def corner_pixels(pictures: Tensor, side: int = 2) -> Tensor:
-    """The four corners, `side` pixels along each side: [B, C, 4 * side²] of pictures [B, C, H, W]."""
+def corner_pixels(images: Tensor, side: int = 2) -> Tensor:
+    """Return the pixels of the four corners.
+
+    Args:
+        images: images [B, C, H, W].
+        side: width and height of a corner in pixels.
+
+    Returns:
+        Pixels [B, C, 4 * side²].
+    """
     ends = torch.cat([torch.arange(side), torch.arange(-side, 0)])
-    return pictures[..., ends, :][..., ends].flatten(2)
+    return images[..., ends, :][..., ends].flatten(2)
 
 
-def corner_colours(pictures: Tensor, palette: Tensor, side: int = 2) -> Tensor:
-    """Index of the palette's colour nearest to the median of the four corners, [B].
-
-    Args:
-        pictures: [B, C, H, W].
-        palette: [colours, C], in the same units.
-        side: pixels of a corner along each side.
-    """
-    return torch.cdist(corner_pixels(pictures, side).median(dim=-1).values, palette).argmin(dim=-1)
-
-
-def background_accuracy(pictures: Tensor, colours: Tensor, palette: Tensor, readable: Tensor) -> tuple[float, int]:
-    """Share of the pictures whose corners are of the captioned colour, and how many were read.
+def corner_colours(images: Tensor, palette: Tensor, side: int = 2) -> Tensor:
+    """Return the index of the colour that is nearest to the median of the four corners.
 
     Args:
-        pictures: [B, C, H, W].
-        colours: [B], index into the palette.
-        palette: [colours, C].
-        readable: [B] bool, false where what is drawn covers a corner.
+        images: images [B, C, H, W].
+        palette: colours [colours, C], in the same units as the images.
+        side: width and height of a corner in pixels.
+
+    Returns:
+        Indices into the palette, [B] int64.
     """
-    right = (corner_colours(pictures, palette) == colours)[readable]
+    return torch.cdist(corner_pixels(images, side).median(dim=-1).values, palette).argmin(dim=-1)
+
+
+def background_accuracy(images: Tensor, colours: Tensor, palette: Tensor, free_corners: Tensor) -> tuple[float, int]:
+    """Return the fraction of images whose corners have the captioned colour, and how many images were counted.
+
+    Args:
+        images: images [B, C, H, W].
+        colours: index of each captioned colour in the palette, [B] int64.
+        palette: colours [colours, C], in the same units as the images.
+        free_corners: [B] bool; images with False are left out, because their subject covers a corner.
+
+    Returns:
+        Fraction in [0, 1], or nan if no image was counted; and the number of images counted.
+    """
+    right = (corner_colours(images, palette) == colours)[free_corners]
     return (right.double().mean().item() if len(right) else float("nan")), len(right)
 
 
 def name_accuracy(logits: Tensor, names: Tensor, top: int = 1) -> float:
-    """Share of the pictures whose name is among the classifier's first `top`; logits [B, names], names [B]."""
+    """Return the fraction of images whose name is among the classifier's most likely ones.
+
+    Args:
+        logits: output of the classifier, [B, names].
+        names: index of the right name of each image, [B] int64.
+        top: number of most likely names that count.
+
+    Returns:
+        Fraction in [0, 1].
+    """
     return (logits.topk(top, dim=-1).indices == names[:, None]).any(-1).double().mean().item()

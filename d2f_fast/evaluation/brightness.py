@@ -1,4 +1,8 @@
-"""Measure how much of the real pictures' brightness spread is kept, and compute it for an ideal network."""
+"""Measure how much of the real images' spread of brightness is kept, and compute it for an ideal network.
+
+Stock samplers start at the schedule's last timestep, where a trace of the image should remain and does not. Generated
+images are then all close to a medium brightness: they have a grey bias.
+"""
 
 import itertools
 
@@ -8,22 +12,29 @@ from d2f_fast.evaluation.distances import Array, Interval, bootstrap_interval
 from d2f_fast.flow.alignment import Alignment
 
 
-def mean_brightness(pictures: Tensor) -> Array:
-    """Mean over channels and pixels of each picture, [B]."""
-    return pictures.double().flatten(1).mean(1).cpu().numpy()
+def mean_brightness(images: Tensor) -> Array:
+    """Return the mean of each image [B, C, H, W] over channels and pixels, as a float64 array [B]."""
+    means: Array = images.double().flatten(1).mean(1).cpu().numpy()
+    return means
 
 
-def grey_bias(pictures: Tensor, real: Tensor, repeats: int = 1000, seed: int = 0) -> Interval:
-    """Spread of the mean brightness of pictures as a share of the real ones': 1 is none, below 1 is grey.
+def grey_bias(images: Tensor, real: Tensor, repeats: int = 1000, seed: int = 0) -> Interval:
+    """Measure the spread of the images' mean brightness, divided by the real images' spread.
+
+    A ratio of 1 means no grey bias; below 1 the images are closer to one common brightness than real ones.
 
     Args:
-        pictures, real: [B, C, H, W] and [R, C, H, W], drawn from the same captions, in the same units.
-        repeats: of the bootstrap, which resamples both.
-        seed: of the bootstrap.
+        images: generated images [B, C, H, W].
+        real: real images of the same captions, [R, C, H, W], in the same units.
+        repeats: resamplings of the bootstrap, which resamples both sets.
+        seed: seed of the bootstrap.
+
+    Returns:
+        The ratio of the standard deviations with its 95 % interval.
     """
     return bootstrap_interval(
-        lambda drawn, wanted: float(drawn.std(ddof=1) / wanted.std(ddof=1)),
-        mean_brightness(pictures),
+        lambda generated, wanted: float(generated.std(ddof=1) / wanted.std(ddof=1)),
+        mean_brightness(images),
         mean_brightness(real),
         repeats=repeats,
         seed=seed,
@@ -31,23 +42,26 @@ def grey_bias(pictures: Tensor, real: Tensor, repeats: int = 1000, seed: int = 0
 
 
 def gaussian_grey_bias(alignment: Alignment, shape: tuple[int, ...], variance: float, times: Tensor) -> float:
-    """Share of the brightness spread that a perfect network keeps for Gaussian data: closed form, nothing is drawn.
+    """Compute the fraction of the brightness spread that an ideal network keeps for Gaussian data, in closed form.
 
     The latents are N(0, Σ), and the mean of each channel has variance `variance`. Along that one direction the ideal
     network and Euler's method are linear maps of a number, so its variance is propagated exactly. The direction's own
-    variance is height * width * variance, which is why the effect grows with the size of the latents.
+    variance is height * width * variance, so the effect grows with the size of the latents.
 
     Args:
-        alignment: of the schedule and the prediction type.
-        shape: (channels, height, width) of the latents.
-        variance: of a channel's mean over the picture.
-        times: [steps + 1] flow times; at times[0] the diffusion state is drawn from N(0, 1), as samplers do.
+        alignment: alignment with the schedule and the prediction type of the network.
+        shape: shape (channels, height, width) of the latents.
+        variance: variance of a channel's mean over the latents.
+        times: flow times [steps + 1]; the diffusion state at times[0] is N(0, 1), as samplers take it.
+
+    Returns:
+        Final standard deviation divided by the data's; 1 means that all of the spread is kept.
     """
     data = variance * shape[-1] * shape[-2]
     times = times.double()
     x_t = alignment.state_scale(times[0])
     for t, t_next in itertools.pairwise(times):
-        # The ideal network reads the state it is given at the noise level it is told, which is the clipped one.
+        # The ideal network assumes the noise level that belongs to the timestep it is fed, which the table clips.
         alpha, sigma = alignment.coefficients(t)
         p, q = alignment.velocity_coefficients(t)
         sample = x_t / alignment.state_scale(t)
@@ -55,4 +69,4 @@ def gaussian_grey_bias(alignment: Alignment, shape: tuple[int, ...], variance: f
         noise = sigma / (alpha.square() * data + sigma.square()) * sample
         output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * latents, "sample": latents}
         x_t = x_t + (t_next - t) * (p * sample + q * output[alignment.prediction_type])
-    return (x_t.abs() / data**0.5).item()
+    return float(x_t.abs() / data**0.5)

@@ -1,6 +1,6 @@
-"""Judge sets of pictures: distance to real ones, accuracy of background and name, brightness spread; with intervals.
+"""Measure Fréchet distances between sets of features, with bootstrap intervals and the real images' own distance.
 
-Every figure depends on how many pictures it was computed from: compare figures of equal counts.
+A Fréchet distance depends on the number of images behind it: compare distances of equal counts only.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, and the bounds of its bootstrap interval."""
+    """An estimate and the bounds of its bootstrap interval.
+
+    Args:
+        value: the estimate.
+        low, high: lower and upper bound; low <= value <= high.
+    """
 
     value: float
     low: float
@@ -22,16 +27,20 @@ class Interval:
 
 
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
-    """Fréchet distance between the Gaussians fitted to two sets of features, in float64.
+    """Compute the Fréchet distance between the Gaussians fitted to two sets of features, in float64.
 
-    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½), covariances with n - 1; Heusel et al.,
-    arXiv 1706.08500, equation 6. The symmetric product has the eigenvalues of C_a C_b, and real ones.
+        |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a^½ C_b C_a^½)^½)      Heusel et al., arXiv 1706.08500, equation 6
+
+    The covariances divide by n - 1. The symmetric product has the same eigenvalues as C_a C_b, and they are real.
 
     Args:
-        a, b: [n, d] and [m, d], at least two rows each.
+        a, b: features [n, d] and [m, d], at least two rows each.
+
+    Returns:
+        The squared distance, as FID is usually given; 0 or more but for rounding.
 
     Raises:
-        ValueError: other shapes.
+        ValueError: The shapes are other ones.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
@@ -47,48 +56,50 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
 def bootstrap_interval(
     statistic: Callable[..., float], *samples: ArrayLike, repeats: int = 100, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Statistic of samples, with the quantiles of its bootstrap deviations around it.
+    """Compute a statistic of samples, with an interval from the quantiles of its bootstrap deviations.
 
-    The deviations are taken from the bootstrap's own mean: resampling repeats rows, which shifts a Fréchet distance
-    upwards, and that shift is no uncertainty.
+    Deviations are measured from the bootstrap's own mean. Resampling repeats rows, which shifts a Fréchet distance
+    upwards; that shift is a bias of the bootstrap, and says nothing about the statistic's uncertainty.
 
     Args:
-        statistic: maps the samples to a number.
-        samples: resampled along their first axis, each on its own.
-        repeats: resamplings.
-        seed: of the resampling.
-        level: share of the deviations within the interval.
+        statistic: function of as many arrays as there are samples, which returns a number.
+        samples: arrays that are resampled along their first axis, independently of each other.
+        repeats: number of resamplings.
+        seed: seed of the resampling.
+        level: fraction of the deviations within the interval, in (0, 1).
     """
     generator = np.random.default_rng(seed)
     arrays = [np.asarray(sample) for sample in samples]
-    drawn = np.array(
+    resampled = np.array(
         [
             statistic(*(array[generator.integers(len(array), size=len(array))] for array in arrays))
             for _ in range(repeats)
         ]
     )
     value = statistic(*arrays)
-    low, high = np.quantile(drawn - drawn.mean(), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(resampled - resampled.mean(), [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(value + min(low, 0)), float(value + max(high, 0)))
 
 
 def real_floor(features: ArrayLike, count: int, against: int | None = None, splits: int = 20, seed: int = 0) -> float:
-    """Mean Fréchet distance of `count` real pictures to other real ones, over random splits.
+    """Compute the mean Fréchet distance of real images to other real ones, over random splits.
+
+    Generated images cannot be expected to come closer to real ones than this.
 
     Args:
-        features: [n, d] of the real pictures.
-        count: pictures on one side of the split, as many as will be compared.
-        against: pictures on the other side; None for all that are left.
-        splits: random splits.
-        seed: of the splits.
+        features: features [n, d] of real images.
+        count: number of images on one side of a split; give the number of generated images to compare with.
+        against: number of images on the other side; None takes all that are left.
+        splits: number of random splits.
+        seed: seed of the splits.
 
     Raises:
-        ValueError: fewer than two pictures on a side, or more than there are.
+        ValueError: A side has fewer than two images, or both together need more than there are.
     """
     features = np.asarray(features, np.float64)
     end = len(features) if against is None else count + against
     if end > len(features):
-        raise ValueError(f"{count} and {against} pictures need {end} features, got {len(features)}")
+        raise ValueError(f"{count} and {against} images need {end} features, got {len(features)}")
     generator = np.random.default_rng(seed)
     distances = []
     for _ in range(splits):

@@ -1,19 +1,22 @@
-"""The base model's noise schedule: the table that alignment interpolates in.
+"""`NoiseSchedule`: the base model's noise table, whose flow times alignment interpolates.
 
     alpha_i = sqrt(alphas_cumprod[i]),  sigma_i = sqrt(1 - alphas_cumprod[i]),  r_i = alpha_i / (alpha_i + sigma_i)
 
-i = 0 … T-1 is the base model's own training timestep. r falls strictly from the data end (r_0 < 1) to the noise end
-(r_{T-1} >= 0). Diff2Flow, arXiv 2506.02221, section 3.2 (timestep rescaling).
+i = 0 … T-1 is the base model's own training timestep. The flow time r falls strictly from the data end (r_0 < 1) to the
+noise end (r_{T-1} >= 0). Diff2Flow, arXiv 2506.02221, section 3.2 (timestep rescaling).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from d2f_fast.errors import ModelError
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -23,57 +26,60 @@ _EULER_ZERO_TERMINAL_SNR = 2.0**-24
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A variance-preserving schedule and what the network predicts on it.
+    """A variance-preserving noise schedule, and what the network that was trained on it predicts.
 
     Args:
-        alphas_cumprod: [T] floating, strictly decreasing in (0, 1); the last entry may be exactly 0 (zero terminal
-            SNR).
+        alphas_cumprod: products of 1 - beta, [T] floating point, strictly decreasing in (0, 1); the last entry may be
+            exactly 0 (zero terminal SNR). It is kept in float64 on the CPU.
         prediction_type: "epsilon", "v_prediction" or "sample", as in diffusers.
 
     Raises:
-        ModelError: the table is not such a table, the prediction type is unknown, or ε is predicted at zero terminal
-        SNR.
+        ModelError: `alphas_cumprod` does not decrease as described, the prediction type is unknown or is
+            "flow_prediction", or ε is predicted at zero terminal SNR.
     """
 
     alphas_cumprod: Tensor
     prediction_type: str
 
     def __post_init__(self) -> None:
-        """Refuse what no formula can serve."""
+        """Refuse a schedule that the formulas cannot serve."""
         table = self.alphas_cumprod.detach().to("cpu", torch.float64)
         object.__setattr__(self, "alphas_cumprod", table)
         if self.prediction_type == "flow_prediction":
             raise ModelError(
-                "prediction_type is flow_prediction: the network predicts the flow itself, nothing is to be aligned;"
-                " d2f sample and Diff2FlowScheduler draw with it"
+                "prediction_type is flow_prediction: the network predicts the flow itself and needs no alignment;"
+                " sample it with d2f sample or Diff2FlowScheduler"
             )
         if self.prediction_type not in PREDICTION_TYPES[:3]:
             raise ModelError(f"prediction_type must be one of {PREDICTION_TYPES[:3]}, got {self.prediction_type!r}")
         if table.ndim != 1 or len(table) < 2:
             raise ModelError(f"alphas_cumprod must have shape [T] with T >= 2, got {tuple(table.shape)}")
         in_range = bool(((table[:-1] > 0) & (table[:-1] < 1)).all()) and 0 <= table[-1].item() < 1
-        # Checked in float32 too: two nodes that coincide there could not be told apart in training.
+        # Flow times must differ in float32 too: training could not distinguish two that coincide there.
         if not in_range or not bool((self.flow_times().float().diff() < 0).all()):
             raise ModelError("alphas_cumprod must decrease strictly within (0, 1), ending at 0 or above")
         if self.prediction_type == "epsilon" and self.zero_terminal_snr:
             raise ModelError(
-                "prediction_type 'epsilon' with zero terminal SNR: pure noise tells nothing about the data, so its"
+                "prediction_type 'epsilon' with zero terminal SNR: pure noise says nothing about the data, so its"
                 " velocity is undefined; set rescale_betas_zero_snr to false, or use a v-prediction model"
             )
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the last timestep is pure noise."""
+        """Return whether the last timestep is pure noise."""
         return self.alphas_cumprod[-1].item() == 0
 
     def flow_times(self) -> Tensor:
-        """r_i, the flow time of each timestep: [T] float64, strictly decreasing."""
+        """Return r_i, the flow time of each timestep: [T] float64, strictly decreasing."""
         alpha, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         return alpha / (alpha + sigma)
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
-        """Read the schedule of a diffusers scheduler: `alphas_cumprod` and its configuration.
+    def from_scheduler(cls, scheduler: "SchedulerMixin") -> "NoiseSchedule":
+        """Return the noise schedule of a diffusers scheduler.
+
+        Args:
+            scheduler: diffusion scheduler, which has `alphas_cumprod` and a `prediction_type` in its configuration.
 
         Raises:
             ModelError: the scheduler has no `alphas_cumprod` or no `prediction_type`, or `NoiseSchedule` refuses them.

@@ -1,6 +1,6 @@
-"""Densities that training draws the flow time from.
+"""Densities from which training samples the flow time.
 
-Each is a density of s = 1 - t, diffusers' sigma (0 data, 1 noise), so that `logit_mean` has the sign it has in the
+Each is a density of s = 1 - t, diffusers' sigma (0 data, 1 noise), so that `logit_mean` has the sign that it has in the
 papers; a shift k multiplies the sampling sigma s / (1 - s) by k: s' = k s / (1 + (k - 1) s). SD3, arXiv 2403.03206,
 section 3.1 (logit-normal, mode, shift); Lee et al., arXiv 2405.20320, section 4 (u-shaped).
 """
@@ -28,18 +28,19 @@ def sample_times(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw flow times t, [batch] float32 in [0, 1].
+    """Return random flow times t, [batch] float32 in [0, 1].
 
     Args:
-        batch: how many.
-        sampling: density of s = 1 - t before the shift.
-        logit_mean, logit_std: of logit(s), for "logit_normal".
-        shift: factor k on the sampling sigma; above 1 more of the draws are near the noise.
-        generator: on `device`.
-        device: where the times are drawn.
+        batch: number of times.
+        sampling: density of s = 1 - t before the shift: "uniform", "logit_normal", "mode" or "u_shaped".
+        logit_mean: mean of logit(s) for "logit_normal"; the other densities ignore it.
+        logit_std: positive standard deviation of logit(s) for "logit_normal"; the other densities ignore it.
+        shift: positive factor k on the sampling sigma; above 1 more of the times are near the noise, 1 turns it off.
+        generator: source of the random numbers, on `device`; None for torch's global generator.
+        device: where the times are sampled.
 
     Raises:
-        ValueError: an unknown density, or a shift or deviation that is not positive.
+        ValueError: the density is unknown, or the shift or the deviation is not positive.
     """
     if not shift > 0 or not logit_std > 0:
         raise ValueError(f"shift and logit_std must be positive, got {shift} and {logit_std}")
@@ -56,5 +57,5 @@ def sample_times(
             s = 0.5 + torch.asinh((2 * u - 1) * math.sinh(U_SHAPE / 2)) / U_SHAPE
         else:
             raise ValueError(f"timestep_sampling must be one of {get_args(TimestepSampling)}, got {sampling!r}")
-    # Rounding may leave the inverse distribution functions an ulp outside; the shift keeps 0 and 1 exactly.
+    # Rounding may take the inverse distribution functions an ulp outside [0, 1]; the shift keeps 0 and 1 exactly.
     return shift_times((1 - s).clamp(0, 1), shift)

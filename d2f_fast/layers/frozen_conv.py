@@ -3,10 +3,11 @@
     y = conv2d(x, weight, bias)        dx = conv2d_input(x.shape, weight, dy)
 
 The gradient of the input needs the weight and the input's shape; only a weight that trains needs the input itself.
-torch keeps it all the same, eager and compiled (pytorch/pytorch#133566): one backward formula takes it for every
-gradient. Of a frozen linear layer torch keeps the weight alone: nothing is to be done there.
+torch keeps the input all the same, eager and compiled (pytorch/pytorch#133566), because one backward formula takes it
+for every gradient. Of a frozen linear layer torch keeps only the weight, so linear layers need no such class.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from d2f_fast.ops import autocasts
+from d2f_fast.ops import autocasts, is_channels_last
 
 Pair = tuple[int, int]
 
@@ -34,8 +35,8 @@ class _FrozenConv2d(torch.autograd.Function):
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         ctx.save_for_backward(weight)
         ctx.geometry = x.shape, stride, padding, dilation, groups
-        # With no input at hand the weight alone decides the layout that cuDNN and oneDNN compute in.
-        ctx.layout = torch.channels_last if _is_channels_last(x) else torch.preserve_format
+        # Backward has no input, so the weight alone decides the memory format that cuDNN and oneDNN compute in.
+        ctx.layout = torch.channels_last if is_channels_last(x) else torch.preserve_format
         return y
 
     @staticmethod
@@ -47,10 +48,11 @@ class _FrozenConv2d(torch.autograd.Function):
 
 
 class FrozenConv2d(nn.Conv2d):
-    """An nn.Conv2d that keeps no input while its weight and bias are frozen; the same numbers, parameters and keys.
+    """An `nn.Conv2d` that keeps no input for backward while its weight and bias are frozen.
 
-    Made by changing the class of an `nn.Conv2d`, whose forward it runs where there is nothing to save or another
-    geometry: no gradient wanted, trainable weights, padding given by name or other than zeros.
+    Its results, parameters and keys are those of `nn.Conv2d`; it is made by changing the class of one. It runs
+    `nn.Conv2d`'s own forward where no gradient is wanted, the weights train, or the padding is given by name or is not
+    by zeros.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,11 +61,8 @@ class FrozenConv2d(nn.Conv2d):
         if trains or unusual or not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_exporting():
             return super().forward(x)
         if autocasts(x):
-            # Here, where autograd sees it: in the Function it would cast inside, and dy come in another type.
+            # The cast is here, where autograd records it: inside the Function, dy would arrive in another type.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         geometry = self.stride, self.padding, self.dilation, self.groups
-        return _FrozenConv2d.apply(x, self.weight, self.bias, *geometry)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        convolve: Callable[..., Tensor] = _FrozenConv2d.apply
+        return convolve(x, self.weight, self.bias, *geometry)

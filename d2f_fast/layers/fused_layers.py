@@ -1,32 +1,33 @@
-"""LoRA layers of peft on the fused path, and the rule that says when peft's own forward has to run.
+"""LoRA layers of peft on the fused path, and the rule for when peft's own forward has to run.
 
     Linear, 1x1 Conv2d     ops.lora_linear: base product and adapter as one operation
     other Conv2d           torch's convolution for the base and for A; B, a 1x1 convolution, added by one product
 
-That is on a GPU. Elsewhere plain torch does peft's operations in peft's order, so that torch.compile sees through them,
-and float32 results are bit for bit peft's. Either way x is not cast to the type of A and B: they are cast to its own.
-What is decided at each call is decided from Python attributes and shapes alone.
+This holds on a GPU. Elsewhere plain torch does peft's operations in peft's order, so that torch.compile can trace them,
+and float32 results are bit for bit peft's. Unlike in peft, x is not cast to the type of A and B: they are cast to the
+type of x. Each call decides from Python attributes and shapes alone.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2f_fast.layers.frozen_conv import FrozenConv2d
-from d2f_fast.ops import autocasts, lora_linear, runs_plain
+from d2f_fast.ops import autocasts, is_channels_last, lora_linear, runs_plain
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Adapter(NamedTuple):
-    """One active adapter of a layer."""
+    """One active adapter of a layer: its A and B, of the layer's own kind, and the scale of their product."""
 
     lora_a: Any  # nn.Linear or nn.Conv2d
-    lora_b: Any
+    lora_b: Any  # of the same class as A
     scale: float
 
 
@@ -35,7 +36,8 @@ class FusedLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not serves(self):
-            return super().forward(x, *args, **kwargs)
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
         if not runs_plain(x.device):
             lora_a, lora_b = operands(self)
             return lora_linear(x, self.base_layer.weight, lora_a, lora_b, self.base_layer.bias)
@@ -51,34 +53,35 @@ class FusedConv2d(PeftConv2d):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not serves(self):
-            return super().forward(x, *args, **kwargs)
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
         base, fused = self.base_layer, not runs_plain(x.device)
-        if fused and _is_channels_last(x) and _is_linear(base):
+        if fused and is_channels_last(x) and _is_linear(base):
             weight, lora_a, lora_b = (matrix.flatten(1) for matrix in (base.weight, *operands(self)))
             return lora_linear(x.permute(0, 2, 3, 1), weight, lora_a, lora_b, base.bias).permute(0, 3, 1, 2)
         result = base(x)
         for lora_a, lora_b, scale in active_adapters(self):
             s = lora_a._conv_forward(x, _cast(lora_a.weight, x), None)
-            if fused and lora_b.groups == 1 and _is_channels_last(result):
+            if fused and lora_b.groups == 1 and is_channels_last(result):
                 result = _expanded(result, s, _scaled(lora_b.weight, scale))
             else:
                 result = result + _scaled(lora_b._conv_forward(s, _cast(lora_b.weight, x), None), scale)
         return result
 
 
-def serves(layer: Any) -> bool:
-    """Whether the fused forward, and not peft's, is the right one for a layer now."""
-    if layer.disable_adapters or layer.merged:  # the base layer alone, or a merge to undo
+def serves(layer: LoraLayer) -> bool:
+    """Return whether the fused forward, and not peft's, is the right one for a layer now."""
+    if layer.disable_adapters or layer.merged:  # peft runs the base layer alone, or undoes the merge first
         return False
-    return len(active_adapters(layer)) > 0 and obstacle(layer) is None  # bool() of a list: torch 2.11 cannot trace it
+    return len(active_adapters(layer)) > 0 and obstacle(layer) is None  # torch 2.11 cannot trace bool() of a list
 
 
-def obstacle(layer: Any, *, training: bool = False) -> str | None:
-    """Why a LoRA layer has to run peft's own forward; None where it has not.
+def obstacle(layer: LoraLayer, *, training: bool = False) -> str | None:
+    """Return the reason why a LoRA layer has to run peft's own forward, or None where the fused forward serves it.
 
     Args:
-        layer: LoRA layer of peft, any class.
-        training: judge it as if it were in training mode.
+        layer: LoRA layer of peft, of any class.
+        training: judge the layer as if it were in training mode.
     """
     if type(layer) not in (FusedLinear, FusedConv2d):
         return f"{type(layer).__name__} layer"
@@ -101,25 +104,25 @@ def obstacle(layer: Any, *, training: bool = False) -> str | None:
             return "bias on B"
     for module in modules:
         if type(module.weight) not in (nn.Parameter, Tensor) or not module.weight.is_floating_point():
-            return f"{type(module.weight).__name__} weight"  # quantised or sharded
+            return f"{type(module.weight).__name__} weight"  # of a quantised or sharded layer
         if "forward" in vars(module) or hooked(module):
             return "hooked layer"
     return None
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward."""
+    """Return whether calling a module does more than run its forward."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def active_adapters(layer: Any) -> list[Adapter]:
-    """Those that count, in peft's order."""
+def active_adapters(layer: LoraLayer) -> list[Adapter]:
+    """Return the adapters that contribute to a layer's output, in peft's order."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return [Adapter(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in names]
 
 
-def operands(layer: Any) -> tuple[Tensor, Tensor]:
-    """A and B of all active adapters together, the scales folded into B."""
+def operands(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """Return A and B of all active adapters together, with the scales folded into B."""
     adapters = active_adapters(layer)
     lora_as = [adapter.lora_a.weight for adapter in adapters]
     lora_bs = [_scaled(adapter.lora_b.weight, adapter.scale) for adapter in adapters]
@@ -127,7 +130,7 @@ def operands(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _cast(weight: Tensor, x: Tensor) -> Tensor:
-    """A master weight in the type of the product; autocast casts, and caches, by itself."""
+    """Return a master weight in the type of the product; autocast casts weights, and caches the casts, by itself."""
     return weight if autocasts(x) else weight.to(x.dtype)
 
 
@@ -135,17 +138,13 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else tensor * scale
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _is_linear(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is a product of each pixel's channels."""
+    """Return whether a convolution is one linear layer applied to each pixel's channels."""
     return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _expanded(result: Tensor, s: Tensor, lora_b: Tensor) -> Tensor:
-    """result + conv2d(s, lora_b), a 1x1 convolution, as one product that adds; [B, N, H, W], channels_last."""
+    """Return result + conv2d(s, lora_b), a 1x1 convolution, by one addmm; all of [B, C, H, W], channels_last."""
     batch, features, height, width = result.shape
     rows = result.permute(0, 2, 3, 1).reshape(-1, features)
     s = s.permute(0, 2, 3, 1).reshape(-1, s.shape[1])

@@ -1,15 +1,13 @@
-"""Run peft's LoRA layers on the fused path, reversibly. Parameters, names and files stay peft's.
+"""`use_fused_lora`: run peft's LoRA layers on the fused path, reversibly; parameters, names and files stay peft's.
 
-A swapped module keeps everything but its class: the class that it gets is a subclass of its own, and differs in the
-forward. So peft and diffusers go on merging, scaling, disabling, copying and saving it, and giving it its class back
-undoes the swap.
+Only the class of a module changes: the new class is a subclass of the old one with another forward. So peft and
+diffusers can still merge, scale, disable, copy and save the module, and giving it its old class back undoes the change.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -36,14 +34,16 @@ _ORIGINALS = {ours: theirs for theirs, ours in _CLASSES.items()}
 
 
 class FusedLoRA:
-    """What `use_fused_lora` did to a UNet, and the way back; a context manager that goes it at the end."""
+    """Handle of `use_fused_lora`; `remove()`, or leaving the `with` block, restores the original forwards."""
 
-    def __init__(self, unet: nn.Module, swapped: Sequence[nn.Module], unpack_text: Callable[[], None]) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, swapped: Sequence[nn.Module], unpack_text: Callable[[], None]
+    ) -> None:
         self._unet, self._swapped, self._unpack_text = unet, list(swapped), unpack_text
 
     def remove(self) -> None:
-        """Give every layer its own forward back, those that were merged or unloaded meanwhile too."""
-        # peft makes a new adapter's A and B of the class of the convolution that they adapt: look again.
+        """Give every layer its own forward back, also those that were merged or unloaded in the meantime."""
+        # peft gives A and B of a new adapter the class of the convolution that they adapt, so all modules are searched.
         for module in [*self._swapped, *self._unet.modules()]:
             if type(module) in _ORIGINALS:
                 module.__class__ = _ORIGINALS[type(module)]
@@ -58,23 +58,23 @@ class FusedLoRA:
         self.remove()
 
 
-def use_fused_lora(unet: nn.Module) -> FusedLoRA:
+def use_fused_lora(unet: UNet2DConditionModel) -> FusedLoRA:
     """Run a UNet's LoRA layers on the fused path, and let its frozen convolutions keep no input for backward.
 
-    The same function of the same parameters: nothing is renamed, cast or copied. What the fused path does not know
-    (dropout in training, DoRA and other variants, a bias on B, quantised or hooked layers) runs peft's own forward, and
-    one warning counts those layers. Adapters may come, go, change their weight, be merged and be disabled meanwhile; a
-    module that peft wraps later runs peft's forward.
+    The UNet computes the same function of the same parameters: nothing is renamed, cast or copied. Layers that the
+    fused path does not know (dropout in training, DoRA and other variants, a bias on B, quantised or hooked layers) run
+    peft's own forward, and one warning counts them. Adapters may be added, deleted, scaled, merged and disabled in the
+    meantime; a module that peft wraps later runs peft's forward.
 
     Args:
-        unet: diffusers UNet2DConditionModel with LoRA layers of peft; not a wrapper of one: torch.compile or
-            DistributedDataParallel come after.
+        unet: diffusers UNet2DConditionModel with LoRA layers of peft; it must be the network itself, to which
+            torch.compile or DistributedDataParallel are applied afterwards.
 
     Returns:
-        A handle: `.remove()` gives the layers their own forward back, and so does leaving `with use_fused_lora(unet):`.
+        A handle: `.remove()`, or leaving `with use_fused_lora(unet):`, gives the layers their own forward back.
 
     Raises:
-        ValueError: it is no UNet2DConditionModel, has no LoRA layer, or is on the fused path already.
+        ValueError: `unet` is not a UNet2DConditionModel, has no LoRA layer, or is on the fused path already.
     """
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
@@ -83,7 +83,7 @@ def use_fused_lora(unet: nn.Module) -> FusedLoRA:
         )
     modules = list(unet.modules())
     if any(type(module) in _ORIGINALS for module in modules):
-        raise ValueError("this unet is on the fused path already: call .remove() of the handle that it was given")
+        raise ValueError("this unet is on the fused path already: call .remove() of the handle of use_fused_lora first")
     layers = [module for module in modules if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("unet has no LoRA layers: add an adapter first, with unet.add_adapter or load_lora_weights")
@@ -97,9 +97,15 @@ def use_fused_lora(unet: nn.Module) -> FusedLoRA:
     return FusedLoRA(unet, swapped, pack_text_products(unet))
 
 
-def lora_paths(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """Say how the LoRA layers of a UNet on the fused path are computed, for products of a type, in a few words."""
-    layers: list[Any] = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+def lora_paths(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> str:
+    """Describe in a few words how the LoRA layers of a UNet on the fused path are computed.
+
+    Args:
+        unet: UNet after `use_fused_lora`.
+        device: device that it runs on.
+        dtype: type of its products.
+    """
+    layers: list[LoraLayer] = [module for module in unet.modules() if isinstance(module, LoraLayer)]
     if not layers:
         return "none"
     count = f"{len(layers)} layers"

@@ -1,7 +1,8 @@
-"""The frozen weights of a network in the half type that autocast rounds them to, rounded once and not at each use.
+"""Frozen weights in the half-precision type that autocast rounds them to: rounded once, and not at each use.
 
-Autocast keeps the casts of trainable weights for a forward, and makes those of frozen ones anew at every use. Only
-weights that it casts are cast here, those of linear and convolution layers: the same products, bit for bit.
+Autocast caches the casts of trainable weights during a forward, but casts frozen weights again at every use. Only the
+weights that autocast casts, those of linear and convolution layers, are cast here, so the products stay the same bit
+for bit.
 """
 
 from collections.abc import Iterator
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 
 class HalfBase:
-    """The two forms of a network's frozen weights, and which one it holds.
+    """Switch a network's frozen weights between their exact float32 values and half precision.
 
-    Each half weight keeps its address, so that compiled and captured steps find it after a swap.
+    Each half-precision weight keeps its address, so that compiled and captured steps find it after a switch.
 
     Args:
-        network: its float32 weights that do not train are meant; in their own type until `use`.
-        dtype: that autocast rounds to.
+        network: network whose frozen float32 weights are switched; they stay exact until `use`.
+        dtype: half-precision type that autocast rounds to.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
@@ -29,7 +30,7 @@ class HalfBase:
         self._exact: list[Tensor] | None = None
 
     def use(self) -> None:
-        """Hold the half weights; the exact ones wait on the CPU."""
+        """Give the network its half-precision weights; the exact ones are kept on the CPU."""
         if self._exact is not None:
             return
         for half, parameter in zip(self._half, self._parameters, strict=True):
@@ -38,14 +39,14 @@ class HalfBase:
         self._hold(self._half)
 
     def restore(self) -> None:
-        """Hold the exact weights again."""
+        """Give the network its exact weights back."""
         if self._exact is not None:
             self._hold([exact.to(half.device) for exact, half in zip(self._exact, self._half, strict=True)])
             self._exact = None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Run the block with the half weights, and leave the exact ones."""
+        """Return a context that runs its block with half-precision weights, and restores the exact ones."""
         self.use()
         try:
             yield
@@ -54,7 +55,7 @@ class HalfBase:
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Run the block with the exact weights."""
+        """Return a context that runs its block with the exact weights."""
         was_half = self._exact is not None
         self.restore()
         try:

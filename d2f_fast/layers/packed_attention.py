@@ -1,30 +1,31 @@
-"""Projections of attention layers with LoRA, several in one product.
+"""Compute several LoRA projections of attention layers as one product.
 
     self-attention      q, k and v of a layer, where the table of the kernels says that the packed product is fused
-    cross-attention     keys and values of the layers that see the text, several layers' to a product, at the start of
-                        the UNet's forward: 32 small products in Stable Diffusion 1.5
+    cross-attention     keys and values of the layers that see the text, of several layers in one product, at the start
+                        of the UNet's forward; Stable Diffusion 1.5 has 32 such small products
 
-On a GPU only; elsewhere, and for what is not recognised, each layer projects by itself. The base weights are
-concatenated at each call: a kept copy would go stale when weights are loaded, merged or moved.
+This happens on a GPU only; elsewhere, and in layers that are not recognised, each layer projects by itself. The base
+weights are concatenated at each call, since a kept copy would go stale when weights are loaded, merged or moved.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from d2f_fast.layers.fused_layers import FusedLinear, hooked, operands, serves
 from d2f_fast.ops import MIN_ROWS, autocasts, choose_path, lora_linear_packed, runs_plain
 
-# Of the text products made as one. The packed B is dense, and nearly all of it zero: that of all 140 of SDXL would take
-# 1.5 GB at rank 16, and 6 GB at rank 64.
+# Largest sum of ranks in one product of the text. The packed B is dense, and nearly all of it is zero: for all 140 text
+# projections of SDXL it would take 1.5 GB at rank 16, and 6 GB at rank 64.
 MOST_PACKED_RANKS = 128
 
 
 class PackedAttention(Attention):
-    """A diffusers Attention whose LoRA projections are made together where that pays."""
+    """A diffusers Attention that computes its LoRA projections as one product where that is faster."""
 
     text_products: "TextProducts | None" = None
     text_index: int = -1
@@ -36,7 +37,7 @@ class PackedAttention(Attention):
         attention_mask: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        attention: Any = None
+        attention: _Projected | None = None
         if not cross_attention_kwargs and type(self.processor) is AttnProcessor2_0:
             if encoder_hidden_states is None:
                 attention = _self_projected(self, hidden_states)
@@ -44,19 +45,27 @@ class PackedAttention(Attention):
                 key, value = self.text_products.projected[self.text_index]
                 attention = _Projected(self, to_k=key, to_v=value)
         if attention is None:
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
-        return self.processor(
-            attention,
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=attention_mask,
-        )
+            output: Tensor = super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+            )
+        else:
+            output = self.processor(
+                attention,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+            )
+        return output
 
 
 class TextProducts:
-    """Keys and values of the text for every cross-attention of a UNet, held while its forward runs."""
+    """Keys and values of the text for every cross-attention of a UNet, held while its forward runs.
 
-    def __init__(self, unet: nn.Module) -> None:
+    Args:
+        unet: UNet whose attention layers are `PackedAttention`.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
         modules = list(unet.modules())
         self.attentions = [module for module in modules if isinstance(module, PackedAttention) and _takes_text(module)]
         self.blocks = [module for module in modules if hasattr(module, "gradient_checkpointing")]
@@ -64,8 +73,15 @@ class TextProducts:
         self.projected: list[tuple[Tensor, Tensor]] = []
 
 
-def pack_text_products(unet: Any) -> Callable[[], None]:
-    """Have a UNet make the text's keys and values of several layers at once where that pays; returns what undoes it."""
+def pack_text_products(unet: UNet2DConditionModel) -> Callable[[], None]:
+    """Make a UNet compute the text's keys and values of several layers at once where that is faster.
+
+    Args:
+        unet: UNet whose attention layers are `PackedAttention`; it gets an attribute and two hooks.
+
+    Returns:
+        A function that undoes it.
+    """
     products = TextProducts(unet)
     for index, attention in enumerate(products.attentions):
         attention.text_products, attention.text_index = products, index
@@ -85,13 +101,13 @@ def pack_text_products(unet: Any) -> Callable[[], None]:
     return remove
 
 
-def _project_text(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the UNet's forward: the products of all the text's keys and values, if this call is one to pack."""
+def _project_text(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Compute all keys and values of the text before the UNet's forward, if this call is one to pack."""
     products: TextProducts = unet.text_products
     text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
     layers = [layer for attention in products.attentions for layer in (attention.to_k, attention.to_v)]
-    # diffusers scales the adapters by cross_attention_kwargs, and projects the text, only inside the forward; a
-    # checkpointed block runs again in backward, without this hook.
+    # Only inside the forward does diffusers scale the adapters by cross_attention_kwargs, and project the text. A
+    # checkpointed block runs again in backward, where this hook does not run.
     plain_call = len(args) <= 3 and kwargs.get("cross_attention_kwargs") is None and unet.encoder_hid_proj is None
     checkpoints = any(block.gradient_checkpointing for block in products.blocks)
     if not plain_call or checkpoints or not isinstance(text, Tensor) or text.ndim != 3 or not _pays_for_text(text):
@@ -103,13 +119,13 @@ def _project_text(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         products.text, products.projected = text, list(zip(projected[::2], projected[1::2], strict=True))
 
 
-def _forget_text(unet: Any, args: tuple[Any, ...], output: Any) -> None:
+def _forget_text(unet: UNet2DConditionModel, args: tuple[object, ...], output: object) -> None:
     products: TextProducts = unet.text_products
     products.text, products.projected = None, []
 
 
 class _Projected:
-    """An attention for its processor, some of whose projections are made already."""
+    """Stand-in for an attention, in its processor, that has some of its projections computed already."""
 
     def __init__(self, attention: Attention, **projected: Tensor) -> None:
         self._attention, self._projected = attention, projected
@@ -120,8 +136,8 @@ class _Projected:
         return getattr(self._attention, name)
 
 
-def _self_projected(attention: Any, hidden_states: Tensor) -> _Projected | None:
-    """The attention with q, k and v made in one product; None where that does not pay."""
+def _self_projected(attention: Attention, hidden_states: Tensor) -> _Projected | None:
+    """Return the attention with q, k and v computed in one product, or None where that is not faster."""
     layers = [attention.to_q, attention.to_k, attention.to_v]
     normed = attention.spatial_norm is not None or attention.group_norm is not None
     if normed or hidden_states.ndim != 3 or runs_plain(hidden_states.device) or not _can_pack(layers):
@@ -135,27 +151,28 @@ def _self_projected(attention: Any, hidden_states: Tensor) -> _Projected | None:
     return _Projected(attention, to_q=query, to_k=key, to_v=value)
 
 
-def _takes_text(attention: Any) -> bool:
+def _takes_text(attention: Attention) -> bool:
     return attention.is_cross_attention and not attention.norm_cross and attention.added_kv_proj_dim is None
 
 
 def _pays_for_text(text: Tensor) -> bool:
-    """Few rows: the launches of many small products cost more than the packed ones' zero blocks of B."""
+    """Return whether the text has so few rows that many launches cost more than the zero blocks of a packed B."""
     return not runs_plain(text.device) and text.shape[0] * text.shape[1] < MIN_ROWS
 
 
-def _can_pack(layers: Sequence[Any]) -> bool:
-    """Whether one product stands for these layers: fused ones, called for nothing but their forward."""
+def _can_pack(layers: Sequence[nn.Module]) -> bool:
+    """Return whether one product can replace these layers: all are fused, and calling them runs only their forward."""
+    fused = [layer for layer in layers if type(layer) is FusedLinear and not hooked(layer) and serves(layer)]
     return (
-        all(type(layer) is FusedLinear and not hooked(layer) and serves(layer) for layer in layers)
-        and len({layer.in_features for layer in layers}) == 1
-        and len({layer.base_layer.bias is None for layer in layers}) == 1
+        len(fused) == len(layers)
+        and len({layer.in_features for layer in fused}) == 1
+        and len({layer.base_layer.bias is None for layer in fused}) == 1
     )
 
 
-def _grouped(layers: Sequence[Any]) -> list[list[Any]]:
-    """The layers in order, as many to a group as MOST_PACKED_RANKS allows."""
-    groups: list[list[Any]] = []
+def _grouped(layers: Sequence[FusedLinear]) -> list[list[FusedLinear]]:
+    """Return the layers in order, in groups as large as MOST_PACKED_RANKS allows."""
+    groups: list[list[FusedLinear]] = []
     ranks = MOST_PACKED_RANKS
     for layer in layers:
         rank = operands(layer)[0].shape[0]
@@ -167,7 +184,7 @@ def _grouped(layers: Sequence[Any]) -> list[list[Any]]:
     return groups
 
 
-def _packed(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+def _packed(x: Tensor, layers: Sequence[FusedLinear]) -> tuple[Tensor, ...]:
     lora_as, lora_bs = zip(*(operands(layer) for layer in layers), strict=True)
     bases = [layer.base_layer for layer in layers]
     biases = None if bases[0].bias is None else [base.bias for base in bases]

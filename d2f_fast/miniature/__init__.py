@@ -1,4 +1,8 @@
-"""The embedded miniature Stable Diffusion: weights, captioned pictures, and how both were made."""
+"""Load the embedded miniature Stable Diffusion.
+
+The folder also holds its captioned images (`emoji`), a classifier of them, and the scripts that made all of this
+(`build` and the files it uses).
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +14,10 @@ MINIATURE = Path(__file__).parent / "pipeline"
 
 
 def load_miniature(**kwargs: Any) -> "StableDiffusionPipeline":
-    """Load the miniature as a stock pipeline, from the package's own folder: no network.
+    """Load the miniature as a stock diffusers pipeline from the package's own folder, without a network.
 
     Args:
-        kwargs: passed to `StableDiffusionPipeline.from_pretrained`; `dtype` is float32 unless given.
+        kwargs: options of `StableDiffusionPipeline.from_pretrained`; `dtype` is float32 by default.
     """
     import torch
     from diffusers import StableDiffusionPipeline

@@ -1,4 +1,4 @@
-"""How the miniature was made, from two npm packages to the pipeline folder; each stage seeded, each rerunnable alone.
+"""Build the miniature from two npm packages, stage by stage; each stage is seeded, and can be run again alone.
 
 npm install emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
 python -m d2f_fast.miniature.build pictures --npm node_modules
@@ -8,170 +8,72 @@ python -m d2f_fast.miniature.build denoiser --state denoiser.safetensors
 python -m d2f_fast.miniature.build classifier
 python -m d2f_fast.miniature.build evaluate
 
-The shipped text encoder and UNet had 8,600 steps of 64 pictures on two CPU cores, in two parts: 3,640, whose cosine
-ended there, and on to 8,600 from `--state`, so a run of the command above differs from them in detail.
+The shipped text encoder and UNet were trained for 8,600 steps of 64 images on two CPU cores, in two parts: 3,640 steps
+with a cosine schedule that ended there, then on to step 8,600 from the file of `--state`. The command above trains in
+one part, so its result differs in detail.
 """
 
 import argparse
-import copy
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor, nn
-from tqdm import tqdm
+from d2f_fast.miniature.build_classifier import build_classifier
+from d2f_fast.miniature.build_denoiser import build_denoiser
+from d2f_fast.miniature.build_sheets import build_sheets
+from d2f_fast.miniature.build_tokenizer import build_tokenizer
+from d2f_fast.miniature.build_vae import build_vae
+from d2f_fast.miniature.evaluate import evaluate
 
-from d2f_fast.miniature import MINIATURE, pictures
-from d2f_fast.miniature.build_classifier import build_classifier, evaluate
-from d2f_fast.miniature.build_denoiser import build_denoiser, build_tokenizer, cosine
-
-CATEGORIES = {"Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities"}
-SEED = 0
-
-
-def build_pictures(npm: Path) -> None:
-    """Two aligned sprite sheets and their names, from the npm packages' own files."""
-    noto = npm / "emoji-datasource-google"
-    fluent = npm / "@lobehub" / "fluent-emoji-3d" / "assets"
-    entries = [
-        entry
-        for entry in json.loads((noto / "emoji.json").read_text())
-        if entry["has_img_google"]
-        and (
-            entry["category"] in CATEGORIES
-            or ("LARGE" in entry["name"] and ("SQUARE" in entry["name"] or "CIRCLE" in entry["name"]))
-        )
-    ]
-    entries.sort(key=lambda entry: entry["sort_order"])
-    rows = math.ceil(len(entries) / pictures.COLUMNS)
-    size = (pictures.COLUMNS * pictures.SIZE, rows * pictures.SIZE)
-    sheets = {style: Image.new("RGBA", size) for style in pictures.STYLES}
-    names = []
-    for i, entry in enumerate(entries):
-        codes = [code.lower() for code in (entry["unified"], entry["non_qualified"]) if code]
-        found = [path for path in (fluent / f"{code}.webp" for code in codes) if path.exists()]
-        sources = {"noto": noto / "img" / "google" / "64" / entry["image"]} | ({"fluent": found[0]} if found else {})
-        corner = (i % pictures.COLUMNS * pictures.SIZE, i // pictures.COLUMNS * pictures.SIZE)
-        for style, path in sources.items():
-            with Image.open(path) as image:
-                small = image.convert("RGBA").resize((pictures.SIZE, pictures.SIZE), Image.Resampling.LANCZOS)
-            sheets[style].paste(small, corner)
-        names.append({"name": entry["name"].lower().replace("’", "'"), "code_point": codes[0], "fluent": bool(found)})
-    pictures.FOLDER.mkdir(exist_ok=True)
-    for style, sheet in sheets.items():
-        sheet.save(pictures.FOLDER / f"{style}.webp", lossless=True, quality=100, method=6)
-    (pictures.FOLDER / "names.json").write_text("[\n" + ",\n".join(json.dumps(name) for name in names) + "\n]\n")
-
-
-def random_pictures(batch: int, generator: torch.Generator) -> Tensor:
-    """Pictures of both styles, one background in three of any colour at all: the autoencoder's diet."""
-    both = torch.tensor(pictures.names_in_both_styles())
-    chosen = both[torch.randint(len(both), (batch,), generator=generator)]
-    second = torch.rand(batch, generator=generator) < 0.5
-    noto, fluent = (pictures.sprites(style)[chosen] for style in pictures.STYLES)
-    rgba = torch.where(second[:, None, None, None], fluent, noto)
-    mirrored = torch.rand(batch, generator=generator) < 0.5
-    rgba = torch.where(mirrored[:, None, None, None], rgba.flip(-1), rgba)
-    palette = torch.tensor(tuple(pictures.BACKGROUNDS.values()))
-    solid = palette[torch.randint(len(palette), (batch,), generator=generator)].float()
-    free = torch.rand(batch, 3, generator=generator) * 255
-    return pictures.composite(rgba, torch.where(torch.rand(batch, 1, generator=generator) < 1 / 3, free, solid))
-
-
-def build_vae(steps: int, batch: int, save_every: int = 2000) -> None:
-    """AutoencoderKL to 8x8x4 latents: L1 on pixels and on their differences, and a light KL; bfloat16 autocast."""
-    from diffusers import AutoencoderKL
-    from diffusers.training_utils import EMAModel
-
-    torch.manual_seed(SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    levels = (32, 64, 96)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(levels),
-        up_block_types=("UpDecoderBlock2D",) * len(levels),
-        block_out_channels=levels,
-        layers_per_block=1,
-        norm_num_groups=16,
-        latent_channels=4,
-        sample_size=pictures.SIZE,
-    )
-    ema = EMAModel(vae.parameters(), decay=0.999)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
-    progress = tqdm(range(steps), desc="vae", mininterval=5)
-    for step in progress:
-        optimizer.param_groups[0]["lr"] = 2e-3 * cosine(step, steps)
-        pixels = random_pictures(batch, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            decoded = vae.decode(posterior.sample(generator)).sample
-        decoded = decoded.float()
-        difference = decoded - pixels
-        loss_pixels = difference.abs().mean()
-        loss_edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-        loss_kl = posterior.kl().float().mean() / (4 * 8 * 8)
-        (loss_pixels + loss_edges + 1e-3 * loss_kl).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(vae.parameters())
-        if step % 50 == 0:
-            deviation = posterior.mean.std() / posterior.std.mean()
-            progress.set_postfix(l1=loss_pixels.item(), mse=difference.square().mean().item(), snr=deviation.item())
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            ema.store(vae.parameters())
-            ema.copy_to(vae.parameters())
-            save_vae(vae)
-            ema.restore(vae.parameters())
-
-
-@torch.no_grad()
-def save_vae(vae: Any) -> None:
-    """Write the autoencoder in float16 with the factor that gives its latents unit deviation."""
-    pairs = [pictures.Picture(i, i % len(pictures.BACKGROUNDS)) for i in pictures.names_in_both_styles()]
-    latents = torch.cat([vae.encode(pictures.draw(pairs, style)).latent_dist.mean for style in pictures.STYLES])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    # A copy: `from_config` would drop the factor, which the configuration still lists among its defaults.
-    copy.deepcopy(vae).half().save_pretrained(MINIATURE / "vae")
+BUILDERS: dict[str, Callable[..., None]] = {
+    "pictures": build_sheets,
+    "vae": build_vae,
+    "tokenizer": build_tokenizer,
+    "denoiser": build_denoiser,
+    "classifier": build_classifier,
+    "evaluate": evaluate,
+}
 
 
 def main() -> None:
+    """Run the stage that the command line names."""
+    options = vars(_parser().parse_args())
+    BUILDERS[options.pop("stage")](**options)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
-    stage = stages.add_parser("pictures")
-    stage.add_argument("--npm", type=Path, required=True, help="the node_modules folder")
-    stage = stages.add_parser("vae")
-    stage.add_argument("--steps", type=int, default=16000)
-    stage.add_argument("--batch", type=int, default=16)
-    stages.add_parser("tokenizer")
-    stage = stages.add_parser("denoiser")
-    stage.add_argument("--steps", type=int, default=8600)
-    stage.add_argument("--batch", type=int, default=64)
-    stage.add_argument("--learning_rate", type=float, default=1.5e-3)
-    stage.add_argument("--device", default="cpu")
-    stage.add_argument("--state", type=Path, help="safetensors file to resume from, if it exists, and to keep")
-    stage.add_argument("--save_every_s", type=float, default=600)
-    stage = stages.add_parser("classifier")
-    stage.add_argument("--steps", type=int, default=2000)
-    stage.add_argument("--batch", type=int, default=128)
-    stage.add_argument("--learning_rate", type=float, default=3e-3)
-    stage = stages.add_parser("evaluate")
-    stage.add_argument("--count", type=int, default=1000, help="pictures of each group")
-    stage.add_argument("--steps", type=int, default=25, help="DDIM steps")
-    stage.add_argument("--grid", type=Path, help="image file to write, 128 pictures")
-    options = vars(parser.parse_args())
-    builders: dict[str, Callable[..., None]] = {
-        "pictures": build_pictures,
-        "vae": build_vae,
-        "tokenizer": build_tokenizer,
-        "denoiser": build_denoiser,
-        "classifier": build_classifier,
-        "evaluate": evaluate,
-    }
-    builders[options.pop("stage")](**options)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return stages.add_parser(name, help=text, description=text)
+
+    def add_training(
+        stage: argparse.ArgumentParser, steps: int, batch: int, learning_rate: float | None = None
+    ) -> None:
+        stage.add_argument("--steps", type=int, default=steps, help="training steps (default %(default)s)")
+        stage.add_argument("--batch", type=int, default=batch, help="images in a step (default %(default)s)")
+        if learning_rate is not None:
+            text = "highest learning rate, after warm-up (default %(default)s)"
+            stage.add_argument("--learning_rate", type=float, default=learning_rate, help=text)
+
+    stage = add("pictures", "Make the sprite sheets and the list of names.")
+    stage.add_argument("--npm", type=Path, required=True, help="node_modules folder that holds both npm packages")
+    add_training(add("vae", "Train the autoencoder."), 16000, 16)
+    add("tokenizer", "Train the tokenizer on the captions.")
+    stage = add("denoiser", "Train the text encoder and the UNet.")
+    add_training(stage, 8600, 64, 1.5e-3)
+    stage.add_argument("--device", default="cpu", help="torch device to train on (default %(default)s)")
+    text = "safetensors file to save the training state in, and to resume from if it exists (default: none)"
+    stage.add_argument("--state", type=Path, help=text)
+    text = "seconds between two saves (default %(default)s)"
+    stage.add_argument("--save_every_s", type=float, default=600, help=text)
+    add_training(add("classifier", "Train the classifier of names and styles."), 2000, 128, 3e-3)
+    stage = add("evaluate", "Print how many generated images show the background colour and name of their caption.")
+    text = "images of trained combinations, and of held-out ones (default %(default)s)"
+    stage.add_argument("--count", type=int, default=1000, help=text)
+    stage.add_argument("--steps", type=int, default=25, help="DDIM steps for each image (default %(default)s)")
+    stage.add_argument("--grid", type=Path, help="image file to write 128 generated images to (default: none)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The miniature's tokenizer, text encoder and UNet: the stages `tokenizer` and `denoiser` of `build.py`."""
+"""Train the miniature's text encoder and UNet: the stage `denoiser` of `build.py`."""
 
 import copy
 import itertools
@@ -6,66 +6,50 @@ import json
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d2f_fast.miniature import MINIATURE, pictures
+from d2f_fast.miniature import MINIATURE, emoji
+from d2f_fast.miniature.build_tokenizer import all_captions
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler
+    from diffusers.training_utils import EMAModel
+    from transformers import CLIPTokenizer
 
 SEED = 0
-VOCABULARY = 2000
-START, END = "<|startoftext|>", "<|endoftext|>"
-CONTEXT = 128
-LEVELS = (48, 96)
-EMPTY_SHARE = 0.1
-OPEN_BACKGROUND_SHARE = 0.1
+CONTEXT = 128  # features of a text token
+LEVELS = (48, 96)  # channels of the UNet's levels
+EMPTY_FRACTION = 0.1  # of the captions are replaced by the empty one
+NO_COLOUR_FRACTION = 0.1  # of the captions leave the background out
 SNR_CAP = 5.0
 
 
 def cosine(step: int, steps: int, warmup: int = 200) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine to zero."""
+    """Return the factor on the learning rate: a linear warm-up, then half a cosine down to zero.
+
+    Args:
+        step: training step, from 0.
+        steps: number of training steps.
+        warmup: steps of the warm-up.
+    """
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def all_captions() -> list[str]:
-    """Every caption that training shows, name by name: without a colour, then on each background; last, no words."""
-    colours = (None, *range(len(pictures.BACKGROUNDS)))
-    return [pictures.caption(name, colour) for name in range(len(pictures.names())) for colour in colours] + [""]
-
-
-def build_tokenizer() -> None:
-    """Byte-level BPE in CLIP's file format, trained on the captions; every byte is in it, so that any text encodes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    clip = CLIPTokenizer().backend_tokenizer
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer, trained.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2 * VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    trained.train_from_iterator(all_captions(), trainer)
-    tokens = [*alphabet, *(f"{character}</w>" for character in alphabet)]
-    learned = json.loads(trained.to_str())["model"]["merges"][: VOCABULARY - len(tokens) - 2]
-    merges = [tuple(merge) for merge in learned]
-    tokens += [first + second for first, second in merges] + [START, END]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    longest = max(map(len, CLIPTokenizer(vocab=vocabulary, merges=merges)(all_captions()).input_ids))
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=longest)
-    folder = MINIATURE / "tokenizer"
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))
-    (folder / "tokenizer.json").unlink()  # vocab.json and merges.txt say the same, and are what SD 1.5 ships
-    print(f"{len(vocabulary)} tokens, captions of at most {longest}")
-
-
 def new_networks(vocabulary: int, length: int, start: int, end: int) -> nn.ModuleDict:
-    """Text encoder and UNet of the shapes that Stable Diffusion 1.5 has, freshly initialised."""
+    """Make an untrained text encoder and UNet of Stable Diffusion 1.5's classes.
+
+    Args:
+        vocabulary: number of tokens.
+        length: tokens of a padded caption.
+        start, end: ids of the start token and of the end token.
+    """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -88,14 +72,14 @@ def new_networks(vocabulary: int, length: int, start: int, end: int) -> nn.Modul
         down_block_types=("CrossAttnDownBlock2D",) * len(LEVELS),
         up_block_types=("CrossAttnUpBlock2D",) * len(LEVELS),
         cross_attention_dim=CONTEXT,
-        attention_head_dim=(2, 4),  # the number of heads, by this argument's old misnomer
+        attention_head_dim=(2, 4),  # diffusers takes the number of heads under this misleading name.
         norm_num_groups=8,
     )
     return nn.ModuleDict({"text_encoder": CLIPTextModel(text), "unet": unet})
 
 
-def new_scheduler() -> Any:
-    """Stable Diffusion 1.5's noise schedule, sampled by DDIM."""
+def new_scheduler() -> "DDIMScheduler":
+    """Make a DDIM scheduler with Stable Diffusion 1.5's noise schedule."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -109,26 +93,100 @@ def new_scheduler() -> Any:
 
 
 @torch.no_grad()
-def cached_latents(vae: Any, device: str) -> Tensor:
-    """Posterior mean and deviation of every picture, scaled: [names, colours, 2 (mirrored), 2 (mean, std), 4, 8, 8]."""
-    colours = range(len(pictures.BACKGROUNDS))
+def cached_latents(vae: "AutoencoderKL", device: str) -> Tensor:
+    """Encode every image.
+
+    Returns:
+        Scaled mean and deviation of the posteriors, [names, colours, 2 (mirrored), 2 (mean, std), 4, 8, 8].
+    """
+    colours = range(len(emoji.BACKGROUNDS))
     rows = []
-    for name in tqdm(range(len(pictures.names())), desc="latents", mininterval=5):
-        pairs = [pictures.Picture(name, colour, mirrored) for colour in colours for mirrored in (False, True)]
-        posterior = vae.encode(pictures.draw(pairs, "noto").to(device)).latent_dist
+    for name in tqdm(range(len(emoji.names())), desc="latents", mininterval=5):
+        items = [emoji.Emoji(name, colour, mirrored) for colour in colours for mirrored in (False, True)]
+        posterior = vae.encode(emoji.render(items, "noto").to(device)).latent_dist
         rows.append(torch.stack((posterior.mean, posterior.std), dim=1) * vae.config.scaling_factor)
-    return torch.stack(rows).unflatten(1, (len(colours), 2))
+    return torch.unflatten(torch.stack(rows), 1, (len(colours), 2))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one training step.
+
+    Args:
+        tokens: token ids of the captions, [B, length].
+        timesteps: diffusion timesteps, [B] int64.
+        noise: noise in the samples, [B, 4, 8, 8].
+        sample: diffusion states that the UNet is fed, [B, 4, 8, 8].
+    """
+
+    tokens: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    sample: Tensor
+
+
+class TrainingData:
+    """All training images, encoded, with the tokens of their captions.
+
+    Args:
+        tokenizer: tokenizer of the captions.
+        alphas_cumprod: noise schedule, [T].
+        device: device of all tensors.
+    """
+
+    def __init__(self, tokenizer: "CLIPTokenizer", alphas_cumprod: Tensor, device: str) -> None:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(MINIATURE / "vae", dtype=torch.float32)
+        self._latents = cached_latents(vae.to(device), device)
+        shape = (len(emoji.names()), len(emoji.BACKGROUNDS))
+        pairs = [pair for pair in itertools.product(*map(range, shape)) if pair not in emoji.held_out_pairs()]
+        self._pairs = torch.tensor(pairs, device=device)
+        ids = tokenizer(all_captions(), padding="max_length", return_tensors="pt").input_ids.to(device)
+        self._captions, self._empty = ids[:-1].unflatten(0, (shape[0], shape[1] + 1)), ids[-1]
+        self._alphas_cumprod = alphas_cumprod.to(device)
+
+    def sample(self, batch: int, generator: torch.Generator) -> Batch:
+        """Sample the inputs of a training step with random numbers from `generator`."""
+        device, timestep_count = self._latents.device, len(self._alphas_cumprod)
+
+        def uniform() -> Tensor:
+            return torch.rand((batch,), generator=generator, device=device)
+
+        def normal() -> Tensor:
+            return torch.randn((batch, 4, 8, 8), generator=generator, device=device)
+
+        name, colour = self._pairs[(uniform() * len(self._pairs)).long()].unbind(-1)
+        mean, std = self._latents[name, colour, (uniform() * 2).long()].unbind(1)
+        kind = uniform()
+        no_colour = kind < EMPTY_FRACTION + NO_COLOUR_FRACTION
+        tokens = self._captions[name, torch.where(no_colour, 0, colour + 1)]
+        tokens = torch.where((kind < EMPTY_FRACTION)[:, None], self._empty, tokens)
+        # One timestep in each of `batch` equal parts of the schedule lowers the variance between steps.
+        parts = (torch.arange(batch, device=device) + uniform()) / batch
+        timesteps = (parts * timestep_count).long().clamp(max=timestep_count - 1)
+        noise = normal()
+        signal = self._alphas_cumprod[timesteps][:, None, None, None]
+        sample = signal.sqrt() * (mean + std * normal()) + (1 - signal).sqrt() * noise
+        return Batch(tokens, timesteps, noise, sample)
 
 
 def build_denoiser(
     steps: int, batch: int, learning_rate: float, device: str, state: Path | None, save_every_s: float
 ) -> None:
-    """Text encoder and UNet together, from scratch or from `state`: epsilon-prediction, min-SNR weights, bfloat16.
+    """Train text encoder and UNet together on noise prediction, in bfloat16 autocast with min-SNR loss weights.
 
-    Each step seeds its own random numbers, so that an interrupted run with `state` ends as an uninterrupted one.
-    Float32 weights stay in `state`, the averaged ones go to the pipeline folder in float16.
+    Each step seeds its own random numbers, so that a run that resumes from `state` ends like an uninterrupted one.
+    The averaged weights are saved in float16, in the pipeline's folder.
+
+    Args:
+        steps: number of training steps.
+        batch: images in a step.
+        learning_rate: highest learning rate, after warm-up.
+        device: torch device to train on.
+        state: file for the float32 weights and the optimizer's state, to resume from if it exists; None for none.
+        save_every_s: seconds between two saves.
     """
-    from diffusers import AutoencoderKL
     from diffusers.training_utils import EMAModel, compute_snr
     from transformers import CLIPTokenizer
 
@@ -140,48 +198,18 @@ def build_denoiser(
     optimizer = torch.optim.AdamW(networks.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
     ema = EMAModel(networks.parameters(), decay=0.999, foreach=True)
     first = 0 if state is None or not state.exists() else load_state(state, networks, optimizer, ema)
-
-    vae = AutoencoderKL.from_pretrained(MINIATURE / "vae", dtype=torch.float32)
-    latents = cached_latents(vae.to(device), device)
-    shape = (len(pictures.names()), len(pictures.BACKGROUNDS))
-    pairs = [pair for pair in itertools.product(*map(range, shape)) if pair not in pictures.held_out_pairs()]
-    trained = torch.tensor(pairs, device=device)
-    ids = tokenizer(all_captions(), padding="max_length", return_tensors="pt").input_ids.to(device)
-    captions, empty = ids[:-1].unflatten(0, (shape[0], shape[1] + 1)), ids[-1]
+    data = TrainingData(tokenizer, scheduler.alphas_cumprod, device)
     snr = compute_snr(scheduler, torch.arange(len(scheduler.alphas_cumprod)))
     loss_weights = (snr.clamp(max=SNR_CAP) / snr).to(device)
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
     generator = torch.Generator(device)
     loss_sum = torch.zeros((), device=device)
     saved = time.monotonic()
     progress = tqdm(range(first, steps), initial=first, total=steps, desc="denoiser", mininterval=10)
     for step in progress:
         optimizer.param_groups[0]["lr"] = learning_rate * cosine(step, steps)
-        generator.manual_seed(SEED + step)
-
-        def uniform(*size: int) -> Tensor:
-            return torch.rand(size, generator=generator, device=device)
-
-        def normal() -> Tensor:
-            return torch.randn((batch, 4, 8, 8), generator=generator, device=device)
-
-        name, colour = trained[(uniform(batch) * len(trained)).long()].unbind(-1)
-        mean, std = latents[name, colour, (uniform(batch) * 2).long()].unbind(1)
-        kind = uniform(batch)
-        open_background = kind < EMPTY_SHARE + OPEN_BACKGROUND_SHARE
-        tokens = captions[name, torch.where(open_background, 0, colour + 1)]
-        tokens = torch.where((kind < EMPTY_SHARE)[:, None], empty, tokens)
-        # one timestep in each of `batch` equal strata of the schedule: less variance between steps
-        strata = (torch.arange(batch, device=device) + uniform(batch)) / batch
-        timesteps = (strata * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
-        noise = normal()
-        signal = alphas_cumprod[timesteps][:, None, None, None]
-        sample = signal.sqrt() * (mean + std * normal()) + (1 - signal).sqrt() * noise
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            context = networks["text_encoder"](tokens).last_hidden_state
-            epsilon = networks["unet"](sample, timesteps, context).sample
-        loss = (loss_weights[timesteps] * (epsilon.float() - noise).square().mean(dim=(1, 2, 3))).mean()
-        loss.backward()
+        inputs = data.sample(batch, generator.manual_seed(SEED + step))
+        loss = denoising_loss(networks, inputs, loss_weights)
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -200,8 +228,18 @@ def build_denoiser(
             saved = time.monotonic()
 
 
-def save_state(path: Path, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: Any, step: int) -> None:
-    """Write everything that a later run needs to go on, through a temporary name."""
+def denoising_loss(networks: nn.ModuleDict, inputs: Batch, loss_weights: Tensor) -> Tensor:
+    """Compute the weighted mean squared error of the predicted noise; `loss_weights` [T] are by timestep."""
+    with torch.autocast(inputs.sample.device.type, torch.bfloat16):
+        context = networks["text_encoder"](inputs.tokens).last_hidden_state
+        epsilon = networks["unet"](inputs.sample, inputs.timesteps, context).sample
+    errors = (epsilon.float() - inputs.noise).square().mean(dim=(1, 2, 3))
+    loss: Tensor = (loss_weights[inputs.timesteps] * errors).mean()
+    return loss
+
+
+def save_state(path: Path, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: "EMAModel", step: int) -> None:
+    """Write everything that a later run needs to resume; a temporary file keeps the old state until it is complete."""
     tensors = {f"networks.{key}": value for key, value in networks.state_dict().items()}
     tensors |= {f"ema.{i}": value for i, value in enumerate(ema.shadow_params)}
     for i, entry in optimizer.state_dict()["state"].items():
@@ -211,8 +249,8 @@ def save_state(path: Path, networks: nn.Module, optimizer: torch.optim.Optimizer
     temporary.replace(path)
 
 
-def load_state(path: Path, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> int:
-    """Restore what `save_state` wrote; returns the number of steps done."""
+def load_state(path: Path, networks: nn.Module, optimizer: torch.optim.Optimizer, ema: "EMAModel") -> int:
+    """Restore what `save_state` wrote, and return the number of steps taken so far."""
     from safetensors import safe_open
 
     parts: dict[str, dict[str, Tensor]] = {"networks": {}, "ema": {}, "optimizer": {}}
@@ -233,18 +271,15 @@ def load_state(path: Path, networks: nn.Module, optimizer: torch.optim.Optimizer
     return step
 
 
-def save_pipeline(networks: nn.ModuleDict, scheduler: Any) -> None:
-    """Write the whole pipeline folder beside the old one, weights in float16, then put it in its place."""
+def save_pipeline(networks: nn.ModuleDict, scheduler: "DDIMScheduler") -> None:
+    """Write the whole pipeline with weights in float16 to a new folder, then replace the old folder by it."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
     new, old = MINIATURE.with_name("pipeline.new"), MINIATURE.with_name("pipeline.old")
     for folder in (new, old):
         shutil.rmtree(folder, ignore_errors=True)
-    halves: dict[str, Any] = {}
-    for name, network in networks.items():
-        halves[name] = copy.deepcopy(network).half()
-        halves[name].save_pretrained(new / name)
+    halves = {name: copy.deepcopy(network).half() for name, network in networks.items()}
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(MINIATURE / "vae"),
         tokenizer=CLIPTokenizer.from_pretrained(MINIATURE / "tokenizer"),
@@ -254,7 +289,9 @@ def save_pipeline(networks: nn.ModuleDict, scheduler: Any) -> None:
         requires_safety_checker=False,
         **halves,
     )
-    # transformers loads in the stored precision, diffusers in float32: the pipeline must come up in one.
+    for name in halves:
+        getattr(pipe, name).save_pretrained(new / name)
+    # transformers loads weights in their stored precision, diffusers in float32: both must come up in float32.
     config_file = new / "text_encoder" / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")

@@ -1,20 +1,20 @@
-"""A small network that names the miniature's pictures: it judges what a model draws, and gives a space of styles."""
+"""Classify the miniature's images by name and style, and give the features in which sets of images are compared."""
 
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from d2f_fast.miniature import pictures
+from d2f_fast.miniature import emoji
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 FEATURES = 64
 
 
 class Classifier(nn.Module):
-    """Convolutions to 64 features, and two linear readings of them: the name, and the style it is drawn in.
+    """Convolutions to 64 features, and two heads on these features: one for the name, one for the style.
 
-    Both readings share the features, so that distances between them see what is drawn as well as how.
+    The heads share the features, so that distances between features depend on the subject and on the style.
     """
 
     def __init__(self) -> None:
@@ -28,20 +28,22 @@ class Classifier(nn.Module):
                 nn.SiLU(),
             ]
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 4 * 4, FEATURES))
-        self.name_head = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.SiLU(), nn.Linear(FEATURES, len(pictures.names())))
+        self.name_head = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.SiLU(), nn.Linear(FEATURES, len(emoji.names())))
         self.style_head = nn.Linear(FEATURES, 1)
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """Features of pictures, [B, 64]; `pixels` [B, 3, 32, 32] in [-1, 1]."""
-        return self.trunk(pixels)
+    def features(self, images: Tensor) -> Tensor:
+        """Return features [B, 64] of images [B, 3, 32, 32] in [-1, 1]."""
+        features: Tensor = self.trunk(images)
+        return features
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits over `pictures.names()`, [B, names]; `pixels` [B, 3, 32, 32] in [-1, 1]."""
-        return self.name_head(self.features(pixels))
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, names], in the order of `emoji.names()`, of images [B, 3, 32, 32] in [-1, 1]."""
+        logits: Tensor = self.name_head(self.features(images))
+        return logits
 
 
 def load_classifier() -> Classifier:
-    """Load the shipped classifier, float32, in evaluation mode."""
+    """Load the classifier of this package, in float32 and evaluation mode."""
     classifier = Classifier()
-    classifier.load_state_dict(load_file(WEIGHTS))  # copied into float32 parameters
+    classifier.load_state_dict(load_file(WEIGHTS))  # The file holds float16; the parameters are float32.
     return classifier.eval()

@@ -1,7 +1,9 @@
-"""Generate pictures with a stock diffusers pipeline along flow time."""
+"""`generate`: generate images with a stock diffusers pipeline along flow time."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from PIL import Image
@@ -10,9 +12,16 @@ from d2f_fast.config import Method, PredictionType, Spacing
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+_PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
+
 
 def generate(
-    pipeline: Any,
+    pipeline: "Pipeline",
     prompts: str | Sequence[str],
     *,
     num_inference_steps: int = 4,
@@ -23,62 +32,83 @@ def generate(
     generator: torch.Generator | None = None,
     method: Method = "euler",
     flow_spacing: Spacing = "uniform",
-    shift: float = 1.0,
+    shift: float | None = None,
     prediction_type: PredictionType | None = None,
 ) -> list[Image.Image]:
-    """Generate one picture for each prompt, from noise at t = 0 to data at t = 1.
+    """Generate one image for each prompt, from noise at t = 0 to data at t = 1.
 
-    The pipeline's own call does the work, with `Diff2FlowScheduler` in place of its scheduler, which it has back
-    afterwards.
+    The pipeline's own call does the work, with a `Diff2FlowScheduler` in place of the pipeline's scheduler, which is
+    put back afterwards.
 
     Args:
-        pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline or one that is called like them, on its device.
-        prompts: one prompt, or several; one picture is generated for each.
-        num_inference_steps: integration steps, at least 1; "midpoint" and "heun" evaluate the network twice a step.
-        guidance_scale: scale of classifier-free guidance; 1 turns it off.
-        negative_prompt: prompt to steer away from, the same for all pictures; "" for the pipeline's own empty prompt.
-        height, width: size of the pictures in pixels; None for the pipeline's own size.
-        generator: source of the noise; None for torch's global generator.
-        method: integration method.
+        pipeline: Stable Diffusion or SDXL pipeline, or one that is called like them, on its device.
+        prompts: one prompt, or several; one image is generated for each.
+        num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" evaluate the network twice
+            a step.
+        guidance_scale: scale of classifier-free guidance; 1 or less turns it off.
+        negative_prompt: prompt to steer away from, the same for all images; "" for the pipeline's own empty prompt.
+        height: height of the images in pixels; None for the pipeline's own.
+        width: width of the images in pixels; None for the pipeline's own.
+        generator: source of the noise, on the pipeline's device or the CPU; None for torch's global generator.
+        method: integration method: "euler", "midpoint" or "heun".
         flow_spacing: "uniform" steps in flow time, or "trailing", the flow times of DDIM's trailing timesteps.
-        shift: factor on the sampling sigmas (1 - t) / t; 1 leaves them as they are.
-        prediction_type: what the network predicts; None for what the pipeline's scheduler says.
+        shift: positive factor on the sampling sigmas (1 - t) / t, 1 for none; None for the shift in the configuration
+            of the pipeline's scheduler (the `shift` or `flow_shift` of a flow-matching scheduler, 1 of others).
+        prediction_type: what the network predicts; None for what the configuration of the pipeline's scheduler says.
 
     Returns:
-        One RGB picture for each prompt.
+        One RGB image for each prompt.
 
     Raises:
-        RefusedInputError: a size that is no multiple of the autoencoder's factor, or steps or a schedule that cannot
-            be used.
+        RefusedInputError: the pipeline cannot generate images of this size, or the steps, the shift or the
+            scheduler's configuration cannot be used.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    sizes = {"height": height, "width": width}
-    for name, size in sizes.items():
-        if size is not None and size % pipeline.vae_scale_factor:
-            raise RefusedInputError(f"{name} must be a multiple of {pipeline.vae_scale_factor}, got {size}")
-    if any(sizes.values()):  # given one of them, diffusers would take neither
-        own = pipeline.unet.config.sample_size
-        own_sizes = zip(sizes, own if isinstance(own, list | tuple) else (own, own), strict=True)
-        sizes = {name: sizes[name] or side * pipeline.vae_scale_factor for name, side in own_sizes}
-    options: dict[str, Any] = {"method": method, "flow_spacing": flow_spacing, "shift": shift}
-    if prediction_type is not None:
-        options["prediction_type"] = prediction_type
-    stock = pipeline.scheduler
+    height, width = _image_size(pipeline, height, width)
+    given = {"shift": shift, "prediction_type": prediction_type}
+    options = {name: value for name, value in given.items() if value is not None}
     try:
-        scheduler = Diff2FlowScheduler.from_config(stock.config, **options)
+        scheduler = Diff2FlowScheduler.from_config(
+            pipeline.scheduler.config, method=method, flow_spacing=flow_spacing, **options
+        )
         scheduler.set_timesteps(num_inference_steps)
     except ValueError as error:
         raise RefusedInputError(str(error)) from error
-    pipeline.scheduler = scheduler
-    try:
-        return pipeline(
+    with _scheduled(pipeline, scheduler):
+        images: list[Image.Image] = pipeline(
             prompts,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            # None: SDXL's own empty prompt is zeros, and not the encoded "".
+            # SDXL's own empty prompt, for which None stands, is zeros and not the encoded "".
             negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-            **sizes,
+            height=height,
+            width=width,
             generator=generator,
         ).images
+    return images
+
+
+def _image_size(pipeline: "Pipeline", height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    """Check a size in pixels, and complete it where only one of height and width is given."""
+    multiple = math.lcm(_PIPELINE_FACTOR, pipeline.vae_scale_factor)
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size < 1 or size % multiple):
+            raise RefusedInputError(f"{name} must be a positive multiple of {multiple}, got {size}")
+    if height is None and width is None:
+        return None, None
+    # A pipeline that is given one of the two ignores it, and takes both from the network's own size.
+    own = pipeline.unet.config.sample_size
+    own_height, own_width = own if isinstance(own, list | tuple) else (own, own)
+    factor = pipeline.vae_scale_factor
+    return height or own_height * factor, width or own_width * factor
+
+
+@contextmanager
+def _scheduled(pipeline: "Pipeline", scheduler: Diff2FlowScheduler) -> Iterator[None]:
+    """Return a context in which the pipeline has another scheduler."""
+    stock = pipeline.scheduler
+    pipeline.scheduler = scheduler
+    try:
+        yield
     finally:
         pipeline.scheduler = stock

@@ -2,13 +2,16 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from d2f_fast.config import Method
-from d2f_fast.flow.formulas import Flow
+from d2f_fast.flow.flow import Flow
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,18 +27,20 @@ def sample_flow(
     """Solve d x_t / d t = velocity(x_t, t) along `times`.
 
     Args:
-        velocity: maps the flow state [B, ...] and t ([] float32) to the velocity [B, ...].
-        x_t: state at times[0]; noise N(0, 1) at t = 0.
-        steps: number of steps where `times` is not given; then t = 0, 1/steps, … 1.
-        times: [steps + 1] monotone flow times; falling ones go from data to noise (inversion).
-        method: "euler" one evaluation a step; "midpoint" and "heun" two (Heun's last one at t = 1 included).
-        return_intermediates: also the states at every node, times[0] included.
+        velocity: function of the flow state [B, ...] and the flow time ([] float32) that returns the velocity [B, ...].
+        x_t: flow state at times[0]; at t = 0 it is noise from N(0, 1).
+        steps: number of steps, at least 1, from t = 0 to t = 1 in equal parts; ignored where `times` is given.
+        times: strictly monotone flow times, [steps + 1]; falling times go from data to noise (inversion). None for the
+            uniform times of `steps`.
+        method: integration method: "euler" evaluates the velocity once a step, "midpoint" and "heun" twice; "heun" does
+            so in the last step too, at t = 1.
+        return_intermediates: return the states at all times, times[0] included, in place of the last one alone.
 
     Returns:
-        The state at times[-1], in the type of `x_t`; or the list of states, [steps + 1] of them.
+        The state at times[-1], in the type of `x_t`; or the list of all steps + 1 states.
 
     Raises:
-        ValueError: an unknown method, fewer than one step, or times that are not monotone.
+        ValueError: the method is unknown, `steps` is below 1, or the times are not strictly monotone.
     """
     if times is None:
         if steps < 1:
@@ -62,25 +67,29 @@ def sample_flow(
 
 
 def unet_velocity(
-    unet: Any,
+    unet: "UNet2DConditionModel",
     flow: Flow,
     encoder_hidden_states: Tensor,
     negative_hidden_states: Tensor | None = None,
     guidance_scale: float = 1.0,
     added_cond_kwargs: Mapping[str, Tensor] | None = None,
 ) -> Velocity:
-    """Velocity of a conditional diffusers UNet, classifier-free guidance in one batched call.
+    """Return the velocity of a conditional diffusers UNet, with classifier-free guidance in one batched call.
 
     Args:
-        unet: UNet2DConditionModel.
-        flow: how its output is read: an `Alignment` or `NaiveFlow` on the UNet's device.
-        encoder_hidden_states: [B, L, D] condition.
-        negative_hidden_states: [B, L, D] condition to lead away from; needed where `guidance_scale` is not 1.
-        guidance_scale: 1 is no guidance.
-        added_cond_kwargs: of the UNet, for SDXL; already doubled (negative first) where guidance is used.
+        unet: conditional UNet of diffusers.
+        flow: `Alignment` or `NaiveFlow` that reads the UNet's output, on the UNet's device.
+        encoder_hidden_states: text condition, [B, L, D].
+        negative_hidden_states: text condition to steer away from, [B, L, D]; needed unless `guidance_scale` is 1.
+        guidance_scale: scale of classifier-free guidance; 1 turns it off.
+        added_cond_kwargs: further conditions of SDXL's UNet; with guidance they hold the negative ones first, then the
+            positive ones. None for a UNet without them.
+
+    Returns:
+        A function of the flow state [B, ...] and the flow time, [] float32, for `sample_flow`.
 
     Raises:
-        ValueError: guidance without `negative_hidden_states`.
+        ValueError: `guidance_scale` is not 1 and there are no `negative_hidden_states`.
     """
     guided = guidance_scale != 1.0
     if guided and negative_hidden_states is None:
@@ -97,7 +106,7 @@ def unet_velocity(
         output = unet(given.to(dtype), timestep, encoder_hidden_states=condition, **extra, return_dict=False)[0]
         if guided:
             negative, positive = output.chunk(2)
-            # In the model's own output: velocity is linear in it, so this is guidance of the velocity.
+            # The velocity is linear in the network's output, so guidance of the output is guidance of the velocity.
             output = torch.lerp(negative.to(x_t.dtype), positive.to(x_t.dtype), guidance_scale)
         return flow.velocity(output, sample, t).to(x_t.dtype)
 

@@ -1,12 +1,13 @@
-"""`Diff2FlowScheduler`: flow-time sampling in any stock diffusers pipeline.
+"""`Diff2FlowScheduler`: sample along flow time in any stock diffusers pipeline.
 
-The only file in diffusers' time direction: `timesteps` fall from the noise to the data. The state is the diffusion
-state, so `scale_model_input` is the identity and `init_noise_sigma` is 1, and pipelines that never scale are right too.
+This is the only file in diffusers' time direction: `timesteps` fall from the noise to the data. The state is the
+diffusion state, so that `scale_model_input` is the identity and `init_noise_sigma` is 1, which also serves pipelines
+that never scale.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Literal, Self, get_args, overload
 
 import torch
 from diffusers import DDPMScheduler
@@ -18,37 +19,45 @@ from torch import Tensor
 from d2f_fast.config import Method, Spacing
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import Flow, combine, euler_coefficients
+from d2f_fast.flow.flow import Flow
+from d2f_fast.flow.formulas import combine
 from d2f_fast.flow.naive_flow import NaiveFlow
 
-# A first sigma this much above sigma_max is no rounding of it: it asks for a start at t = 0.
+# A first sigma that exceeds sigma_max by more than this fraction is no rounding error, but asks for a start at t = 0.
 _SIGMA_TOLERANCE = 1e-3
 
 
 @dataclass
 class Diff2FlowSchedulerOutput(BaseOutput):
-    """The state at the next node, and the latents x̂0 that the network's output implied."""
+    """State after a step, and the latents x̂0 that the network's output implies."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
 
 
 class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
-    """Sample a diffusion model (aligned or not) along flow time:
-    `Diff2FlowScheduler.from_config(pipe.scheduler.config)`.
+    """Sample a diffusion model along flow time, finetuned on flow matching or not.
 
-    Euler here equals DDIM (η = 0) on the same nodes. `prediction_type="flow_prediction"` reads naive rectified-flow
-    networks.
+        pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config)
+
+    Its Euler method equals DDIM (η = 0) between the same flow times. `prediction_type="flow_prediction"` samples naive
+    rectified-flow networks.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type,
-            rescale_betas_zero_snr: of the base model, as in every diffusers scheduler.
-        flow_spacing: "uniform" in flow time, or "trailing", the flow times of DDIM's trailing timesteps.
-        shift: multiplies the sampling sigmas.
-        method: "euler"; "midpoint" and "heun" call the network twice a step.
+        num_train_timesteps: number of timesteps that the base model was trained with, as in every diffusers scheduler.
+        beta_start: first beta of the base model's noise schedule.
+        beta_end: last beta of the base model's noise schedule.
+        beta_schedule: name of the base model's noise schedule.
+        trained_betas: betas of the base model, which replace the three options before; None to use those.
+        prediction_type: what the network predicts: "epsilon", "v_prediction", "sample" or "flow_prediction".
+        rescale_betas_zero_snr: whether the base model was trained with zero terminal SNR.
+        flow_spacing: "uniform" steps in flow time, or "trailing", the flow times of DDIM's trailing timesteps.
+        shift: positive factor on the sampling sigmas (1 - t) / t; 1 leaves them as they are.
+        method: integration method: "euler", or "midpoint" and "heun", which call the network twice a step.
 
     Raises:
-        ModelError: ε-prediction with zero terminal SNR, or an unknown prediction type.
+        ModelError: the network predicts ε with zero terminal SNR, or the prediction type is unknown.
+        ValueError: the method is unknown.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 (the name and type are diffusers')
@@ -95,47 +104,68 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._start: tuple[Tensor, Tensor] | None = None
 
+    @overload
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler of the model that another scheduler's configuration belongs to.
+    def from_config(
+        cls, config: Mapping[str, object], return_unused_kwargs: Literal[False] = False, **kwargs: object
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, object], return_unused_kwargs: Literal[True], **kwargs: object
+    ) -> tuple[Self, dict[str, object]]: ...
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, object], return_unused_kwargs: bool = False, **kwargs: object
+    ) -> Self | tuple[Self, dict[str, object]]:
+        """Return the scheduler of the model to which another scheduler's configuration belongs.
 
         Args:
-            config: of any diffusion scheduler of diffusers.
-            return_unused_kwargs: also return the options that were not used.
-            kwargs: options that replace the configuration's.
+            config: configuration of a scheduler of diffusers, for diffusion or flow matching.
+            return_unused_kwargs: also return the options of `kwargs` that are unknown.
+            kwargs: options that replace those of the configuration.
 
         Raises:
-            ModelError: the configuration has no noise table, and is not of a flow-matching scheduler.
+            ModelError: the configuration has no noise table, and does not belong to a flow-matching scheduler.
         """
-        # diffusers replaces what the other scheduler took by default with this class's defaults: another noise table.
+        # Values that the other scheduler took by default are kept: diffusers would replace them with this class's
+        # defaults, which give another noise table.
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
         if "beta_schedule" not in config | kwargs:
-            if "shift" not in config:  # which diffusers' flow-matching schedulers have
+            if "shift" not in config:  # diffusers' flow-matching schedulers have a shift
                 raise ModelError(
-                    "the configuration has no beta_schedule, and so no table of noise: give a diffusion scheduler's"
+                    "the configuration has no beta_schedule: give the configuration of a diffusion scheduler"
                 )
             config["prediction_type"] = "flow_prediction"
         if config.get("use_flow_sigmas"):
             config.setdefault("shift", config.get("flow_shift", 1.0))
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        made: Self | tuple[Self, dict[str, object]] = super().from_config(config, return_unused_kwargs, **kwargs)
+        return made
 
     @property
     def step_index(self) -> int | None:
-        """Network evaluations done since the start of the schedule."""
+        """Return the index of the next network evaluation, or None before the first one."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """Evaluation that the run began at; set by pipelines that start from a noised image."""
+        """Return the index of the first network evaluation; pipelines that start from a noised image set it."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at a later evaluation of the schedule."""
+        """Start at a later network evaluation of the schedule.
+
+        Args:
+            begin_index: index of that evaluation; 0 starts at the beginning.
+        """
         self._begin_index = begin_index
 
     @property
     def sigmas(self) -> Tensor:
-        """(1 - t) / t of the nodes (1 - t for flow_prediction), [steps + 1] float32 on the CPU; infinite at t = 0."""
+        """Return (1 - t) / t at every node, infinite at t = 0, or 1 - t for flow_prediction.
+
+        The sigmas are [steps + 1] float32 on the CPU.
+        """
         noise = 1 - self._nodes
         return noise if isinstance(self.flow, NaiveFlow) else noise / self._nodes
 
@@ -146,12 +176,15 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
     ) -> None:
-        """Choose the nodes: a number of steps, or the steps' own diffusion timesteps or sigmas, falling.
+        """Choose the nodes, the flow times between which the sampler steps.
+
+        Exactly one of `num_inference_steps`, `timesteps` and `sigmas` must be given.
 
         Args:
-            num_inference_steps: uniform or trailing nodes from t = 0, see the configuration.
-            device: of `timesteps`.
-            timesteps: [steps] diffusion times, fractional allowed; the run ends at t = 1.
+            num_inference_steps: number of steps from t = 0 to t = 1, spaced as the configuration says.
+            device: device of the scheduler's `timesteps`.
+            timesteps: falling diffusion timesteps at which the steps start, [steps], which may be fractional; the last
+                step ends at t = 1.
             sigmas: [steps + 1], ending in 0.0; as in diffusers (1 - t) / t, where a first one above sigma_max starts at
                 t = 0, or 1 - t for flow_prediction.
 
@@ -180,8 +213,8 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         self._nodes = nodes.float()
         if self.order == 1:
             self._stage_times = nodes[:-1].float()
-            # Host floats: one fused multiply-add a step, and nothing to copy to the device.
-            coefficients = euler_coefficients(flow, nodes[:-1], nodes[1:])
+            # As host floats they make a step one fused multiply-add, with nothing to copy to the device.
+            coefficients = flow.euler_coefficients(nodes[:-1], nodes[1:])
             self._euler = list(zip(*(c.tolist() for c in coefficients), strict=True))
         else:
             second = (nodes[:-1] + nodes[1:]) / 2 if self.config["method"] == "midpoint" else nodes[1:]
@@ -190,7 +223,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = self._begin_index = self._start = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """The sample itself: the state is what the network takes."""
+        """Return the sample itself: the state is what the network takes."""
         return sample
 
     def step(
@@ -204,11 +237,14 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         """Advance the diffusion state by one network evaluation.
 
         Args:
-            model_output: of the network (guided), same shape as `sample`.
-            timestep: counted, not looked up: two nodes may share one.
+            model_output: output of the network, after guidance, same shape as `sample`.
+            timestep: ignored: steps are counted, because two nodes may have the same timestep.
             sample: diffusion state that the network was given.
-            generator: unused; the sampler is deterministic.
-            return_dict: an output object, or a tuple.
+            generator: ignored: the sampler is deterministic.
+            return_dict: return an output object; False for a tuple of the same two tensors.
+
+        Returns:
+            The diffusion state after the step, and the latents that the output implies, in the type of `sample`.
 
         Raises:
             ValueError: `set_timesteps` was not called, or the schedule has ended.
@@ -220,7 +256,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"the schedule of {len(self._stage_times)} evaluations has ended: call set_timesteps again"
             )
-        # t stays on the host: scalars of the CPU multiply tensors of any device without a copy.
+        # t stays on the host, because CPU scalars multiply tensors of any device without a copy.
         flow, t = self.flow, self._stage_times[index]
         if self.order == 1:
             a, b = self._euler[index]
@@ -233,7 +269,10 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         return Diff2FlowSchedulerOutput(moved, latents) if return_dict else (moved, latents)
 
     def _two_stage(self, index: int, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
-        """One of the two evaluations of a midpoint or Heun step; the first leaves its state and slope to the second."""
+        """Return the state after one of the two evaluations of a midpoint or Heun step.
+
+        The first evaluation keeps its state and slope for the second one.
+        """
         flow, method = self.flow, self.config["method"]
         t_start, t_end = self._nodes[index // 2 : index // 2 + 2]
         velocity = flow.velocity(model_output, sample, t)
@@ -247,12 +286,12 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         return flow.to_sample(x_t + (t_end - t_start) * slope, t_end)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Diffusion state of `original_samples` at the current start of the run, or at the given timesteps outside a
-        run.
+        """Return the diffusion state of latents at the current node of a run, or at `timesteps` outside a run.
 
         Args:
-            original_samples, noise: [B, C, H, W].
-            timesteps: [B] or [1] diffusion times.
+            original_samples: clean latents, [B, C, H, W].
+            noise: Gaussian noise, same shape.
+            timesteps: diffusion timesteps, [B] or [1]; ignored within a run, which `set_begin_index` starts.
         """
         index = self._begin_index if self._step_index is None else self._step_index
         if self._begin_index is not None and index is not None and index < len(self._stage_times):

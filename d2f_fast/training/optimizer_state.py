@@ -1,145 +1,122 @@
-"""Turn the state of an optimizer into tensors and JSON, and back."""
+"""Write the state of an optimizer to a safetensors file as flat tensors, and read it back.
 
-import math
+    {parameter}.{key}       one tensor of the state of one parameter, for example "conv_in.weight.exp_avg"
+
+The header names the optimizer's class and the format. Learning rate, betas and the other settings are not in the file:
+they are options of the run, which a continuation has to give again.
+"""
+
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2f_fast.errors import CheckpointError
+from d2f_fast.files.tensor_file import read_tensors, write_tensors
+
+FORMAT = "1"
 
 
-def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """Split nested state into tensors and a JSON tree that names them, both exact.
+def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the state of an optimizer as tensors by `{parameter}.{key}`; they are not copies.
 
     Args:
-        state: dicts (keys str, int, float, bool, None or tuples of them), lists, tuples, tensors, str, int, float,
-            bool, None, nested. A dict's subclass comes back as a dict.
-
-    Returns:
-        Tensors by their path in `state`, for `write_tensors`, and what `write_json` takes.
+        optimizer: optimizer whose state holds nothing but tensors, such as AdamW.
+        trainable: its parameters by name.
 
     Raises:
-        TypeError: `state` holds something else.
+        TypeError: the state holds something else.
     """
-    tensors: dict[str, Tensor] = {}
-    return tensors, _pack(state, "state", tensors)
+    tensors = {}
+    for name, parameter in trainable.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name}.{key} of {type(optimizer).__name__} is a {type(value).__name__}, and only tensors are kept"
+                )
+            tensors[f"{name}.{key}"] = value
+    return tensors
 
 
-def unpack_state(tensors: Mapping[str, Tensor], state_json: Any) -> Any:
-    """Build what `pack_state` took, its tensors as copies on the CPU.
+def write_optimizer(path: Path, optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]) -> None:
+    """Write the state of an optimizer to a safetensors file.
+
+    Args:
+        path: file to write.
+        optimizer: optimizer whose state holds nothing but tensors.
+        trainable: its parameters by name.
 
     Raises:
-        CheckpointError: `state_json` is not from `pack_state`, or names a tensor that is not in `tensors`.
+        CheckpointError: a tensor holds NaN or an infinity.
+        RefusedInputError: the disk is full.
+        TypeError: the state holds something other than tensors.
     """
-    try:
-        return _unpack(state_json, tensors)
-    except KeyError as error:
-        raise CheckpointError(f"training state: {error.args[0]} is missing; resume from another checkpoint") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"training state: not understood ({error}); resume from another checkpoint") from error
+    write_tensors(path, optimizer_tensors(optimizer, trainable), {"format": FORMAT, "optimizer": _kind(optimizer)})
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    """Split an optimizer's state into tensors and a JSON tree, both exact, as `pack_state` does."""
-    return pack_state(
-        {"type": type(optimizer).__name__, "shapes": _shapes(optimizer), "optimizer": optimizer.state_dict()}
-    )
+def read_optimizer(path: Path, optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]) -> None:
+    """Replace the state of an optimizer by what `write_optimizer` wrote, with the same dtypes and strides.
 
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state_json: Any) -> None:
-    """Load what `pack_optimizer` took into an optimizer of the same kind over the same parameters.
+    Args:
+        path: file to read.
+        optimizer: optimizer of the same class, over the same parameters.
+        trainable: its parameters by name.
 
     Raises:
-        CheckpointError: the state is damaged, or from another kind of optimizer, other groups or other shapes.
+        CheckpointError: the file is damaged, or it belongs to another optimizer or to parameters of other names or
+            shapes. The optimizer's state is unchanged.
     """
-    packed = unpack_state(tensors, state_json)
+    tensors, header = read_tensors(path)
     cure = "resume with the settings that the checkpoint was made with"
-    if not isinstance(packed, dict) or packed.keys() != {"type", "shapes", "optimizer"}:
-        raise CheckpointError("optimizer state: not an optimizer's; resume from another checkpoint")
-    if packed["type"] != type(optimizer).__name__:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} holds no optimizer state of format {FORMAT}: resume from another checkpoint")
+    if header.get("optimizer") != _kind(optimizer):
         raise CheckpointError(
-            f"optimizer state: of {packed['type']}, the optimizer is {type(optimizer).__name__}; {cure}"
+            f"{path} holds the state of {header.get('optimizer')}, and the optimizer is {_kind(optimizer)}: {cure}"
         )
-    if packed["shapes"] != _shapes(optimizer):
-        raise CheckpointError(f"optimizer state: its parameters have other groups, numbers or shapes; {cure}")
-    state = packed["optimizer"]
-    try:
-        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            for key in saved:  # a learning rate that lives on the device must come back there
-                if isinstance(saved[key], Tensor) and isinstance(group.get(key), Tensor):
-                    saved[key] = saved[key].to(group[key].device)
-        optimizer.load_state_dict(state)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, exact in state["state"].items():
-            # load_state_dict puts each tensor on its device, but rounds it to its parameter's dtype.
-            parameter = parameters[index]
-            restored = _restore_dtype(optimizer.state[parameter], exact)
-            optimizer.state[parameter] = {name: _laid_out(value, parameter) for name, value in restored.items()}
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"optimizer state: does not fit ({error!r}); {cure}") from error
+    state: dict[str, dict[str, Tensor]] = {name: {} for name in trainable}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        if name not in state:
+            raise CheckpointError(f"{path} holds {full_name}, and no parameter has this name: {cure}")
+        expected = [] if key == "step" else list(trainable[name].shape)
+        if list(tensor.shape) != expected:
+            got = list(tensor.shape)
+            raise CheckpointError(f"{path} holds {full_name} of shape {got}, and it needs {expected}: {cure}")
+        state[name][key] = tensor
+    if len({frozenset(values) for values in state.values()}) > 1:
+        name = min(state, key=lambda name: len(state[name]))
+        raise CheckpointError(f"{path} lacks a part of the state of {name}: {cure}")
+    # An optimizer that computes on the device counts its steps there, and any other one on the host.
+    counts_on_device = {
+        id(parameter): bool(group.get("fused") or group.get("capturable"))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in trainable.items():
+        optimizer.state[parameter] = {
+            key: _placed(value, parameter, key != "step" or counts_on_device[id(parameter)])
+            for key, value in state[name].items()
+        }
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Turn `value` into JSON; what JSON has no form for becomes an object with one key that starts with "$"."""
-    if isinstance(value, Tensor):
-        if name in tensors:
-            raise TypeError(f"two tensors are named {name}: keys must differ as text")
-        tensors[name] = value
-        return {"$tensor": name}
-    if isinstance(value, float):  # Python prints floats so that they are read back bit for bit
-        return float(value) if math.isfinite(value) else {"$float": str(float(value))}
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, dict):
-        items = {key: _pack(item, f"{name}.{key}", tensors) for key, item in value.items()}
-        if all(type(key) is str and not key.startswith("$") for key in items):
-            return items
-        return {"$dict": [[_pack(key, f"{name}.key", tensors), item] for key, item in items.items()]}
-    if type(value) in (list, tuple):
-        packed = [_pack(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-        return packed if type(value) is list else {"$tuple": packed}
-    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint does not store")
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of the optimizer's class."""
+    return type(optimizer).__name__
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    tag = next(iter(value), "")
-    if not tag.startswith("$"):
-        return {key: _unpack(item, tensors) for key, item in value.items()}
-    if len(value) == 1 and tag == "$tensor":
-        return tensors[value[tag]].clone()  # a copy: the file stays mapped, and state is updated in place
-    if len(value) == 1 and tag == "$float":
-        return float(value[tag])
-    if len(value) == 1 and tag == "$tuple":
-        return tuple(_unpack(item, tensors) for item in value[tag])
-    if len(value) == 1 and tag == "$dict":
-        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in value[tag]}
-    raise ValueError(f"unknown tag {tag}")
+def _placed(value: Tensor, parameter: nn.Parameter, on_device: bool) -> Tensor:
+    """Return a copy of a tensor from a file, with its parameter's strides where it has the parameter's shape.
 
+    A file keeps no strides, and fused optimizers pair the memory of parameter and state, not their elements.
 
-def _shapes(optimizer: torch.optim.Optimizer) -> list[list[list[int]]]:
-    """List the parameters' shapes, group by group."""
-    return [[list(parameter.shape) for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def _laid_out(value: Any, parameter: Tensor) -> Any:
-    """A state tensor with its parameter's strides: a file has none, and fused optimizers pair memory, not elements."""
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
-
-
-def _restore_dtype(loaded: Any, exact: Any) -> Any:
-    """Take values from `exact`, and the devices of its tensors from `loaded`."""
-    if isinstance(exact, Tensor):
-        return loaded if loaded.dtype == exact.dtype else exact.to(loaded.device)
-    if isinstance(exact, dict):
-        return {key: _restore_dtype(loaded[key], item) for key, item in exact.items()}
-    if isinstance(exact, list | tuple):
-        return type(exact)(_restore_dtype(*pair) for pair in zip(loaded, exact, strict=True))
-    return exact
+    Args:
+        value: tensor of the state, contiguous on the CPU.
+        parameter: parameter that it belongs to.
+        on_device: place it on the parameter's device; else on the CPU.
+    """
+    device = parameter.device if on_device else torch.device("cpu")
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype, device=device, requires_grad=False).copy_(value)
+    return value.to(device, copy=True)

@@ -1,10 +1,15 @@
-"""What is saved beside the weights so that others sample them as they were trained: the scheduler, and the tags."""
+"""Save the result of a run: weights, a stock scheduler that samples them, and tags that describe them."""
 
-from typing import Any
+from pathlib import Path
 
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.files.atomic import atomic_folder
+from d2f_fast.files.json_file import write_json
+from d2f_fast.lora.merge import merged_unet
+from d2f_fast.lora.write import save_lora
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
 
@@ -14,40 +19,86 @@ _SCHEDULE_KEYS = (
 )
 
 
-def stock_scheduler(config: TrainingConfig, model: BaseModel) -> Any:
-    """The scheduler of diffusers that samples what a run trained, in any pipeline of Stable Diffusion.
+def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:
+    """Write the adapter in a model's UNet as `pytorch_lora_weights.safetensors`, and check that it reloads.
 
     Args:
-        config: of the run.
-        model: its base.
+        model: base model whose UNet has the adapter.
+        objective: objective that it was trained on.
+        config: options of the run.
+        folder: output folder, made where it is missing.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        RefusedInputError: the run is a full finetuning, or the disk is full.
+        CheckpointError: a weight is not finite.
+        ModelError: the reloaded file does not give the same output.
+    """
+    if config.adapter != "lora":
+        raise RefusedInputError("adapter is full, so there is no LoRA to save: use save_pipeline")
+    return save_lora(model.unet, folder, tags_of(config, objective))
+
+
+def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:
+    """Write a model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
+
+    Args:
+        model: base model with the trained UNet.
+        objective: objective that it was trained on.
+        config: options of the run.
+        folder: output folder, which must not exist; it appears whole or not at all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RefusedInputError: `folder` exists or cannot be made, or the disk is full.
+    """
+    pipeline = model.pipeline
+    parts = {**pipeline.components, "unet": merged_unet(model.unet), "scheduler": stock_scheduler(config, model)}
+    saved = type(pipeline)(**parts)
+    with atomic_folder(folder) as temporary:
+        saved.save_pretrained(temporary)
+        write_json(temporary / "d2f.json", tags_of(config, objective))
+    return Path(folder)
+
+
+def stock_scheduler(config: TrainingConfig, model: BaseModel) -> DPMSolverMultistepScheduler | EulerDiscreteScheduler:
+    """Return the scheduler of diffusers that samples the trained network in any pipeline of Stable Diffusion.
+
+    Args:
+        config: options of the run.
+        model: base model of the run.
     """
     if config.objective == "fm":
-        # Of first order it is Euler in flow time. diffusers' own flow scheduler fits none of these pipelines.
+        # With order 1 it is Euler in flow time. diffusers' own flow scheduler fits none of these pipelines.
         return DPMSolverMultistepScheduler(
             model.alignment.num_train_timesteps,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
             flow_shift=config.flow_shift,
             solver_order=1,
-            steps_offset=1,  # unused; what the pipelines ask for
+            steps_offset=1,  # unused, but the pipelines ask for it
             final_sigmas_type="zero",
         )
     base = model.pipeline.scheduler.config
-    # Named, or diffusers would take the other class' defaults for what the base left at its own.
+    # Named, because diffusers would replace what the base left at its default by the defaults of the other class.
     table = {name: base[name] for name in _SCHEDULE_KEYS if name in base}
     return EulerDiscreteScheduler.from_config(base, **table, timestep_spacing="trailing", final_sigmas_type="zero")
 
 
 def tags_of(config: TrainingConfig, objective: Objective) -> dict[str, str]:
-    """Entries of a file's header that say what it is and how to sample it.
+    """Return the entries of a file's header that describe the result and how to sample it.
 
     Args:
-        config: of the run.
-        objective: it was trained on.
+        config: options of the run.
+        objective: objective that the network was trained on.
     """
     flow, alignment = objective.flow, objective.alignment
     recommended = alignment.sigmas(4, config.flow_shift)
-    if config.objective == "fm":  # whose sigma, in diffusers, is 1 - t
+    if config.objective == "fm":  # its sigma in diffusers is 1 - t
         recommended = (1 - flow.times(4, shift=config.flow_shift)).tolist()
     return {
         "d2f.objective": config.objective,

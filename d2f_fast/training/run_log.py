@@ -1,46 +1,128 @@
-"""What a run says of its steps: JSON lines, and TensorBoard where it was asked for."""
+"""Log a run: a progress bar, a line of JSON for each logged step, and one of accelerate's trackers if asked for."""
 
+import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import time
+from types import TracebackType
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from tqdm import tqdm
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.atomic import atomic_path, make_folder
 
 logger = logging.getLogger(__name__)
 
+PROJECT = "d2f_fast"
 
-class RunLog:
-    """`log.jsonl`, a line for each logged step, and the same in TensorBoard.
+
+def check_tracker(report_to: str) -> None:
+    """Refuse a tracker that is not installed.
 
     Args:
-        config: of the run.
-        writes: whether this process writes; one of a run does.
+        report_to: accelerate's name of a tracker, or "none".
+
+    Raises:
+        RefusedInputError: the tracker's package is missing.
+    """
+    if report_to != "none" and report_to not in map(str, get_available_trackers()):
+        raise RefusedInputError(
+            f"report_to is {report_to}, which is not installed: pip install {report_to}, or set report_to to none"
+        )
+
+
+class RunLog:
+    """Log the steps of one run, as a context manager that closes its bar and its tracker.
+
+    `log.jsonl` in the output folder gets a line for each logged step. The main process alone writes.
+
+    Args:
+        config: options of the run.
+        accelerator: made with `log_with` from `report_to`.
+        step: number of steps taken before.
+
+    Attributes:
+        last_loss: last logged loss; None where it was not finite, or nothing was logged.
 
     Raises:
         RefusedInputError: the output folder cannot be made.
     """
 
-    def __init__(self, config: TrainingConfig, writes: bool) -> None:
-        self._path, self._writes = make_folder(config.output_dir) / "log.jsonl", writes
-        self._tensorboard: Any = None
-        if writes and config.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, step: int) -> None:
+        self._accelerator, self._writes = accelerator, accelerator.is_main_process
+        self._path = make_folder(config.output_dir) / "log.jsonl"
+        self.last_loss: float | None = None
+        self._started = self._last_time = time.monotonic()
+        self._images = 0
+        if config.resume_from_checkpoint is not None:
+            self._cut(step)
+        if accelerator.log_with:
+            options = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+            accelerator.init_trackers(PROJECT, config=options)
+        self._progress = tqdm(
+            total=config.max_train_steps, initial=step, desc=config.objective, unit="step", disable=not self._writes
+        )
 
-            self._tensorboard = SummaryWriter(str(Path(config.output_dir) / "logs"))
+    def __enter__(self) -> "RunLog":
+        return self
 
-    def cut(self, step: int) -> None:
-        """Drop the rows after a step, which a run that was killed had logged and its continuation takes again."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.close()
+        # Not `end_training`, which would also destroy the process group that later steps of this trainer need.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        self._accelerator.trackers = []
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the log was opened."""
+        return time.monotonic() - self._started
+
+    def count(self, images: int) -> None:
+        """Count a step that trained on so many images over all processes."""
+        self._images += images
+        self._progress.update()
+
+    def write(self, step: int, loss: float, lr: float, skipped_steps: int) -> None:
+        """Log a step, with the images per second since the step that was logged before it.
+
+        Args:
+            step: number of steps taken.
+            loss: loss of the last step; it may be NaN or infinite.
+            lr: learning rate of the next step.
+            skipped_steps: number of steps skipped so far.
+        """
+        now = time.monotonic()
+        rate = self._images / (now - self._last_time)
+        self._last_time, self._images = now, 0
+        # JSON has no NaN: the loss of a skipped step is null.
+        self.last_loss = loss if math.isfinite(loss) else None
+        self._progress.set_postfix(loss=f"{loss:.4f}", images_s=f"{rate:.1f}")
+        if not self._writes:
+            return
+        row = {"step": step, "loss": self.last_loss, "lr": lr, "images_per_second": rate}
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row | {"skipped_steps": skipped_steps}) + "\n")
+        except OSError as error:  # a log that cannot be written does not stop the run
+            logger.warning("%s: step %s is not logged (%s)", self._path, step, error.strerror)
+        self._accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=step)
+
+    def _cut(self, step: int) -> None:
+        """Drop the rows after `step`: a killed run logged them, and its continuation takes those steps again."""
         if not self._writes or not self._path.exists():
             return
 
         def stays(line: str) -> bool:
             try:
-                return line.endswith("\n") and json.loads(line)["step"] <= step
-            except (ValueError, TypeError, KeyError):  # no row of ours, or one that a power cut left
+                return line.endswith("\n") and bool(json.loads(line)["step"] <= step)
+            except (ValueError, TypeError, KeyError):  # this line is not a row, or a power cut damaged it
                 return False
 
         lines = self._path.read_text(errors="replace").splitlines(keepends=True)
@@ -49,22 +131,7 @@ class RunLog:
             with atomic_path(self._path) as temporary:
                 temporary.write_text("".join(kept))
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row: "step", "loss", "lr", "images_per_second", "skipped_steps"."""
-        if not self._writes:
-            return
-        # JSON has no NaN: the loss of a skipped step is null.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(finite) + "\n")
-        except OSError as error:  # no reason to stop a run
-            logger.warning("%s: step %s is not logged (%s)", self._path, row["step"], error.strerror)
-        if self._tensorboard is not None:
-            for name in ("loss", "lr", "images_per_second"):
-                self._tensorboard.add_scalar(name, row[name], row["step"])
 
-    def close(self) -> None:
-        """Bring TensorBoard's rows to disk."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+def _plain(value: object) -> object:
+    """Return an option as the trackers take it: a number, a text, a truth value or None; anything else as text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

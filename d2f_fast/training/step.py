@@ -1,17 +1,17 @@
-"""One optimizer step, from draws that are already made to the averaged weights.
+"""Take one optimizer step, from sampled inputs to averaged weights.
 
     zero the gradients → for each micro-batch: align, network, loss, backward → clip, AdamW, EMA, counters
 
-No random number and no host sync in it: what it reads are tensors of fixed shapes and the learning rate, and what it
-changes it changes in place, on the device. So the same code runs eagerly, with its loss compiled, or captured whole as
-a CUDA graph (`step_graphs`).
+It samples no random number and never waits for the device: it reads tensors of fixed shapes and the learning rate, and
+changes tensors in place, on the device. So the same code runs eagerly, with its loss compiled, or captured whole as a
+CUDA graph (`step_graphs`).
 """
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -24,59 +24,41 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.layers.fused_lora import lora_paths
 from d2f_fast.ops import kernel_path
 from d2f_fast.training.ema import EMA
+from d2f_fast.training.inputs import StepInputs
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.step_graphs import MAX_GRAPHS, StepGraphs
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
-class StepInputs(NamedTuple):
-    """What a step is given, on the device: this process' share of the global batch, its draws made.
-
-    Attributes:
-        latents, noise: [b, C, h, w] float32.
-        t: [b] float32.
-        condition: "encoder_hidden_states" [b, L, D], and what else the network takes, [b, ...].
-        mask: broadcastable to the latents; None for none.
-        global_size: samples in the global batch, over which the loss is the mean.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    t: Tensor
-    condition: dict[str, Tensor]
-    mask: Tensor | None
-    global_size: int
-
-    def part(self, first: int, size: int) -> "StepInputs":
-        """A micro-batch, as views."""
-        cut = slice(first, first + size)
-        condition = {name: value[cut] for name, value in self.condition.items()}
-        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[cut]
-        return StepInputs(self.latents[cut], self.noise[cut], self.t[cut], condition, mask, self.global_size)
+# Loss of each sample, [b], from latents, noise, t, condition and mask of a micro-batch.
+LossPerSample = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None], Tensor]
 
 
 class TrainingStep:
-    """Compute the loss of a share, and train on it.
+    """Compute the loss of this process' slice of the batch, and train on it.
 
     Args:
-        unet: the network, its adapter in place.
-        objective: what it is trained on.
-        trainable: the parameters that train, by name.
-        ema: their average, if one is kept.
+        unet: network, with its adapter in place.
+        objective: objective that the network is trained on.
+        trainable: trained parameters by name.
+        ema: their average; None keeps no average.
         config: options of the run.
-        device: where all of it is.
-        precision: "bf16" for autocast, or "no".
-        num_processes: that sum their gradients.
+        device: device of all of these.
+        precision: "bf16" computes the network under bfloat16 autocast, "no" in its own type.
+        num_processes: number of processes that sum their gradients.
 
     Attributes:
-        optimizer: fused AdamW.
-        skipped: steps that changed nothing because they were not finite, int64 on the device.
-        skipped_in_a_row: those since the last finite step.
-        loss: per sample of one micro-batch, [b]; the part that is compiled.
+        optimizer: fused AdamW over the trained parameters.
+        skipped: number of steps that changed nothing because they were not finite, int64 on the device.
+        skipped_in_a_row: number of such steps since the last finite one, int64 on the device.
+        loss: loss of each sample of one micro-batch, [b]; the part that is compiled.
+        graphs: captured steps; None where `cuda_graph` is off.
     """
 
     def __init__(
         self,
-        unet: Any,
+        unet: "UNet2DConditionModel",
         objective: Objective,
         trainable: Mapping[str, nn.Parameter],
         ema: EMA | None,
@@ -90,7 +72,7 @@ class TrainingStep:
         on_gpu = device.type == "cuda"
         # In a captured graph a Python number would stay what it was at capture.
         self._lr = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate
-        # Fused: honours found_inf, so that a step with a non-finite gradient is skipped without a host sync.
+        # The fused optimizer honours found_inf, so that a non-finite step is skipped without waiting for the device.
         self.optimizer = torch.optim.AdamW(
             trainable.values(),
             lr=self._lr,
@@ -103,37 +85,44 @@ class TrainingStep:
         self.optimizer._warned_capturable_if_run_uncaptured = True
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss = self._compiled() if config.compile else self._loss
-        self.graphs = StepGraphs(self.run, self._run_dry) if config.cuda_graph else None
+        self.loss: LossPerSample = self._compiled() if config.compile else self._loss
+        self.graphs = StepGraphs(self.run, self.warm_up) if config.cuda_graph else None
         if config.cuda_graph and num_processes > 1:
-            torch.distributed.all_reduce(torch.zeros(1, device=device))  # connects, which no capture may
+            torch.distributed.all_reduce(torch.zeros(1, device=device))  # connects, which a capture does not allow
 
     def __call__(self, inputs: StepInputs, learning_rate: float) -> Tensor:
         """Take one step.
 
+        Args:
+            inputs: this process' slice of the batch.
+            learning_rate: learning rate of this step.
+
         Returns:
             The mean loss, float32 scalar on the device, detached: over the global batch with several processes, which
-            sum it with the gradients, else over the share.
+            sum it with the gradients, else over the slice.
         """
         if isinstance(self._lr, Tensor):
             self._lr.fill_(learning_rate)
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-        # A captured all-reduce has to be captured, and replayed, by all processes together. Shares differ by one
-        # at most: where one is the mean, all are.
+        # All processes must capture and replay their all-reduce together. Slices differ by one sample at most: where
+        # one slice has the mean size, all have it.
         alike = len(inputs.latents) * self._num_processes == inputs.global_size
         if self.graphs is None or not len(inputs.latents) or (self._num_processes > 1 and not alike):
             return self.run(inputs)
         return self.graphs(inputs)
 
     def run(self, inputs: StepInputs, *, dry: bool = False) -> Tensor:
-        """The step itself, as it is captured.
+        """Compute loss and gradients, and update; this is the part that is captured.
 
         Args:
             inputs: tensors that stay where they are.
-            dry: as a step that is not finite, which changes and counts nothing but its own skipping; and without the
-                other processes, each of which may meet a new shape at another time.
+            dry: act as in a step that is not finite, which changes nothing but the counters of skipped steps, and
+                leave out the other processes, which may meet a new shape at another time.
+
+        Returns:
+            The mean loss; see `__call__`.
         """
         total = torch.full((), float("nan") if dry else 0.0, device=self._device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,22 +130,32 @@ class TrainingStep:
             part = inputs.part(first, self.config.train_batch_size)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
                 per_sample = self.loss(part.latents, part.noise, part.t, part.condition, part.mask)
-            # A sum over the global batch: the size of the parts and of the shares changes nothing.
-            (per_sample.sum() / inputs.global_size).backward()
+            # A sum over the global batch: the size of the micro-batches and slices changes nothing.
+            torch.autograd.backward(per_sample.sum() / inputs.global_size)
             total += per_sample.detach().sum()
         summed = self._num_processes > 1 and not dry
         self._update(total, summed=summed)
         return total / (inputs.global_size if summed else max(len(inputs.latents), 1))
 
-    def optimizer_was_loaded(self) -> None:
-        """Restore this device's options, and drop the graphs, which hold the state that was."""
-        for group in self.optimizer.param_groups:
-            group |= {"lr": self._lr, "fused": True, "capturable": isinstance(self._lr, Tensor)}
+    def warm_up(self, inputs: StepInputs) -> None:
+        """Run a step that changes no weight and no counter, but leaves compiled code, plans and optimizer state behind.
+
+        Args:
+            inputs: tensors that stay where they are.
+        """
+        counters = [self.skipped, self.skipped_in_a_row]
+        before = [counter.clone() for counter in counters]
+        self.run(inputs, dry=True)
+        torch._foreach_copy_(counters, before)
+        self.optimizer.zero_grad(set_to_none=True)  # else the capture would hold these gradients beside its own
+
+    def state_was_replaced(self) -> None:
+        """Drop the captured steps, which hold the optimizer state from before a checkpoint was loaded."""
         if self.graphs is not None:
             self.graphs.clear()
 
     def paths(self) -> str:
-        """Which path each part of the step takes, and why, in one line."""
+        """Return in one line which path each part of the step takes, and why."""
         config, device = self.config, self._device
         dtype: torch.dtype = torch.bfloat16 if self._precision == "bf16" else self.unet.dtype
         captured = "not captured (needs a CUDA GPU)" if device.type != "cuda" else "not captured (no --cuda_graph)"
@@ -173,9 +172,9 @@ class TrainingStep:
             f"attention: {_attention(self.unet, device, dtype)}",
         ])  # fmt: skip
 
-    def _compiled(self) -> Callable[..., Tensor]:
-        """The loss, compiled as one graph."""
-        # torch.compile counts recompiles by code object, and fails at the ninth: each trainer of a process has its own.
+    def _compiled(self) -> LossPerSample:
+        """Return the loss, compiled as one graph."""
+        # torch.compile counts recompiles by code object and fails at the ninth: each trainer of a process gets its own.
         code = TrainingStep._loss.__code__.replace()
         loss = MethodType(FunctionType(code, globals()), self)
         if self._device.type != "cpu":
@@ -187,7 +186,7 @@ class TrainingStep:
     def _loss(
         self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None
     ) -> Tensor:
-        """Align, network, loss."""
+        """Return the loss of each sample: align, call the network, compare."""
         sample, timestep = self.objective.inputs(latents, noise, t)
         added = {name: value for name, value in condition.items() if name != "encoder_hidden_states"} or None
         output = self.unet(
@@ -200,21 +199,21 @@ class TrainingStep:
         return self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
 
     def _update(self, loss: Tensor, *, summed: bool) -> None:
-        """Clip, step and average, or change nothing where loss or gradient is not finite; no host sync.
+        """Clip, step and average, or change nothing where loss or gradient is not finite; never wait for the device.
 
         Args:
-            loss: of the share; in place that of all processes, if it is summed.
-            summed: over the processes, with the gradients.
+            loss: loss of this slice, replaced by that of all processes where it is summed.
+            summed: sum loss and gradients over the processes.
         """
         for parameter in self.trainable.values():
-            if parameter.grad is None:  # an empty share
+            if parameter.grad is None:  # this slice is empty
                 parameter.grad = torch.zeros_like(parameter)
         if summed:
-            # Summed here, once a step, and not by DDP: shares may be empty, or of unequal numbers of backward passes.
+            # Summed here, once a step, and not by DDP: slices may be empty, or need unequal numbers of backward passes.
             together = [loss, *(p.grad for p in self.trainable.values() if p.grad is not None)]
             flat = torch.cat([tensor.reshape(-1) for tensor in together])
             torch.distributed.all_reduce(flat)
-            parts = flat.split([tensor.numel() for tensor in together])
+            parts = torch.split(flat, [tensor.numel() for tensor in together])
             torch._foreach_copy_(together, [part.view_as(tensor) for part, tensor in zip(parts, together, strict=True)])
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
         not_finite = ~torch.isfinite(norm + loss)
@@ -226,31 +225,26 @@ class TrainingStep:
         self.skipped += not_finite
         self.skipped_in_a_row.add_(1).mul_(not_finite)
 
-    def _run_dry(self, inputs: StepInputs) -> None:
-        """Leave behind what only a first run does: compiled code, plans, the optimizer's state; nothing else."""
-        counters = [self.skipped, self.skipped_in_a_row]
-        before = [counter.clone() for counter in counters]
-        self.run(inputs, dry=True)
-        torch._foreach_copy_(counters, before)
-        self.optimizer.zero_grad(set_to_none=True)  # or the capture would hold them beside its own
-
 
 def keep_compiled_code() -> None:
-    """Have Inductor keep its code in the user's cache folder, unless the environment names another: /tmp is cleared."""
+    """Let Inductor keep its code in the user's cache folder, unless the environment names another folder.
+
+    Its own default is below /tmp, which is cleared.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "d2f_fast", "inductor")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home, or none of ours: Inductor's own choice serves
+    except OSError:  # there is no home, or it belongs to someone else: Inductor's own choice serves
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    # Graphs with an autograd Function too, which torch leaves out by default: both its passes, traced, are in the key.
+    # Also keep graphs with an autograd Function, which torch leaves out by default: the key holds both traced passes.
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
-    """Learning rate of each step from 0 on: that of diffusers' schedule of the name."""
-    # torch's schedulers read a learning rate that lives on the device back to the host, every step: this one drives a
-    # stand-in, and is asked for its factor alone.
+    """Return a function from the number of steps taken to the learning rate, by diffusers' schedule of that name."""
+    # torch's schedulers read a learning rate that lives on the device back to the host at every step. This one drives
+    # a stand-in, and is asked for its factor alone.
     stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
     schedule = get_scheduler(
         config.lr_scheduler,
@@ -262,9 +256,9 @@ def learning_rates(config: TrainingConfig) -> Callable[[int], float]:
     return lambda step: config.learning_rate * factor(step)
 
 
-def _attention(unet: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Which of torch's attention kernels serves the network's first attention layer."""
-    attention: Any = next((module for module in unet.modules() if isinstance(module, Attention)), None)
+def _attention(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Return which of torch's attention kernels serves the network's first attention layer."""
+    attention = next((module for module in unet.modules() if isinstance(module, Attention)), None)
     if attention is None:
         return "none"
     if type(attention.processor) is not AttnProcessor2_0:

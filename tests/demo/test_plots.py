@@ -1,4 +1,4 @@
-"""Plots put values where they belong."""
+"""Test where plots place values."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from d2f_fast.demo.plots import Bar, Line, bar_plot, line_plot
 
 
-def test_plots_put_values_where_they_belong() -> None:
+def test_plots_place_values_to_scale() -> None:
     plot = line_plot([Line("a", "#000", [(2, 1.0, 0.9, 1.1), (8, 4.0, 3.5, 4.5)])], "t", "x", "y", (2, 4, 8))
     (x1, y1), (x2, y2) = re.findall(r"([\d.]+),([\d.]+)", re.search(r'points="([^"]+)"', plot)[1])  # type: ignore[index]
     labels = {text: float(x) for x, text in re.findall(r'<text x="([\d.]+)"[^>]*>(\d)</text>', plot)}

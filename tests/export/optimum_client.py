@@ -1,4 +1,4 @@
-"""Draw latents with optimum-onnx from an export folder: run by the interpreter of its own environment, not ours.
+"""Generate latents with optimum-onnx from an export folder, in optimum-onnx's own environment.
 
 optimum_client.py FOLDER NOISE.npy OUTPUT.npz OPTIONS.json
 """
@@ -18,12 +18,12 @@ def main() -> None:
     with open(options, encoding="utf-8") as file:
         calls = json.load(file)
     latents = torch.from_numpy(np.load(noise))
-    drawn = {}
+    results = {}
     for name, call in calls.items():
-        drawn[name] = np.asarray(pipeline(latents=latents, output_type="latent", **call).images)
-        drawn[f"{name}_timesteps"] = np.asarray(pipeline.scheduler.timesteps)
-        drawn[f"{name}_sigmas"] = np.asarray(pipeline.scheduler.sigmas)
-    np.savez(output, pipeline=type(pipeline).__name__, **drawn)
+        results[name] = np.asarray(pipeline(latents=latents, output_type="latent", **call).images)
+        results[f"{name}_timesteps"] = np.asarray(pipeline.scheduler.timesteps)
+        results[f"{name}_sigmas"] = np.asarray(pipeline.scheduler.sigmas)
+    np.savez(output, pipeline=type(pipeline).__name__, **results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The examples of docs/deploy.md run as they are printed, in a folder where the export lies."""
+"""Tests that run the examples of docs/deploy.md as they are printed, in a folder with an export."""
 
 import json
 import re
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from d2f_fast.export.inference import OnnxPipeline
-from d2f_fast.export.options import ExportOptions
+from d2f_fast.export.options import parse
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
 
@@ -23,23 +22,23 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def beside_the_export(exported_miniature, tmp_path, monkeypatch):
-    """A folder where d2f-onnx is the miniature's export."""
+    """Return a folder, made the current one, in which d2f-onnx is the export of the miniature."""
     (tmp_path / "d2f-onnx").symlink_to(exported_miniature[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_python_examples_run_and_draw_the_pipelines_picture(beside_the_export, capsys):
+def test_python_examples_run_and_generate_the_image_of_the_pipeline(beside_the_export, capsys):
     names: dict[str, object] = {}
     blocks = _blocks("python")
     assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
-    drawn = np.asarray(Image.open("owl.png"), np.int16)
+    image = np.asarray(Image.open("owl.png"), np.int16)
     (want,) = OnnxPipeline("d2f-onnx")(["an owl on a blue background"], steps=4, guidance_scale=3.0, seed=0)
-    assert drawn.shape == (32, 32, 3) and drawn.std() > 10
-    assert np.abs(drawn - np.asarray(want, np.int16)).max() <= 1
-    # The engine command that the page shows is the one that the report holds.
+    assert image.shape == (32, 32, 3) and image.std() > 10
+    assert np.abs(image - np.asarray(want, np.int16)).max() <= 1
+    # The page shows the engine command that the report holds.
     printed = capsys.readouterr().out.split()
     (shown,) = re.findall(r"\n    (trtexec .*?)\n\n", PAGE, re.DOTALL)
     assert shown.split() == printed
@@ -60,4 +59,4 @@ def test_commands_parse():
     for line in commands:
         words = shlex.split(line, comments=True)
         assert words[:2] == ["python", "export/to_onnx.py"]
-        tyro.cli(ExportOptions, args=words[2:], use_underscores=True).check()
+        parse(words[2:], "to_onnx.py").check()

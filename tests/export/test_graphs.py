@@ -1,4 +1,4 @@
-"""Conversion of one module: names, dimensions, operators of ours, and what is stripped."""
+"""Tests of the conversion of one module: names, dimensions, this package's operators, and what is removed."""
 
 import onnx
 import onnxruntime
@@ -95,7 +95,7 @@ def test_aten_operator_without_onnx_form_is_named():
         graphs.convert(_component(nn.Sequential(nn.Linear(4, 4), Bessel())), 20)
 
 
-def test_dimensions_carry_names_and_nothing_tells_of_the_tracer(tmp_path):
+def test_dimensions_are_named_and_tracer_metadata_is_removed(tmp_path):
     graphs.save(graphs.convert(_component(nn.Linear(4, 3)), 20), tmp_path / "toy.onnx", external=True)
     model = onnx.load(tmp_path / "toy.onnx", load_external_data=False)
     for value, last in ((model.graph.input[0], 4), (model.graph.output[0], 3)):

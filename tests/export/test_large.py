@@ -1,4 +1,4 @@
-"""A model above protobuf's 2 GiB: Stable Diffusion 1.5's exact sizes with random weights. Six minutes, 8 GiB."""
+"""Test of a model above protobuf's 2 GiB: Stable Diffusion 1.5's sizes with random weights, six minutes, 8 GiB."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Options of the export; their refusals are tested through the command."""
+"""Tests of the options of the export; test_to_onnx.py tests their refusals."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_scale_follows_the_last_colon(entry, want):
     assert ExportOptions(lora=(entry,)).adapters == ((Path(want[0]), want[1]),)
 
 
-def test_step_counts_rise_and_hold_the_unrolled_one():
+def test_step_counts_rise_and_include_the_unrolled_one():
     assert ExportOptions(steps="8, 1,4,4", unroll=3).step_counts == (1, 3, 4, 8)
 
 

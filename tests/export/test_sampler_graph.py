@@ -1,4 +1,4 @@
-"""The sampler graph: the Loop, its unrolled form, and their tables."""
+"""Tests of the sampler graph: the Loop, its unrolled form, and their tables."""
 
 import shutil
 import time
@@ -28,7 +28,7 @@ def _feed(table, batch=1, height=8, width=12, guided=True):
 
 
 def _python_loop(session, feed, table):
-    """The same steps around unet/model.onnx, in numpy."""
+    """Take the steps of a table in numpy, with one call of unet/model.onnx each."""
     state = feed["latents"]
     context = np.concatenate([feed["negative_encoder_hidden_states"], feed["encoder_hidden_states"]])
     for t, a, b in zip(*table.feed().values(), strict=True):
@@ -66,16 +66,14 @@ def test_unrolled_form_equals_the_loop(exported, alignment):
     assert relative_errors(unrolled, loop)[0] <= 1e-5
 
 
-def test_equal_to_ddim_of_diffusers_between_the_same_nodes(exported, alignment, tiny_folder):
-    # From a start inside the table, where DDIM has the node: flow Euler and DDIM (eta 0) are the same step.
+def test_steps_equal_those_of_ddim_between_the_same_nodes(exported, alignment, tiny_folder):
+    # The start is a training timestep, which DDIM has too; there, flow Euler and DDIM (eta 0) take the same step.
     folder, _ = exported
     unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
     scheduler = DDIMScheduler.from_pretrained(tiny_folder, subfolder="scheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(4)
     nodes = torch.cat([alignment.flow_time(scheduler.timesteps.double()), torch.ones(1)]).double()
-    from d2f_fast.flow.formulas import euler_coefficients
-
-    a, b = euler_coefficients(alignment, nodes[:-1], nodes[1:])
+    a, b = alignment.euler_coefficients(nodes[:-1], nodes[1:])
     table = {"timesteps": alignment.timestep(nodes[:-1]), "coef_x": a, "coef_out": b}
     feed = _feed(step_table(alignment, 4)) | {name: value.float().numpy() for name, value in table.items()}
     feed["guidance_scale"] = np.asarray(1, np.float32)
@@ -89,11 +87,11 @@ def test_equal_to_ddim_of_diffusers_between_the_same_nodes(exported, alignment, 
     assert relative_errors(got, state.numpy())[0] <= 1e-5
 
 
-def test_loop_costs_little_beside_the_network(exported):
+def test_loop_adds_few_nodes_and_little_load_time_to_the_network(exported):
     folder, _ = exported
     unet, sampler = folder / "unet/model.onnx", folder / "unet/sampler.onnx"
     nodes = [count_nodes(onnx.load(path, load_external_data=False).graph.node) for path in (unet, sampler)]
-    # The guidance and the step are 17 nodes, whatever the network's size; an SD1.5 network has 1900.
+    # Guidance and step are 17 nodes for a network of any size; that of SD1.5 has 1900.
     assert nodes[1] - nodes[0] <= 17
     assert sampler.stat().st_size < 1e6
     seconds = []
@@ -135,5 +133,5 @@ def test_first_step_from_pure_noise_is_finite(alignment):
 def test_nodes_with_graphs_of_their_own_are_refused():
     body = onnx.helper.make_graph([], "body", [], [])
     node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
-    with pytest.raises(ValueError, match="If  holds a graph of its own"):
+    with pytest.raises(ValueError, match="If  holds a graph of its own, which cannot be copied"):
         prefixed_nodes(onnx.helper.make_graph([node], "g", [], []), {}, "p/")

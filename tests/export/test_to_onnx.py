@@ -1,4 +1,4 @@
-"""The export command, run as a user runs it: exit codes, sentences, and nothing left behind."""
+"""Tests of the export command as a user runs it: exit codes, messages, and failures that leave nothing behind."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import d2f_fast
 from d2f_fast.export import folder as folder_module
-from d2f_fast.export import staging
+from d2f_fast.export import resources
 from d2f_fast.export.to_onnx import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def test_help_is_printed_from_the_checkout(script: list[str]) -> None:
     assert done.stdout.startswith("usage: to_onnx.py")
 
 
-def test_the_checkout_is_what_runs_from_any_folder(tmp_path: Path) -> None:
+def test_script_runs_the_checkout_from_any_folder(tmp_path: Path) -> None:
     (tmp_path / "d2f_fast.py").write_text("raise SystemExit('not the checkout')")
     done = _run(str(SCRIPT), "--version", cwd=tmp_path)
     assert done.stdout == f"d2f_fast {d2f_fast.__version__}\n"
@@ -48,7 +48,7 @@ def test_help_needs_no_heavy_import() -> None:
     assert not {"torch", "onnx", "onnxruntime", "numpy", "diffusers"} & imported
 
 
-def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_script_exports_a_component(tiny_folder, tmp_path, monkeypatch, capsys):
     done = _run(
         str(SCRIPT), "--model", str(tiny_folder), "--components", "vae_encoder", "--output", "out", cwd=tmp_path
     )
@@ -56,7 +56,7 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatc
     lines = done.stdout.splitlines()
     assert lines[-1] == "out" and lines[1].startswith("vae_encoder/model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    # By a link to the folder the data end in the folder, and the link stays; so for the check of it.
+    # Writing to a link, or verifying one, uses the folder that it leads to, and the link stays.
     (tmp_path / "link").symlink_to("out")
     monkeypatch.chdir(tmp_path)
     rest = ["--model", str(tiny_folder), "--components", "text_encoder", "--overwrite", "--skip_verify"]
@@ -74,26 +74,29 @@ def test_a_component_is_exported_by_the_script(tiny_folder, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--components", "unet,vea"], "components: vea unknown: choose of unet, text_encoder, vae_encoder"),
-        (["--components", "sampler"], "the sampler shares the weights of unet/: add unet to components"),
-        (["--components", "unet", "--unroll", "4"], "unroll is of the sampler: add it to components"),
-        (["--components", "unet,sampler", "--with_vae"], "with_vae needs vae_decoder: add it to components"),
+        (
+            ["--components", "unet,vea"],
+            "components must be some of unet, text_encoder, vae_encoder, vae_decoder, sampler, got vea",
+        ),
+        (["--components", "sampler"], "the sampler uses the weights in unet/: add unet to components"),
+        (["--components", "unet", "--unroll", "4"], "unroll changes the sampler only: add sampler to components"),
+        (["--components", "unet,sampler", "--with_vae"], "with_vae needs vae_decoder: add vae_decoder to components"),
         (["--unroll", "51"], "unroll must be 0 to 50, got 51: each step is a copy of the network"),
         (["--steps", "1,zero"], "steps must be numbers from 1 to 1000 separated by commas, got '1,zero'"),
         (["--steps", "0"], "steps must be numbers from 1 to 1000 separated by commas, got '0'"),
         (["--steps", "4,1001"], "steps must be numbers from 1 to 1000 separated by commas, got '4,1001'"),
-        (["--static", "512"], "static must be BATCHxHEIGHTxWIDTH in pixels, as 1x512x512, got '512'"),
-        (["--static", "1x32x18"], "width 18 is not a multiple of 4"),
-        (["--tolerance", "2"], "tolerance must be between 0 and 1, got 2.0"),
-        (["--verify_only", "--skip_verify"], "verify_only and skip_verify exclude each other"),
-        (["--verify_only"], "out holds no export: export.json is missing"),
+        (["--static", "512"], "static must be BATCHxHEIGHTxWIDTH in pixels, for example 1x512x512, got '512'"),
+        (["--static", "1x32x18"], "width 18 is not a multiple of 4: choose one in --static"),
+        (["--tolerance", "2"], "tolerance must be above 0 and below 1, got 2.0"),
+        (["--verify_only", "--skip_verify"], "verify_only and skip_verify exclude each other: give only one of them"),
+        (["--verify_only"], "out is not an export (export.json is missing): name the folder of an export"),
         (
             ["--precision", "bf16"],
-            "bf16 graphs do not run on the ONNX Runtime CPU provider: use --precision fp16 or --skip_verify",
+            "bf16 graphs do not run on ONNX Runtime's CPU provider: use --precision fp16 or --skip_verify",
         ),
         (
             ["--precision", "bf16", "--skip_verify", "--opset", "20"],
-            "bf16 needs opset 23, got 20: before 22 ONNX has no convolution of bfloat16; leave opset out",
+            "bf16 needs opset 23, got 20: ONNX has no bfloat16 convolution before 22; leave opset out",
         ),
         (["--model", "model.ckpt"], "model.ckpt is a pickle, which can run code: convert it to safetensors first"),
         (["--model", "empty"], "empty has no model_index.json: give the folder of a diffusers pipeline"),
@@ -121,7 +124,7 @@ def test_unknown_option_is_refused(capsys):
 
 
 def _refused(arguments, folder, capsys):
-    """The one line of a refused export, which left `folder` as it was."""
+    """Return the one line of a refused export, after checking that it left `folder` as it was."""
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
     assert sorted(folder.rglob("*")) == before
@@ -129,13 +132,13 @@ def _refused(arguments, folder, capsys):
     return line
 
 
-def test_folder_with_files_is_not_overwritten_unasked(tiny_folder, tmp_path, capsys):
+def test_folder_with_files_is_refused_without_overwrite(tiny_folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
     arguments = ["--model", str(tiny_folder), "--output", str(tmp_path / "out")]
     assert _refused(arguments, tmp_path, capsys).endswith("is not empty: name another, or give --overwrite")
     line = _refused([*arguments, "--overwrite"], tmp_path, capsys)
-    assert line.endswith("holds no export (export.json is missing): remove it yourself")
+    assert line.endswith("is not an export (export.json is missing): name another, or remove it yourself")
 
 
 def test_output_that_is_a_file_is_refused(tiny_folder, tmp_path, capsys):
@@ -167,7 +170,7 @@ def test_epsilon_at_zero_terminal_snr_is_refused(tiny_folder, tmp_path, capsys):
 @pytest.mark.parametrize("lacking", ["memory", "disk"])
 def test_too_little_memory_or_disk_is_refused(lacking, tiny_folder, tmp_path, monkeypatch, capsys):
     if lacking == "memory":
-        monkeypatch.setattr(staging, "available_memory_bytes", lambda: 10**8)
+        monkeypatch.setattr(resources, "available_memory_bytes", lambda: 10**8)
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     line = _refused(["--model", str(tiny_folder), "--output", str(tmp_path / "out")], tmp_path, capsys)
@@ -206,8 +209,8 @@ def test_wrong_graph_is_exit_code_1_and_leaves_nothing(tiny_folder, tmp_path, mo
 
 
 def _run_until_it_writes(model: Path, output: Path) -> subprocess.Popen[bytes]:
-    """A real process that exports, caught in the middle of its work."""
-    command = [sys.executable, str(SCRIPT), "--model", str(model), "--output", str(output)]
+    """Start an export in a process, and return it in the middle of its work."""
+    command = [sys.executable, str(SCRIPT), "--model", str(model), "--output", str(output), "--skip_verify"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(output.parent.glob(".tmp-*/*")) and process.poll() is None and time.monotonic() < deadline:
@@ -216,19 +219,19 @@ def _run_until_it_writes(model: Path, output: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_terminated_run_removes_what_it_began(tiny_folder, tmp_path):
+def test_terminated_run_removes_its_unfinished_folder(tiny_folder, tmp_path):
     process = _run_until_it_writes(tiny_folder, tmp_path / "out")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_run_leaves_no_output_and_the_next_removes_its_remains(tiny_folder, tmp_path, capsys):
+def test_killed_run_leaves_no_output_and_the_next_run_removes_its_leftovers(tiny_folder, tmp_path, capsys):
     process = _run_until_it_writes(tiny_folder, tmp_path / "out")
     process.kill()
     assert process.wait(timeout=120) == -signal.SIGKILL
     (remains,) = tmp_path.iterdir()
     assert remains.name == f".tmp-{process.pid}-out"
-    # Whatever the next run to the same folder comes to.
+    # The next run to the same folder removes the leftovers even if it is refused.
     assert main(["--model", "model.ckpt", "--output", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The modules that are traced, and the sizes they are traced and verified at."""
+"""Tests of the modules that are traced, and of the sizes at which they are traced and verified."""
 
 import re
 
@@ -46,12 +46,12 @@ def test_ports_have_optimums_names(components):
         ("time_cond_proj_dim", 8, "the guidance scale (LCM)"),
         ("class_embed_type", "timestep", "class labels"),
         ("num_class_embeds", 10, "class labels"),
-        ("encoder_hid_dim_type", "text_proj", "another text or a picture"),
+        ("encoder_hid_dim_type", "text_proj", "another text or an image"),
         ("addition_embed_type", "text", "an embedding beside the time's other than SDXL's"),
         ("cross_attention_dim", [16, 16], "texts of several widths"),
     ],
 )
-def test_network_of_another_input_is_refused(option, value, taken, pipeline):
+def test_network_with_an_unsupported_input_is_refused(option, value, taken, pipeline):
     added = {"encoder_hid_dim": 16} if option == "encoder_hid_dim_type" else {}
     unet = UNet2DConditionModel.from_config({**pipeline.unet.config, option: value, **added})
     with pytest.raises(ModelError, match=rf"with {option} .* takes {re.escape(taken)}.*leave unet and sampler out"):
@@ -74,7 +74,7 @@ def test_outputs_are_those_of_the_pipeline(components, pipeline):
             assert torch.equal(found, want)
 
 
-def test_half_precision_modules_keep_a_float32_door(components):
+def test_half_precision_modules_take_float32_and_do_not_round_the_timestep(components):
     component = components["unet"]
     given = component.make_inputs(check_sizes(component)[0], seed=1)
     seen = []

@@ -1,4 +1,4 @@
-"""The formulas against a float64 oracle in numpy that goes through x̂0 and ε̂, never through P and Q."""
+"""`Alignment` and the formulas against a float64 oracle in numpy that goes through x̂0 and ε̂, never through P and Q."""
 
 import itertools
 
@@ -9,8 +9,6 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.flow.formulas import euler_coefficients
-from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.noise_schedule import NoiseSchedule
 
 SCHEDULES = {
@@ -31,7 +29,7 @@ def scheduler_of(name: str, prediction_type: str, zero_snr: bool = False) -> DDI
 
 
 def oracle(alphas_cumprod, prediction_type, t, latents, noise, model_output):
-    """Timestep, diffusion state and velocity in float64, from the definitions."""
+    """Return timestep, diffusion state, velocity and x̂0 in float64, from the definitions."""
     abar = alphas_cumprod.double().numpy()
     alpha_table, sigma_table = np.sqrt(abar), np.sqrt(1 - abar)
     r = alpha_table / (alpha_table + sigma_table)
@@ -61,7 +59,7 @@ def relative_rms(got, expected) -> float:
     return float(np.sqrt(np.square(got - expected).mean() / np.square(expected).mean()))
 
 
-def draws(count: int, dtype: torch.dtype, seed: int = 0):
+def samples(count: int, dtype: torch.dtype, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     t = torch.rand(count, generator=generator, dtype=dtype)
     t[:4] = torch.tensor([0.0, 1.0, 0.01, 0.99], dtype=dtype)
@@ -71,10 +69,10 @@ def draws(count: int, dtype: torch.dtype, seed: int = 0):
 # float32: P, Q, sample and the sum each round once (6e-8), times the cancellation in P * sample + Q * output (< 10).
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize(("name", "prediction_type", "zero_snr"), CASES)
-def test_agrees_with_the_float64_oracle(name, prediction_type, zero_snr, dtype, tolerance):
+def test_formulas_agree_with_the_float64_oracle(name, prediction_type, zero_snr, dtype, tolerance):
     scheduler = scheduler_of(name, prediction_type, zero_snr)
     alignment = Alignment.from_scheduler(scheduler)
-    t, latents, noise, output = draws(700, dtype)
+    t, latents, noise, output = samples(700, dtype)
     expected = oracle(
         scheduler.alphas_cumprod, prediction_type, *(x.double().numpy() for x in (t, latents, noise, output))
     )
@@ -86,10 +84,10 @@ def test_agrees_with_the_float64_oracle(name, prediction_type, zero_snr, dtype, 
 
 
 @pytest.mark.parametrize(("name", "zero_snr"), list(itertools.product(SCHEDULES, (False, True))))
-def test_one_network_stated_in_each_prediction_type_has_one_velocity(name, zero_snr):
-    t, latents, noise, _ = draws(500, torch.float64)
+def test_velocity_does_not_depend_on_the_prediction_type_of_a_network(name, zero_snr):
+    t, latents, noise, _ = samples(500, torch.float64)
     if name == "cosine":
-        t = t.clamp(min=0.006)  # below, ε is read at another timestep, where 1 / alpha is 200 at most
+        t = t.clamp(min=0.006)  # below it, ε is read at another timestep, where 1 / alpha is at most 200
     results = []
     for prediction_type in PREDICTIONS:
         if prediction_type == "epsilon" and zero_snr:
@@ -97,7 +95,7 @@ def test_one_network_stated_in_each_prediction_type_has_one_velocity(name, zero_
         alignment = Alignment.from_scheduler(scheduler_of(name, prediction_type, zero_snr))
         sample = alignment.to_sample(alignment.interpolate(latents, noise, t), t)
         alpha, sigma = (c[:, None] for c in alignment.coefficients(t))
-        # An imperfect network, stated through its x̂0; the ε̂ that goes with it follows from the state it was given.
+        # The network is imperfect and given by its x̂0; its ε̂ follows from x̂0 and from the state that it was given.
         x0 = 0.8 * latents + 0.1
         eps = (sample - alpha * x0) / sigma
         output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}[prediction_type]
@@ -110,7 +108,7 @@ def test_one_network_stated_in_each_prediction_type_has_one_velocity(name, zero_
 def test_velocity_of_the_model_target_is_latents_minus_noise_at_every_time(name, prediction_type, zero_snr):
     alignment = Alignment.from_scheduler(scheduler_of(name, prediction_type, zero_snr))
     ends = [0.0, alignment.t_min, alignment.t_max, 1.0]
-    t, latents, noise, _ = draws(700, torch.float64)
+    t, latents, noise, _ = samples(700, torch.float64)
     t[4:8] = torch.tensor(ends, dtype=torch.float64)
     sample = alignment.to_sample(alignment.interpolate(latents, noise, t), t)
     velocity = alignment.velocity(alignment.model_target(latents, noise, t), sample, t)
@@ -119,7 +117,7 @@ def test_velocity_of_the_model_target_is_latents_minus_noise_at_every_time(name,
     t32, latents32, noise32 = t.float(), latents.float(), noise.float()
     sample32 = alignment.to_sample(alignment.interpolate(latents32, noise32, t32), t32)
     velocity32 = alignment.velocity(alignment.model_target(latents32, noise32, t32), sample32, t32)
-    # float32 rounds at 6e-8, times what the read-out divides by: the smallest alpha (ε) or sigma (x0).
+    # float32 rounds at 6e-8; the read-out divides this by at least the smallest alpha (ε) or sigma (x0).
     read_out = {
         "epsilon": alignment.coefficients(t.new_zeros(()))[0],
         "sample": alignment.coefficients(t.new_ones(()))[1],
@@ -129,7 +127,7 @@ def test_velocity_of_the_model_target_is_latents_minus_noise_at_every_time(name,
 
 
 @pytest.mark.parametrize(("name", "zero_snr"), list(itertools.product(SCHEDULES, (False, True))))
-def test_timestep_and_flow_time_are_inverse_and_meet_the_table(name, zero_snr):
+def test_timestep_and_flow_time_are_inverse_and_agree_with_the_table(name, zero_snr):
     scheduler = scheduler_of(name, "v_prediction", zero_snr)
     alignment = Alignment.from_scheduler(scheduler)
     t = torch.linspace(alignment.t_min, alignment.t_max, 4001)
@@ -171,7 +169,7 @@ def test_euler_step_equals_ddim_between_the_same_nodes(prediction_type):
     alignment = Alignment.from_scheduler(scheduler)
     scheduler.set_timesteps(5)
     nodes = torch.cat([alignment.flow_time(scheduler.timesteps.double()), torch.ones(1)])
-    a, b = euler_coefficients(alignment, nodes[:-1], nodes[1:])
+    a, b = alignment.euler_coefficients(nodes[:-1], nodes[1:])
     sample = torch.randn(2, 16, dtype=torch.float64)
     for i, timestep in enumerate(scheduler.timesteps):
         output = torch.randn(2, 16, dtype=torch.float64)
@@ -181,13 +179,13 @@ def test_euler_step_equals_ddim_between_the_same_nodes(prediction_type):
         sample = expected
 
 
-def test_sigmas_are_the_published_list_and_start_stock_euler_at_pure_noise():
+def test_sigmas_start_stock_euler_at_pure_noise():
     alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
     assert alignment.sigmas(4) == pytest.approx([17.614641, 3, 1, 1 / 3, 0], rel=1e-6)
     assert alignment.sigmas(1) == pytest.approx([14.614641, 0], rel=1e-6)
     assert alignment.sigmas(4, shift=2.0)[1:] == pytest.approx([6, 2, 2 / 3, 0])
     assert Alignment.from_scheduler(scheduler_of("sd", "v_prediction", True)).sigmas(2) == [4096.0, 1.0, 0.0]
-    # The start by the rule against stock Euler with that list, for an arbitrary network that answers 0.3 x + 0.1.
+    # Stock Euler with these sigmas is compared with our start at t = 0, for a network that returns 0.3 x + 0.1.
     euler = EulerDiscreteScheduler.from_config(scheduler_of("sd", "epsilon").config)
     euler.set_timesteps(sigmas=alignment.sigmas(4))
     noise = torch.randn(1, 4, 8, 8)
@@ -201,15 +199,15 @@ def test_sigmas_are_the_published_list_and_start_stock_euler_at_pure_noise():
     assert relative_rms(latents, x_t.double().numpy()) <= 3e-3
 
 
-def test_times_keep_their_count_and_stay_inside_the_table():
+def test_times_have_the_right_count_and_stay_inside_the_table():
     alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
     torch.testing.assert_close(alignment.times(4), torch.linspace(0, 1, 5))
     cosine = Alignment.from_scheduler(DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
     counts, spacings, shifts = (1, 2, 25, 200, 1000), ("uniform", "trailing"), (0.5, 1.0, 3.0, 5.0)
-    for model, steps, spacing, shift in itertools.product((alignment, cosine), counts, spacings, shifts):
-        times = model.times(steps, spacing, shift)
+    for flow, steps, spacing, shift in itertools.product((alignment, cosine), counts, spacings, shifts):
+        times = flow.times(steps, spacing, shift)
         assert len(times) == steps + 1 and times[0] == 0 and times[-1] == 1
-        assert (times[1:] >= model.t_min - 1e-7).all() and (times.diff() > 0).all(), (steps, spacing, shift)
+        assert (times[1:] >= flow.t_min - 1e-7).all() and (times.diff() > 0).all(), (steps, spacing, shift)
     ddim = DDIMScheduler.from_config(scheduler_of("sd", "epsilon").config, timestep_spacing="trailing")
     for steps in (2, 4, 8, 25, 7):
         ddim.set_timesteps(steps)
@@ -229,19 +227,19 @@ def test_trailing_times_have_ddims_sigmas_times_the_shift(shift):
 
 def test_low_precision_latents_are_rounded_once():
     alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
-    t, latents, noise, output = (x.to(torch.bfloat16) for x in draws(300, torch.float32))
+    t, latents, noise, output = (x.to(torch.bfloat16) for x in samples(300, torch.float32))
     t = t.float()
     exact = alignment.velocity(output.double(), latents.double(), t.double())
     assert torch.equal(alignment.velocity(output, latents, t), exact.to(torch.bfloat16)) or (
-        # Double rounding through float32 can move a tie by one unit in the last place of bfloat16, hardly ever.
+        # Double rounding through float32 can, rarely, move a tie by one unit in the last place of bfloat16.
         (alignment.velocity(output, latents, t) != exact.to(torch.bfloat16)).float().mean() < 1e-3
     )
     assert alignment.interpolate(latents, noise, t).dtype == torch.bfloat16
 
 
-def test_to_device_and_compile_keep_the_result():
+def test_device_move_and_compilation_keep_the_results():
     alignment = Alignment.from_scheduler(scheduler_of("sd", "v_prediction")).to("cpu")
-    t, latents, noise, output = draws(64, torch.float32)
+    t, latents, noise, output = samples(64, torch.float32)
 
     def everything(t, latents, noise, output):
         sample = alignment.to_sample(alignment.interpolate(latents, noise, t), t)
@@ -250,17 +248,6 @@ def test_to_device_and_compile_keep_the_result():
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(t, latents, noise, output), everything(t, latents, noise, output), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_naive_flow_reads_the_output_as_diffusers_flow_prediction():
-    model, t = NaiveFlow(), torch.tensor([0.0, 0.25, 1.0])
-    latents, noise = torch.randn(2, 3, 4, 2, 2)
-    assert model.timestep(t).tolist() == [1000.0, 750.0, 0.0]
-    torch.testing.assert_close(model.flow_time(model.timestep(t)), t)
-    target = model.model_target(latents, noise, t)
-    x_t = model.interpolate(latents, noise, t)
-    torch.testing.assert_close(model.velocity(target, x_t, t), latents - noise)
-    torch.testing.assert_close(model.predicted_latents(target, x_t, t), latents, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +263,7 @@ def test_unusable_schedulers_are_refused(config, sentence):
             Alignment.from_scheduler(scheduler_class(**config))
 
 
-def test_a_scheduler_without_table_or_prediction_type_is_refused():
+def test_scheduler_without_table_or_prediction_type_is_refused():
     with pytest.raises(ModelError, match="has no alphas_cumprod"):
         Alignment.from_scheduler(object())
     scheduler = DDIMScheduler()
@@ -287,7 +274,7 @@ def test_a_scheduler_without_table_or_prediction_type_is_refused():
         Alignment(NoiseSchedule(torch.tensor([0.9, 0.9, 0.5]), "epsilon"))
 
 
-def test_a_time_of_the_wrong_shape_is_refused():
+def test_time_of_the_wrong_shape_is_refused():
     alignment = Alignment.from_scheduler(scheduler_of("sd", "epsilon"))
     with pytest.raises(ValueError, match=r"t must have shape \[3\] or \[\], got \[2\]"):
         alignment.velocity(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(2))

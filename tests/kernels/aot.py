@@ -1,7 +1,7 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what came out: registers, spills, memory accesses.
+"""Compile a Triton kernel for a GPU that is absent, and count its registers, spills and memory accesses.
 
-Imported by the scripts `aot_<kernel>.py` beside it, which run in processes of their own: TRITON_INTERPRET must be unset
-when a kernel is decorated.
+The scripts `aot_<kernel>.py` import it and run in processes of their own, because TRITON_INTERPRET must be unset when a
+kernel is decorated.
 """
 
 import inspect
@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory that one program may use, bytes, by compute capability (CUDA C++ Programming Guide, table "Technical
+# Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability").
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
@@ -29,18 +29,18 @@ def compile_for(
     aligned: Iterable[str],
     **options: Any,
 ) -> dict[str, int]:
-    """What the compiler made of a kernel.
+    """Compile a kernel, and return counts of its resources and instructions.
 
     Args:
         kernel: a `triton.jit` function.
         capability: 90 for sm_90.
-        types: of the runtime arguments, "*bf16", "fp32", "i32", ….
-        constexprs: values of the others.
-        aligned: arguments divisible by 16, as the launch has them: it decides whether accesses are vectorised.
-        options: num_warps, num_stages.
+        types: types of the runtime arguments: "*bf16", "fp32", "i32", ….
+        constexprs: values of the other arguments.
+        aligned: names of arguments that are divisible by 16 in the launch, which allows vectorised accesses.
+        options: compiler options, as num_warps and num_stages.
 
     Returns:
-        Registers and stack bytes a thread, spill instructions, shared bytes, and counts of instructions.
+        Registers and stack bytes of a thread, spill instructions, bytes of shared memory, and instruction counts.
     """
     names = list(inspect.signature(kernel.fn).parameters)
     source = ASTSource(

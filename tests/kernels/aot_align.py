@@ -1,4 +1,4 @@
-"""Compile the alignment kernel for the GPUs of today, and print what came out as one JSON object."""
+"""Compile the alignment kernel for current GPUs, and print the reports as one JSON object."""
 
 import json
 
@@ -26,8 +26,8 @@ def report(capability: int, dtype: str, flat: bool, aligned: bool = True) -> dic
     types = {name: f"*{dtype}" for name in POINTERS} | dict.fromkeys(COUNTS, "i32") | {"t_min": "fp32"}
     types |= dict.fromkeys(("t_ptr", "table_ptr", "timestep_ptr"), "*fp32")
     constexprs = {"ALIGNED": aligned, "NOISE_FLAT": flat, "TABLE_BLOCK": 1024, "BLOCK": BLOCK, "stride_t": 1}
-    constexprs["stride_noise_2" if flat else "stride_noise_1"] = 1  # not flat: channels_last beside contiguous
-    # What the launch has at 4 x 64 x 64: 1000 timesteps and 8 blocks are no multiples of 16.
+    constexprs["stride_noise_2" if flat else "stride_noise_1"] = 1  # otherwise one operand is channels_last
+    # Arguments divisible by 16 in a launch at 4 x 64 x 64: 1000 timesteps and 8 blocks are not among them.
     divisible = [*POINTERS, "elements", "size_1", "size_2", "stride_latents_b", "stride_noise_b"]
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     return compile_for(_align_kernel, capability, types, constexprs, divisible, **options)

@@ -1,17 +1,16 @@
-"""Compile the LoRA kernels of the dispatch table for GPUs that are not there, and print what came out as JSON.
+"""Compile the LoRA kernels of the dispatch table for GPUs that are absent, and print the reports as JSON.
 
     python tests/kernels/aot_lora_linear.py 80,90 16,48,128        # capabilities, ranks
 
-A rank that is no bucket, as 48 of q, k and v packed, is padded in registers. Entries that share
-their blocks are one kernel: features are compile-time constants, of which a kernel knows only that they are multiples
-of its blocks.
+A rank that is not a bucket, as 48 of q, k and v packed, is padded in registers. Entries that share their blocks are one
+kernel: of the features, which are compile-time constants, a kernel uses only that its blocks divide them.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # a script: not below the checkout's root
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # a script has no checkout on its path
 
 from aot import SHARED_MEMORY, compile_for  # noqa: E402
 
@@ -22,7 +21,7 @@ POINTER = "*bf16"
 
 
 def compiled(kernel, capability, constants, tile, **float32):  # type: ignore[no-untyped-def]
-    """Report on a kernel whose arguments are aligned as the launches have them."""
+    """Return the report on a kernel whose arguments are aligned as in the launches."""
     names = [name for name in kernel.arg_names if name not in constants]
     types = {name: "i32" if name == "rows" else float32.get(name, POINTER) for name in names}
     pointers = [name for name in names if name != "rows"]

@@ -1,4 +1,4 @@
-"""Compile the loss kernels for the GPUs of today, and print what came out as one JSON object."""
+"""Compile the loss kernels for current GPUs, and print the reports as one JSON object."""
 
 import inspect
 import json
@@ -27,7 +27,7 @@ def report(kernel: Any, capability: int, num_warps: int, dtype: str, mask: str, 
 def error_report(
     capability: int, dtype: str, prediction_type: str, mask: str = "", flat: bool = True
 ) -> dict[str, int]:
-    """`flat`: all operands contiguous; otherwise the output is channels_last, the others are not."""
+    """Return the report on the error kernel; unless `flat`, the output is channels_last beside contiguous operands."""
     fastest = 2 if flat else 1
     constexprs: dict[str, Any] = {
         "PREDICTION_TYPE": prediction_type,
@@ -39,7 +39,7 @@ def error_report(
     }
     constexprs |= {f"stride_{name}_{fastest}": 1 for name in ("latents", "noise", "mask")}
     if not flat:
-        constexprs["size_2"] = 4  # channels: no multiple of 16
+        constexprs["size_2"] = 4  # the channels, which 16 does not divide
     return report(_error_kernel, capability, NUM_WARPS, dtype, mask or "u8", constexprs)
 
 

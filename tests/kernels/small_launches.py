@@ -1,8 +1,8 @@
-"""Launch every kernel once on small shapes that fill no block: for compute-sanitizer, which slows kernels by hundreds.
+"""Launch every kernel once on small shapes that fill no block, for compute-sanitizer, which slows kernels down much.
 
     compute-sanitizer --tool memcheck python tests/kernels/small_launches.py
 
-Without a GPU, in Triton's interpreter (TRITON_INTERPRET=1).
+Without a GPU it runs in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script: not below the checkout's root
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script has no checkout on its path
 
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.kernels import lora_kernels
@@ -20,7 +20,7 @@ from d2f_fast.kernels.velocity_loss import velocity_loss_launch
 
 
 def launch_all(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Every kernel's outputs."""
+    """Return the outputs of every kernel."""
     flow, shape = NaiveFlow(), (3, 4, 9, 7)
     latents, noise, output = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
     last = output.contiguous(memory_format=torch.channels_last)
@@ -47,7 +47,7 @@ def launch_all(device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def blocks(rank: int) -> list[Tile]:
-    """Small ones, and on a GPU those of the table for it."""
+    """Return small blocks, and on a GPU also the table's blocks for it."""
     small = Tile(32, 32, 32, 4, 2)
     if not torch.cuda.is_available():
         return [small]

@@ -1,4 +1,4 @@
-"""Frozen weights in half precision: the products that autocast makes, and the exact weights back at the end."""
+"""Frozen weights in half precision give the products of autocast, and the exact weights can be restored."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def test_autocast_gives_the_same_bits(make: Any) -> None:
+def test_training_steps_equal_those_of_plain_autocast_bit_for_bit(make: Any) -> None:
     rounded, plain = (make(mixed_precision="bf16", conv_rank=2, first_last_layers=True) for _ in range(2))
     plain._half_base = None
     for number in range(3):
@@ -41,7 +41,7 @@ def test_autocast_gives_the_same_bits(make: Any) -> None:
         for name, parameter in rounded.trainable.items():
             assert torch.equal(parameter, plain.trainable[name])
     half = {p.dtype for m in rounded.unet.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
-    assert half == {torch.float32, torch.bfloat16}  # the adapter, and its base
+    assert half == {torch.float32, torch.bfloat16}  # those of the adapter and of its base
     norms = {
         p.dtype for m in rounded.unet.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm) for p in m.parameters()
     }
@@ -49,18 +49,18 @@ def test_autocast_gives_the_same_bits(make: Any) -> None:
 
 
 @pytest.mark.parametrize(("adapter", "precision"), [("lora", "no"), ("full", "bf16")])
-def test_other_runs_have_none(make: Any, adapter: str, precision: str) -> None:
+def test_runs_without_lora_or_autocast_keep_float32_weights(make: Any, adapter: str, precision: str) -> None:
     trainer = make(adapter=adapter, mixed_precision=precision)
     trainer.step(batch())
     assert {parameter.dtype for parameter in trainer.unet.parameters()} == {torch.float32}
 
 
-def test_what_is_saved_and_drawn_is_of_the_exact_weights(make: Any, tmp_path: Path) -> None:
+def test_saving_and_sampling_use_the_exact_weights(make: Any, tmp_path: Path) -> None:
     trainer = make(mixed_precision="bf16")
     for number in range(2):
         trainer.step(batch(number))
     saved = StableDiffusionPipeline.from_pretrained(trainer.save_pipeline(tmp_path / "saved"), safety_checker=None)
-    pictures = [picture.tobytes() for picture in trainer.sample("ab", generator=torch.Generator().manual_seed(0))]
+    images = [image.tobytes() for image in trainer.sample("ab", generator=torch.Generator().manual_seed(0))]
     trainer.save_lora(tmp_path / "lora")
     exact = make(mixed_precision="no")
     with torch.no_grad():
@@ -70,8 +70,8 @@ def test_what_is_saved_and_drawn_is_of_the_exact_weights(make: Any, tmp_path: Pa
     with exact.averaged():
         expected = merged_state_dict(exact.unet)
     assert [name for name, value in saved.unet.state_dict().items() if not torch.equal(value, expected[name])] == []
-    drawn = exact.sample("ab", generator=torch.Generator().manual_seed(0))
-    assert [picture.tobytes() for picture in drawn] == pictures
+    expected_images = exact.sample("ab", generator=torch.Generator().manual_seed(0))
+    assert [image.tobytes() for image in expected_images] == images
     exact.save_lora(tmp_path / "exact")
     name = "pytorch_lora_weights.safetensors"
     (tensors, header), (others, other_header) = (read_tensors(tmp_path / folder / name) for folder in ("lora", "exact"))
@@ -79,7 +79,7 @@ def test_what_is_saved_and_drawn_is_of_the_exact_weights(make: Any, tmp_path: Pa
     assert [key for key in tensors if not torch.equal(tensors[key], others[key])] == []
 
 
-def test_the_swap_keeps_addresses_and_reads_weights_that_changed(make: Any) -> None:
+def test_switching_keeps_addresses_and_reads_changed_weights(make: Any) -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)).requires_grad_(False)
     network[2].weight.requires_grad_(True)
     half = HalfBase(network, torch.bfloat16)

@@ -1,6 +1,6 @@
-"""The LoRA kernels at the shapes of Stable Diffusion, and a UNet on them: exact, repeatable, captured and compiled.
+"""LoRA kernels at the shapes of Stable Diffusion, alone and in a UNet: exactness, repeats, CUDA graphs, compilation.
 
-What needs no GPU is in `tests/kernels/test_lora_linear.py` and `tests/test_fused_lora.py`.
+Tests that need no GPU are in `tests/kernels/test_lora_linear.py` and beside this file.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from d2f_fast.lora.inject import inject_lora
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-# Rows, output and input features, rank: batch 16 of SD1.5; q, k, v packed; SDXL's text; rows that fill no block.
+# Shapes are rows, output features, input features, rank: those of SD1.5 at batch 16, of packed q, k, v, of SDXL's text,
+# and with rows that fill no block.
 SHAPES = [
     *((65536, 320, 320, 16), (65536, 320, 320, 128), (16384, 640, 640, 64), (4096, 1280, 1280, 16)),
     *((65536, 2560, 320, 16), (65536, 320, 1280, 16), (65536, 960, 320, 48), (16384, 1920, 640, 24)),
@@ -30,7 +31,7 @@ Operands = dict[str, Tensor]
 
 
 def operands(rows: int, n: int, k: int, rank: int, dtype: torch.dtype = torch.bfloat16) -> Operands:
-    """x, the frozen layer and float32 A and B, of outputs of size 1."""
+    """Return x, the frozen layer, and float32 A and B, scaled for outputs of about 1."""
     torch.manual_seed(0)
     random = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
     return {
@@ -43,7 +44,7 @@ def operands(rows: int, n: int, k: int, rank: int, dtype: torch.dtype = torch.bf
 
 
 def results(function: Callable[..., Tensor], t: Operands) -> Operands:
-    """Output and gradients by name, for a fixed upstream gradient."""
+    """Return output and gradients by name, for a fixed upstream gradient."""
     y = function(**t)
     generator = torch.Generator(DEVICE).manual_seed(1)
     upstream = torch.randn(y.shape, generator=generator, device=DEVICE).bfloat16().to(y.dtype)
@@ -63,7 +64,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_no_farther_from_float64_than_torch(path: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_error_is_at_most_that_of_torch(path: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     t = operands(*shape, dtype)
     truth = results(
         lora_linear_reference, {n: v.detach().double().requires_grad_(v.requires_grad) for n, v in t.items()}
@@ -73,14 +74,14 @@ def test_no_farther_from_float64_than_torch(path: str, shape: tuple[int, int, in
     assert all(ours[name] <= 1.2 * plain[name] for name in truth), (ours, plain)
 
 
-def test_float32_is_ieee_float32(path: str) -> None:
+def test_float32_products_are_ieee_float32(path: str) -> None:
     t = operands(4159, 320, 320, 16, torch.float32)
     exact = {name: v.detach().double().requires_grad_(v.requires_grad) for name, v in t.items()}
-    # Sums of up to 4159 products; tf32 would be 3e-4 off.
+    # The sums have up to 4159 products; tf32 would be off by 3e-4.
     assert max(errors(results(lora_linear, t), results(lora_linear_reference, exact)).values()) <= 1e-5
 
 
-def test_a_zero_adapter_is_the_base_product_to_its_own_rounding(path: str) -> None:
+def test_zero_adapter_gives_the_base_product_up_to_rounding(path: str) -> None:
     t = operands(65536, 320, 320, 16)
     t["lora_b"] = torch.zeros_like(t["lora_b"])
     with torch.no_grad():
@@ -91,7 +92,7 @@ def test_a_zero_adapter_is_the_base_product_to_its_own_rounding(path: str) -> No
 
 
 @pytest.mark.parametrize("shape", [(65536, 320, 320, 16), (16384, 1920, 640, 48)], ids=str)
-def test_a_hundred_runs_and_a_graph_give_the_same_bits(
+def test_hundred_runs_and_a_graph_give_the_same_bits(
     path: str, shape: tuple[int, int, int, int], check_capture: Callable[..., None]
 ) -> None:
     t = operands(*shape)
@@ -108,11 +109,11 @@ def test_a_hundred_runs_and_a_graph_give_the_same_bits(
     check_capture(run)
 
 
-def test_compiled_it_is_one_graph_with_eagers_numbers(path: str) -> None:
+def test_compiled_linear_is_one_graph_and_agrees_with_eager(path: str) -> None:
     torch.compiler.reset()
     t, compiled = operands(8192, 320, 320, 16), torch.compile(lora_linear, fullgraph=True)
     got, want = results(compiled, t), results(lora_linear, t)
-    # The same products in the same types; Inductor may take cuBLAS's other kernels: a rounding to bfloat16.
+    # The products are the same, but Inductor may choose other kernels of cuBLAS, which may round bfloat16 otherwise.
     assert all(float((got[name] - want[name]).norm() / want[name].norm()) <= 2.0**-8 for name in want)
     torch.compiler.reset()
 
@@ -128,7 +129,7 @@ def test_autocast_decides_the_type_of_the_product(path: str) -> None:
 
 
 def test_offsets_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4.3 GB of x, whose last rows lie beyond 2^31 elements; the rows before them are zero."""
+    """The 4.3 GB of x are zero except for the last rows, which lie beyond 2^31 elements."""
     monkeypatch.setenv(PATH_VARIABLE, "split")
     small = operands(300, 320, 320, 16)
     rows = 2**31 // 320 + 300
@@ -141,7 +142,7 @@ def test_offsets_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def unet_of_sd(dtype: torch.dtype) -> Any:
-    """Two levels of SD1.5's widths, with LoRA in attention, feed-forward and convolutions."""
+    """Return a UNet of two levels of SD1.5's widths, with LoRA in attention, feed-forward and convolutions."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         unet = UNet2DConditionModel(
@@ -164,7 +165,7 @@ def unet_of_sd(dtype: torch.dtype) -> Any:
 
 
 def step(unet: Any, dtype: torch.dtype) -> Operands:
-    """Output and the gradients of A and B, of four pictures."""
+    """Return the output for four images, and the gradients of A and B."""
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(4, 4, 64, 64, generator=generator).to(DEVICE, dtype, memory_format=torch.channels_last)
     text, timestep = torch.randn(4, 77, 768, generator=generator).to(DEVICE, dtype), torch.full((4,), 673.16).to(DEVICE)
@@ -185,14 +186,14 @@ def distance(got: Operands, want: Operands) -> float:
 
 @pytest.fixture
 def exact() -> tuple[Any, Operands]:
-    """The bfloat16 network, and what it gives in float32 by peft's layers."""
+    """Return a bfloat16 network, and its results in float32 by peft's layers."""
     unet = unet_of_sd(torch.bfloat16)
     truth = unet_of_sd(torch.float32)
     truth.load_state_dict({name: tensor.float() for name, tensor in unet.state_dict().items()})
     return unet, step(truth, torch.float32)
 
 
-def test_a_unet_on_the_kernels_is_as_near_the_truth_as_peft_and_repeats_its_bits(exact: tuple[Any, Operands]) -> None:
+def test_unet_error_is_at_most_that_of_peft_and_runs_are_repeatable(exact: tuple[Any, Operands]) -> None:
     unet, truth = exact
     peft = distance(step(unet, torch.bfloat16), truth)
     with use_fused_lora(unet):
@@ -201,8 +202,8 @@ def test_a_unet_on_the_kernels_is_as_near_the_truth_as_peft_and_repeats_its_bits
         assert distance(got, truth) <= 1.2 * peft
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            # Attention by plain products: the other kernels' backward passes add in any order, and under warn_only they
-            # stay allowed.
+            # Attention runs by plain products: other backward kernels add in any order, and warn_only leaves them
+            # allowed.
             with sdpa_kernel(SDPBackend.MATH):
                 first, again = step(unet, torch.bfloat16), step(unet, torch.bfloat16)
         finally:
@@ -210,7 +211,7 @@ def test_a_unet_on_the_kernels_is_as_near_the_truth_as_peft_and_repeats_its_bits
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_a_compiled_unet_on_the_kernels_is_one_graph_near_the_truth(exact: tuple[Any, Operands]) -> None:
+def test_compiled_unet_is_one_graph_and_its_error_at_most_that_of_peft(exact: tuple[Any, Operands]) -> None:
     unet, truth = exact
     peft = distance(step(unet, torch.bfloat16), truth)
     torch.compiler.reset()
@@ -220,10 +221,10 @@ def test_a_compiled_unet_on_the_kernels_is_one_graph_near_the_truth(exact: tuple
     torch.compiler.reset()
 
 
-def test_the_table_fuses_what_it_should_on_this_card() -> None:
+def test_table_leaves_small_batches_float32_and_unaligned_shapes_to_addmm() -> None:
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor not in (80, 86, 89, 90, 120):
-        pytest.skip("a card that the table does not know")
+        pytest.skip("the table does not hold this card")
     device = torch.device(DEVICE, 0)
     assert choose_path(MIN_ROWS - 1, 320, 320, 16, torch.bfloat16, device) == "addmm"
     assert choose_path(65536, 320, 320, 16, torch.float32, device) == "addmm"

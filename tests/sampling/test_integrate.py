@@ -15,7 +15,7 @@ SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 
 
 class DummyUNet:
-    """A function of state, timestep and condition in the shape of a diffusers UNet; counts its calls."""
+    """Stand-in for a diffusers UNet: a function of state, timestep and condition that records its batches."""
 
     dtype = torch.float32
 
@@ -37,7 +37,7 @@ def conditions(batch=3):
 
 
 def predict(unet, sample, timestep, positive, negative, guidance_scale):
-    """Guidance as the stock pipelines compute it, one condition at a time."""
+    """Return the guided output as the stock pipelines compute it, with one condition at a time."""
     outputs = [unet(sample, timestep, condition, return_dict=False)[0] for condition in (negative, positive)]
     return outputs[0] + guidance_scale * (outputs[1] - outputs[0])
 
@@ -47,7 +47,7 @@ def assert_close(got, expected, tolerance):
 
 
 def growth(x, t):
-    """Velocity of x(t) = x(0) exp(sin(3 t) / 3 + t² / 2)."""
+    """Return the velocity of x(t) = x(0) exp(sin(3 t) / 3 + t² / 2)."""
     return x * ((3 * t).cos() + t)
 
 
@@ -78,7 +78,7 @@ def test_reversed_times_return_to_the_start_as_steps_grow(method, order):
     assert errors[1] < errors[0] / 4**order * 1.3 and errors[1] < 0.05
 
 
-def test_a_guided_network_is_inverted_inside_the_table():
+def test_guided_network_is_inverted_inside_the_table():
     alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
     velocity = unet_velocity(DummyUNet(), alignment, *conditions(), guidance_scale=2.0)
     times = torch.linspace(0.1, 0.95, 401)
@@ -179,7 +179,7 @@ def test_naive_flow_equals_diffusers_flow_matching_euler():
     assert_close(sample_flow(velocity, noise, times=NaiveFlow().times(4, shift=2.0)), expected, 1e-5)
 
 
-def test_guidance_is_one_batched_call_and_no_guidance_leaves_the_batch():
+def test_guidance_is_one_batched_call_and_without_it_the_batch_is_unchanged():
     alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
     positive, negative = conditions()
     x_t, t = torch.randn(3, 4, 8, 8), torch.tensor(0.4)
@@ -192,7 +192,7 @@ def test_guidance_is_one_batched_call_and_no_guidance_leaves_the_batch():
     assert torch.equal(plain, unet_velocity(unet, alignment, positive)(x_t, t))
 
 
-def test_a_half_precision_network_is_given_its_own_type_and_a_float32_state_stays():
+def test_half_precision_network_gets_its_own_type_and_the_state_stays_float32():
     unet = DummyUNet()
     unet.dtype = torch.bfloat16
     alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
@@ -222,7 +222,7 @@ def test_unusable_options_are_refused(options, sentence):
         sample_flow(growth, torch.zeros(1, 2), **options)
 
 
-def test_guidance_without_a_negative_condition_is_refused():
+def test_guidance_without_negative_condition_is_refused():
     alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
     with pytest.raises(ValueError, match=r"guidance_scale=3\.0 needs negative_hidden_states"):
         unet_velocity(DummyUNet(), alignment, torch.zeros(1, 2, 3), guidance_scale=3.0)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -17,11 +16,8 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
@@ -30,67 +26,6 @@ from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PROMPTS = {"prompt": ["a red cat", "two dogs"], "negative_prompt": ["grey", "grey"]}
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory):
-    """A stock Stable Diffusion pipeline of tiny random parts."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=12)
-    text_config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text_config).eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=DDIMScheduler(**SD, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def pipe(pipeline):
-    """The same parts in a pipeline of the test's own, whose scheduler it may replace."""
-    own = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
-    own.set_progress_bar_config(disable=True)
-    return own
 
 
 def generate(pipe, noise, guidance_scale=7.5, **options):
@@ -117,7 +52,7 @@ def run(scheduler, sample, network=dummy):
     ("prediction_type", "zero_snr"),
     [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False)],
 )
-def test_the_stock_pipeline_equals_ddim_on_its_trailing_timesteps(pipe, prediction_type, zero_snr, guidance_scale):
+def test_stock_pipeline_equals_ddim_on_its_trailing_timesteps(pipe, prediction_type, zero_snr, guidance_scale):
     noise = torch.randn(2, 4, 8, 8)
     pipe.scheduler = DDIMScheduler(
         **SD,
@@ -139,9 +74,9 @@ def test_the_stock_pipeline_equals_ddim_on_its_trailing_timesteps(pipe, predicti
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_stock_pipeline_equals_stock_euler_at_the_same_sigmas(pipe, prediction_type, guidance_scale):
+def test_stock_pipeline_equals_stock_euler_at_the_same_sigmas(pipe, prediction_type, guidance_scale):
     noise = torch.randn(2, 4, 8, 8)
-    # "leading" makes stock Euler start from exactly the noise: init_noise_sigma = sqrt(sigma_max² + 1).
+    # "leading" makes stock Euler start from exactly the noise, with init_noise_sigma = sqrt(sigma_max² + 1).
     pipe.scheduler = EulerDiscreteScheduler(**SD, prediction_type=prediction_type, timestep_spacing="leading")
     abar = pipe.scheduler.alphas_cumprod.double()[[999, 800, 560, 333, 90]]
     sigmas = [*((1 - abar) / abar).sqrt().tolist(), 0.0]
@@ -159,7 +94,7 @@ def test_every_method_in_the_stock_pipeline_equals_sample_flow(
 ):
     noise = torch.randn(2, 4, 8, 8)
     pipe.scheduler = Diff2FlowScheduler(prediction_type=prediction_type, method=method, shift=1.5)
-    model = pipe.scheduler.flow
+    flow = pipe.scheduler.flow
     calls = []
     hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     got = generate(pipe, noise, guidance_scale, num_inference_steps=4)
@@ -167,8 +102,8 @@ def test_every_method_in_the_stock_pipeline_equals_sample_flow(
     assert len(calls) == evaluations
     with torch.no_grad():
         positive, negative = pipe.encode_prompt(PROMPTS["prompt"], "cpu", 1, True, PROMPTS["negative_prompt"])
-        velocity = unet_velocity(pipe.unet, model, positive, negative, guidance_scale)
-        expected = sample_flow(velocity, noise, times=model.times(4, shift=1.5), method=method)
+        velocity = unet_velocity(pipe.unet, flow, positive, negative, guidance_scale)
+        expected = sample_flow(velocity, noise, times=flow.times(4, shift=1.5), method=method)
     assert_close(got, expected)
 
 
@@ -197,7 +132,7 @@ def test_image_to_image_starts_from_the_diffusion_state_at_its_first_node(pipe, 
         output_type="latent",
     ).images
     ((latents, noise, _, start),) = starts
-    # Half of four uniform steps are left: t = 1/2, where both weigh 1/2 before the norm sqrt(1/2).
+    # Two of four uniform steps are left, from t = 1/2, where both weigh 1/2 before division by n = sqrt(1/2).
     assert_close(start, (0.5 * latents + 0.5 * noise) / 0.5**0.5, 1e-6)
     with torch.no_grad():
         positive, negative = img2img.encode_prompt(PROMPTS["prompt"], "cpu", 1, True, PROMPTS["negative_prompt"])
@@ -206,7 +141,7 @@ def test_image_to_image_starts_from_the_diffusion_state_at_its_first_node(pipe, 
     assert_close(got, expected)
 
 
-def test_add_noise_follows_the_run_and_is_the_stock_one_outside_it():
+def test_add_noise_follows_the_run_and_equals_the_stock_one_outside_it():
     scheduler = Diff2FlowScheduler(**SD)
     stock = DDIMScheduler(**SD)
     latents, noise = torch.randn(2, 3, 4, 8, 8)
@@ -282,7 +217,7 @@ def test_saved_and_loaded_scheduler_samples_the_same(tmp_path, prediction_type):
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["method"] == "heun"
 
 
-def test_its_table_serves_alignment_and_a_stock_scheduler():
+def test_alignment_can_be_read_from_this_scheduler():
     ours = Diff2FlowScheduler(**SD, prediction_type="v_prediction")
     assert Alignment.from_scheduler(ours).t_min == ours.flow.t_min
     assert len(ours) == 1000 and ours.init_noise_sigma == 1.0
@@ -291,7 +226,7 @@ def test_its_table_serves_alignment_and_a_stock_scheduler():
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
-def test_two_runs_in_a_row_and_a_run_after_an_interrupted_one_are_equal(method):
+def test_repeated_run_and_run_after_an_interrupted_one_are_equal(method):
     scheduler = Diff2FlowScheduler(**SD, method=method)
     noise = torch.randn(2, 4, 8, 8)
     scheduler.set_timesteps(3)
@@ -311,7 +246,7 @@ def set_again(scheduler):
     return scheduler
 
 
-def test_step_answers_in_the_samples_type_as_output_or_tuple_with_the_predicted_latents():
+def test_step_returns_state_and_predicted_latents_in_the_type_of_the_sample():
     scheduler = Diff2FlowScheduler(**SD)
     stock = DDIMScheduler(**SD, clip_sample=False, timestep_spacing="trailing")
     sample, output = torch.randn(2, 2, 4, 8, 8)
@@ -330,27 +265,27 @@ def test_step_answers_in_the_samples_type_as_output_or_tuple_with_the_predicted_
         assert_close(results[0].pred_original_sample.float(), expected.pred_original_sample, tolerance)
 
 
-def test_two_nodes_that_share_a_timestep_are_told_apart():
-    # Both below t_min, where the network is asked at 999: a look-up by value would take the first step twice.
+def test_nodes_that_share_a_timestep_are_stepped_in_turn():
+    # Both are below t_min, where the timestep is 999: a look-up by value would take the first step twice.
     scheduler = Diff2FlowScheduler(**SD)
     scheduler.set_timesteps(sigmas=[100.0, 30.0, 1.0, 0.0])
     assert scheduler.timesteps.tolist()[:2] == [999.0, 999.0]
     noise = torch.randn(2, 4, 8, 8)
-    model = scheduler.flow
+    flow = scheduler.flow
 
     def velocity(x_t, t):
-        sample = model.to_sample(x_t, t)
-        return model.velocity(dummy(sample, model.timestep(t)), sample, t)
+        sample = flow.to_sample(x_t, t)
+        return flow.velocity(dummy(sample, flow.timestep(t)), sample, t)
 
     times = torch.tensor([0.0, 1 / 31, 0.5, 1.0])
     assert_close(run(scheduler, noise), sample_flow(velocity, noise, times=times))
 
 
-def test_a_first_sigma_starts_at_the_end_of_the_table_however_it_was_rounded():
+def test_rounded_first_sigma_starts_at_the_end_of_the_table():
     scheduler = Diff2FlowScheduler(**SD)
     abar = scheduler.alphas_cumprod[-1].item()
     largest = ((1 - abar) / abar) ** 0.5
-    assert largest < 14.62  # as a list of four digits has it, rounded up
+    assert largest < 14.62  # rounded up to four digits, as in a list
     for first in (largest, 14.62):
         scheduler.set_timesteps(sigmas=[first, 1.0, 0.0])
         np.testing.assert_allclose(scheduler.sigmas, [first, 1.0, 0.0], rtol=1e-6)
@@ -359,7 +294,7 @@ def test_a_first_sigma_starts_at_the_end_of_the_table_however_it_was_rounded():
 
 
 @pytest.mark.parametrize("sequence", [list, tuple, np.array, torch.tensor])
-def test_nodes_may_be_any_sequence(recwarn, sequence):
+def test_nodes_may_be_given_as_any_sequence(recwarn, sequence):
     scheduler = Diff2FlowScheduler(**SD)
     scheduler.set_timesteps(timesteps=sequence([999.0, 500.25]))
     np.testing.assert_allclose(scheduler.timesteps, [999.0, 500.25], rtol=1e-6)
@@ -393,7 +328,7 @@ def test_unusable_nodes_are_refused(options, choice, sentence):
         Diff2FlowScheduler(**options).set_timesteps(**choice)
 
 
-def test_steps_outside_a_schedule_are_refused():
+def test_steps_before_and_after_a_schedule_are_refused():
     scheduler, sample = Diff2FlowScheduler(**SD), torch.zeros(1, 4, 8, 8)
     with pytest.raises(ValueError, match="call set_timesteps before step"):
         scheduler.step(sample, 999, sample)
@@ -407,7 +342,7 @@ def test_steps_outside_a_schedule_are_refused():
             scheduler.step(sample, 0, sample)
 
 
-def test_flow_schedulers_are_read_as_such_and_others_without_a_table_refused():
+def test_flow_matching_schedulers_are_read_and_others_without_a_table_refused():
     for stock in (
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -421,7 +356,7 @@ def test_flow_schedulers_are_read_as_such_and_others_without_a_table_refused():
 
 
 @pytest.mark.parametrize("schedule", ["sigmoid", "laplace"])
-def test_the_tables_of_ddpm_alone_are_read(schedule):
+def test_tables_that_only_ddpm_has_are_read(schedule):
     stock = DDPMScheduler(beta_schedule=schedule)
     torch.testing.assert_close(Diff2FlowScheduler.from_config(stock.config).alphas_cumprod, stock.alphas_cumprod)
 

@@ -3,7 +3,7 @@ dispatches while a step is captured, and runs exactly those again, on the same t
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,8 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from d2f_fast.config import TrainingConfig
-from d2f_fast.training.optimizer_state import pack_optimizer
 from d2f_fast.training.step_graphs import StepGraphs
 from d2f_fast.training.trainer import AlignedTrainer
 
@@ -135,7 +133,7 @@ class Sum:
         self.addresses.add(address(inputs.values))
 
 
-def test_the_recipe_of_a_capture(events: list[str]) -> None:
+def test_capture_follows_the_recipe(events: list[str]) -> None:
     step = Sum()
     graphs = StepGraphs(step.run, step.warm_up)
     graphs(Inputs(torch.ones(2, 3), {"bias": torch.ones(3)}))
@@ -150,7 +148,7 @@ def test_the_recipe_of_a_capture(events: list[str]) -> None:
     assert step.runs == 2 and len(graphs) == 2
 
 
-def test_each_replay_reads_the_inputs_it_is_given_and_its_loss_stays(events: list[str]) -> None:
+def test_replay_reads_its_own_inputs_and_its_loss_is_not_overwritten(events: list[str]) -> None:
     step, seen = Sum(), []
     graphs = StepGraphs(step.run, step.warm_up)
     total = torch.zeros(3)
@@ -164,9 +162,7 @@ def test_each_replay_reads_the_inputs_it_is_given_and_its_loss_stays(events: lis
     assert len(step.addresses) == 2 and events.count("replay") == 5
 
 
-def test_at_most_four_shapes_are_captured_and_further_ones_run(
-    events: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_shapes_beyond_the_first_four_run_uncaptured(events: list[str], caplog: pytest.LogCaptureFixture) -> None:
     step, expected = Sum(), torch.zeros(3)
     graphs = StepGraphs(step.run, step.warm_up)
     for size in (1, 2, 3, 4, 5, 6, 5, 1):
@@ -187,7 +183,7 @@ def test_at_most_four_shapes_are_captured_and_further_ones_run(
     ],
     ids=["constant", "shape", "type", "names"],
 )
-def test_what_a_graph_is_fixed_to_takes_another_graph(events: list[str], other: Inputs) -> None:
+def test_inputs_of_another_kind_get_another_graph(events: list[str], other: Inputs) -> None:
     step = Sum()
     graphs = StepGraphs(step.run, step.warm_up)
     graphs(Inputs(torch.ones(2, 3), {"bias": torch.ones(3)}))
@@ -196,7 +192,7 @@ def test_what_a_graph_is_fixed_to_takes_another_graph(events: list[str], other: 
     assert step.total.tolist() == [3.0 + 3.0 * other.constant] * 3
 
 
-def test_after_clear_every_shape_is_captured_anew(events: list[str]) -> None:
+def test_every_shape_is_captured_again_after_clear(events: list[str]) -> None:
     step = Sum()
     graphs = StepGraphs(step.run, step.warm_up)
     inputs = Inputs(torch.ones(2, 3), {"bias": torch.ones(3)})
@@ -207,7 +203,7 @@ def test_after_clear_every_shape_is_captured_anew(events: list[str]) -> None:
     assert step.total.tolist() == [3.0] * 3 and "capture into pool B, thread_local" in events
 
 
-def test_the_recorder_refuses_what_a_capture_refuses(events: list[str]) -> None:
+def test_recorder_refuses_the_operations_that_a_capture_refuses(events: list[str]) -> None:
     for run in (lambda inputs: inputs.values.sum() * inputs.values[0, 0].item(), lambda inputs: torch.rand(1)):
         with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
             StepGraphs(run, lambda inputs: None)(Inputs(torch.ones(2, 3), {}))
@@ -215,50 +211,30 @@ def test_the_recorder_refuses_what_a_capture_refuses(events: list[str]) -> None:
 
 # The training step, captured
 
-TARGETS = ("to_q", "to_out.0", "ff.net.2")
 
-
-def batch(size: int, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(100 + seed)
-    tensors = {
-        "latents": torch.randn(size, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(size, 8, 16, generator=generator),
-    }
-    return {**tensors, **changes}
-
-
-def state(trainer: AlignedTrainer) -> dict[str, Tensor]:
-    """Copies of everything that a step may change."""
-    tensors = {f"trainable.{name}": parameter.detach() for name, parameter in trainer.trainable.items()}
-    tensors |= trainer.ema.state_dict() if trainer.ema else {}
-    tensors |= {name: tensor for name, tensor in pack_optimizer(trainer.optimizer)[0].items() if "lr" not in name}
-    step = trainer._training_step
-    tensors |= {"skipped": step.skipped, "in a row": step.skipped_in_a_row}
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+@pytest.fixture
+def make_exact(make_trainer: Callable[..., AlignedTrainer]) -> Callable[..., AlignedTrainer]:
+    """Return a function that makes trainers whose learning rates are exact in float32, as a device holds them."""
+    return partial(make_trainer, learning_rate=2**-7)
 
 
 @pytest.fixture
-def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., AlignedTrainer]:
-    """Make a trainer of the tiny model; its learning rates are exact in float32, as a device holds them."""
+def full_state_of(state_of: Callable[[AlignedTrainer], dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Return a function that copies everything that a step may change, the counters of skipped steps included."""
 
-    def trainer(output: str = "run", **options: Any) -> AlignedTrainer:
-        defaults = {"resolution": 16, "rank": 2, "target_modules": TARGETS, "learning_rate": 2**-7}
-        config = TrainingConfig(output_dir=str(tmp_path / output), **{**defaults, **options})
-        return AlignedTrainer.from_pretrained(tiny_folder, config)
+    def state(trainer: AlignedTrainer) -> dict[str, Tensor]:
+        step = trainer._training_step
+        counters = {"skipped": step.skipped.clone(), "skipped in a row": step.skipped_in_a_row.clone()}
+        return state_of(trainer) | counters
 
-    return trainer
+    return state
 
 
 def captured(trainer: AlignedTrainer) -> AlignedTrainer:
     """Give a trainer on the CPU what one on a GPU has with --cuda_graph."""
     step = trainer._training_step
     step._lr = torch.tensor(trainer.config.learning_rate)
-    step.graphs = StepGraphs(step.run, step._run_dry)
+    step.graphs = StepGraphs(step.run, step.warm_up)
     for group in trainer.optimizer.param_groups:
         group |= {"lr": step._lr, "capturable": True}
     return trainer
@@ -278,100 +254,119 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_captured_run_is_bit_for_bit_the_eager_one(events: list[str], make: Any, run: str) -> None:
-    eager, graphed = make(**RUNS[run]), captured(make(**RUNS[run]))
-    bad = batch(4, 2)
+def test_captured_run_is_bit_equal_to_the_eager_one(
+    make_batch: Any, full_state_of: Any, assert_equal: Any, events: list[str], make_exact: Any, run: str
+) -> None:
+    eager, graphed = make_exact(**RUNS[run]), captured(make_exact(**RUNS[run]))
+    bad = make_batch(4, 2)
     bad["latents"][1] = float("nan")
     mask = torch.rand(3, 1, 8, 8)
-    batches = [batch(4), batch(4, 1), bad, batch(3, 3, mask=mask), batch(4, 4), batch(3, 5, mask=1 - mask)]
+    batches = [
+        make_batch(4),
+        make_batch(4, 1),
+        bad,
+        make_batch(3, 3, mask=mask),
+        make_batch(4, 4),
+        make_batch(3, 5, mask=1 - mask),
+    ]
     for number, given in enumerate(batches):
         want, got = eager.step(given), graphed.step(given)
         assert torch.equal(got, want) or number == 2
-        assert_equal(state(graphed), state(eager))
+        assert_equal(full_state_of(graphed), full_state_of(eager))
         with graphed.averaged():  # between steps the weights go out and in
             pass
     assert len(graphed._training_step.graphs) == 2 and events.count("replay") == len(batches)
     assert int(graphed._training_step.skipped) == 1
 
 
-def test_the_warm_up_leaves_no_trace(make: Any) -> None:
-    trainer = make(adam_weight_decay=0.5)
-    for given in (batch(4), batch(4, mask=torch.zeros(4, 1, 8, 8))):  # of an empty mask the loss is 0, and finite
-        trainer.step(batch(4))
-        before = state(trainer)
-        generator = torch.Generator().manual_seed(0)
-        trainer._training_step._run_dry(trainer._prepare(given, generator))
-        assert_equal(state(trainer), before)
+def test_warm_up_changes_nothing(
+    make_batch: Any, next_inputs: Any, full_state_of: Any, assert_equal: Any, make_exact: Any
+) -> None:
+    trainer = make_exact(adam_weight_decay=0.5)
+    for given in (
+        make_batch(4),
+        make_batch(4, mask=torch.zeros(4, 1, 8, 8)),
+    ):  # of an empty mask the loss is 0, and finite
+        trainer.step(make_batch(4))
+        before = full_state_of(trainer)
+        trainer._training_step.warm_up(next_inputs(trainer, given))
+        assert_equal(full_state_of(trainer), before)
         assert all(parameter.grad is None for parameter in trainer.trainable.values())
-    fresh = make()
-    fresh._training_step._run_dry(fresh._prepare(batch(4), torch.Generator().manual_seed(0)))
-    fresh.step(batch(4))
-    other = make()
-    other.step(batch(4))
-    assert_equal(state(fresh), state(other))
+    fresh = make_exact()
+    fresh._training_step.warm_up(next_inputs(fresh, make_batch(4)))
+    fresh.step(make_batch(4))
+    other = make_exact()
+    other.step(make_batch(4))
+    assert_equal(full_state_of(fresh), full_state_of(other))
 
 
-def test_shares_of_other_global_batches_and_empty_ones(events: list[str], make: Any) -> None:
-    eager, graphed = make(), captured(make())
-    empty = batch(0, encoder_hidden_states=torch.empty(0, 1, 16))
-    shares = [
-        batch(2, offset=0, global_batch_size=4),
-        batch(2, offset=0, global_batch_size=3),
-        batch(2, offset=2, global_batch_size=4),
+def test_slices_of_other_global_batches_and_empty_slices(
+    make_batch: Any, full_state_of: Any, assert_equal: Any, events: list[str], make_exact: Any
+) -> None:
+    eager, graphed = make_exact(), captured(make_exact())
+    empty = make_batch(0, encoder_hidden_states=torch.empty(0, 1, 16))
+    slices = [
+        make_batch(2, offset=0, global_batch_size=4),
+        make_batch(2, offset=0, global_batch_size=3),
+        make_batch(2, offset=2, global_batch_size=4),
         {**empty, "offset": 1, "global_batch_size": 1},
     ]
-    for share in shares:
-        assert torch.equal(graphed.step(share), eager.step(share))
-        assert_equal(state(graphed), state(eager))
+    for one in slices:
+        assert torch.equal(graphed.step(one), eager.step(one))
+        assert_equal(full_state_of(graphed), full_state_of(eager))
     assert len(graphed._training_step.graphs) == 2 and events.count("replay") == 3
 
 
-def test_with_several_processes_only_what_all_capture_at_once_is_captured(
-    events: list[str], make: Any, monkeypatch: pytest.MonkeyPatch
+def test_several_processes_capture_only_steps_that_all_of_them_capture(
+    make_batch: Any, events: list[str], make_exact: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = captured(make(caption_dropout=0.0))
+    trainer = captured(make_exact(caption_dropout=0.0))
     trainer._training_step._num_processes = 4
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     for size, whole in ((3, 12), (3, 10), (2, 10), (1, 1), (2, 8)):  # 10 are 3, 3, 2 and 2
-        trainer.step(batch(size, global_batch_size=whole))
+        trainer.step(make_batch(size, global_batch_size=whole))
     assert len(trainer._training_step.graphs) == 2 and events.count("replay") == 2
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine"])
-def test_a_resumed_run_is_captured_anew(events: list[str], make: Any, name: str) -> None:
+def test_resumed_run_is_captured_again(
+    make_batch: Any, full_state_of: Any, assert_equal: Any, events: list[str], make_exact: Any, name: str
+) -> None:
     schedule = {"lr_scheduler": name, "max_train_steps": 4}
-    straight = captured(make("straight", **schedule))
+    straight = captured(make_exact("straight", **schedule))
     for number in range(4):
         if number == 2:
             straight._save_checkpoint()
-        straight.step(batch(4, number))
-    resumed = captured(make("straight", **schedule, resume_from_checkpoint="latest"))
-    resumed.step(batch(4, 9))  # captured with the state that the checkpoint then replaces
+        straight.step(make_batch(4, number))
+    resumed = captured(make_exact("straight", **schedule, resume_from_checkpoint="latest"))
+    resumed.step(make_batch(4, 9))  # captured with the state that the checkpoint then replaces
     resumed._resume()
     for number in (2, 3):
-        resumed.step(batch(4, number))
-    assert_equal(state(resumed), state(straight))
+        resumed.step(make_batch(4, number))
+    assert_equal(full_state_of(resumed), full_state_of(straight))
 
 
 @pytest.mark.parametrize("name", ["constant", "linear"])
-def test_a_captured_run_goes_on_uncaptured_and_back(events: list[str], make: Any, name: str) -> None:
+def test_captured_run_continues_uncaptured_and_captured_again(
+    make_batch: Any, full_state_of: Any, assert_equal: Any, events: list[str], make_exact: Any, name: str
+) -> None:
     schedule = {"lr_scheduler": name, "max_train_steps": 4}  # linear: whole quarters, exact in float32
-    straight = make("straight", **schedule)
+    straight = make_exact("straight", **schedule)
     for number in range(4):
-        straight.step(batch(4, number))
-    first = captured(make("run", **schedule))
+        straight.step(make_batch(4, number))
+    first = captured(make_exact("run", **schedule))
     for number in range(2):
-        first.step(batch(4, number))
+        first.step(make_batch(4, number))
     first._save_checkpoint()
-    second = make("run", **schedule, resume_from_checkpoint="latest")  # as on another device: its lr is a number
+    second = make_exact("run", **schedule, resume_from_checkpoint="latest")  # as on another device: its lr is a number
     second._resume()
     assert [(group["lr"], group["capturable"]) for group in second.optimizer.param_groups] == [(2**-7, False)]
-    second.step(batch(4, 2))
+    second.step(make_batch(4, 2))
     second._save_checkpoint()
-    third = captured(make("run", **schedule, resume_from_checkpoint="latest"))
+    third = captured(make_exact("run", **schedule, resume_from_checkpoint="latest"))
     third._resume()
-    third.step(batch(4, 3))
-    assert_equal(state(third), state(straight))
+    third.step(make_batch(4, 3))
+    assert_equal(full_state_of(third), full_state_of(straight))
 
 
 # On a GPU
@@ -397,42 +392,53 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("run", RUNS)
-def test_replay_on_a_gpu_is_bit_for_bit_the_uncaptured_step(
-    deterministic: None, make: Any, run: str, compile: bool
+def test_replay_on_a_gpu_is_bit_equal_to_the_uncaptured_step(
+    make_batch: Any,
+    full_state_of: Any,
+    assert_equal: Any,
+    deterministic: None,
+    make_exact: Any,
+    run: str,
+    compile: bool,
 ) -> None:
-    plain, graphed = make(compile=compile, **RUNS[run]), make(compile=compile, cuda_graph=True, **RUNS[run])
-    bad = batch(4, 2)
+    plain, graphed = (
+        make_exact(compile=compile, **RUNS[run]),
+        make_exact(compile=compile, cuda_graph=True, **RUNS[run]),
+    )
+    bad = make_batch(4, 2)
     bad["latents"][1] = float("nan")
-    batches = [batch(4), batch(4, 1), bad, batch(3, 3), batch(4, 4), batch(3, 5)]
+    batches = [make_batch(4), make_batch(4, 1), bad, make_batch(3, 3), make_batch(4, 4), make_batch(3, 5)]
     for number, given in enumerate(batches):
         want, got = plain.step(given), graphed.step(given)
         assert torch.equal(got, want) or number == 2
-        assert_equal(state(graphed), state(plain))
+        assert_equal(full_state_of(graphed), full_state_of(plain))
     assert len(graphed._training_step.graphs) == 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_step_on_a_gpu_does_not_wait_for_it(make: Any, cuda_graph: bool, compile: bool) -> None:
+def test_step_on_a_gpu_does_not_wait_for_it(make_batch: Any, make_exact: Any, cuda_graph: bool, compile: bool) -> None:
     torch.compiler.reset()
-    trainer = make(cuda_graph=cuda_graph, compile=compile, caption_dropout=0.3, mixed_precision="bf16")
+    trainer = make_exact(cuda_graph=cuda_graph, compile=compile, caption_dropout=0.3, mixed_precision="bf16")
     for number in range(2):  # compiling, choosing among kernels and capturing wait
-        trainer.step(batch(4, number))
+        trainer.step(make_batch(4, number))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(3):
-            trainer.step(batch(4, number))
+            trainer.step(make_batch(4, number))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer.step(batch(4)).isfinite()
+    assert trainer.step(make_batch(4)).isfinite()
 
 
 @pytest.mark.gpu
-def test_100_captured_runs_on_a_gpu_are_bitwise_equal(deterministic: None, make: Any) -> None:
-    trainer = make(cuda_graph=True, mixed_precision="bf16", ema_decay=0.0)
+def test_100_captured_runs_on_a_gpu_are_bitwise_equal(
+    make_batch: Any, full_state_of: Any, assert_equal: Any, deterministic: None, make_exact: Any
+) -> None:
+    trainer = make_exact(cuda_graph=True, mixed_precision="bf16", ema_decay=0.0)
     start = {name: parameter.detach().clone() for name, parameter in trainer.trainable.items()}
-    trainer.step(batch(4))
+    trainer.step(make_batch(4))
     results = []
     for _ in range(100):
         trainer.global_step = 0
@@ -441,7 +447,7 @@ def test_100_captured_runs_on_a_gpu_are_bitwise_equal(deterministic: None, make:
                 parameter.copy_(start[name])
                 for value in trainer.optimizer.state[parameter].values():
                     value.zero_()
-        trainer.step(batch(4))
-        results.append(state(trainer))
+        trainer.step(make_batch(4))
+        results.append(full_state_of(trainer))
     for result in results[1:]:
         assert_equal(result, results[0])

@@ -1,0 +1,172 @@
+"""Parse the options of a command into its dataclass: defaults, then the configuration file, then what was typed.
+
+Options, types, defaults and help come from the fields of the dataclass and from the "Args" of its docstring. A field
+that is itself a dataclass adds its own options.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from d2f_fast.config import OptionGroup
+from d2f_fast.errors import RefusedInputError
+
+CONFIG_HELP = (
+    "YAML file with lines such as `rank: 32`, whose keys are options of this command. Options on the command line"
+    " override those of the file. The default None reads no file."
+)
+
+
+class Command(Protocol):
+    """Describe what every command is: a dataclass of options that has a `run` method."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def dry_run(self) -> bool:
+        """Return whether the options are printed in place of running the command."""
+
+    @property
+    def json(self) -> bool:
+        """Return whether the result is printed as JSON."""
+
+    def run(self) -> dict[str, Any]:
+        """Do the work, and return the result; its "output" is the path that was written."""
+
+
+CommandType = TypeVar("CommandType", bound=Command)
+T = TypeVar("T")
+
+
+class Option(NamedTuple):
+    """Hold one option of a command: its dataclass field, its type and its help text."""
+
+    field: dataclasses.Field[Any]
+    hint: Any
+    help: str
+
+
+def description(options: type) -> str:
+    """Return the docstring of a dataclass without its sections."""
+    return inspect.cleandoc(options.__doc__ or "").partition("\n\nArgs:")[0]
+
+
+def argument_texts(options: type) -> dict[str, str]:
+    """Return the "Args" entries of a dataclass' docstring by name, each on one line."""
+    section = inspect.cleandoc(options.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    parts = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)[1:]
+    return {name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def options_of(command: type) -> Iterator[Option]:
+    """Yield the options of a command in the order of its fields; a nested dataclass yields its own options."""
+    hints, texts = get_type_hints(command), argument_texts(command)
+    for field in dataclasses.fields(command):
+        hint = hints[field.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from options_of(hint)
+        else:
+            yield Option(field, hint, texts.get(field.name, ""))
+
+
+def parse_options(command: type[CommandType], arguments: Sequence[str], name: str) -> CommandType:
+    """Make a command of what was typed after its name.
+
+    Args:
+        command: dataclass of the command.
+        arguments: words after the command's name.
+        name: the command's name as it is typed, such as "train".
+
+    Returns:
+        The command with its options: those typed, else those of the file given by `--config`, else the defaults.
+
+    Raises:
+        RefusedInputError: The configuration file cannot be used, or an option has a value that it does not take.
+        SystemExit: The arguments cannot be parsed (2), or help was asked for (0).
+    """
+    options = list(options_of(command))
+    given: dict[str, Any] = {}
+    if path := _config_path(arguments):
+        from d2f_fast.commands.config_file import option_value, read_config
+
+        hints = {option.field.name: option.hint for option in options}
+        given = {key: option_value(key, value, hints, path, name) for key, value in read_config(path).items()}
+    # tyro takes most of the time of a start, so that `d2f --help` and a refused file do without.
+    import tyro
+
+    parsed: Any = tyro.cli(
+        _grouped(options, given),
+        prog=f"d2f {name}",
+        description=description(command),
+        args=list(arguments),
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    typed = dataclasses.asdict(parsed)
+    leaves = {key: value for group in typed.values() if isinstance(group, dict) for key, value in group.items()}
+    return _construct(command, typed | leaves)
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    """Return the path that follows `--config`; None where it was not given.
+
+    Raises:
+        RefusedInputError: `--config` was given without a path, or more than once.
+    """
+    found = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--config"]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise RefusedInputError("--config was given more than once: put the options into one file")
+    _, inline, path = arguments[found[0]].partition("=")
+    if not inline:
+        path = next(iter(arguments[found[0] + 1 :]), "")
+    if not path or path.startswith("--"):
+        raise RefusedInputError("--config: give the path of a YAML file")
+    return Path(path)
+
+
+def _grouped(options: Sequence[Option], given: Mapping[str, Any]) -> type:
+    """Return a dataclass of the options as tyro takes them, with a nested dataclass for each titled group.
+
+    Args:
+        options: options of the command.
+        given: values that replace the defaults, by option name.
+    """
+    import tyro
+
+    # Keyword arguments allow any order of fields; without comparison and text it is made faster.
+    make_dataclass = partial(dataclasses.make_dataclass, kw_only=True, eq=False, repr=False)
+
+    def declared(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> tuple[str, Any, Any]:
+        if get_origin(hint) in (Union, UnionType):
+            # With None first, tyro accepts a default of None without loading typeguard, which takes longer than tyro.
+            hint = Union[tuple(sorted(get_args(hint), key=lambda part: part is not NoneType))]  # noqa: UP007
+        return name, Annotated[hint, tyro.conf.arg(help=text, metavar=metavar)], dataclasses.field(default=default)
+
+    config = declared("config", str | None, None, CONFIG_HELP, metavar="FILE")
+    groups: dict[str | None, list[tuple[str, Any, Any]]] = {None: [config]}
+    for field, hint, text in options:
+        default = given.get(field.name, field.default)
+        group = groups.setdefault(field.metadata.get("group"), [])
+        group.append(declared(field.name, hint, default, text))
+    titled = [
+        (f"group_{i}", Annotated[make_dataclass(title, groups[title]), tyro.conf.arg(name=title, help="")])
+        for i, title in enumerate(get_args(OptionGroup))
+        if title in groups
+    ]
+    return make_dataclass("Options", [*titled, *groups[None]])
+
+
+def _construct(options: type[T], values: Mapping[str, Any]) -> T:
+    """Make a dataclass, and those nested in it, of the values of its options."""
+    members = {
+        name: _construct(hint, values) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else values[name]
+        for name, hint in get_type_hints(options).items()
+    }
+    return options(**members)

@@ -1,0 +1,74 @@
+"""The batch that the data loader yields and that a training step takes."""
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+from torch import Tensor
+
+from d2f_fast.errors import RefusedInputError
+
+
+class Batch(TypedDict, total=False):
+    """One process' slice of the global batch: images and texts of b samples, on any device.
+
+    Images are given in one of three forms, texts in one of two. Every other key may be left out.
+
+    Attributes:
+        latents: [b, C, h, w] floating; latents in the unit-variance scale of the network. First form of the images.
+        mean, std: [b, C, h, w] floating; mean and standard deviation of the autoencoder's posterior, not scaled. Each
+            step samples new latents from them. Second form of the images.
+        pixel_values: [b, 3, H, W] floating in [-1, 1]; images that the step encodes. Third form of the images.
+        encoder_hidden_states: [b, L, D] floating; output of the text encoder. First form of the texts.
+        input_ids: [b, L] int64; token ids that the step encodes. Second form of the texts, for models with one text
+            encoder.
+        added_cond_kwargs: further inputs of the network, [b, ...] each: for SDXL "text_embeds" [b, P], the pooled text,
+            and "time_ids" [b, 6], the sizes in pixels. None or left out where the network takes none.
+        mask: [b or 1, C or 1, h or 1, w or 1]; weight of each element in the loss, not negative. None or left out
+            weights all elements alike.
+        offset: position of this slice's first sample in the global batch; 0 where it is left out.
+        global_batch_size: number of samples in the global batch of all processes; b where it is left out.
+    """
+
+    latents: Tensor
+    mean: Tensor
+    std: Tensor
+    pixel_values: Tensor
+    encoder_hidden_states: Tensor
+    input_ids: Tensor
+    added_cond_kwargs: Mapping[str, Tensor] | None
+    mask: Tensor | None
+    offset: int
+    global_batch_size: int
+
+
+def check_batch(batch: Batch) -> None:
+    """Refuse a batch whose tensors do not belong to one set of samples.
+
+    Raises:
+        RefusedInputError: a key is missing, a tensor has another type or shape, or the numbers of samples differ.
+    """
+    given: Mapping[str, object] = batch
+    images = next((name for name in ("latents", "mean", "pixel_values") if name in given), None)
+    texts = next((name for name in ("encoder_hidden_states", "input_ids") if name in given), None)
+    if images is None or texts is None:
+        wanted = "encoder_hidden_states or input_ids" if images else "latents or pixel_values"
+        raise RefusedInputError(f"a batch needs {wanted}, got {', '.join(given) or 'nothing'}")
+    if images == "mean" and "std" not in given:
+        raise RefusedInputError(f"a batch with mean needs std, got {', '.join(given)}")
+    maps = [images, *(["std"] if images == "mean" else []), *(["mask"] if given.get("mask") is not None else [])]
+    values = {name: given[name] for name in (*maps, texts)} | dict(batch.get("added_cond_kwargs") or {})
+    tensors: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise RefusedInputError(f"{name} must be a tensor, got {type(value).__name__}")
+        tensors[name] = value
+    for name in maps:
+        if tensors[name].ndim != 4 or not (tensors[name].is_floating_point() or name == "mask"):
+            got = f"{list(tensors[name].shape)} {tensors[name].dtype}"
+            raise RefusedInputError(f"{name} must be floating, [samples, channels, height, width], got {got}")
+    count = len(tensors[images])
+    for name, value in tensors.items():
+        if len(value) != count and not (name == "mask" and len(value) == 1):
+            raise RefusedInputError(
+                f"{name} has {len(value)} samples and {images} {count}: all tensors of a batch need the same number"
+            )

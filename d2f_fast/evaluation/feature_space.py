@@ -1,0 +1,78 @@
+"""Compare sets of images with real ones in the features of a network."""
+
+from collections.abc import Callable
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_fast.evaluation.distances import Array, bootstrap_interval, frechet_distance, real_floor
+
+MOST_FEATURES = 64
+
+
+class FrechetEntries(TypedDict):
+    """Fréchet distance of a set of images to real ones, the bounds of its interval, and the real images' own."""
+
+    frechet_distance: float
+    frechet_low: float
+    frechet_high: float
+    frechet_floor: float
+
+
+class FeatureSpace:
+    """Features in which generated images are compared with real ones.
+
+    Of more than 64 features the 64 principal directions of the real images are kept, because a covariance has to be
+    estimated from some hundred images.
+
+    Args:
+        network: maps images [B, 3, H, W] in [-1, 1] to features [B, F].
+        real: real images of what is generated, [N, 3, H, W].
+        reference: other real images, with which generated ones are compared, [R, 3, H, W].
+        seed: seed of the bootstrap and of the divisions behind the floor.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], real: Tensor, reference: Tensor, seed: int) -> None:
+        self._network, self._seed = network, seed
+        both = np.concatenate([self._features(real), self._features(reference)])
+        self._directions: Array | None = None
+        if both.shape[1] > MOST_FEATURES:
+            self._directions = np.linalg.svd(both - both.mean(0), full_matrices=False)[2][:MOST_FEATURES].T
+        self._all_real = self._project(both)
+        self._reference = self._all_real[len(real) :]
+        self._floors: dict[int, float] = {}
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> Array:
+        features: Array = torch.cat([self._network(part) for part in torch.split(images, 64)]).double().numpy()
+        return features
+
+    def _project(self, features: Array) -> Array:
+        return features if self._directions is None else features @ self._directions
+
+    def measure(self, images: Tensor, repeats: int) -> FrechetEntries:
+        """Measure the Fréchet distance of images to the reference, with its interval and floor.
+
+        Args:
+            images: generated images [B, 3, H, W] in [-1, 1].
+            repeats: resamplings of the bootstrap.
+
+        Returns:
+            The distance, the bounds of its 95 % interval, and the distance of B real images to other real ones.
+        """
+        features = self._project(self._features(images))
+        distance = bootstrap_interval(frechet_distance, features, self._reference, repeats=repeats, seed=self._seed)
+        return {
+            "frechet_distance": distance.value,
+            "frechet_low": distance.low,
+            "frechet_high": distance.high,
+            "frechet_floor": self._floor(len(images)),
+        }
+
+    def _floor(self, count: int) -> float:
+        """Return the distance of `count` real images to as many other real ones as the reference has."""
+        if count not in self._floors:
+            self._floors[count] = real_floor(self._all_real, count, len(self._reference), seed=self._seed)
+        return self._floors[count]

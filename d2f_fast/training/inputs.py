@@ -1,0 +1,140 @@
+"""Turn a batch into the inputs of one step: latents, noise, time and condition, on the device.
+
+All random numbers of a step come from one generator that is seeded by (seed, step). They are sampled for the global
+batch, and each process takes the slice of its own samples: a run resumes bit for bit, and the number of processes
+changes nothing.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2f_fast.data.batch import Batch
+from d2f_fast.models.base_model import BaseModel
+from d2f_fast.training.objective import Objective
+
+
+class StepInputs(NamedTuple):
+    """Inputs of one step: this process' slice of the batch, with noise and t sampled.
+
+    Attributes:
+        latents, noise: [b, C, h, w] float32.
+        t: [b] float32 flow times in [0, 1].
+        condition: "encoder_hidden_states" [b, L, D], and the other inputs of the network, [b, ...] each.
+        mask: weight of each element, broadcastable to the latents; None weights all alike.
+        global_size: number of samples in the global batch, over which the loss is the mean.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    condition: dict[str, Tensor]
+    mask: Tensor | None
+    global_size: int
+
+    def part(self, first: int, size: int) -> "StepInputs":
+        """Return the micro-batch of `size` samples that begins at sample `first`, as views."""
+        cut = slice(first, first + size)
+        condition = {name: value[cut] for name, value in self.condition.items()}
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[cut]
+        return StepInputs(self.latents[cut], self.noise[cut], self.t[cut], condition, mask, self.global_size)
+
+
+class InputSampler:
+    """Sample the inputs of each step from its batch.
+
+    Args:
+        model: base model on its device; it encodes images, tokens and the empty prompt.
+        objective: gives the density of the flow times.
+        seed: seed of the run, in [0, 2**63).
+        caption_dropout: probability in [0, 1) that a caption is replaced by the empty one; 0 keeps all captions.
+    """
+
+    def __init__(self, model: BaseModel, objective: Objective, seed: int, caption_dropout: float) -> None:
+        self._model, self._objective, self._seed, self._caption_dropout = model, objective, seed, caption_dropout
+        self._device = model.device
+        self._empty_condition: dict[str, Tensor] | None = None
+
+    def sample(self, batch: Batch, step: int) -> StepInputs:
+        """Return the inputs of a step.
+
+        Args:
+            batch: this process' slice of the global batch.
+            step: number of optimizer steps taken before this one.
+        """
+        generator = torch.Generator(self._device).manual_seed(step_seed(self._seed, step))
+        posterior = self._posterior(batch)
+        shape = next(iter(posterior.values())).shape
+        offset, global_size = batch.get("offset", 0), batch.get("global_batch_size", shape[0])
+        own = slice(offset, offset + shape[0])
+
+        def gaussian() -> Tensor:
+            return torch.randn(global_size, *shape[1:], generator=generator, device=self._device)[own]
+
+        # The order is part of what a seed means: posterior, noise, times, dropout.
+        posterior_noise, noise = gaussian(), gaussian()
+        t = self._objective.sample_times(global_size, generator, self._device)[own]
+        dropped = torch.rand(global_size, generator=generator, device=self._device)[own] < self._caption_dropout
+        if "latents" in posterior:
+            latents = posterior["latents"]
+        else:
+            latents = self._model.scale_latents(posterior["mean"] + posterior["std"] * posterior_noise)
+        if self._device.type == "cuda":
+            latents, noise = (x.contiguous(memory_format=torch.channels_last) for x in (latents, noise))
+        mask = batch.get("mask")
+        mask = None if mask is None else self._on_device(mask)
+        return StepInputs(latents, noise, t, self._condition(batch, dropped), mask, global_size)
+
+    def empty_condition(self) -> dict[str, Tensor]:
+        """Return the condition of the empty prompt, [1, ...] each, encoded once; empty if no caption is dropped."""
+        if self._empty_condition is None:
+            self._empty_condition = self._model.empty_condition() if self._caption_dropout else {}
+        return self._empty_condition
+
+    def _posterior(self, batch: Batch) -> dict[str, Tensor]:
+        """Return "latents" in the network's scale, or the posterior's "mean" and "std", on the device in float32."""
+        if "latents" in batch:
+            return {"latents": self._on_device(batch["latents"]).float()}
+        if "mean" in batch:
+            posterior = {"mean": batch["mean"], "std": batch["std"]}
+        else:
+            posterior = self._model.encode_images(batch["pixel_values"])
+        return {name: self._on_device(value).float() for name, value in posterior.items()}
+
+    def _condition(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
+        """Return everything that conditions the network, [b, ...] each, with the empty prompt where it is dropped.
+
+        Args:
+            batch: this process' slice of the global batch.
+            dropped: [b] bool, True where the caption is replaced by the empty one.
+        """
+        if "encoder_hidden_states" in batch:
+            condition = {"encoder_hidden_states": batch["encoder_hidden_states"]}
+        else:
+            with torch.no_grad():
+                ids = self._on_device(batch["input_ids"])
+                condition = {"encoder_hidden_states": self._model.pipeline.text_encoder(ids)[0]}
+        condition |= batch.get("added_cond_kwargs") or {}
+        # Cast to the type of the frozen weights, which may differ from that of the text encoder or the cache. Sizes
+        # stay as they are: bfloat16 would round them.
+        dtype = self._model.unet.conv_in.weight.dtype
+        condition = {name: self._on_device(value) for name, value in condition.items()}
+        condition = {name: x if name == "time_ids" else x.to(dtype) for name, x in condition.items()}
+        for name, empty in self.empty_condition().items():
+            if name in condition:
+                expanded = dropped.reshape(-1, *(1,) * (condition[name].ndim - 1))
+                condition[name] = torch.where(expanded, empty.to(condition[name].dtype), condition[name])
+        return condition
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """Return the tensor on the device; a GPU fetches it while the host goes on."""
+        if self._device.type == "cuda" and tensor.device.type == "cpu":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of a step's generator: 63 bits, different in practice for every pair of seed and step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,115 @@
+"""Check that a base model can be trained, and prepare its network for training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.layers.fused_lora import use_fused_lora
+from d2f_fast.lora.inject import inject_lora
+from d2f_fast.models.base_model import BaseModel
+
+T = TypeVar("T")
+
+
+def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
+    """Refuse a base model that would fail in its first step.
+
+    Args:
+        model: base model.
+        config: options of the run.
+
+    Raises:
+        ModelError: the UNet takes an input that text-to-image training does not give, or is float16.
+        RefusedInputError: the autoencoder has no latents of the training resolution.
+    """
+    unet, latents = model.unet.config, model.vae.config.latent_channels
+    if unet.in_channels != latents:
+        raise ModelError(
+            f"the UNet takes {unet.in_channels} channels and the autoencoder makes {latents}: give a text-to-image"
+            " model"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if unet.get(name) is not None:
+            raise ModelError(
+                f"the UNet has {name} {unet[name]}, an input that text-to-image training does not give: give a"
+                " text-to-image model"
+            )
+    if any(parameter.dtype == torch.float16 for parameter in model.unet.parameters()):
+        raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")
+    if config.resolution % model.downsampling:
+        raise RefusedInputError(f"resolution must be a multiple of {model.downsampling}, got {config.resolution}")
+
+
+def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Parameter]:
+    """Put the UNet of a base model into training mode, with a new adapter or with all of its weights trainable.
+
+    Args:
+        model: base model on its device; its UNet is changed in place.
+        config: options of the run.
+
+    Returns:
+        The trainable parameters by name.
+
+    Raises:
+        ModelError: no layer of the UNet has a name in `target_modules`.
+    """
+    unet = model.unet
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(unet)
+    unet.train()
+    trainable: dict[str, nn.Parameter]
+    if config.adapter == "full":
+        unet.requires_grad_(True).float()
+        trainable = dict(unet.named_parameters())
+    else:
+        trainable = inject_lora(
+            unet,
+            config.rank,
+            alpha=config.lora_alpha,
+            conv_rank=config.conv_rank,
+            first_last_layers=config.first_last_layers,
+            target_modules=config.target_modules,
+            seed=config.seed,
+        )
+        use_fused_lora(unet)
+    if model.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # the format of cuDNN, which else converts at every layer
+    return trainable
+
+
+def enable_gradient_checkpointing(unet: nn.Module) -> None:
+    """Let a UNet recompute its activations in the backward pass; the gradients stay the same bit for bit."""
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
+    # Without dropout the state of the random generators is not saved: a CUDA graph could not capture that.
+    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))  # type: ignore[operator]
+
+
+@contextmanager
+def inputs_in_float32(unet: nn.Module) -> Iterator[None]:
+    """Cast all floating inputs of a network to float32 inside a `with` block.
+
+    A full finetuning holds its UNet in float32, also where the rest of the pipeline is bfloat16.
+    """
+
+    def to_float32(value: T) -> T:
+        mapped: T = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, value)
+        return mapped
+
+    def cast(
+        module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        return to_float32(args), to_float32(kwargs)
+
+    handle = unet.register_forward_pre_hook(cast, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

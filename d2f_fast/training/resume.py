@@ -1,0 +1,168 @@
+"""Continue a run from a checkpoint: choose it, check that it belongs to the run, and load it.
+
+checkpoint-N/trainable.safetensors      the trained parameters by name
+checkpoint-N/ema.safetensors            their averages, where the run keeps them
+checkpoint-N/optimizer.safetensors      the state of AdamW
+checkpoint-N/state.json                 what a continuation must match, and the counters
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.files.json_file import read_json, write_json
+from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, list_checkpoints
+from d2f_fast.training.optimizer_state import read_optimizer, write_optimizer
+from d2f_fast.training.step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+# Options that may differ between a run and its continuation: they change nothing but, at most, the rounding of sums.
+_FREE_ON_RESUME = {
+    *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
+    *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "cuda_graph"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
+    "gradient_checkpointing",
+}
+
+
+class _State(TypedDict):
+    """Content of `state.json`.
+
+    Attributes:
+        identity: settings that a continuation must match, by name.
+        samples: number of samples in the dataset.
+        skipped_steps: number of steps skipped because they were not finite.
+    """
+
+    identity: dict[str, object]
+    samples: int
+    skipped_steps: int
+
+
+def run_identity(config: TrainingConfig, precision: str, base_model: str, global_batch_size: int) -> dict[str, object]:
+    """Return the settings that must match the checkpoint's, by name, as JSON holds them.
+
+    Args:
+        config: options of the run.
+        precision: "bf16" or "no", the type of autocast.
+        base_model: fingerprint of the base model.
+        global_batch_size: number of samples a step, over all processes and backward passes.
+    """
+    options = dataclasses.asdict(config)
+    identity = {name: value for name, value in options.items() if name not in _FREE_ON_RESUME}
+    if not config.lr_scheduler.startswith("constant"):  # the other schedules depend on where they end
+        identity["max_train_steps"] = config.max_train_steps
+    identity |= {"mixed_precision": precision, "base_model": base_model, "global_batch_size": global_batch_size}
+    as_json: dict[str, object] = json.loads(json.dumps(identity))
+    return as_json
+
+
+def choose_checkpoint(config: TrainingConfig, step: int) -> Path | None:
+    """Return the verified checkpoint that the options name; None begins the run from its start.
+
+    Args:
+        config: options of the run.
+        step: number of steps that this trainer has taken before.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        RefusedInputError: the output folder holds checkpoints, and the options do not ask to resume.
+    """
+    output_dir = Path(config.output_dir)
+    others = list_checkpoints(output_dir)
+    if config.resume_from_checkpoint is None and others and step == 0:
+        raise RefusedInputError(
+            f"{output_dir} holds {others[0][1].name} of another run: continue it with --resume_from_checkpoint latest,"
+            " or name a new output_dir"
+        )
+    return find_checkpoint(output_dir, config.resume_from_checkpoint)
+
+
+def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], samples: int) -> None:
+    """Write everything that a continuation needs into the folder of a checkpoint.
+
+    Args:
+        folder: empty folder.
+        step: training step whose parameters, average, optimizer and counters are kept.
+        identity: settings that a continuation must match.
+        samples: number of samples in the dataset.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or an infinity.
+        RefusedInputError: the disk is full.
+    """
+    write_tensors(folder / "trainable.safetensors", {name: p.detach() for name, p in step.trainable.items()})
+    if step.ema is not None:
+        write_tensors(folder / "ema.safetensors", step.ema.state_dict())
+    write_optimizer(folder / "optimizer.safetensors", step.optimizer, step.trainable)
+    state: _State = {"identity": identity, "samples": samples, "skipped_steps": int(step.skipped)}
+    write_json(folder / "state.json", state)
+
+
+def load_state(
+    folder: Path, step: TrainingStep, identity: dict[str, object], samples: int, max_train_steps: int
+) -> int:
+    """Load what `write_state` wrote, in place, and return the number of optimizer steps taken.
+
+    Args:
+        folder: verified checkpoint.
+        step: training step whose parameters, average, optimizer and counters are replaced.
+        identity: settings of this run, which must match the checkpoint's.
+        samples: number of samples in the dataset of this run; another number than before is logged as a warning.
+        max_train_steps: number of steps at which this run ends.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run or model, or is past the end of this run.
+    """
+    steps_taken = int(read_json(folder / MANIFEST)["step"])
+    state = _read_state(folder / "state.json")
+    if steps_taken > max_train_steps:
+        raise CheckpointError(f"{folder} is past max_train_steps {max_train_steps}: raise max_train_steps")
+    if state["samples"] != samples:
+        logger.warning(
+            "the dataset had %d samples and now has %d: the run continues, in another order than it would have had",
+            *(state["samples"], samples),
+        )
+    for name in sorted(identity.keys() | state["identity"].keys()):
+        was, now = state["identity"].get(name), identity.get(name)
+        if was != now:
+            raise CheckpointError(
+                f"{folder / 'state.json'}: {name} was {was!r} and is now {now!r}: resume with the options of the"
+                " checkpoint, or name a new output_dir"
+            )
+    trained, _ = read_tensors(folder / "trainable.safetensors")
+    if {name: x.shape for name, x in trained.items()} != {name: x.shape for name, x in step.trainable.items()}:
+        raise CheckpointError(
+            f"{folder / 'trainable.safetensors'} holds the parameters of another model: resume with the model of the"
+            " checkpoint"
+        )
+    with torch.no_grad():
+        for name, parameter in step.trainable.items():
+            parameter.copy_(trained[name])
+    if step.ema is not None:
+        step.ema.load_state_dict(read_tensors(folder / "ema.safetensors")[0])
+    read_optimizer(folder / "optimizer.safetensors", step.optimizer, step.trainable)
+    step.state_was_replaced()
+    step.skipped.fill_(state["skipped_steps"])
+    logger.info("resumed from %s at step %d", folder, steps_taken)
+    return steps_taken
+
+
+def _read_state(path: Path) -> _State:
+    """Read `state.json`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not come from a training run.
+    """
+    state = read_json(path)
+    if not isinstance(state, dict) or not _State.__required_keys__ <= state.keys():
+        raise CheckpointError(f"{path} does not describe a training run: resume from another checkpoint")
+    return _State(identity=state["identity"], samples=state["samples"], skipped_steps=state["skipped_steps"])

@@ -1,0 +1,68 @@
+"""Write the files of a diffusers pipeline that lie beside the graphs: configurations, scheduler, tokenizers, index."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import diffusers
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+from d2f_fast.export.wrappers import Component
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Stock samplers of the exported folder step through the trained times, down to no noise, whatever the model's own
+# scheduler was set to.
+_STOCK_STEPS = {
+    "timestep_spacing": "trailing",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "final_sigmas_type": "zero",
+}
+_NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def write_pipeline_files(folder: Path, pipeline: "DiffusionPipeline") -> None:
+    """Write model_index.json, scheduler/ and the tokenizers, which optimum and diffusers load beside the graphs.
+
+    Args:
+        folder: export folder, which exists.
+        pipeline: pipeline that is exported.
+    """
+    config = {**pipeline.scheduler.config, **_STOCK_STEPS}
+    config.pop("_use_default_values", None)
+    # Marigold's pipelines never scale the network's input, which the states of Euler's scheduler need.
+    is_marigold = type(pipeline).__name__.startswith("Marigold")
+    scheduler = (DDIMScheduler if is_marigold else EulerDiscreteScheduler).from_config(config)
+    scheduler.save_pretrained(folder / "scheduler")
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+            # optimum uses transformers before 5, which reads CLIP's tokenizer from the two files written here.
+            tokenizer.backend_tokenizer.model.save(str(folder / name))
+    index = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
+    for name, value in pipeline.config.items():
+        if not name.startswith("_"):
+            index[name] = [None, None] if name in _NOT_EXPORTED else value
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, default=list) + "\n", encoding="utf-8")
+
+
+def write_component_config(folder: Path, component: Component) -> None:
+    """Write the configuration of a component's model as config.json.
+
+    Args:
+        folder: folder of the component, which exists.
+        component: component whose model has the configuration.
+    """
+    if hasattr(component.config, "save_pretrained"):  # transformers' configurations save themselves
+        component.config.save_pretrained(folder)
+        return
+    config = {key: value for key, value in component.config.items() if key != "_use_default_values"}
+    config["_diffusers_version"] = diffusers.__version__
+    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")

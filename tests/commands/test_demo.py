@@ -1,0 +1,33 @@
+"""`d2f demo` as a user types it: where the report goes, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from d2f_fast.commands.main import main
+
+
+def test_demo_writes_its_report_into_the_folder_with_the_seed(tmp_path, capsys, monkeypatch):
+    import d2f_fast.demo.run
+
+    monkeypatch.setattr(d2f_fast.demo.run, "run_demo", lambda folder, seed: Path(folder) / f"{seed}.html")
+    output = tmp_path / "a" / "demo"
+    assert main(["demo", "--output_dir", str(output), "--seed", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(output / "5.html")}
+    assert output.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--seed", "-1"], "seed must be in [0, 2**63), got -1"),
+        (["--output_dir", "file"], "file cannot be made a folder (File exists): name another"),
+    ],
+)
+def test_bad_demo_options_are_refused(options, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["demo", *options]) == 2
+    assert capsys.readouterr().err == f"d2f: {sentence}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

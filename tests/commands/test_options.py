@@ -1,0 +1,121 @@
+"""Options of each command: how they are parsed, and how their help explains them."""
+
+import re
+
+import pytest
+import tyro
+
+from d2f_fast.commands.main import COMMANDS, main, parse
+from d2f_fast.commands.options import argument_texts, options_of
+from d2f_fast.config import TrainingConfig
+
+OPTIONS = {
+    f"{name} {option.field.name}": option for name, command in COMMANDS.items() for option in options_of(command)
+}
+TRAIN = ["train", "--train_data_dir", "x"]
+
+TITLE = r"^ (\w[\w ]*?) +\n -+ +$"  # of a group in the help
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """Function that returns the help of a command in a terminal of 100 columns."""
+
+    def text(name: str) -> str:
+        monkeypatch.setenv("COLUMNS", "100")
+        monkeypatch.setitem(tyro._experimental_options, "utf8_boxes", False)
+        with pytest.raises(SystemExit) as exit_:
+            main([name, "--help"])
+        assert exit_.value.code == 0
+        return capsys.readouterr().out
+
+    return text
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_option_is_explained_in_full_sentences(option):
+    assert re.match(r"[A-Z].*\.$", option.help)
+    assert len(option.help.split()) >= 5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_100_columns_and_shows_each_option_under_its_title(name, help_of):
+    text = help_of(name)
+    assert max(map(len, text.splitlines())) <= 100
+    _, *parts = re.split(TITLE, text, flags=re.MULTILINE)
+    boxes = dict(zip(parts[::2], parts[1::2], strict=True))
+    for option in options_of(COMMANDS[name]):
+        group = option.field.metadata.get("group")
+        box = boxes["options" if group is None else f"{group} options"]
+        words = " ".join(box.split())
+        assert f" --{option.field.name}" in f" {words}" and option.help in words
+    assert "--config FILE" in boxes["options"]
+
+
+def test_training_options_are_in_six_groups(help_of):
+    titles = re.findall(TITLE, help_of("train"), re.MULTILINE)
+    groups = ["model", "data", "method", "optimisation", "memory and speed", "checkpoints and logs"]
+    assert titles == ["options", *(f"{group} options" for group in groups)]
+
+
+def test_each_documented_option_exists():
+    for command in (*COMMANDS.values(), TrainingConfig):
+        assert list(argument_texts(command)) == list(command.__dataclass_fields__)
+
+
+def test_defaults_of_the_command_line_are_those_of_the_dataclass():
+    assert parse(TRAIN).options == TrainingConfig()
+
+
+def test_dashes_and_underscores_and_equal_signs_are_accepted():
+    options = parse([*TRAIN, "--max-train-steps", "5", "--train_batch_size=3", "--no-random-flip"]).options
+    assert (options.max_train_steps, options.train_batch_size, options.random_flip) == (5, 3, False)
+
+
+def test_none_can_be_typed_for_an_option_that_takes_it():
+    options = parse([*TRAIN, "--checkpoints_total_limit", "None", "--target_modules", "to_q", "to_k"]).options
+    assert options.checkpoints_total_limit is None and options.target_modules == ("to_q", "to_k")
+
+
+def test_options_come_from_the_file_and_typed_ones_win(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("rank: 7\nlearning_rate: 3.0e-5\ncenter_crop: true\nobjective: fm\ntrain_data_dir: somewhere\n")
+    command = parse(["train", "--config", str(config), "--rank=9", "--max-train-steps", "5"])
+    assert (command.options.rank, command.options.learning_rate) == (9, 3e-5)
+    assert (command.options.objective, command.train_data_dir) == ("fm", "somewhere")
+    assert command.options.max_train_steps == 5
+    assert parse(["train", f"--config={config}"]).options.rank == 7
+
+
+def test_typed_option_may_make_a_contradiction_of_the_file_valid(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("center_crop: false\ntarget_modules: [to_q]\n")
+    options = parse([*TRAIN, "--config", str(config), "--no_cache_latents", "--target_modules", "to_k"]).options
+    assert (options.center_crop, options.cache_latents, options.target_modules) == (False, False, ("to_k",))
+
+
+@pytest.mark.parametrize("name", ["--config", "--config="])
+def test_config_without_a_path_is_refused(name, capsys):
+    assert main([*TRAIN, name]) == 2
+    assert capsys.readouterr().err == "d2f: --config: give the path of a YAML file\n"
+
+
+def test_second_configuration_file_is_refused(capsys):
+    assert main([*TRAIN, "--config", "a.yaml", "--config=b.yaml"]) == 2
+    assert capsys.readouterr().err == "d2f: --config was given more than once: put the options into one file\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "--train_data_dir"),
+        ([*TRAIN, "--rnak", "3"], "--rnak"),
+        ([*TRAIN, "--rank", "many"], "--rank"),
+        ([*TRAIN, "--objective", "other"], "diff2flow"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed_end_with_exit_code_2(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""`d2f sample` as a user types it: the images it generates, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from d2f_fast.commands.main import main
+from d2f_fast.lora.inject import inject_lora
+from d2f_fast.lora.write import save_lora
+from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+
+
+@pytest.fixture(scope="session")
+def lora(tiny_folder, tmp_path_factory):
+    """Folder of a LoRA that changes the tiny model's images."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
+    inject_lora(unet, 2, first_last_layers=True)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return save_lora(unet, tmp_path_factory.mktemp("lora")).parent
+
+
+def generated_by_hand(
+    model, *, lora=None, method="euler", flow_spacing="uniform", shift=1.0, prediction_type="epsilon", seed=0, **options
+):
+    """Return the images that the stock pipeline generates."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.scheduler = Diff2FlowScheduler.from_config(
+        pipe.scheduler.config,
+        method=method,
+        flow_spacing=flow_spacing,
+        shift=shift,
+        prediction_type=prediction_type,
+    )
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": "", **options}
+    options["negative_prompt"] = [options["negative_prompt"]] * 2
+    return pipe(["ab", "cd"], generator=torch.Generator().manual_seed(seed), **options).images
+
+
+@pytest.mark.parametrize("option", [
+    {},
+    {"method": "midpoint"},
+    {"method": "heun"},
+    {"flow_spacing": "trailing"},
+    {"shift": 3.0},
+    {"prediction_type": "v_prediction"},
+    {"prediction_type": "flow_prediction"},
+    {"seed": 7},
+    {"guidance_scale": 8.0},
+    {"num_inference_steps": 3},
+    {"negative_prompt": "xyz"},
+    {"height": 24, "width": 32},
+    {"lora": ""},
+], ids=str)  # fmt: skip
+def test_sample_generates_what_the_stock_pipeline_does(tiny_folder, lora, tmp_path, option):
+    option = {name: str(lora) if name == "lora" else value for name, value in option.items()}
+    typed = [word for name, value in option.items() for word in (f"--{name}", str(value))]
+    command = ["sample", "--prompts", "ab", "cd", "--model", str(tiny_folder), "--output_dir", str(tmp_path)]
+    assert main([*command, *typed]) == 0
+    got = [np.asarray(Image.open(tmp_path / f"00{i}.png"), np.int16) for i in range(2)]
+    want, plain = (
+        [np.asarray(image, np.int16) for image in generated_by_hand(tiny_folder, **options)] for options in (option, {})
+    )
+    rounding = 1 if "lora" in option else 0
+    for ours, theirs, other in zip(got, want, plain, strict=True):
+        assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= rounding
+        assert not option or theirs.shape != other.shape or np.abs(theirs - other).max() > rounding
+
+
+def test_images_of_a_trained_lora_are_the_same_each_time(train, tiny_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output) == 0
+    capsys.readouterr()
+    images = []
+    for name, lora in (("plain", []), ("adapted", ["--lora", str(output)]), ("again", ["--lora", str(output)])):
+        command = ["sample", "--prompts", "ab", "cd", "--model", str(tiny_folder), "--output_dir", str(tmp_path / name)]
+        size = ["--height", "16", "--width", "16", "--num_inference_steps", "2", "--json"]
+        assert main([*command, *lora, *size]) == 0
+        files = json.loads(capsys.readouterr().out)["files"]
+        assert len(files) == 2
+        images.append([np.asarray(Image.open(file)) for file in files])
+    assert np.array_equal(images[1], images[2]) and images[0][0].shape == (16, 16, 3)
+
+
+def test_sampling_takes_prediction_type_and_shift_from_the_trained_files(train, tiny_folder, tmp_path, capsys):
+    options = ["--objective", "fm", "--flow_shift", "3", "--learning_rate", "0.1"]
+    assert train(tmp_path / "lora", *options) == 0
+    assert train(tmp_path / "full", *options, "--adapter", "full") == 0
+    saved, base = str(tmp_path / "full" / "pipeline"), str(tiny_folder)
+    said, other = (
+        ["--prediction_type", "flow_prediction", "--shift", "3"],
+        ["--prediction_type", "epsilon", "--shift", "1"],
+    )
+    for model, lora in ((base, ["--lora", str(tmp_path / "lora")]), (saved, [])):
+        images = []
+        for more in ([], said, other):
+            command = ["sample", "--prompts", "ab", "--model", model, *lora, "--height", "16", *more, "--json"]
+            assert main([*command, "--output_dir", str(tmp_path / "images")]) == 0
+            (file,) = json.loads(capsys.readouterr().out.splitlines()[-1])["files"]
+            images.append(np.asarray(Image.open(file)))
+        assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+        assert images[0].shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be in [0, 2**63), got -1"),
+        (["--shift", "-1"], "shift must be positive and finite, got -1.0"),
+        (["--guidance_scale", "nan"], "guidance_scale must be finite, got nan"),
+        (["--height", "17"], "height must be a positive multiple of 8, got 17"),
+        (
+            ["--flow_spacing", "trailing", "--num_inference_steps", "1500"],
+            "steps must be 1 to 1000 with trailing spacing",
+        ),
+        (["--flow_spacing", "trailing", "--prediction_type", "flow_prediction"], 'spacing must be "uniform"'),
+        (["--method", "rk4"], "method"),
+        (["--output_dir", "file"], "file cannot be made a folder (File exists): name another"),
+    ],
+)
+def test_bad_sampling_options_are_refused(options, sentence, tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    try:
+        code = main(["sample", "--prompts", "ab", "--model", str(tiny_folder), *options])
+    except SystemExit as exit_:  # raised by the option parser
+        code = exit_.code
+    assert code == 2 and sentence in capsys.readouterr().err
+
+
+def test_unusable_saved_shift_is_refused_with_its_file(tiny_folder, tmp_path, capsys):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    for text in ('{"d2f.shift": "wide"}', "[1]", '{"d2f.shift": null}'):
+        (tmp_path / "model" / "d2f.json").write_text(text)
+        assert main(["sample", "--prompts", "ab", "--model", str(tmp_path / "model")]) == 2
+        error = capsys.readouterr().err
+        assert "d2f.json holds no usable d2f.shift" in error and error.count("\n") == 1
+
+
+def test_lora_of_another_model_is_refused_with_its_key(tiny_folder, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    halves = {"A": torch.zeros(2, 9, 3, 3), "B": torch.zeros(8, 2, 1, 1)}
+    save_file({f"unet.conv_in.lora_{half}.weight": value for half, value in halves.items()}, file)
+    command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--lora"]
+    assert main([*command, str(file)]) == 2
+    assert "unet.conv_in" in (error := capsys.readouterr().err) or "conv_in" in error
+    assert "another model" in error
+    (tmp_path / "weights.bin").touch()
+    assert main([*command, str(tmp_path / "weights.bin")]) == 2
+    assert "is not safetensors" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""`d2f train` as a user types it: what it saves, what it prints, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from d2f_fast.commands.main import main
+from d2f_fast.files.tensor_file import read_tensors
+
+
+def test_full_finetuning_saves_the_averaged_pipeline_and_no_lora(train, tiny_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--adapter", "full", "--learning_rate", "0.01") == 0
+    assert capsys.readouterr().out.strip() == str(output / "pipeline")
+    assert not list(output.rglob("pytorch_lora_weights.safetensors"))
+    saved = StableDiffusionPipeline.from_pretrained(output / "pipeline").unet.state_dict()
+    average, _ = read_tensors(output / "checkpoint-2" / "ema.safetensors")
+    assert all(torch.equal(tensor, average[f"shadow.{name}"]) for name, tensor in saved.items())
+    base = UNet2DConditionModel.from_pretrained(tiny_folder / "unet").state_dict()
+    assert not any(torch.equal(saved[name], base[name]) for name in saved)
+
+
+def test_lora_training_saves_the_lora_its_metrics_and_its_options(train, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(output / "pytorch_lora_weights.safetensors")
+    assert sum(line.startswith("d2f: step on ") for line in printed.err.splitlines()) == 1
+    assert "d2f: 3 images, 2 per step: 2 steps are 1 epochs\n" in printed.err
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["command"] == "d2f train" and metrics["peak_memory_bytes"] > 0
+    assert metrics["results"][0]["steps"] == 2
+    assert json.loads((output / "config.json").read_text())["rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--train_data_dir", "no-such-folder"], "no-such-folder is not a folder"),
+        (["--train_data_dir", "x", "--pretrained_model_name_or_path", "./model.ckpt"], "is a pickle"),
+        (["--train_data_dir", "x", "--pretrained_model_name_or_path", "./nothing"], "x is not a folder"),
+        *(
+            (["--train_data_dir", "x", f"--{option}", *values.split()], sentence)
+            for option, values, sentence in (
+                ("rank", "0", "rank must be at least 1, got 0"),
+                ("seed", "-1", "seed must be in [0, 2**63), got -1"),
+                ("seed", str(2**63), "seed must be in [0, 2**63), got 9223372036854775808"),
+                ("checkpoints_total_limit", "0", "checkpoints_total_limit must be at least 1, got 0"),
+                ("caption_dropout", "1.5", "caption_dropout must be in [0, 1), got 1.5"),
+                ("adam_beta1", "2", "adam_beta1 must be in [0, 1), got 2.0"),
+                ("learning_rate", "nan", "learning_rate must be positive and finite, got nan"),
+                ("max_grad_norm", "0", "max_grad_norm must be positive and finite, got 0.0"),
+                ("lora_alpha", "0", "lora_alpha must be positive and finite, got 0.0"),
+                ("flow_shift", "inf", "flow_shift must be positive and finite, got inf"),
+                ("adam_weight_decay", "-1", "adam_weight_decay must be at least 0, got -1.0"),
+                ("logit_mean", "nan", "logit_mean must be finite, got nan"),
+                (
+                    "objective",
+                    "fm --loss_weighting native",
+                    "loss_weighting must be flow with the objective fm, got native: leave it out",
+                ),
+                ("lr_scheduler", "foo", "lr_scheduler"),
+                ("snr_gamma", "3", "snr_gamma works only with loss_weighting min_snr, got flow"),
+            )
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_exit_code_2(arguments, sentence, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(images) if a == "x" and "ckpt" in arguments[-1] else a for a in arguments]
+    try:
+        code = main(["train", *arguments])
+    except SystemExit as exit_:  # raised by the option parser
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2 and sentence in error
+    assert not (tmp_path / "d2f-output").exists()
+
+
+def test_full_finetuning_is_refused_before_it_starts_when_its_pipeline_exists(images, tiny_folder, tmp_path, capsys):
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    command = ["train", "--train_data_dir", str(images), "--pretrained_model_name_or_path", str(tiny_folder)]
+    assert main([*command, "--adapter", "full", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "pipeline exists: move it away" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["pipeline"]

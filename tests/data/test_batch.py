@@ -1,0 +1,54 @@
+"""Malformed batches are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2f_fast.data.batch import check_batch
+from d2f_fast.errors import RefusedInputError
+
+
+def batch(**changes: Any) -> Any:
+    return {"latents": torch.randn(4, 4, 8, 8), "encoder_hidden_states": torch.randn(4, 8, 16), **changes}
+
+
+def posterior(**changes: Tensor) -> Any:
+    return {"mean": torch.zeros(4, 4, 8, 8), "std": torch.ones(4, 4, 8, 8), **changes}
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"latents": None}, "latents must be a tensor, got NoneType"),
+    ({"latents": torch.zeros(4, 4, 8, 8, dtype=torch.uint8)}, r"latents must be floating, .* got \[4, 4, 8, 8\] torch"),
+    ({"latents": torch.zeros(4, 8, 8)}, r"latents must be floating, \[samples, .*\], got \[4, 8, 8\]"),
+    ({"encoder_hidden_states": torch.zeros(5, 8, 16)}, "encoder_hidden_states has 5 samples and latents 4: all"),
+    ({"mask": torch.ones(3, 1, 8, 8)}, "mask has 3 samples and latents 4"),
+    ({"mask": torch.ones(8, 8)}, r"mask must be floating, .* got \[8, 8\] torch.float32"),
+    ({"added_cond_kwargs": {"time_ids": torch.ones(3, 6)}}, "time_ids has 3 samples and latents 4"),
+])  # fmt: skip
+def test_malformed_batch_is_refused(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        check_batch(batch(**change))
+
+
+@pytest.mark.parametrize(("keys", "sentence"), [
+    ([], "a batch needs latents or pixel_values, got nothing"),
+    (["latents"], "a batch needs encoder_hidden_states or input_ids, got latents"),
+])  # fmt: skip
+def test_batch_without_images_or_texts_is_refused(keys: list[str], sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        check_batch({name: batch()[name] for name in keys})  # type: ignore[misc]
+
+
+def test_posterior_without_a_matching_deviation_is_refused() -> None:
+    texts = {"encoder_hidden_states": torch.randn(4, 8, 16)}
+    check_batch(posterior() | texts)
+    with pytest.raises(RefusedInputError, match="a batch with mean needs std, got mean, encoder_hidden_states"):
+        check_batch({"mean": torch.zeros(4, 4, 8, 8), **texts})  # type: ignore[typeddict-item]
+    with pytest.raises(RefusedInputError, match="std has 3 samples and mean 4"):
+        check_batch(posterior(std=torch.ones(3, 4, 8, 8)) | texts)
+
+
+def test_one_mask_for_all_samples_is_accepted() -> None:
+    check_batch(batch(mask=torch.ones(1, 1, 8, 8, dtype=torch.bool), added_cond_kwargs=None))

@@ -1,0 +1,36 @@
+"""Tests of the scheduler and the tokenizers beside the graphs, loaded by their own libraries."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from transformers import AutoTokenizer
+
+from d2f_fast.export.pipeline_files import write_pipeline_files
+from d2f_fast.export.source import load_model
+
+
+def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, tiny_folder):
+    folder, _ = exported
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    source = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    assert torch.equal(scheduler.alphas_cumprod, source.scheduler.alphas_cumprod)
+    assert scheduler.config.prediction_type == "epsilon"
+    assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ab c").input_ids == source.tokenizer("ab c").input_ids
+
+
+@pytest.mark.parametrize("sampling", ["use_karras_sigmas", "use_exponential_sigmas", "interpolation_type"])
+def test_scheduler_steps_through_trained_times_whatever_the_models_settings(sampling, tiny_folder, tmp_path):
+    model, folder = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_folder, model)
+    source = DDIMScheduler.from_pretrained(tiny_folder / "scheduler")
+    own = {sampling: "log_linear" if sampling == "interpolation_type" else True, "final_sigmas_type": "sigma_min"}
+    EulerDiscreteScheduler.from_config(source.config, **own).save_pretrained(model / "scheduler")
+    folder.mkdir()
+    write_pipeline_files(folder, load_model(str(model), None).pipeline)
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    want = [float((1 / source.alphas_cumprod[t] - 1) ** 0.5) for t in (999, 749, 499, 249)]
+    assert scheduler.sigmas.tolist() == pytest.approx([*want, 0], rel=1e-5)

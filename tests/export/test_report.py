@@ -1,0 +1,71 @@
+"""Tests of `export.json`: what it holds, and the verification of an earlier export by it."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export import verify
+from d2f_fast.export.folder import export_folder
+from d2f_fast.export.options import ExportOptions
+
+
+def test_report_lists_every_file_and_its_hash(exported):
+    folder, report = exported
+    assert report == json.loads((folder / "export.json").read_text())
+    for name, entry in report["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
+    listed = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {"export.json"}
+    assert listed == set(report["files"])
+
+
+@pytest.mark.parametrize(
+    ("made", "model"),
+    [("exported", "tiny_folder"), ("exported_half", "tiny_folder"), ("exported_static", "one_level_folder")],
+)
+def test_export_is_verified_again_with_its_own_options(made, model, request):
+    folder, report = request.getfixturevalue(made)
+    options = ExportOptions(model=str(request.getfixturevalue(model)), output=str(folder), verify_only=True)
+    assert export_folder(options)["parity"] == report["parity"]
+    # A tolerance that is asked for is kept.
+    with pytest.raises(verify.VerificationError, match=r"allowed is \d\.\de-0?9: do not use this export"):
+        export_folder(replace(options, tolerance=1e-9))
+
+
+def test_report_without_options_is_refused(exported, tiny_folder, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "copy")
+    (tmp_path / "copy/export.json").write_text('{"files": {}}')
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    with pytest.raises(RefusedInputError, match=r"export\.json is not the report of an export: export again"):
+        export_folder(options)
+
+
+def test_verification_without_the_autoencoder_of_the_export_is_refused(exported, tiny_folder, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "copy")
+    (tmp_path / "copy/export.json").write_text(json.dumps(exported[1] | {"vae": "taesd"}))
+    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    with pytest.raises(
+        RefusedInputError, match="copy was exported with --vae taesd: give it again to verify the export"
+    ):
+        export_folder(options)
+
+
+def test_verification_of_changed_files_is_refused(exported, tiny_folder, tmp_path):
+    copy = tmp_path / "graphs"
+    shutil.copytree(exported[0], copy)
+    with (copy / "unet/model.onnx.data").open("r+b") as file:
+        file.write(b"\xff" * 64)
+    with pytest.raises(
+        RefusedInputError, match=r"model.onnx.data is missing or differs from what was exported: export again"
+    ):
+        export_folder(ExportOptions(model=str(tiny_folder), output=str(copy), verify_only=True))
+
+
+def test_report_has_no_path_of_the_machine(exported, tiny_folder: Path):
+    text = (exported[0] / "export.json").read_text()
+    assert str(tiny_folder.parent) not in text
+    assert str(tiny_folder.parent).encode() not in (exported[0] / "unet/model.onnx").read_bytes()

@@ -1,0 +1,57 @@
+"""Tests of loading the exported model, with its own or another autoencoder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    UNet2DConditionModel,
+)
+
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.export.folder import export_folder
+from d2f_fast.export.options import ExportOptions
+from d2f_fast.export.verify import open_session
+
+
+def test_tiny_autoencoder_takes_the_place_of_the_models_own(tiny_folder, tmp_path):
+    torch.manual_seed(1)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+    tiny.save_pretrained(tmp_path / "taesd")
+    folder = tmp_path / "out"
+    options = {"model": str(tiny_folder), "vae": str(tmp_path / "taesd"), "output": str(folder)}
+    report = export_folder(ExportOptions(**options, components="vae_encoder,vae_decoder"))
+    assert max(row["rms"] for row in report["parity"]) <= 5e-6 and report["vae"] == "taesd"
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 24)).astype(np.float32)
+    (latents,) = open_session(folder / "vae_encoder/model.onnx").run(["latent_sample"], {"sample": image})
+    (decoded,) = open_session(folder / "vae_decoder/model.onnx").run(["sample"], {"latent_sample": latents})
+    with torch.no_grad():
+        want = tiny.encode(torch.from_numpy(image)).latents
+        np.testing.assert_allclose(latents, want, atol=1e-5)
+        np.testing.assert_allclose(decoded, tiny.decode(want).sample, atol=1e-5)
+
+
+def test_autoencoder_of_another_model_is_refused(tiny_folder, tmp_path):
+    for options, sentence in (
+        ({"latent_channels": 16}, "has 16 latent channels, the model's own has 4: give one made for this model"),
+        ({}, "has 8 pixels per latent, the model's own has 2: give one made for this model"),
+    ):
+        AutoencoderTiny(**options).save_pretrained(tmp_path / "other")
+        with pytest.raises(RefusedInputError, match=f"vae .*other {sentence}"):
+            export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "other"), output="out"))
+    UNet2DConditionModel.from_pretrained(tiny_folder / "unet").save_pretrained(tmp_path / "unet")
+    with pytest.raises(RefusedInputError, match="unet is a UNet2DConditionModel: give an AutoencoderKL or an"):
+        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "unet"), output="out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RefusedInputError, match=r"vae .*/empty cannot be loaded \("):
+        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "empty"), output="out"))
+    with pytest.raises(RefusedInputError, match=r"vae .*/none does not exist: give a hub id, or the folder"):
+        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "none"), output="out"))

@@ -1,0 +1,130 @@
+"""Saved LoRA files and pipelines give the images of the trainer, and describe how to sample them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.models.load import load_pipeline
+from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+from d2f_fast.training.trainer import AlignedTrainer
+
+
+@pytest.mark.parametrize(("objective", "scheduler", "shift", "sigmas"), [
+    ("diff2flow", {}, 1.0, "17.61, 3, 1, 0.3333, 0"),
+    ("diff2flow", {}, 2.0, "20.61, 6, 2, 0.6667, 0"),
+    ("diff2flow", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, 1.5, "4096, 4.5, 1.5, 0.5, 0"),
+    ("fm", {}, 1.0, "1, 0.75, 0.5, 0.25, 0"),
+    ("fm", {}, 2.0, "1, 0.8571, 0.6667, 0.4, 0"),  # 2 s / (1 + s)
+])  # fmt: skip
+def test_lora_file_describes_how_to_sample_it(
+    make_config: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    objective: str,
+    scheduler: dict[str, Any],
+    shift: float,
+    sigmas: str,
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **scheduler)
+    weighting = "flow" if objective == "fm" else "native"
+    options = make_config(tmp_path, objective=objective, flow_shift=shift, loss_weighting=weighting)
+    _, header = read_tensors(AlignedTrainer.from_pretrained(pipeline, options).save_lora(tmp_path / "lora"))
+    assert {name: value for name, value in header.items() if name.startswith("d2f.")} == {
+        "d2f.objective": objective,
+        "d2f.prediction_type": "flow_prediction" if objective == "fm" else scheduler.get("prediction_type", "epsilon"),
+        "d2f.zero_snr": "true" if scheduler else "false",
+        "d2f.loss_weighting": weighting,
+        "d2f.shift": str(shift),
+        "d2f.recommended_sigmas": sigmas,
+    }
+
+
+def test_full_finetuning_has_no_lora_to_save(make_trainer: Any, tmp_path: Path) -> None:
+    with pytest.raises(RefusedInputError, match="adapter is full, so there is no LoRA to save: use save_pipeline"):
+        make_trainer(adapter="full").save_lora(tmp_path)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_saved_pipeline_holds_the_averaged_network(
+    images: Any, make_batch: Any, make_trainer: Any, tmp_path: Path, adapter: str
+) -> None:
+    trainer = make_trainer(adapter=adapter, max_train_steps=3)
+    trainer.fit(images())
+    saved = StableDiffusionPipeline.from_pretrained(trainer.save_pipeline(tmp_path / "saved"), safety_checker=None)
+    sample, text = make_batch()["latents"], make_batch()["encoder_hidden_states"]
+    with trainer.averaged(), torch.no_grad():
+        expected = trainer.unet(sample, 673, text).sample
+    with torch.no_grad():
+        torch.testing.assert_close(saved.unet(sample, 673, text).sample, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RefusedInputError, match="saved exists: name a new folder, or remove it"):
+        trainer.save_pipeline(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("objective", ["diff2flow", "fm"])
+def test_saved_pipeline_gives_the_images_of_the_trainer(
+    images: Any, make_trainer: Any, tmp_path: Path, objective: str
+) -> None:
+    shift = 2.0 if objective == "fm" else 1.0
+    trainer = make_trainer(objective=objective, flow_shift=shift, max_train_steps=5, learning_rate=0.3)
+    trainer.fit(images())
+    noise = torch.Generator().manual_seed(3)
+    expected = np.asarray(trainer.sample(["ab", "c"], 4, guidance_scale=3.0, generator=noise), dtype=np.float64)
+
+    def draw(pipe: Any, **options: Any) -> Any:
+        pipe.set_progress_bar_config(disable=True)
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        options |= {"guidance_scale": 3.0, "latents": latents}
+        return np.asarray(pipe(["ab", "c"], height=16, width=16, **options).images, dtype=np.float64)
+
+    saved = StableDiffusionPipeline.from_pretrained(trainer.save_pipeline(tmp_path / "saved"), safety_checker=None)
+    # Stock schedulers start 0.001 from pure noise, and round fm's timesteps to whole ones.
+    choice = {"num_inference_steps": 4} if objective == "fm" else {"sigmas": trainer.alignment.sigmas(4)}
+    assert np.abs(draw(saved, **choice) - expected).mean() <= 1
+    saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
+    assert np.abs(draw(saved, num_inference_steps=4) - expected).max() <= 1
+    assert load_pipeline(tmp_path / "saved").unet is not None
+
+
+def test_sdxl_pipeline_with_the_saved_weights_gives_the_images_of_the_trainer(
+    make_config: Any, images: Any, tiny_xl: Any, tmp_path: Path
+) -> None:
+    """Both text encoders, the pooled text and the sizes reach the network, in training and in sampling."""
+    tiny_xl.save_pretrained(tmp_path / "base")
+    trainer = AlignedTrainer.from_pretrained(
+        tmp_path / "base", make_config(tmp_path / "run", max_train_steps=5, learning_rate=0.3, ema_decay=0.0)
+    )
+    trainer.fit(images())
+    trainer.save_lora(tmp_path / "lora")
+
+    def ours(negative: str) -> Any:
+        noise = torch.Generator().manual_seed(3)
+        return trainer.sample(["ab", "c"], 2, guidance_scale=3.0, negative_prompt=negative, generator=noise)
+
+    pictures = ours("d")
+
+    def stock(pipe: Any, negative: list[str] | None = ["d", "d"]) -> Any:  # noqa: B006
+        pipe.set_progress_bar_config(disable=True)
+        options = {"height": 16, "width": 16, "negative_prompt": negative, "guidance_scale": 3.0}
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        return pipe(["ab", "c"], num_inference_steps=2, latents=latents, **options).images
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "base", add_watermarker=False)
+    pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config)
+    untrained = stock(pipe)
+    pipe.load_lora_weights(str(tmp_path / "lora"))
+    difference = np.abs(np.asarray([stock(pipe), untrained], dtype=np.float64) - np.asarray(pictures, dtype=np.float64))
+    assert difference[0].max() <= 1 and difference[1].max() >= 8
+    # No negative prompt is zeros, in training too.
+    assert np.abs(np.asarray(stock(pipe, None), dtype=np.float64) - np.asarray(ours(""), dtype=np.float64)).max() <= 1
+    assert all(value.count_nonzero() == 0 for value in trainer._inputs.empty_condition().values())
+    trainer.save_pipeline(tmp_path / "saved")
+    saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
+    saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
+    assert np.abs(np.asarray(stock(saved), dtype=np.float64) - np.asarray(pictures, dtype=np.float64)).max() <= 1
