@@ -53,7 +53,8 @@ ROOMS_OF_EXPORT = (
 TESTED_ELSEWHERE = {
     "d2f_fast": "It holds the list of public names, which the tests below check.",
     "d2f_fast.errors": "It holds the types of errors; the tests of the code that raises them check type and exit code.",
-    "d2f_fast.files.hashes": "It holds one function of two lines, which the tests of caches and checkpoints call.",
+    "d2f_fast.models.library_messages": "It sets the verbosity of two libraries, in calls of theirs.",
+    "d2f_fast.models.names": "It holds one constant, which tests/models/test_load.py loads by.",
     "d2f_fast.kernels.lora_dispatch": "It is a part of lora_linear and is tested through it.",
     "d2f_fast.kernels.lora_kernels": "It is a part of lora_linear and is tested through it.",
     "d2f_fast.miniature.build": "It is the command that trained the committed weights, which takes hours.",

@@ -69,6 +69,7 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
     np.testing.assert_array_equal(decoded(path), ORIENTED[orientation](NOISE[..., :3]))
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about the damaged tags
 def test_damaged_exif_tags_do_not_hide_the_orientation():
     exif = Image.Exif()
     exif[0x0112], exif[0x0110], exif[0x011A] = 6, "model", 72.0
