@@ -67,7 +67,6 @@ TESTED_ELSEWHERE = {
 TESTS_OF_NO_MODULE = {
     "tests/export/test_deploy.py": "It runs the examples of docs/deploy.md.",
     "tests/export/test_large.py": "It exports a model of Stable Diffusion 1.5's size.",
-    "tests/export/test_models.py": "It exports one model of each supported kind.",
     "tests/export/test_optimum.py": "It loads an export in optimum-onnx.",
     "tests/layers/test_lora_on_a_gpu.py": "It holds the checks of the LoRA layers that only a GPU can run.",
     "tests/test_benchmarks.py": "It tests benchmarks/.",
