@@ -27,7 +27,7 @@ def tensors_of(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def closed_form(
     objective: str, unet: Any, ddim: Any, latents: Tensor, noise: Tensor, t: Tensor, text: Tensor
 ) -> Tensor:
-    """Loss of an ε-predicting network in float64, from the paper's equations and diffusers' own table alone."""
+    """Return the float64 loss of an ε-predicting network, from the paper's equations and diffusers' table alone."""
     if objective == "fm":
         state = t[:, None, None, None] * latents + (1 - t)[:, None, None, None] * noise
         return (unet(state, 1000 * (1 - t), text).sample - (noise - latents)).square().mean()
