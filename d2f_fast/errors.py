@@ -1,8 +1,8 @@
-"""Errors that a user can act on; the command line prints their one line and exits with code 2."""
+"""Errors that a user can act on. The command line prints their one line and exits with code 2."""
 
 
 class RefusedInputError(ValueError):
-    """Input that cannot be used. The message is one line: the file, the key, and what to do."""
+    """Input that cannot be used. The message is one line that names the file or key, the problem and the cure."""
 
 
 class DatasetError(RefusedInputError):
@@ -18,6 +18,10 @@ class ModelError(RefusedInputError):
 
 
 def printable(name: object) -> str:
-    """Text of a path or a key for a one-line message: escaped where it holds line breaks or control characters."""
+    """Return the text of a path or key for a one-line message.
+
+    Args:
+        name: Path, key or other object. Its text is escaped where it holds line breaks or control characters.
+    """
     text = str(name)
     return text if text.isprintable() else repr(text)

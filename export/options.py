@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.models.names import MINIATURE
 
-MINIATURE = "miniature"
 COMPONENTS = ("unet", "text_encoder", "vae_encoder", "vae_decoder", "sampler")
 TOLERANCES = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
 

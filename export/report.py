@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.options import COMPONENTS, ExportOptions
 from d2f_fast.export.readiness import Readiness
 from d2f_fast.export.verify import Row
 from d2f_fast.files.hashes import file_sha256
+from d2f_fast.lora.merge import MergedLora
 
 REPORT = "export.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
@@ -40,7 +41,7 @@ class Report(TypedDict):
     format: int
     model: str
     vae: str | None
-    adapters: list[dict[str, Any]]
+    adapters: list[MergedLora]
     opset: int
     target: str
     precision: dict[str, str]

@@ -8,7 +8,6 @@ from diffusers import AutoModel
 from safetensors import SafetensorError
 
 from d2f_fast.errors import ModelError
-from d2f_fast.export.options import MINIATURE
 from d2f_fast.models.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -25,12 +24,7 @@ def load_model(model: str, vae: str | None) -> BaseModel:
     Raises:
         ModelError: the model or the autoencoder cannot be loaded or does not fit.
     """
-    if model == MINIATURE:
-        from d2f_fast.miniature import load_miniature
-
-        loaded = BaseModel(load_miniature())
-    else:
-        loaded = BaseModel.load(model)
+    loaded = BaseModel.load(model)
     for name in ("vae", "tokenizer", "text_encoder"):
         if getattr(loaded.pipeline, name, None) is None:
             raise ModelError(f"{model} has no {name}: give a complete Stable Diffusion pipeline")

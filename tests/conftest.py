@@ -187,3 +187,33 @@ def tiny_xl(tiny_folder: Path) -> Any:
         scheduler=base.scheduler,
         add_watermarker=False,
     )
+
+
+@pytest.fixture(scope="session")
+def adapted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
+    """A UNet with an active LoRA on every kind of layer, alpha = 2 r, scaled by 0.7; and its files by form."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    from d2f_fast.lora.inject import inject_lora, lora_layers
+    from d2f_fast.lora.write import save_lora
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    torch.manual_seed(5)
+    inject_lora(pipeline.unet, 3, alpha=6, conv_rank=2, first_last_layers=True)
+    with torch.no_grad():
+        for name, parameter in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("adapter")
+    peft = save_lora(pipeline.unet, folder)
+    kohya = {}
+    for name, layer in lora_layers(pipeline.unet).items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        kohya[f"{key}.lora_down.weight"] = layer.lora_A["default"].weight.detach().clone()
+        kohya[f"{key}.lora_up.weight"] = layer.lora_B["default"].weight.detach().clone()
+        kohya[f"{key}.alpha"] = torch.tensor(layer.scaling["default"] * layer.r["default"])
+    save_file(kohya, folder / "kohya.safetensors")
+    for layer in lora_layers(pipeline.unet).values():
+        layer.scale_layer(0.7)
+    return pipeline.unet.eval(), {"peft": peft.parent, "kohya": folder / "kohya.safetensors"}

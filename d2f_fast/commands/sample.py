@@ -18,8 +18,8 @@ from d2f_fast.config import (
     option,
 )
 from d2f_fast.errors import RefusedInputError, printable
-from d2f_fast.models.by_name import MINIATURE, model_by_name
 from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.models.names import MINIATURE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,7 +93,7 @@ class Sample:
         output, started = Path(self.output_dir), time.monotonic()
         self._refuse_early(output)
         from d2f_fast.files.atomic import atomic_path, make_folder
-        from d2f_fast.files.run_record import write_metrics
+        from d2f_fast.files.run_record import write_run_record
 
         images = self._with_diffusers() if self.onnx is None else self._with_onnx(self.onnx)
         make_folder(output)
@@ -103,7 +103,7 @@ class Sample:
                 image.save(temporary)
         seconds = time.monotonic() - started
         row = {"sampler": "flow", "method": self.method, "steps": self.num_inference_steps, "samples": len(files)}
-        write_metrics(output, "d2f sample", self.seed, seconds, [row])
+        write_run_record(output, "d2f sample", self.seed, seconds, [row])
         return row | {"files": files, "output": str(output)}
 
     def _refuse_early(self, output: Path) -> None:
@@ -136,8 +136,7 @@ class Sample:
         from d2f_fast.models.load import load_pipeline
         from d2f_fast.sampling.generate import generate
 
-        model = model_by_name(self.model)
-        pipe = load_pipeline(model) if isinstance(model, str) else model
+        pipe = load_pipeline(self.model)
         if self.lora is not None:
             fuse_adapter(pipe, Path(self.lora), 1.0)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,8 @@ from typing import Any
 
 from d2f_fast.config import TrainingConfig, option
 from d2f_fast.errors import RefusedInputError, printable
-from d2f_fast.models.by_name import MINIATURE, model_by_name
 from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.models.names import MINIATURE
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Train:
         silence_libraries()
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.order import steps_per_epoch
-        from d2f_fast.files.run_record import write_metrics
+        from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.trainer import AlignedTrainer
 
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
-        trainer = AlignedTrainer.from_pretrained(model_by_name(self.pretrained_model_name_or_path), self.options)
+        trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, self.options)
         if trainer.accelerator.is_main_process:
             steps = self.options.max_train_steps
             epochs = steps / steps_per_epoch(len(dataset), trainer.global_batch_size)
@@ -70,7 +70,7 @@ class Train:
         is_lora = self.options.adapter == "lora"
         saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline")
         row = {"objective": self.options.objective, "adapter": self.options.adapter, **result}
-        write_metrics(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
+        write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
         return row | {"output": str(saved)}
 
     def _refuse_early(self, output: Path) -> None:

@@ -131,7 +131,8 @@ class BatchEncoder:
         )
         side = self._config.resolution
         return {
-            **posterior,
+            "mean": posterior["mean"],
+            "std": posterior["std"],
             "encoder_hidden_states": condition["encoder_hidden_states"],
             "added_cond_kwargs": self._model.added_cond_kwargs(condition, side, side),
             "offset": plan.offset,

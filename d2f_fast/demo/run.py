@@ -32,7 +32,7 @@ from d2f_fast.demo.networks import (
 from d2f_fast.demo.report import GridColumns, write_report
 from d2f_fast.demo.samplers import SAMPLERS
 from d2f_fast.demo.settings import DemoSettings, TunedSettings
-from d2f_fast.files.run_record import write_metrics
+from d2f_fast.files.run_record import write_run_record
 from d2f_fast.miniature import emoji, load_miniature
 from d2f_fast.miniature.classifier import Classifier, load_classifier
 from d2f_fast.models.base_model import BaseModel, to_pil
@@ -79,7 +79,7 @@ def run_demo(
     )
     seconds = time.monotonic() - started
     report = write_report(output, rows, measurements.shown, columns, seed, seconds)
-    write_metrics(output, "d2f demo", seed, seconds, rows)
+    write_run_record(output, "d2f demo", seed, seconds, rows)
     return report
 
 

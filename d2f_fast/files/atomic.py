@@ -1,4 +1,9 @@
-"""Write files and folders so that they appear whole or not at all."""
+"""Write files and folders so that they appear whole or not at all.
+
+folder/                       does not exist, or is complete
+.tmp-PID-folder/              being filled by process PID; removed when the process ends, or by the next that writes
+.old-PID-folder/              being replaced by process PID; put back if the process was killed between two renames
+"""
 
 import errno
 import os
@@ -15,16 +20,23 @@ from d2f_fast.errors import RefusedInputError
 
 StrPath = str | os.PathLike[str]
 
+# Temporary folders that this process is filling: its number alone would not tell them from those of an earlier process
+# that had the same number, as in a container that is started again.
+_IN_PROGRESS: set[Path] = set()
+
 
 @contextmanager
 def atomic_path(path: StrPath) -> Iterator[Path]:
     """Yield a temporary path whose file becomes `path` at the end of the block, whole or not at all.
 
     The temporary file lies in the same folder under a hidden name that keeps the suffix. If the block raises, it is
-    removed and `path` keeps what it held.
+    removed, and `path` keeps what it held.
+
+    Args:
+        path: File to write or replace; its folder must exist.
 
     Raises:
-        RefusedInputError: the disk is full.
+        RefusedInputError: The disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
@@ -40,56 +52,63 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: StrPath, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: StrPath, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder` that becomes it at the end of the block, whole or not at all.
 
-    If the block raises, the temporary folder is removed and `folder` stays as it was. `recover_folder` tidies up after
-    a process that was killed in the block.
+    What killed processes left of the same folder is tidied up first; see `recover_folder`. If the block raises, the
+    temporary folder is removed, and `folder` keeps what it held.
 
     Args:
-        folder: path of the folder to make.
-        replace: Replace a folder that exists; the old one is removed only once the new one is in place. Without it, a
-            folder that exists is refused.
+        folder: Folder to make; the folders above it are made where they are missing.
+        replace: Whether an existing folder may be replaced. It is removed only when the new one is in place.
 
     Raises:
-        RefusedInputError: `folder` exists and is not to be replaced, it cannot be made, or the disk is full.
+        RefusedInputError: `folder` exists and `replace` is False, `folder` cannot be made, or the disk is full.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    recover_folder(folder)
     if folder.exists() and not replace:
         raise RefusedInputError(f"{folder} exists: name a new folder, or remove it")
-    make_folder(folder.parent)
-    temporary, old = (folder.with_name(f".{kind}-{os.getpid()}-{folder.name}") for kind in ("tmp", "old"))
+    parent = make_folder(folder.parent)
+    temporary, replaced = (parent / f".{kind}-{os.getpid()}-{folder.name}" for kind in ("tmp", "old"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
+    except OSError as error:
+        refuse_full_disk(folder, error)
+        raise RefusedInputError(f"{folder} cannot be made ({error.strerror}): name another folder") from error
+    _IN_PROGRESS.update((temporary, replaced))
+    try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync_to_disk(path)
         if folder.exists():
-            folder.rename(old)
+            folder.rename(replaced)
         temporary.rename(folder)
-        sync_to_disk(folder.parent)
+        sync_to_disk(parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         refuse_full_disk(folder, error)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _IN_PROGRESS.difference_update((temporary, replaced))
 
 
 def recover_folder(folder: StrPath) -> None:
-    """Tidy up after `atomic_folder` in a process that was killed: put back what it was replacing, remove the rest.
+    """Tidy up what killed processes left when they wrote the same folder with `atomic_folder`.
 
-    Folders of processes that still run are left alone. Call it before `atomic_folder`, never inside its block.
+    A folder that was being replaced is put back if its successor is not in place. Other leftovers are removed. Folders
+    of processes that still run are left alone.
 
     Args:
-        folder: path that was given to `atomic_folder`.
+        folder: Folder that `atomic_folder` was to make.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     for path in list(folder.parent.iterdir()) if folder.parent.is_dir() else []:
         found = re.fullmatch(rf"\.(old|tmp)-(\d+)-{re.escape(folder.name)}", path.name)
-        if found is None or _is_running(int(found[2])):
+        if found is None or path in _IN_PROGRESS or _is_other_running_process(int(found[2])):
             continue
         if found[1] == "old" and not folder.exists():
             path.rename(folder)
@@ -97,24 +116,17 @@ def recover_folder(folder: StrPath) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_running(pid: int) -> bool:
-    """Return whether another process has this id; this process' own id was that of an earlier process."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def make_folder(path: StrPath) -> Path:
-    """Make a folder, and those above it, where they are missing.
+    """Make a folder, and the folders above it, where they are missing.
+
+    Args:
+        path: Folder to make.
+
+    Returns:
+        The folder.
 
     Raises:
-        RefusedInputError: it cannot be made.
+        RefusedInputError: The folder cannot be made.
     """
     path = Path(path)
     try:
@@ -125,7 +137,14 @@ def make_folder(path: StrPath) -> Path:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Bring a file's content, or a folder's names, to disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk.
+
+    Args:
+        path: File or folder.
+
+    Raises:
+        OSError: The disk could not store it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,14 +157,26 @@ def sync_to_disk(path: Path) -> None:
 
 
 def refuse_full_disk(path: Path, error: BaseException) -> None:
-    """Say in one line that the disk is full, if that is why `path` could not be written."""
+    """Raise a one-line error if `path` could not be written because the disk is full; return otherwise.
+
+    Args:
+        path: File or folder that could not be written.
+        error: Error that was raised when it was written.
+
+    Raises:
+        RefusedInputError: The disk is full.
+    """
     if is_full_disk(error):
         free = in_mebibytes(shutil.disk_usage(path.parent).free)
         raise RefusedInputError(f"{path}: the disk is full, {free} free; make room and run again") from error
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that caused it, is a full disk or quota; safetensors gives the number as text."""
+    """Return whether an error, or one that caused it, says that the disk or the quota is full.
+
+    Args:
+        error: Error to look at. safetensors gives the error number as text only.
+    """
     numbers = (errno.ENOSPC, errno.EDQUOT)
     while error is not None:
         if isinstance(error, OSError) and error.errno in numbers:
@@ -157,4 +188,18 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def in_mebibytes(size_bytes: int) -> str:
+    """Return a size as text in MiB, with one decimal."""
     return f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _is_other_running_process(pid: int) -> bool:
+    """Return whether another process than this one has the number and is running."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

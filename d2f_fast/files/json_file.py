@@ -1,4 +1,4 @@
-"""Read and write JSON files: reading is bounded in size, writing is atomic."""
+"""Read and write JSON files. Reading is bounded in size, and writing is atomic."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,22 @@ from typing import Any
 from d2f_fast.errors import CheckpointError
 from d2f_fast.files.atomic import StrPath, atomic_path
 
-MAX_JSON_BYTES = 64 * 2**20  # a hostile file must not fill the memory; ours stay below 1 MiB
+MAX_JSON_BYTES = 64 * 2**20  # A hostile file must not fill the memory; the files of this package are below 1 MiB.
 
 
-def write_json(path: StrPath, obj: Any) -> None:
-    """Write `obj` as JSON in UTF-8, atomically.
+def write_json(path: StrPath, content: object) -> None:
+    """Write an object as indented JSON in UTF-8, whole or not at all.
+
+    Args:
+        path: File to write or replace.
+        content: Dictionaries, lists, strings, numbers, booleans and None.
 
     Raises:
-        TypeError: `obj` holds something that JSON has no form for.
-        ValueError: `obj` holds NaN or an infinity, which JSON readers other than Python's refuse.
+        TypeError: `content` holds an object that JSON has no form for.
+        ValueError: `content` holds NaN or an infinity, which JSON readers other than Python's refuse.
+        RefusedInputError: The disk is full.
     """
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -25,8 +30,14 @@ def write_json(path: StrPath, obj: Any) -> None:
 def read_json(path: StrPath) -> Any:
     """Read a JSON file of at most 64 MiB.
 
+    Args:
+        path: File to read.
+
+    Returns:
+        Its content, of any JSON type: the caller checks which.
+
     Raises:
-        CheckpointError: the file is missing, too large, or not JSON.
+        CheckpointError: The file is missing, too large, or not JSON.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,5 +46,5 @@ def read_json(path: StrPath) -> Any:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes; restore it from an intact copy")
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # ValueError stands for bad JSON, bad UTF-8 and huge numbers.
         raise CheckpointError(f"{path}: not JSON ({error}); restore it from an intact copy") from error

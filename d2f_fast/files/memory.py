@@ -1,4 +1,4 @@
-"""How much memory this process has taken."""
+"""Measure how much memory this process has used."""
 
 import re
 import resource
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def peak_resident_bytes() -> int:
-    """Most bytes of physical memory that this process held at once."""
+    """Return the largest amount of physical memory that this process has held at once, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Linux' ru_maxrss begins with that of the process that started this one.
+        # On Linux, ru_maxrss starts at the peak of the parent process; VmHWM does not.
         (high_water,) = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())
         return int(high_water) * 1024
-    # macOS gives bytes, other systems kilobytes.
+    # macOS reports bytes, other systems kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,10 +1,10 @@
-"""LoRA adapters of a UNet: where they go, and the file they are shared in. peft injects and owns the parameters."""
+"""Add LoRA adapters to a UNet. peft injects them, and owns their parameters."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -17,12 +17,11 @@ LINEAR_TARGETS = (
     *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 )
 CONVOLUTION_TARGETS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
-# Ranks at which LoRA on the first and last convolution is as expressive as their full weights: in * 9 and out.
 FIRST_LAYER, LAST_LAYER = "conv_in", "conv_out"
 
 
 def inject_lora(
-    unet: Any,
+    unet: UNet2DConditionModel,
     rank: int,
     *,
     alpha: float | None = None,
@@ -31,30 +30,35 @@ def inject_lora(
     target_modules: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, nn.Parameter]:
-    """Freeze a diffusers UNet and add float32 LoRA layers to it; the output does not change (B is zero).
+    """Freeze a UNet and add float32 LoRA layers to it. Its output does not change, because B starts at zero.
 
     Args:
-        unet: UNet2DConditionModel; its configuration and keys stay.
-        rank: of the linear layers, 1 or more.
-        alpha: the scale is alpha / rank, the same for every layer; None means rank, a scale of 1.
-        conv_rank: of the residual blocks' and samplers' convolutions; 0 leaves them out.
-        first_last_layers: adapt conv_in and conv_out too, at the rank that makes them as expressive as full weights.
-        target_modules: module name endings in place of the attention and feed-forward layers.
-        seed: of the initial A.
+        unet: Network to adapt, in place; its configuration stays.
+        rank: Rank of the linear layers, 1 or more.
+        alpha: The scale is alpha / rank, the same for every layer. None means rank, a scale of 1.
+        conv_rank: Rank of the convolutions in residual blocks and samplers; 0 leaves them out.
+        first_last_layers: Whether conv_in and conv_out are adapted too. Their ranks, 9 times the input channels and the
+            number of output channels, make them as expressive as the full weights.
+        target_modules: Endings of module names to adapt in place of the attention and feed-forward layers; None keeps
+            those.
+        seed: Seed of the initial values of A.
 
     Returns:
         The trainable parameters by name.
 
     Raises:
-        ModelError: no module of the UNet has such a name, or a rank is below 1.
+        ModelError: No module of the UNet has such a name, a rank is out of range, or the UNet has an adapter already.
     """
     if rank < 1 or conv_rank < 0:
         raise ModelError(f"rank must be at least 1 and conv_rank at least 0, got {rank} and {conv_rank}")
     targets = list(LINEAR_TARGETS if target_modules is None else target_modules)
-    for target in target_modules or ():  # peft passes over the ones that match nothing
+    for target in target_modules or ():  # peft ignores the ones that match nothing
         matched = [module for name, module in unet.named_modules() if f".{name}".endswith(f".{target}")]
         if not matched or not all(isinstance(module, nn.Linear | nn.Conv2d) for module in matched):
-            raise ModelError(f"target_modules: {target!r} is no linear or convolution layer of the UNet; see its keys")
+            raise ModelError(
+                f"target_modules: {target!r} is not a linear or convolution layer of the UNet:"
+                " choose from its module names"
+            )
     ranks: dict[str, int] = {}
     if conv_rank:
         ranks |= dict.fromkeys(CONVOLUTION_TARGETS, conv_rank)
@@ -85,5 +89,5 @@ def inject_lora(
 
 
 def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted modules by name."""
+    """Return the adapted modules of a UNet by name."""
     return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}

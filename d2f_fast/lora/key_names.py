@@ -1,10 +1,13 @@
-"""Name the layers of a pipeline as LoRA files name them: peft, diffusers, kohya and Stability's own (sgm) names."""
+"""Name the layers of a pipeline as LoRA files name them, in the forms of peft, diffusers, kohya and Stability (sgm)."""
 
 import re
-from typing import Any
 
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+AdaptableLayer = nn.Linear | nn.Conv2d
+
+# Names of Stability's own code, sgm, for the layers of a residual block and for the first and last layers.
 _SGM_LEAVES = {
     "conv1": "in_layers_2",
     "conv2": "out_layers_3",
@@ -13,8 +16,6 @@ _SGM_LEAVES = {
     "norm1": "in_layers_0",
     "norm2": "out_layers_0",
 }
-
-
 _SGM_ENDS = {
     "conv_in": "input_blocks_0_0",
     "conv_out": "out_2",
@@ -25,9 +26,13 @@ _SGM_ENDS = {
 }
 
 
-def module_names(pipeline: Any) -> dict[str, Any]:
-    """Every linear and convolution layer of a pipeline, by each name that LoRA files have for it."""
-    found: dict[str, Any] = {}
+def module_names(pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
+    """Return every linear and convolution layer of a pipeline, by each name that LoRA files use for it.
+
+    Args:
+        pipeline: Stable Diffusion pipeline, with one or two text encoders.
+    """
+    found: dict[str, AdaptableLayer] = {}
     unet = pipeline.unet
     for name, module in _layers(unet):
         found[f"unet.{name}"] = module
@@ -38,7 +43,7 @@ def module_names(pipeline: Any) -> dict[str, Any]:
     for component, prefixes in {"text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}.items():
         encoder = getattr(pipeline, component, None)
         for name, module in _layers(encoder) if encoder is not None else ():
-            # transformers has dropped this prefix from its module names; files have it.
+            # LoRA files have this prefix, which transformers has dropped from its module names.
             bare = name.removeprefix("text_model.")
             for spelled in (bare, f"text_model.{bare}"):
                 found[f"{component}.{spelled}"] = module
@@ -47,8 +52,16 @@ def module_names(pipeline: Any) -> dict[str, Any]:
     return found
 
 
-def sgm_name(name: str, unet: Any) -> str | None:
-    """Name of a UNet's layer in Stability's own code, dots as underscores; None for what that code has not."""
+def sgm_name(name: str, unet: UNet2DConditionModel) -> str | None:
+    """Return the name of a UNet's layer in Stability's own code (sgm), with underscores in place of dots.
+
+    Args:
+        name: Name of the layer in diffusers.
+        unet: The UNet, whose configuration gives the number of layers in a block.
+
+    Returns:
+        The name, or None for a layer that sgm does not have.
+    """
     if name in _SGM_ENDS:
         return _SGM_ENDS[name]
     per_block = unet.config.layers_per_block + 1 if isinstance(unet.config.layers_per_block, int) else 0
@@ -74,5 +87,6 @@ def sgm_name(name: str, unet: Any) -> str | None:
     return f"middle_block_1_{found[3].replace('.', '_')}"
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+def _layers(model: nn.Module) -> list[tuple[str, AdaptableLayer]]:
+    """Return the linear and convolution layers of a model, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptableLayer)]

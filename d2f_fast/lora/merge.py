@@ -1,23 +1,50 @@
-"""Add the adapters of a UNet, or LoRA files, to the weights they adapt."""
+"""Add the adapter of a UNet, or a LoRA file, to the weights that it adapts."""
 
-import hashlib
 import math
-from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError
-from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.files.atomic import StrPath
+from d2f_fast.files.hashes import file_sha256
 from d2f_fast.lora.inject import ADAPTER, lora_layers
-from d2f_fast.lora.key_names import module_names
-from d2f_fast.lora.read import _HALVES, LORA_FILE, _delta, _metadata
+from d2f_fast.lora.key_names import AdaptableLayer, module_names
+from d2f_fast.lora.read import LoraFile, LoraLayerWeights, read_lora
+
+
+class MergedLora(TypedDict):
+    """Description of a LoRA that was merged into a pipeline.
+
+    Attributes:
+        file: Name of the LoRA file.
+        sha256: Hash of the file.
+        scale: Factor on the whole adapter.
+        layers: Number of layers that changed.
+        change: Euclidean norm of the change, over all layers.
+        relative_change: `change` divided by the norm of the weights that changed.
+    """
+
+    file: str
+    sha256: str
+    scale: float
+    layers: int
+    change: float
+    relative_change: float
 
 
 @torch.no_grad()
 def merged_state_dict(unet: nn.Module) -> dict[str, Tensor]:
-    """State of the UNet as if it had no adapter, each adapted weight plus scale * B A, computed in float32."""
+    """Return the state of a UNet with its adapter merged: W + scale * B A for each adapted weight.
+
+    Args:
+        unet: UNet with an adapter from `inject_lora`; it is not changed.
+
+    Returns:
+        Tensors under the keys of a UNet without adapter, in their own types; the sums are computed in float32.
+    """
     layers = lora_layers(unet)
     merged = {}
     for key, value in unet.state_dict().items():
@@ -30,65 +57,68 @@ def merged_state_dict(unet: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
-def merged_unet(unet: Any) -> Any:
-    """A new UNet on the CPU, without adapter, that computes what this one does; see `merged_state_dict`."""
-    merged = type(unet).from_config(unet.config).type(unet.dtype)  # diffusers' `to` warns of a list that is empty
+def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Return a new UNet on the CPU, without adapter, that computes the same as a UNet with one.
+
+    Args:
+        unet: UNet with an adapter from `inject_lora`; it is not changed.
+    """
+    merged = type(unet).from_config(unet.config).type(unet.dtype)  # `to` of diffusers warns about an empty list
     merged.load_state_dict(merged_state_dict(unet))
     return merged.eval()
 
 
 @torch.no_grad()
-def fuse_adapter(pipeline: Any, source: Path, scale: float) -> dict[str, Any]:
-    """Add a LoRA to the weights of a pipeline's UNet and text encoders; nothing of it remains but the sum.
+def fuse_adapter(pipeline: DiffusionPipeline, source: StrPath, scale: float) -> MergedLora:
+    """Add a LoRA file to the weights of a pipeline's UNet and text encoders: W += scale * alpha / r * up @ down.
 
     Args:
-        pipeline: in float32.
-        source: .safetensors file, or the folder of pytorch_lora_weights.safetensors.
-        scale: factor on the whole adapter.
-
-    Returns:
-        What was done: file, sha256, scale, layers, and the norm of the change in all and beside the weights'.
+        pipeline: Pipeline in float32. No adapter is left in it, only the sums.
+        source: `.safetensors` file, or the folder that holds `pytorch_lora_weights.safetensors`.
+        scale: Factor on the whole adapter.
 
     Raises:
-        ModelError: no LoRA file, another kind of adapter, or one of another model; no weight was changed.
+        ModelError: The file is not a LoRA of this model, changes nothing, or is not finite; no weight was changed.
+        CheckpointError: The file is missing, damaged, or a pickle.
     """
-    path = source / LORA_FILE if source.is_dir() else source
-    if path.suffix != ".safetensors":
-        raise ModelError(f"{path} is not safetensors, other formats can run code: convert it to safetensors first")
-    tensors, header = read_tensors(path)
-    layers: dict[str, dict[str, Tensor]] = {}
-    foreign = []
-    for key, value in tensors.items():
-        suffix = next((suffix for suffix in _HALVES if key.endswith(suffix)), None)
-        if suffix is None:
-            foreign.append(key)
-        else:
-            layers.setdefault(key.removesuffix(suffix), {})[_HALVES[suffix]] = value
-    if foreign or not layers:
-        raise ModelError(
-            f"LoRA {path}: {(foreign or ['nothing'])[0]} is no LoRA weight: only peft and kohya LoRA files merge"
-        )
-    modules = module_names(pipeline)
-    missing = [name for name in layers if name not in modules]
-    if missing:
-        raise ModelError(
-            f"LoRA {path}: {len(layers) - len(missing)} of {len(layers)} layers match this model, not {missing[0]}:"
-            " it is of another model (SDXL LoRA on SD1.5?)"
-        )
-    metadata = _metadata(path, header)
-    deltas = {name: _delta(path, name, half, modules[name], metadata) for name, half in layers.items()}
+    lora = read_lora(source)
+    modules = _adapted_modules(lora, pipeline)
+    deltas = {name: _fitting_delta(lora, name, layer, modules[name]) for name, layer in lora.layers.items()}
     change = math.sqrt(sum(delta.square().sum().item() for delta in deltas.values())) * abs(scale)
     if not 0 < change < math.inf:
-        what = "holds NaN or infinity" if scale and change else "changes nothing"
-        raise ModelError(f"LoRA {path} {what}: all of its updates add up to {change}")
+        problem = "holds NaN or infinity" if scale and change else "changes nothing"
+        raise ModelError(f"LoRA {lora.path} {problem}: all of its updates add up to {change}")
     weights = math.sqrt(sum(modules[name].weight.square().sum().item() for name in deltas))
     for name, delta in deltas.items():
         modules[name].weight += scale * delta
     return {
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "file": lora.path.name,
+        "sha256": file_sha256(lora.path),
         "scale": scale,
         "layers": len(deltas),
         "change": change,
         "relative_change": change / weights,
     }
+
+
+def _adapted_modules(lora: LoraFile, pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
+    """Return the module of each layer of a LoRA file, or refuse a file of another model."""
+    modules = module_names(pipeline)
+    missing = [name for name in lora.layers if name not in modules]
+    if missing:
+        raise ModelError(
+            f"LoRA {lora.path}: {len(lora.layers) - len(missing)} of {len(lora.layers)} layers match this model, not"
+            f" {missing[0]}: it is of another model (SDXL LoRA on SD1.5?)"
+        )
+    return {name: modules[name] for name in lora.layers}
+
+
+def _fitting_delta(lora: LoraFile, name: str, layer: LoraLayerWeights, module: AdaptableLayer) -> Tensor:
+    """Return the update of one layer in the shape of the module's weight, or refuse one that does not fit."""
+    shape = module.weight.shape
+    if layer.up.shape[0] != shape[0] or layer.down.shape[1:].numel() != shape[1:].numel():
+        raise ModelError(
+            f"LoRA {lora.path}: {name} is {list(layer.up.shape)} times {list(layer.down.shape)}, which does not fit"
+            f" this model's {list(shape)}: it is of another model"
+        )
+    return layer.delta().reshape(shape)

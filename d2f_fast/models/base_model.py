@@ -1,8 +1,4 @@
-"""Load a pretrained diffusion model, encode its texts and images, and refuse what cannot be trained.
-
-A model is a diffusers pipeline: a hub id, a folder, or a single `.safetensors` file. Only safetensors are read; nothing
-unpickles.
-"""
+"""The base model: a pretrained diffusers pipeline that encodes images and captions, and decodes latents."""
 
 import hashlib
 import json
@@ -11,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,32 +17,44 @@ from d2f_fast.models.load import load_pipeline
 
 
 class BaseModel:
-    """A diffusers text-to-image pipeline, taken apart for training.
+    """A diffusers text-to-image pipeline and its parts, with frozen weights.
 
     Args:
-        pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or one with the same components and
+        pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or another with the same components and
             `encode_prompt`.
 
+    Attributes:
+        pipeline: The pipeline itself.
+        unet: Its network.
+        vae: Its autoencoder.
+        alignment: Map between flow time and the pipeline's own diffusion time.
+
     Raises:
-        ModelError: it has no UNet2DConditionModel, or its scheduler cannot be aligned.
+        ModelError: The pipeline has no UNet2DConditionModel, or its scheduler cannot be aligned.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
         if type(getattr(pipeline, "unet", None)).__name__ != "UNet2DConditionModel":
             raise ModelError(f"{type(pipeline).__name__} has no UNet2DConditionModel: give a Stable Diffusion pipeline")
-        self.unet = pipeline.unet
-        self.vae = pipeline.vae
+        self.unet: UNet2DConditionModel = pipeline.unet
+        self.vae: AutoencoderKL = pipeline.vae
         self.alignment = Alignment.from_scheduler(pipeline.scheduler)
         for component in self._frozen():
             component.requires_grad_(False).eval()
 
     @classmethod
     def load(cls, model: str | Path, dtype: torch.dtype = torch.float32) -> "BaseModel":
-        """Load a hub id, a pipeline folder or a single `.safetensors` file.
+        """Load a base model.
+
+        Args:
+            model: Hub id, pipeline folder, `.safetensors` file with every part, or "miniature" for the embedded
+                miniature.
+            dtype: Type of the weights.
 
         Raises:
-            ModelError: as `load_pipeline`, or as the constructor; the message names the file.
+            ModelError: The model cannot be loaded, has no UNet2DConditionModel, or its scheduler cannot be aligned; the
+                message names the file.
         """
         pipeline = load_pipeline(model, dtype)
         try:
@@ -53,48 +62,64 @@ class BaseModel:
         except ModelError as error:
             raise ModelError(f"{model}: {error}") from error
 
-    def _frozen(self) -> list[nn.Module]:
-        parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]
-        return [part for part in parts if part is not None]
-
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return _place(self.unet)[0]
+        """Return the device of the UNet."""
+        return _device_and_dtype(self.unet)[0]
 
     @property
     def downsampling(self) -> int:
-        """Pixels a latent, along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """Return the number of pixels along each side of one latent."""
+        return 1 << (len(self.vae.config.block_out_channels) - 1)
 
     def to(self, device: torch.device | str) -> "BaseModel":
-        """Move every component, and the alignment's table."""
+        """Move every component and the alignment's table to a device, and return this model."""
         self.pipeline.to(device)
         self.alignment = self.alignment.to(device)
         return self
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Posterior of the autoencoder: {"mean", "std"}, each [B, C, H / f, W / f], unscaled.
+        """Return the autoencoder's posterior of images.
 
         Args:
-            pixel_values: [B, 3, H, W] float32 in [-1, 1].
+            pixel_values: Images, [B, 3, H, W], float32, in [-1, 1].
+
+        Returns:
+            {"mean", "std"}, each [B, C, H / downsampling, W / downsampling], not yet scaled.
         """
-        posterior = self.vae.encode(pixel_values.to(*_place(self.vae))).latent_dist
+        posterior = self.vae.encode(pixel_values.to(*_device_and_dtype(self.vae))).latent_dist
         return {"mean": posterior.mean, "std": posterior.std}
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """Latents in the network's unit-variance scale."""
-        return latents * self.vae.config.scaling_factor
+        """Return the autoencoder's latents at the unit variance that the network expects."""
+        scaling: float = self.vae.config.scaling_factor
+        return latents * scaling
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of scaled latents, [B, 3, H, W] float32 in [-1, 1] (not clamped)."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(_place(self.vae)[1])).sample.float()
+        """Return the images of scaled latents.
+
+        Args:
+            latents: Latents, [B, C, h, w], at unit variance.
+
+        Returns:
+            Images, [B, 3, H, W], float32, in about [-1, 1]: values are not clamped.
+        """
+        unscaled = latents / self.vae.config.scaling_factor
+        decoded: Tensor = self.vae.decode(unscaled.to(_device_and_dtype(self.vae)[1])).sample
+        return decoded.float()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Text condition of prompts: {"encoder_hidden_states" [B, L, D]}, for SDXL also {"text_embeds" [B, P]}."""
+        """Return the text condition of prompts.
+
+        Args:
+            prompts: B prompts. The tokenizer cuts those that are too long.
+
+        Returns:
+            {"encoder_hidden_states" [B, L, D]}, for SDXL also {"text_embeds" [B, P]}.
+        """
         encoded = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -104,14 +129,23 @@ class BaseModel:
         return condition
 
     def empty_condition(self, count: int = 1) -> dict[str, Tensor]:
-        """Text condition of `count` empty prompts, as the stock pipeline has it: of SDXL zeros."""
+        """Return the text condition of `count` empty prompts, as the stock pipeline makes it: zeros for SDXL."""
         condition = self.encode_prompts([""] * count)
         if getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
             condition = {name: torch.zeros_like(value) for name, value in condition.items()}
         return condition
 
     def added_cond_kwargs(self, condition: dict[str, Tensor], height: int, width: int) -> dict[str, Tensor] | None:
-        """SDXL's micro-conditioning for uncropped pictures of one size, pixels; None for other models."""
+        """Return SDXL's micro-conditioning for images of one size that were not cropped.
+
+        Args:
+            condition: Text condition, as `encode_prompts` returns it.
+            height: Height of the images, in pixels.
+            width: Width of the images, in pixels.
+
+        Returns:
+            {"text_embeds" [B, P], "time_ids" [B, 6]}, or None for models other than SDXL.
+        """
         if "text_embeds" not in condition:
             return None
         text_embeds = condition["text_embeds"]
@@ -119,13 +153,13 @@ class BaseModel:
         return {"text_embeds": text_embeds, "time_ids": time_ids}
 
     def fingerprint(self, *components: str, most: int | None = None) -> str:
-        """SHA-256 over the weights and configuration of components, or a tokenizer's vocabulary, by name.
+        """Return a SHA-256 over the weights and configuration of components, in hexadecimal.
 
-        Absent components are passed over. Where the model lies, and by what it was saved, changes nothing.
+        A tokenizer counts by its vocabulary. The location of the model and the program that saved it do not matter.
 
         Args:
-            components: names in the pipeline.
-            most: elements of each weight that are read, from its first on; None for all.
+            components: Names of components in the pipeline. Those that the pipeline lacks are skipped.
+            most: Number of elements read of each weight, from its first on; None reads them all.
         """
         digest = hashlib.sha256()
         for name in components:
@@ -136,25 +170,36 @@ class BaseModel:
                 vocabulary = [module.get_vocab(), module.model_max_length]
                 digest.update(json.dumps(vocabulary, sort_keys=True).encode())
                 continue
-            owned: Any = module.config
-            config = owned.to_dict() if hasattr(owned, "to_dict") else dict(owned)
-            config = {key: value for key, value in config.items() if not key.startswith("_")}
-            config.pop("transformers_version", None)
-            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            digest.update(json.dumps(_configuration(module), sort_keys=True, default=str).encode())
             for key, tensor in module.state_dict().items():
                 digest.update(key.encode())
                 read = tensor.detach().reshape(-1)[:most].to("cpu")
                 digest.update(read.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def _frozen(self) -> list[nn.Module]:
+        """Return the components that are never trained."""
+        parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]
+        return [part for part in parts if part is not None]
 
-def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a network, by its first parameter: diffusers' own properties walk all modules, for 4 ms."""
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Return PIL images of a tensor [B, 3, H, W] in [-1, 1], clamped and rounded to 8 bits."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
+
+
+def _configuration(module: nn.Module) -> dict[str, object]:
+    """Return the entries of a component's configuration that describe the model, not how it was saved."""
+    config: Any = module.config
+    entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {key: value for key, value in entries.items() if not key.startswith("_") and key != "transformers_version"}
+
+
+def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the type of a network's first parameter.
+
+    diffusers' own properties look at every module, which takes 4 ms for the network of SD1.5.
+    """
     parameter = next(module.parameters())
     return parameter.device, parameter.dtype
-
-
-def to_pil(pictures: Tensor) -> list[Image.Image]:
-    """PIL images of pictures [B, 3, H, W] in [-1, 1], clamped and rounded."""
-    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]

@@ -1,10 +1,10 @@
-"""Turn off the messages of the libraries that models are loaded with."""
+"""Turn off the messages of the libraries that load models."""
 
 
 def silence_libraries() -> None:
-    """Turn off the advice and the loading bars of diffusers and transformers: a command has its own.
+    """Turn off the advice and the loading bars of diffusers and transformers, so that a command prints only its own.
 
-    Before their pipelines are imported, which is when some of the advice is given.
+    Call it before the pipelines of these libraries are imported: some of the advice is printed during the import.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

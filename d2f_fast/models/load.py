@@ -1,8 +1,7 @@
-"""Load a diffusers pipeline from a hub id, a folder or a single safetensors file; nothing unpickles."""
+"""Load a diffusers pipeline from a hub id, a folder or a single safetensors file. No pickle is ever read."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -10,16 +9,24 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from d2f_fast.errors import ModelError
+from d2f_fast.miniature import load_miniature
+from d2f_fast.models.names import MINIATURE
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The diffusers pipeline of a hub id, a pipeline folder or a single `.safetensors` file, without safety checker.
+def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Load the diffusers pipeline of a model, without its safety checker.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file with every part, or "miniature" for the embedded miniature.
+        dtype: Type of the weights.
 
     Raises:
-        ModelError: a pickle, or a missing or unreadable part; the message names the file.
+        ModelError: The model is a pickle, or a part of it is missing or unreadable; the message names the file.
     """
+    if model == MINIATURE:
+        return load_miniature(dtype=dtype)
     path = Path(model)
     if path.suffix in PICKLE_SUFFIXES:
         raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
@@ -40,21 +47,21 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is no pipeline, in words that name what is missing."""
+    """Refuse a folder that is not a complete pipeline, and name the missing part."""
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ModelError(f"{folder} has no model_index.json: give the folder of a diffusers pipeline")
     try:
         index = dict(json.loads(index_file.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index_file} is no JSON object: restore it from the base model") from error
+        raise ModelError(f"{index_file} is not a JSON object: restore it from the base model") from error
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise ModelError(
-            f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: it tells the prediction type and the"
+            f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: it holds the prediction type and the"
             " schedule; copy it from the base model"
         )
     for name in sorted(index.keys() & {"tokenizer", "tokenizer_2"}):
-        # transformers makes an empty tokenizer, to which every word is unknown, where there are no files.
+        # Without files, transformers makes an empty tokenizer that knows no word.
         if index[name] != [None, None] and not any((folder / name).glob("*.json")):
             raise ModelError(f"{folder / name} holds no tokenizer: copy it from the base model")
     for path in sorted(folder.glob("*/*.safetensors")):
@@ -62,7 +69,9 @@ def _check_folder(folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise ModelError(f"{path} is no intact safetensors ({error}): restore it from the base model") from error
+            raise ModelError(
+                f"{path} is not an intact safetensors file ({error}): restore it from the base model"
+            ) from error
     for name in ("unet", "vae"):
         if not any((folder / name).glob("*.safetensors")):
             pickles = any(path.suffix in PICKLE_SUFFIXES for path in (folder / name).glob("*"))
@@ -70,9 +79,10 @@ def _check_folder(folder: Path) -> None:
             raise ModelError(f"{folder / name} {found}: give the model as safetensors")
 
 
-def _single_file_class(path: Path) -> Any:
-    """Pipeline class of a single-file checkpoint, from its keys."""
+def _single_file_class(path: Path) -> type[DiffusionPipeline]:
+    """Return the pipeline class of a single-file checkpoint, from its keys."""
     with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
     is_sdxl = any(key.startswith("conditioner.embedders.1") for key in keys)
-    return StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline
+    pipelines: dict[bool, type[DiffusionPipeline]] = {True: StableDiffusionXLPipeline, False: StableDiffusionPipeline}
+    return pipelines[is_sdxl]

@@ -69,6 +69,26 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, suffix):
     np.testing.assert_array_equal(decoded(path), ORIENTED[orientation](NOISE[..., :3]))
 
 
+def test_damaged_exif_tags_do_not_hide_the_orientation():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110], exif[0x011A] = 6, "model", 72.0
+    intact, random = exif.tobytes(), np.random.default_rng(1)
+    image = Image.fromarray(NOISE[..., :3])
+    turned = 0
+    for _ in range(500):
+        damaged = bytearray(intact)
+        for position in random.integers(14, len(damaged), 3):
+            damaged[position] = random.integers(256)
+        given = image.copy()
+        given.info["exif"] = bytes(damaged)
+        orientation = given.getexif().get(0x0112, 1)
+        expected = ORIENTED.get(orientation, ORIENTED[1])(NOISE[..., :3])
+        np.testing.assert_array_equal(np.asarray(to_rgb(given)), expected)
+        assert given.info["exif"] == bytes(damaged)
+        turned += orientation == 6
+    assert turned > 100
+
+
 def test_transparency_is_composited_on_white(tmp_path):
     pixels = NOISE.copy()
     pixels[0, :, 3], pixels[1, :, 3] = 0, 255

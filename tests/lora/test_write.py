@@ -1,0 +1,132 @@
+"""LoRA files as they are shared: every stock pipeline loads the adapter that was trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from d2f_fast.errors import CheckpointError, ModelError
+from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.lora import write
+from d2f_fast.lora.inject import inject_lora, lora_layers
+from d2f_fast.lora.read import LORA_FILE
+from d2f_fast.lora.write import save_lora
+
+
+def stock_pipeline(tiny_folder: Path) -> Any:
+    return StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "exact"),
+    [
+        ({"rank": 4}, True),
+        ({"rank": 2, "conv_rank": 3, "first_last_layers": True}, True),
+        ({"rank": 4, "alpha": 3.0}, False),
+        ({"rank": 2, "alpha": 0.7, "conv_rank": 5, "first_last_layers": True}, False),
+    ],
+    ids=["uniform", "mixed ranks", "alpha", "alpha and mixed ranks"],
+)
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_stock_pipeline_loads_the_same_adapter(
+    tiny_folder: Path,
+    tmp_path: Path,
+    unet: Any,
+    options: dict[str, Any],
+    exact: bool,
+    with_metadata: bool,
+    forward: Any,
+    randomize: Any,
+    relative: Any,
+) -> None:
+    base = forward(unet)
+    inject_lora(unet, **options)
+    randomize(unet)
+    path = save_lora(unet, tmp_path, {"d2f.objective": "diff2flow"})
+    expected = forward(unet)
+    assert relative(expected - base, base) > 0.01
+    if not with_metadata:
+        save_file(load_file(path), path)
+    pipeline = stock_pipeline(tiny_folder)
+    pipeline.load_lora_weights(tmp_path)
+    got = forward(pipeline.unet)
+    assert relative(got - expected, expected) <= 1e-6
+    if exact:
+        assert torch.equal(got, expected)
+
+
+def test_file_has_peft_keys_folded_scale_and_header(tmp_path: Path, unet: Any, randomize: Any) -> None:
+    inject_lora(unet, 2, alpha=3.0, conv_rank=5, first_last_layers=True)
+    randomize(unet)
+    tensors, header = read_tensors(save_lora(unet, tmp_path, {"d2f.objective": "fm"}))
+    layers: dict[str, Any] = lora_layers(unet)
+    assert set(tensors) == {f"unet.{name}.lora_{kind}.weight" for name in layers for kind in "AB"}
+    for name, layer in layers.items():
+        a, b = tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"]
+        assert torch.equal(a, layer.lora_A["default"].weight)
+        torch.testing.assert_close(b, layer.lora_B["default"].weight * (3.0 / 2), rtol=1e-6, atol=0)
+    metadata = json.loads(header["lora_adapter_metadata"])
+    assert header["format"] == "pt" and header["d2f.objective"] == "fm"
+    assert metadata["unet.r"] == metadata["unet.lora_alpha"] == 2
+    assert metadata["unet.rank_pattern"] == metadata["unet.alpha_pattern"]
+    assert metadata["unet.rank_pattern"]["conv_in"] == 36 and metadata["unet.rank_pattern"]["conv_out"] == 4
+
+
+def test_saving_leaves_the_network_unchanged(tmp_path: Path, unet: Any, forward: Any, randomize: Any) -> None:
+    trainable = inject_lora(unet, 2, conv_rank=2)
+    randomize(unet)
+    expected, keys = forward(unet), list(unet.state_dict())
+    unet.train()
+    save_lora(unet, tmp_path)
+    assert unet.training and list(unet.state_dict()) == keys
+    assert {name for name, parameter in unet.named_parameters() if parameter.requires_grad} == set(trainable)
+    assert torch.equal(forward(unet), expected)
+    assert (tmp_path / LORA_FILE).stat().st_mode & 0o044
+
+
+def test_adapter_of_a_half_precision_base_is_saved_in_float32(tmp_path: Path, unet: Any, randomize: Any) -> None:
+    unet.to(torch.bfloat16)
+    inject_lora(unet, 2, alpha=3.0)
+    randomize(unet)
+    tensors, _ = read_tensors(save_lora(unet, tmp_path))
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("factor", "difference"), [(1 / 1.5, r"\d\.\de-0[12]"), (1.001, r"\d\.\de-0[45]")], ids=["scale", "rounding"]
+)
+def test_file_that_reloads_to_another_output_is_refused(
+    tmp_path: Path, unet: Any, monkeypatch: pytest.MonkeyPatch, factor: float, difference: str, randomize: Any
+) -> None:
+    inject_lora(unet, 2, alpha=3.0)
+    randomize(unet)
+    before = save_lora(unet, tmp_path).read_bytes()
+    state_dict = write.lora_state_dict
+
+    def wrong(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, header = state_dict(unet)
+        return {key: value * factor if ".lora_B" in key else value for key, value in tensors.items()}, header
+
+    monkeypatch.setattr(write, "lora_state_dict", wrong)
+    sentence = rf"does not reload to the same output \(relative difference {difference}\): not shareable"
+    with pytest.raises(ModelError, match=sentence):
+        save_lora(unet, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, unet: Any, bad: float) -> None:
+    trainable = inject_lora(unet, 2)
+    good = save_lora(unet, tmp_path).read_bytes()
+    with torch.no_grad():
+        next(iter(trainable.values()))[0, 0] = bad
+    with pytest.raises(CheckpointError, match=r"unet\.\S+ holds NaN or infinity and is not written"):
+        save_lora(unet, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
+    assert (tmp_path / LORA_FILE).read_bytes() == good
