@@ -60,7 +60,6 @@ TESTED_ELSEWHERE = {
     "d2f_fast.miniature.build_classifier": "It trained the committed weights, which takes hours.",
     "d2f_fast.miniature.build_sheets": "It packed the committed pictures from files that are not in the repository.",
     "d2f_fast.miniature.build_vae": "It trained the committed weights, which takes hours.",
-    "d2f_fast.models.by_name": "It is one condition, which the tests of the commands take both ways.",
     "d2f_fast.models.library_messages": "It calls two functions of diffusers and transformers.",
 }
 
@@ -68,6 +67,7 @@ TESTED_ELSEWHERE = {
 TESTS_OF_NO_MODULE = {
     "tests/export/test_deploy.py": "It runs the examples of docs/deploy.md.",
     "tests/export/test_large.py": "It exports a model of Stable Diffusion 1.5's size.",
+    "tests/export/test_lora.py": "It exports a model with a LoRA file.",
     "tests/export/test_optimum.py": "It loads an export in optimum-onnx.",
     "tests/kernels/test_objective.py": "It tests the kernels align and velocity_loss together.",
     "tests/layers/test_lora_on_a_gpu.py": "It holds the checks of the LoRA layers that only a GPU can run.",
