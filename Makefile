@@ -24,7 +24,7 @@ bench: environment
 	$(RUN) pytest --benchmark $(PYTEST_ARGS)
 
 docs: environment
-	$(RUN) pdoc --docformat google --output-directory site d2f_fast
+	"$(VENV)/bin/python" docs/build_site.py
 
 environment: $(VENV)/installed.txt
 	@cat "$(VENV)/installed.txt"

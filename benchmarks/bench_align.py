@@ -2,9 +2,9 @@
 
     pytest --benchmark benchmarks/bench_align.py
 
-Peers: "published", the operators of the published code; "torch eager" and "torch compiled", the formula in plain torch;
-and "d2f_fast", `d2f_fast.align`, which on a CPU is plain torch behind its checks. Each is compared with float64 before
-it is timed. Rows go to `results/<device>.csv`, with the rate of bytes and its share of the copy bandwidth.
+Providers: "published", the operators of the published code; "torch eager" and "torch compiled", the formula in plain
+torch; and "d2f_fast", `d2f_fast.align`, which on a CPU is plain torch behind its checks. Each is compared with float64
+before it is timed. Rows go to `results/<device>.csv`, with the rate of bytes and its share of the copy bandwidth.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def published(alignment: Alignment, device: torch.device) -> Provider:
 
 
 def provider_of(name: str, alignment: Alignment, device: torch.device) -> Provider:
-    """Return the function of a peer."""
+    """Return the function of a provider."""
     table = (alignment.rising_flow_times(torch.float32), alignment.t_min, alignment.num_train_timesteps)
     if name == "published":
         return published(alignment, device)

@@ -3,8 +3,8 @@
     pytest --benchmark benchmarks/bench_export.py               # the embedded miniature
     pytest --benchmark -m slow benchmarks/bench_export.py       # a model of Stable Diffusion 1.5's size, six minutes
 
-There is no peer: the time is compared with that of earlier versions. The export refuses a graph that differs from
-torch, so that a time is only printed for a right one.
+There is no other provider: the time is compared with that of earlier versions. The export refuses a graph that differs
+from torch, so that a time is only printed for a right one.
 """
 
 import json

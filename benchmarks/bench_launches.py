@@ -2,8 +2,8 @@
 
     pytest --benchmark benchmarks/bench_launches.py
 
-Nothing is timed and no GPU is needed. Peers: "published", the operators of the published code without their test for
-NaN; "torch", the formula in plain torch; and "d2f_fast". Columns of `results/<device>-launches.csv`:
+Nothing is timed and no GPU is needed. Providers: "published", the operators of the published code without their test
+for NaN; "torch", the formula in plain torch; and "d2f_fast". Columns of `results/<device>-launches.csv`:
 
     eager            torch operations other than views and allocations, each of which is one launch on a GPU
     triton_launches  launches of this package's kernels, counted by a stand-in for Triton's launcher
@@ -53,7 +53,7 @@ class Recorder(TorchDispatchMode):
 
 
 def objective(provider: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Return align and loss of one peer as a function of a given network output."""
+    """Return align and loss of one provider as a function of a given network output."""
     table = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     alignment, device = (
         Alignment.from_scheduler(DDIMScheduler(**table, prediction_type="v_prediction")),

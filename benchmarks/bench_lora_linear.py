@@ -2,7 +2,7 @@
 
     pytest --benchmark benchmarks/bench_lora_linear.py
 
-The base weight is frozen and has the type of the product; A and B are float32. Peers:
+The base weight is frozen and has the type of the product; A and B are float32. Providers:
 
     base only           the layer without an adapter
     peft eager          peft's layer as the diffusers scripts run it, under autocast on a GPU
@@ -88,7 +88,7 @@ def transformer_engine(weight: Tensor, bias: Tensor, lora_a: Tensor, lora_b: Ten
 
 
 def provider_of(name: str, layer: Layer) -> Callable[[Tensor], Tensor]:
-    """Return the function of a peer."""
+    """Return the function of a provider."""
     wrapped = layer.linear
     weight, bias = wrapped.base_layer.weight, wrapped.base_layer.bias
     lora_a, lora_b = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight

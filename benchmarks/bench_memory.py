@@ -2,9 +2,10 @@
 
     pytest --benchmark benchmarks/bench_memory.py
 
-Peers: peft's layers, and the same network under `use_fused_lora`. The bytes are those of one image of 64 x 64 latents,
-found from shapes: nothing is computed, so that it runs on any machine in minutes. "eager" counts what autograd saves,
-"compiled" what the forward graph hands to the backward graph after AOTAutograd's partition. Parameters do not count.
+Providers: peft's layers, and the same network under `use_fused_lora`. The bytes are those of one image of 64 x 64
+latents, found from shapes: nothing is computed, so that it runs on any machine in minutes. "eager" counts what autograd
+saves, "compiled" what the forward graph hands to the backward graph after AOTAutograd's partition. Parameters do not
+count.
 
     scripts   bfloat16 base, float32 adapters, bfloat16 autocast, as diffusers' training scripts run it
     fp32      everything float32, where no cast is saved and only inputs of frozen convolutions can be left out

@@ -3,11 +3,11 @@
     pytest --benchmark benchmarks/bench_sampling.py -m "not slow"     # the embedded miniature, 32 x 32 pixels
     pytest --benchmark --keep FOLDER benchmarks/bench_sampling.py     # and a model of SD1.5's size, 256 x 256 pixels
 
-Peers: "diffusers" eager and "diffusers_compiled" by torch.compile, both with `Diff2FlowScheduler`; and the three forms
-of an export in ONNX Runtime, "onnx_folder", "onnx_loop" and "onnx_unrolled". Each runs in a process of its own, one
-after the other, on the same threads; its images are compared with those of diffusers before its times are written to
-`results/<device>-sampling.csv`. With `--keep`, the large model with random weights, its export and diffusers' images
-outlive the run, so that single peers can be run again by `-k`.
+Providers: "diffusers" eager and "diffusers_compiled" by torch.compile, both with `Diff2FlowScheduler`; and the three
+forms of an export in ONNX Runtime, "onnx_folder", "onnx_loop" and "onnx_unrolled". Each runs in a process of its own,
+one after the other, on the same threads; its images are compared with those of diffusers before its times are written
+to `results/<device>-sampling.csv`. With `--keep`, the large model with random weights, its export and diffusers' images
+outlive the run, so that single providers can be run again by `-k`.
 """
 
 import json
@@ -51,7 +51,7 @@ class Subject:
     rounds: dict[int, int]
 
     def run(self, provider: str) -> dict[str, Any]:
-        """Run a peer in a process of its own, and return what it measured."""
+        """Run a provider in a process of its own, and return what it measured."""
         steps = [UNROLLED] if provider == "onnx_unrolled" else list(STEPS)
         settings = {
             "provider": provider,
@@ -70,7 +70,7 @@ class Subject:
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def file_mb(self, provider: str) -> float:
-        """Return the size in megabytes of the files that a peer reads."""
+        """Return the size in megabytes of the files that a provider reads."""
         if provider.startswith("diffusers"):
             from d2f_fast import miniature
 

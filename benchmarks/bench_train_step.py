@@ -3,11 +3,11 @@
     pytest --benchmark benchmarks/bench_train_step.py
     bash benchmarks/gpu_suite.sh step-b16 FOLDER          # on a GPU, in parts that fit a time limit
 
-Peers: "script", the step of diffusers' LoRA script; "peft …", the same with levers (torch.compile, channels_last, fused
-AdamW, CUDA graph; "peft best" has all); "base only", peft best without an adapter; and "d2f_fast", which compiles and,
-on a GPU, captures the step, with rows that leave levers out. Each row is one peer on one case. Before it is timed, its
-loss and clipped gradients must agree with the script's for the noise and times of one of its steps: the relative
-differences must lie within ALLOWED, the gradients taken as one vector of all of A and B.
+Providers: "script", the step of diffusers' LoRA script; "peft …", the same with levers (torch.compile, channels_last,
+fused AdamW, CUDA graph; "peft best" has all); "base only", peft best without an adapter; and "d2f_fast", which compiles
+and, on a GPU, captures the step, with rows that leave levers out. Each row is one provider on one case. Before it is
+timed, its loss and clipped gradients must agree with the script's for the noise and times of one of its steps: the
+relative differences must lie within ALLOWED, the gradients taken as one vector of all of A and B.
 
 Columns of `results/<device>-train-step.csv`, to which each row is appended as soon as it is measured:
 
@@ -65,22 +65,22 @@ Provider = Callable[[Case, torch.device], Any]
 
 
 def peft(**levers: Any) -> Provider:
-    """Return a peer: the script's step with these levers."""
+    """Return a provider: the script's step with these levers."""
     return lambda case, device: PeftStep(case, device, Levers(**levers))
 
 
 def best(**levers: Any) -> Provider:
-    """Return a peer: the step with all levers, changed by these."""
+    """Return a provider: the step with all levers, changed by these."""
     return lambda case, device: PeftStep(case, device, dataclasses.replace(BEST, **levers))
 
 
 def ours(**options: Any) -> Provider:
-    """Return a peer: the step of `AlignedTrainer` with these options."""
+    """Return a provider: the step of `AlignedTrainer` with these options."""
     return lambda case, device: TrainerStep(case, device, **options)
 
 
 FULL = {"compile": True, **({"cuda_graph": True} if CUDA else {})}
-# Peers in the order in which they are measured, the most important first, because a run may be cut.
+# Providers in the order in which they are measured, the most important first, because a run may be cut.
 PROVIDERS: dict[str, Provider] = {
     "d2f_fast": ours(**FULL),
     "peft best": best(),
@@ -112,7 +112,7 @@ ATTENTION = {
 ALL = list(PROVIDERS)
 RIVALS = ["d2f_fast", "peft best", "script"]
 LEVERS = [name for name in ALL if name not in RIVALS]
-# Inductor takes 250 to 400 s to compile SDXL, so that the peers without it come first.
+# Inductor takes 250 to 400 s to compile SDXL, so that the providers without it come first.
 UNCOMPILED = ["d2f_fast eager, captured", "script"]
 COMPILED = ["d2f_fast", "peft best"]
 # The rivals at the largest batches come before the levers at one batch, because compiling takes most of a row's time.
@@ -153,7 +153,7 @@ ROWS = [
 
 @pytest.fixture
 def step_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Return a function that makes a peer's step, and undo its settings at the end of the test."""
+    """Return a function that makes a provider's step, and undo its settings at the end of the test."""
     with contextlib.ExitStack() as stack:
         torch.compiler.reset()
         clear()
@@ -172,7 +172,7 @@ def step_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 
 class Script:
-    """Hold the script's step on the current case, which checks every peer and, on a CPU, is timed beside each."""
+    """Hold the script's step on the current case, which checks every provider and, on a CPU, is timed beside each."""
 
     _held: tuple[Case, PeftStep] | None = None
 

@@ -2,9 +2,9 @@
 
     pytest --benchmark benchmarks/bench_velocity_loss.py
 
-Peers: "published", the operators of the published code; "torch eager" and "torch compiled", the formula in plain torch;
-and "d2f_fast", `d2f_fast.aligned_loss`, which on a CPU is plain torch behind its checks. Loss and gradient are compared
-with float64 before they are timed. Rows go to `results/<device>.csv`.
+Providers: "published", the operators of the published code; "torch eager" and "torch compiled", the formula in plain
+torch; and "d2f_fast", `d2f_fast.aligned_loss`, which on a CPU is plain torch behind its checks. Loss and gradient are
+compared with float64 before they are timed. Rows go to `results/<device>.csv`.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def published(alignment: Alignment, device: torch.device) -> Provider:
 
 
 def provider_of(name: str, alignment: Alignment, device: torch.device) -> Provider:
-    """Return the function of a peer."""
+    """Return the function of a provider."""
     if name == "published":
         return published(alignment, device)
     if name == "d2f_fast":

@@ -1,9 +1,9 @@
 """Estimate the GPU memory and the time that one training step of Stable Diffusion needs; nothing is measured.
 
-    python -m benchmarks.estimate                    # prints the table of README.md in Markdown, in about five minutes
+    python -m benchmarks.estimate                    # prints the table of README.md, in about two minutes
 
-Shapes alone are enough: networks are built on the meta device from their real configurations, and one forward and one
-backward pass run on fake tensors, which have a size and no content. So the command needs neither weights nor a GPU.
+Shapes alone are enough: networks are built from their real configurations on torch's meta device, whose tensors have a
+size and no content, and one forward and one backward pass run there. So the command needs neither weights nor a GPU.
 
     memory = weights + AdamW's moments + moving average + frozen encoders
              + the larger of: peak of all that the two passes allocate, gradients included;
@@ -19,21 +19,26 @@ and the gaps that an allocator leaves. The share of 36 % is what MLPerf's fastes
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.unets import CONFIGS
 from d2f_fast import use_fused_lora
+from d2f_fast.kernels import lora_linear
+from d2f_fast.layers import frozen_conv, fused_layers, packed_attention
 from d2f_fast.lora.inject import inject_lora
 
 GB = 1e9
@@ -100,13 +105,14 @@ def estimate(run: Run) -> Estimate:
     halved = sum(p.numel() for p in unet.parameters() if p.dtype == PRECISION)
     encoders = 4 * ENCODER_PARAMETERS.get(run.network, 0)
     if run.checkpointing:
-        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        # The backward pass leaves the function mode, which is entered again where activations are recomputed.
+        contexts = {"context_fn": lambda: (nullcontext(), GpuAutocast())}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        unet.enable_gradient_checkpointing(partial(checkpoint, **options, **contexts))
     else:
         unet.disable_gradient_checkpointing()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        counted = [fakes.from_tensor(parameter) for parameter in unet.parameters()]
-        with Tally(counted) as tally:
-            _run_passes(unet)
+    with GpuAutocast(), Tally(list(unet.parameters())) as tally:
+        _run_passes(unet)
     unet.zero_grad(set_to_none=True)
     return Estimate(
         state_bytes=weights + encoders + 3 * 4 * trained,
@@ -172,14 +178,39 @@ class Tally(TorchDispatchMode):
             self._per_image += size // MARKED_BATCH
 
 
-# Operations that torch's own table lacks: the attention of CPUs, and this package's fused LoRA layers.
+class GpuAutocast(TorchFunctionMode):
+    """Do to meta tensors inside the block what bfloat16 autocast does to those of a GPU.
+
+    Products take bfloat16 and normalisations float32; attention is the one of torch that keeps no matrix of scores.
+    """
+
+    def __enter__(self) -> "GpuAutocast":
+        self._patches = ExitStack()
+        for module in (lora_linear, frozen_conv, fused_layers, packed_attention):
+            self._patches.enter_context(mock.patch.object(module, "autocasts", lambda x: True))
+        self._patches.enter_context(mock.patch.object(torch, "get_autocast_dtype", lambda device: PRECISION))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patches.close()
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            query, key, value = args
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        dtype = {functional.linear: PRECISION, functional.conv2d: PRECISION}.get(func)
+        dtype = torch.float32 if func in (functional.group_norm, functional.layer_norm) else dtype
+        if dtype is not None:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(dtype), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+# Operations of this package's fused LoRA layers, which torch's own table lacks.
 _OPERATIONS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_: sdpa_flop_count(
-        query.shape, key.shape, value.shape
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, query, key, value, *_: sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-    ),
     torch.ops.d2f_fast.lora_shrink: lambda x, a: 2 * x.numel() * len(a),
     torch.ops.d2f_fast.lora_backward_da: lambda grad_s, x: 2 * x.numel() * grad_s.shape[-1],
     torch.ops.d2f_fast.lora_backward_ds_db: lambda grad_y, s, b: 4 * grad_y.numel() * s.shape[-1],
@@ -197,7 +228,7 @@ for _path in ("", "_addmm"):
 
 @cache
 def _build(network: str, rank: int | None) -> Any:
-    """Return the network with frozen weights in bfloat16 and trained ones in float32; its memory is never touched."""
+    """Return the network with frozen weights in bfloat16 and trained ones in float32."""
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(CONFIGS[network])
         if rank is not None:
@@ -206,26 +237,25 @@ def _build(network: str, rank: int | None) -> Any:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else PRECISION)
-    unet.to_empty(device="cpu").train()
     if rank is not None:
         use_fused_lora(unet)
-    return unet
+    return unet.train()
 
 
 def _run_passes(unet: Any) -> None:
     """Run one forward and one backward pass of the network as a training step does, on `MARKED_BATCH` images."""
     config = unet.config
-    text = torch.zeros(MARKED_BATCH, 77, config.cross_attention_dim, dtype=PRECISION)
-    added = None
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {
-            "text_embeds": torch.zeros(MARKED_BATCH, pooled, dtype=PRECISION),
-            "time_ids": torch.zeros(MARKED_BATCH, 6),
-        }
-    sample = torch.zeros(MARKED_BATCH, config.in_channels, config.sample_size, config.sample_size)
-    with torch.autocast("cpu", PRECISION):
-        output = unet(sample, torch.zeros(MARKED_BATCH), encoder_hidden_states=text, added_cond_kwargs=added).sample
+    with torch.device("meta"):
+        text = torch.zeros(MARKED_BATCH, 77, config.cross_attention_dim, dtype=PRECISION)
+        sample = torch.zeros(MARKED_BATCH, config.in_channels, config.sample_size, config.sample_size)
+        timestep, added = torch.zeros(MARKED_BATCH), None
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            added = {
+                "text_embeds": torch.zeros(MARKED_BATCH, pooled, dtype=PRECISION),
+                "time_ids": torch.zeros(MARKED_BATCH, 6),
+            }
+    output = unet(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=added).sample
     output.float().square().mean().backward()
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.probe --minutes 6
 
-Peers, forward alone and forward with backward:
+Providers, forward alone and forward with backward:
 
     base, addmm, split   a LoRA linear of 320, 640 and 1280 features at batch 16: the frozen product alone; with the
                          adapter by cuBLAS; with the adapter by the Triton kernels with the dispatch table's blocks
@@ -43,7 +43,7 @@ class Probe(Protocol):
 
     Attributes:
         case: column of the row that names the sizes.
-        provider: column of the row that names the peer.
+        provider: column of the row that names the provider.
         forward: True for forward alone, False for forward and backward.
         flops: operations of one call.
     """
@@ -72,7 +72,7 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A LoRA linear from n to n features by one peer."""
+    """A LoRA linear from n to n features by one provider."""
 
     rows: int
     n: int

@@ -1,4 +1,4 @@
-"""Run one peer of bench_sampling in a process of its own, so that its load time and peak memory are its own.
+"""Run one provider of bench_sampling in a process of its own, so that its load time and peak memory are its own.
 
 `sampling.py SETTINGS.json` prints what it measured as one line of JSON, and saves the images that it generated.
 """

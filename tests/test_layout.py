@@ -51,25 +51,25 @@ ROOMS_OF_EXPORT = (
 
 # Each module of the package has a test file in the same place of tests/, except these.
 TESTED_ELSEWHERE = {
-    "d2f_fast": "It holds the list of public names, which the tests below check.",
+    "d2f_fast.demo.report": "tests/demo/test_run.py reads the report of a whole demonstration.",
+    "d2f_fast.demo.rows": "It selects rows for the comparisons and the summary, and is tested through both.",
     "d2f_fast.errors": "It holds the types of errors; the tests of the code that raises them check type and exit code.",
-    "d2f_fast.models.library_messages": "It sets the verbosity of two libraries, in calls of theirs.",
-    "d2f_fast.models.names": "It holds one constant, which tests/models/test_load.py loads by.",
-    "d2f_fast.kernels.lora_dispatch": "It is a part of lora_linear and is tested through it.",
-    "d2f_fast.kernels.lora_kernels": "It is a part of lora_linear and is tested through it.",
+    "d2f_fast.flow.flow": "It is the base class of Alignment and NaiveFlow, and is tested through both.",
+    "d2f_fast.flow.formulas": "tests/flow/test_alignment.py compares every formula with a float64 oracle.",
     "d2f_fast.miniature.build": "It is the command that trained the committed weights, which takes hours.",
     "d2f_fast.miniature.build_classifier": "It trained the committed weights, which takes hours.",
-    "d2f_fast.miniature.build_denoiser": "It trained the committed weights, which takes hours.",
-    "d2f_fast.miniature.classifier": "tests/miniature/test_miniature.py tests all that the miniature ships.",
-    "d2f_fast.miniature.pictures": "tests/miniature/test_miniature.py tests all that the miniature ships.",
+    "d2f_fast.miniature.build_sheets": "It packed the committed pictures from files that are not in the repository.",
+    "d2f_fast.miniature.build_vae": "It trained the committed weights, which takes hours.",
+    "d2f_fast.models.library_messages": "It calls two functions of diffusers and transformers.",
 }
 
 # Each test file is called test_X.py, or test_X_more.py, in the place of the module X that it tests, except these.
 TESTS_OF_NO_MODULE = {
     "tests/export/test_deploy.py": "It runs the examples of docs/deploy.md.",
     "tests/export/test_large.py": "It exports a model of Stable Diffusion 1.5's size.",
-    "tests/export/test_models.py": "It exports one model of each supported kind.",
+    "tests/export/test_lora.py": "It exports a model with a LoRA file.",
     "tests/export/test_optimum.py": "It loads an export in optimum-onnx.",
+    "tests/kernels/test_objective.py": "It tests the kernels align and velocity_loss together.",
     "tests/layers/test_lora_on_a_gpu.py": "It holds the checks of the LoRA layers that only a GPU can run.",
     "tests/test_benchmarks.py": "It tests benchmarks/.",
     "tests/test_docs.py": "It runs the examples of docs/.",
@@ -77,6 +77,7 @@ TESTS_OF_NO_MODULE = {
     "tests/test_layout.py": "It tests the folders and the files around the code.",
     "tests/test_paper.py": "It compares the package with the published method from one end to the other.",
     "tests/test_readme.py": "It runs the examples of README.md.",
+    "tests/training/test_killed_runs.py": "It stops, kills and divides whole runs.",
 }
 
 
@@ -228,7 +229,9 @@ def test_each_kernel_has_its_tests_and_its_benchmark() -> None:
 def _test_file(module: str) -> str:
     """Return the path of the test file that mirrors `module`."""
     folders = _packaged(SOURCES[module]).parts[1:-1]
-    stem = SOURCES[module].stem if SOURCES[module].name != "__init__.py" else module.rpartition(".")[2]
+    stem = SOURCES[module].stem
+    if stem == "__init__":
+        stem = folders[-1] if folders else "init"
     return Path("tests", *folders, f"test_{stem}.py").as_posix()
 
 

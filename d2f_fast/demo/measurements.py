@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class Measurements:
     evaluation_set: EvaluationSet
     seed: int
     shown_positions: Sequence[int]
-    progress: "tqdm[None]"
+    progress: "tqdm[NoReturn]"
     rows: list[Row] = field(default_factory=list)
     shown: dict[tuple[str, Sampler, int], Tensor] = field(default_factory=dict)
 
@@ -142,7 +143,7 @@ class Measurements:
         self.rows.append({**head, **measured, **imagenet})
 
     def measure_quality(self, model: BaseModel, objective: str) -> None:
-        """Measure the images of a network with every sampler, at every number of evaluations that it is measured at."""
+        """Measure the images that a network generates with every sampler and number of network evaluations."""
         only_curve = objective in NETWORKS and NETWORKS[objective].curve_evaluations_only
         for steps, count in self.settings.images.items():
             if only_curve and steps != self.settings.curve_evaluations:

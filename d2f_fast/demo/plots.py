@@ -99,7 +99,7 @@ def _frame(y: _Scale, label: str) -> list[str]:
 
 
 def _svg(parts: Sequence[str], title: str, height: float = HEIGHT) -> str:
-    """Return the whole drawing; a screen reader reads its title out."""
+    """Return the whole SVG; a screen reader says its title."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"

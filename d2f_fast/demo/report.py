@@ -220,7 +220,7 @@ def _training_plots(rows: Sequence[Row]) -> str:
         Line(LABELS[name], COLOURS[name], [_point(step, row) for step, row in curve]) for name, curve in curves.items()
     ]
     level = [(f"{LABELS[name]} at the end", curves[name][-1][1]["frechet_distance"]) for name in ("fm", "fm_paper")]
-    samplers = ", ".join(f"{LABELS[name]} with {sampler_of(curve[0][1]).label}" for name, curve in curves.items())
+    samplers = "; ".join(f"{LABELS[name]} with {sampler_of(curve[0][1]).label}" for name, curve in curves.items())
     first = curves["fm"][0][1]
     keys = legend([(LABELS[name], COLOURS[name], "") for name in curves])
     panels = [

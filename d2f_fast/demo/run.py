@@ -64,7 +64,7 @@ def run_demo(
     shown_positions = evaluation_set.one_of_each_colour(min(settings.images.values()))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        progress = stack.enter_context(tqdm[None](total=forward_passes(settings), unit="pass", unit_scale=True))
+        progress = stack.enter_context(tqdm(total=forward_passes(settings), unit="pass", unit_scale=True))
         measurements = Measurements(settings, evaluation_set, seed, shown_positions, progress)
         base = BaseModel(load_pipeline())
         measurements.measure_autoencoder(base)

@@ -1,7 +1,7 @@
 """Measure how much of the real images' spread of brightness is kept, and compute it for an ideal network.
 
-Stock samplers start at the schedule's last timestep, where a trace of the image should remain and does not. Generated
-images are then all close to a medium brightness: they have a grey bias.
+In training the schedule's last timestep still shows the brightness of the image through the noise. Stock samplers
+start there from noise alone, so that all generated images tend to a medium brightness: they have a grey bias.
 """
 
 import itertools

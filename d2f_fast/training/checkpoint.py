@@ -1,8 +1,8 @@
 """Write and read training state so that a kill or a full disk at any moment loses nothing that was saved before.
 
-    output_dir/checkpoint-500/          a checkpoint: complete, or not there
-    output_dir/.tmp-checkpoint-1000/    being written
-    output_dir/.old-checkpoint-500/     being replaced or deleted; whole until its first file goes
+    output_dir/checkpoint-500/          a complete checkpoint
+    output_dir/.tmp-checkpoint-1000/    a checkpoint that is being written
+    output_dir/.old-checkpoint-500/     a checkpoint that is being replaced or deleted; whole until its first file goes
 
 A checkpoint is filled under the temporary name, brought to disk, described by `manifest.json` (size and sha256 of each
 file) and renamed; only then do older ones go. State is safetensors and JSON, which hold no code: nothing is unpickled.
@@ -29,17 +29,18 @@ MANIFEST_FORMAT = 1
 def save_checkpoint(output_dir: StrPath, step: int, write: Callable[[Path], None], keep: int | None = None) -> Path:
     """Save `output_dir/checkpoint-{step}`, complete or not at all, and return its path.
 
-    Killed at any moment, it leaves a checkpoint that `find_checkpoint` takes: the one before, or the new one; also
-    when `step` is saved a second time. One process of a run calls it.
+    If the process is killed at any moment, `find_checkpoint` finds the previous checkpoint or the new one, also when
+    `step` is saved a second time. Only one process of a run may call this function.
 
     Args:
-        output_dir: made if missing.
+        output_dir: folder of the run, made where it is missing.
         step: number of optimizer steps taken.
-        write: fills the empty folder that it is given; what it raises is raised here, with nothing left behind.
-        keep: how many checkpoints stay, at least 1, this one and those of lower steps counted; None keeps all.
+        write: function that fills the empty folder it is given; its errors are raised here, and nothing is left behind.
+        keep: number of checkpoints that stay, at least 1: this one and those of the steps before it; None keeps all.
 
     Raises:
         CheckpointError: the disk is full.
+        ValueError: `keep` is below 1.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1 or None, got {keep}")
@@ -55,7 +56,7 @@ def save_checkpoint(output_dir: StrPath, step: int, write: Callable[[Path], None
         write(temporary)
         _seal(temporary, step)
         if target.exists():
-            # No portable call exchanges two folders, so the old one stays in find_checkpoint's sight under this name.
+            # No portable call exchanges two folders, so find_checkpoint also looks for the old one under this name.
             if replaced.exists():
                 shutil.rmtree(replaced)
             os.rename(target, replaced)
@@ -82,7 +83,7 @@ def verify_checkpoint(folder: StrPath) -> int:
     """Check every file of a checkpoint against its manifest, and return the checkpoint's step.
 
     Raises:
-        CheckpointError: the manifest or a file is missing, changed, or outside the folder.
+        CheckpointError: the manifest or a file is missing, was changed, or lies outside the folder.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -91,33 +92,33 @@ def verify_checkpoint(folder: StrPath) -> int:
         version, step = int(manifest["format"]), int(manifest["step"])
         files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint's manifest; resume from another checkpoint") from error
+        raise CheckpointError(f"{path} is not the manifest of a checkpoint: resume from another checkpoint") from error
     if version != MANIFEST_FORMAT:
-        raise CheckpointError(f"{path}: format {version}, {MANIFEST_FORMAT} is known; update d2f_fast")
+        raise CheckpointError(f"{path} has format {version}, and format {MANIFEST_FORMAT} is known: update d2f_fast")
     for name, size, sha256 in files:
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing; resume from another checkpoint")
+            raise CheckpointError(f"{file} is missing: resume from another checkpoint")
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{path}: lists {name!r}, outside the checkpoint; resume from another checkpoint")
+            raise CheckpointError(f"{path} lists {name!r}, outside the checkpoint: resume from another checkpoint")
         found = file.stat().st_size
         if found != size:
-            raise CheckpointError(f"{file}: {found} bytes, {size} were written; resume from another checkpoint")
+            raise CheckpointError(f"{file} has {found} bytes, and {size} were written: resume from another checkpoint")
         if file_sha256(file) != sha256:
-            raise CheckpointError(f"{file}: its content has changed; resume from another checkpoint")
+            raise CheckpointError(f"{file} was changed after it was written: resume from another checkpoint")
     return step
 
 
 def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | None:
-    """Find the checkpoint to resume from, verified; None means from the beginning.
+    """Find and verify the checkpoint to resume from, and return its folder; None begins the run from its start.
 
     Args:
-        output_dir: the run's folder.
-        resume_from: None; "latest", the newest checkpoint that is whole; or one checkpoint, by its name in
-            `output_dir` or by its path.
+        output_dir: folder of the run.
+        resume_from: "latest" for the newest checkpoint that is whole, or one checkpoint by its name in `output_dir` or
+            by its path; None for no checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint named is missing or damaged.
+        CheckpointError: the named checkpoint is missing or damaged.
     """
     if resume_from is None:
         return None
@@ -127,22 +128,22 @@ def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | 
             try:
                 verify_checkpoint(folder)
             except (CheckpointError, OSError) as error:
-                if not folder.name.startswith(".old-"):  # half deleted is what such a folder may be
+                if not folder.name.startswith(".old-"):  # such a folder may be half deleted
                     logger.warning("%s is skipped: %s", folder.name, error)
             else:
                 return folder
-        logger.warning("%s: no checkpoint to resume from; the run starts from the beginning", output_dir)
+        logger.warning("%s holds no checkpoint to resume from: the run begins from its start", output_dir)
         return None
     named = Path(resume_from)
     for folder in (output_dir / named, named, output_dir / f".old-{named.name}"):
         if folder.is_dir():
             verify_checkpoint(folder)
             return folder
-    raise CheckpointError(f'{named}: no such checkpoint in {output_dir}; give one that is there, or "latest"')
+    raise CheckpointError(f'{named} is not a checkpoint in {output_dir}: give one that is there, or "latest"')
 
 
 def list_checkpoints(output_dir: Path, prefix: str = "") -> list[tuple[int, Path]]:
-    """List the folders `{prefix}checkpoint-N` with their N, highest first, whole or not."""
+    """Return the folders `{prefix}checkpoint-N` with their N, highest first, whether or not they are whole."""
     if not output_dir.is_dir():
         return []
     found = [(re.fullmatch(re.escape(prefix) + r"checkpoint-(\d+)", p.name), p) for p in output_dir.iterdir()]
@@ -167,7 +168,7 @@ def _delete_old(output_dir: Path, step: int, keep: int | None) -> None:
         for _, folder in list_checkpoints(output_dir, ".old-"):
             shutil.rmtree(folder)
         for folder in older[keep - 1 :] if keep is not None else ():
-            # Renamed first: killed half-way through, it no longer has a checkpoint's name.
+            # Renamed first, so that a folder that is half deleted no longer has the name of a checkpoint.
             shutil.rmtree(folder.rename(folder.with_name(f".old-{folder.name}")))
     except OSError as error:
         logger.warning("an old checkpoint could not be deleted: %s", error)

@@ -3,8 +3,8 @@
     shadow = shadow - weight * (shadow - parameter)
     weight = max(1 - decay, 9 / (10 + k)), and 1 at k = 0          k = averages taken so far
 
-as `diffusers.training_utils.EMAModel`. Shadows are float32 whatever the parameters are: in bfloat16 an update of
-relative size 1e-4 would round to nothing.
+This is the rule of `diffusers.training_utils.EMAModel`. Shadows are float32 whatever the parameters are: in bfloat16 an
+update of relative size 1e-4 would round to nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,18 +17,19 @@ from d2f_fast.errors import CheckpointError
 
 
 class EMA:
-    """Exponential moving average of parameters, updated in place and without a host sync.
+    """Exponential moving average of parameters, updated in place without waiting for the device.
 
     The counter and the weight are tensors on the parameters' device, and all state keeps its address, so that `step`
     can be compiled or captured in a CUDA graph.
 
-    Attributes:
-        shadow: the averages by parameter name, float32.
-
     Args:
-        parameters: the trainable parameters by name, on their final device; they are read at each `step`.
-        decay: in [0, 1], the share of the old average that stays once warm.
-        warmup: let the decay rise as (1 + k) / (10 + k), from 0 at the first step, until it reaches `decay`.
+        parameters: trainable parameters by name, on their final device; they are read at each `step`.
+        decay: weight of the old average in [0, 1] once the average is warm.
+        warmup: let the decay rise as (1 + k) / (10 + k), from 0 at the first step, until it reaches `decay`; False uses
+            `decay` from the first step on.
+
+    Attributes:
+        shadow: averages by parameter name, float32.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float = 0.9999, warmup: bool = True) -> None:
@@ -46,11 +47,11 @@ class EMA:
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
-        """Take the parameters into the average: `shadow.lerp_(parameter.float(), weight)` for each.
+        """Move the average towards the parameters: `shadow.lerp_(parameter.float(), weight)` for each.
 
         Args:
-            skip: 0-dim, bool or float, on the parameters' device. Where it is true or not 0, nothing changes, bit for
-                bit, even if parameters are NaN; this step is not counted.
+            skip: 0-dim tensor, bool or float, on the parameters' device. If it is true or not 0, no bit of the average
+                changes, even if parameters are NaN, and the step is not counted. None averages always.
         """
         shadow = list(self.shadow.values())
         difference = torch._foreach_sub(shadow, [parameter.float() for parameter in self.parameters.values()])
@@ -59,17 +60,17 @@ class EMA:
             self._updates += 1
         else:
             keep = skip == 0
-            # Zeroed as integers, to +0.0, which changes nothing when subtracted. As floats, 0 * NaN is NaN, and 0 * -1
-            # is -0.0, which turns a shadow of -0.0 into 0.0.
+            # The differences are zeroed as integers, to +0.0, which changes nothing when it is subtracted. As floats,
+            # 0 * NaN is NaN, and 0 * -1 is -0.0, which turns a shadow of -0.0 into 0.0.
             torch._foreach_mul_([tensor.view(torch.int32) for tensor in difference], keep.to(torch.int32))
             self._updates += keep
         torch._foreach_sub_(shadow, difference)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Run the block with the averages in the parameters; then the trained values return, bit for bit.
+        """Hold the averages in the parameters inside a `with` block; then the trained values return, bit for bit.
 
-        The parameters keep their storage. Needs room for one copy of them.
+        The parameters keep their storage. Memory for one copy of them is needed.
         """
         parameters = [parameter.detach() for parameter in self.parameters.values()]
         trained = [parameter.clone() for parameter in parameters]
@@ -80,12 +81,12 @@ class EMA:
             torch._foreach_copy_(parameters, trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the state as one flat dictionary of tensors (not copies): `shadow.{name}` and `updates`."""
+        """Return the state as one flat dictionary of tensors (not copies): `shadow.{name}` and `updates`."""
         return {f"shadow.{name}": tensor for name, tensor in self.shadow.items()} | {"updates": self._updates}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `state_dict` gave, from any device, into this average.
+        """Copy the result of `state_dict`, from any device, into this average.
 
         Raises:
             CheckpointError: a key is missing or unknown, or a shape differs; nothing is changed.
@@ -106,10 +107,10 @@ class EMA:
             tensor.copy_(state[key])
 
     def _weight(self) -> Tensor:
-        """Give the share of the parameters in the new average, 1 - decay at this step, a 0-dim float32 tensor."""
+        """Return the weight of the parameters in the new average, 1 - decay at this step, as a 0-dim float32 tensor."""
         weight = torch.full_like(self._updates, 1 - self.decay, dtype=torch.float32)
         if not self.warmup:
             return weight
-        # 1 - (1 + k) / (10 + k) without the cancellation, and 1 at k = 0
+        # This is 1 - (1 + k) / (10 + k) without the cancellation, and 1 at k = 0.
         rising = torch.maximum(9 / (10 + self._updates), self._updates == 0)
         return torch.maximum(rising, weight)

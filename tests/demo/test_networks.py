@@ -1,6 +1,6 @@
 """Test the finetuned networks, their data set and their training."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.demo import networks
 from d2f_fast.demo.generation import ImageGenerator, start_noise
 from d2f_fast.demo.networks import StyleDataset, make_trainer, train_in_parts, with_merged_unet
 from d2f_fast.demo.samplers import FLOW
@@ -21,14 +22,16 @@ from d2f_fast.training.objective import Objective
 from d2f_fast.training.trainer import AlignedTrainer
 
 
-def test_fm_paper_learns_latents_minus_noise(load: Callable[[], Any], tmp_path: Path) -> None:
+def test_fm_paper_learns_latents_minus_noise(
+    load: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loss of one step equals that of the base network's output, or its negative, against latents - noise."""
+    monkeypatch.setattr(networks, "TrainingConfig", functools.partial(TrainingConfig, caption_dropout=0.0))
     settings = DemoSettings(training_steps=1, batch_size=2, rank=2)
     batch = {"latents": torch.randn(2, 4, 16, 16), "encoder_hidden_states": torch.randn(2, 7, 16)}
     losses, expected = {}, {}
     for network in ("fm", "fm_paper"):
         trainer = make_trainer(load, settings, network, 1e-3, 0, tmp_path)
-        trainer.config = dataclasses.replace(trainer.config, caption_dropout=0.0)
         with mock.patch.object(Objective, "inputs", autospec=True, side_effect=Objective.inputs) as inputs:
             losses[network] = trainer.step(batch).item()
         latents, noise, t = inputs.call_args.args[1:]

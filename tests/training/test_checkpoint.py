@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 
 
 def writer(value: float) -> Callable[[Path], None]:
-    """Make a `write` for save_checkpoint whose three files all tell `value`; one lies in a folder."""
+    """Make a `write` for save_checkpoint whose three files all hold `value`; one lies in a folder."""
 
     def write(folder: Path) -> None:
         write_tensors(folder / "state.safetensors", {"weight": torch.full((257, 3), value)}, {"value": str(value)})
@@ -67,7 +67,7 @@ def names(folder: Path) -> list[str]:
 def kill_before_call(k: int, root: Path) -> None:
     """Patch the calls that change a disk so that the k-th one kills this process, as a power cut would.
 
-    What no fsync has brought to disk by then loses its second half: a power cut forgets the page cache.
+    Files that no fsync has brought to disk by then lose their second half: a power cut forgets the page cache.
     """
 
     def stamp(status: os.stat_result) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def kill_before_call(k: int, root: Path) -> None:
 
 
 def in_child(work: Callable[[], None]) -> bool:
-    """Run `work` in a forked process; tell whether it ended alive."""
+    """Run `work` in a forked process, and return whether it ended alive."""
     pid = os.fork()
     if pid == 0:
         work()
@@ -128,7 +128,9 @@ def in_child(work: Callable[[], None]) -> bool:
     return True
 
 
-SCENARIOS: dict[str, dict[str, Any]] = {  # steps saved before; the step saved when the kill comes; what may be found
+SCENARIOS: dict[
+    str, dict[str, Any]
+] = {  # steps saved before; step of the killed save; checkpoints to keep; value of the old one
     "first": {"before": [], "step": 2, "keep": 1, "old": None},
     "next": {"before": [1], "step": 2, "keep": 1, "old": 1.0},
     "same_step": {"before": [1, 2], "step": 2, "keep": None, "old": 2.0},
@@ -467,7 +469,7 @@ def test_checkpoint_is_found_by_name_or_path_and_refused_if_missing(
     folder = folder.rename(run / ".old-checkpoint-5")  # killed while it was replaced
     assert find_checkpoint(run, "checkpoint-5") == find_checkpoint(run, "latest") == folder
     assert verify_checkpoint(folder.rename(tmp_path / "best")) == 5
-    with pytest.raises(CheckpointError, match=r"checkpoint-5: no such checkpoint in .*run; give one that is there"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-5 is not a checkpoint in .*run: give one that is there"):
         find_checkpoint(run, "checkpoint-5")
 
 

@@ -28,7 +28,7 @@ from d2f_fast.training.trainer import AlignedTrainer
 
 
 class Images:
-    """Random images with captions; `pause` is the time in seconds that reading one takes."""
+    """Dataset of captioned images of noise; reading one takes `pause` seconds."""
 
     def __init__(self, length: int = 10, pause: float = 0.0) -> None:
         self.length, self.pause = length, pause
@@ -95,7 +95,7 @@ def finish(pid: int) -> int:
 
 
 def final(output: Path) -> dict[str, Tensor]:
-    """Everything in the last checkpoint."""
+    """Verify the last checkpoint, and return all of its tensors."""
     verify_checkpoint(output / f"checkpoint-{STEPS}")
     names = ("trainable", "ema", "optimizer")
     return {
@@ -165,7 +165,7 @@ def test_stopped_and_killed_runs_end_bit_equal_to_the_uninterrupted_one(tiny_fol
 
 
 def train_as_process(model: Path, root: Path) -> dict[str, Any]:
-    """Train as one of the processes that the environment tells of."""
+    """Train as one of the processes that the environment names."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     options = {"train_batch_size": 4 // world, "max_grad_norm": 0.1}
     trainer = AlignedTrainer.from_pretrained(model, config(root / f"world{world}", **options))

@@ -24,7 +24,7 @@ def assert_close(got, expected, tolerance):
 
 
 def diffusion_target(scheduler, latents, noise):
-    """What the diffusers training scripts compare the output with."""
+    """Return the target of the diffusers training scripts."""
     return {
         "epsilon": noise,
         "v_prediction": scheduler.get_velocity(latents, noise, TIMESTEPS),

@@ -95,7 +95,7 @@ def test_saved_pipeline_gives_the_images_of_the_trainer(
 def test_sdxl_pipeline_with_the_saved_weights_gives_the_images_of_the_trainer(
     make_config: Any, images: Any, tiny_xl: Any, tmp_path: Path
 ) -> None:
-    """Both text encoders, the pooled text and the sizes reach the network, in training and in sampling."""
+    """Check that both text encoders, the pooled text and the sizes reach the network, in training and sampling."""
     tiny_xl.save_pretrained(tmp_path / "base")
     trainer = AlignedTrainer.from_pretrained(
         tmp_path / "base", make_config(tmp_path / "run", max_train_steps=5, learning_rate=0.3, ema_decay=0.0)

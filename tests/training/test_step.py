@@ -129,7 +129,7 @@ def test_learning_rates_are_those_of_the_schedule_stepped_along(name: str) -> No
 
 @pytest.fixture
 def aot_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compile to the traced operators, which takes seconds where Inductor takes a minute."""
+    """Compile to the traced operators only: Inductor would take a minute, and this takes seconds."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     compile = torch.compile
     monkeypatch.setattr(
@@ -267,7 +267,7 @@ def test_cuda_graph_needs_a_gpu(
 
 
 def test_step_runs_without_triton(tiny_folder: Path, tmp_path: Path) -> None:
-    """The package, the trainer and a step, in a process that cannot import Triton."""
+    """Take a step in a process that cannot import Triton."""
     code = f"""
 import sys
 sys.modules["triton"] = None

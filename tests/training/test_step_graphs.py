@@ -26,7 +26,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 class RecordedGraph:
-    """torch.cuda.CUDAGraph on a CPU."""
+    """Stand in for torch.cuda.CUDAGraph on a CPU."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
@@ -41,7 +41,7 @@ class RecordedGraph:
 
 
 class Recording(TorchDispatchMode):
-    """torch.cuda.graph on a CPU: what it records takes no effect before a replay; a host sync fails, as there."""
+    """Stand in for torch.cuda.graph on a CPU: recorded operations take effect at a replay, and a host sync fails."""
 
     events: list[str]
 
@@ -77,7 +77,7 @@ class Recording(TorchDispatchMode):
 
 
 class Stream:
-    """torch.cuda.Stream on a CPU."""
+    """Stand in for torch.cuda.Stream on a CPU."""
 
     def __init__(self, name: str = "side") -> None:
         self.name = name
@@ -88,7 +88,7 @@ class Stream:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Put the recorder in torch.cuda's place; what it is asked for, in order."""
+    """Replace the graphs of torch.cuda by the recorder, and return the list of its events."""
     Recording.events = []
     pools = iter("ABCDEF")
 
@@ -117,7 +117,7 @@ class Inputs(NamedTuple):
 
 
 class Sum:
-    """A step: adds its inputs to what it has."""
+    """Step that adds its inputs to a total."""
 
     def __init__(self) -> None:
         self.total, self.runs, self.addresses = torch.zeros(3), 0, set[int]()
@@ -231,7 +231,7 @@ def full_state_of(state_of: Callable[[AlignedTrainer], dict[str, Tensor]]) -> Ca
 
 
 def captured(trainer: AlignedTrainer) -> AlignedTrainer:
-    """Give a trainer on the CPU what one on a GPU has with --cuda_graph."""
+    """Let a trainer on the CPU capture its steps, as one on a GPU does with --cuda_graph."""
     step = trainer._training_step
     step._lr = torch.tensor(trainer.config.learning_rate)
     step.graphs = StepGraphs(step.run, step.warm_up)
@@ -286,7 +286,7 @@ def test_warm_up_changes_nothing(
     for given in (
         make_batch(4),
         make_batch(4, mask=torch.zeros(4, 1, 8, 8)),
-    ):  # of an empty mask the loss is 0, and finite
+    ):  # the loss of an empty mask is 0, which is finite
         trainer.step(make_batch(4))
         before = full_state_of(trainer)
         trainer._training_step.warm_up(next_inputs(trainer, given))
@@ -374,13 +374,13 @@ def test_captured_run_continues_uncaptured_and_captured_again(
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Algorithms that sum in one order; warn_only: cuBLAS is, on one stream, whatever its workspace.
+    """Use algorithms that sum in one order, and only warn about cuBLAS, which does so on one stream.
 
-    Attention by plain products: the other kernels' backward passes add in any order, and under warn_only they stay
-    allowed. Compiled code knows its sizes: else a trainer that meets a second size, which it runs uncaptured, takes
-    code for every size at the first one too, while the graph replays the code for that size.
+    Attention uses plain products: the backward passes of the other kernels add in any order, and a warning does not
+    stop them. Code is compiled for fixed sizes: a trainer that met a second size uncaptured would use code for every
+    size also at the first one, while the graph replays the code for that size alone.
     """
-    torch.compiler.reset()  # code objects are shared: the trainers of other tests count towards the recompile limit
+    torch.compiler.reset()  # the trainers of other tests count towards the recompile limit
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     with sdpa_kernel(SDPBackend.MATH), torch._dynamo.config.patch(automatic_dynamic_shapes=False):

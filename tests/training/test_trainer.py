@@ -27,7 +27,7 @@ def tensors_of(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def closed_form(
     objective: str, unet: Any, ddim: Any, latents: Tensor, noise: Tensor, t: Tensor, text: Tensor
 ) -> Tensor:
-    """Loss of an ε-predicting network in float64, from the paper's equations and diffusers' own table alone."""
+    """Return the float64 loss of an ε-predicting network, from the paper's equations and diffusers' table alone."""
     if objective == "fm":
         state = t[:, None, None, None] * latents + (1 - t)[:, None, None, None] * noise
         return (unet(state, 1000 * (1 - t), text).sample - (noise - latents)).square().mean()
@@ -288,5 +288,5 @@ def test_images_have_the_requested_size(trained: AlignedTrainer) -> None:
     pictures = trained.sample(["a", "b", "c"], num_inference_steps=1, height=24, width=32)
     assert [(picture.size, picture.mode) for picture in pictures] == [((32, 24), "RGB")] * 3
     assert trained.sample("a", num_inference_steps=1)[0].size == (16, 16)
-    with pytest.raises(RefusedInputError, match="height must be a multiple of 2, got 17"):
+    with pytest.raises(RefusedInputError, match="height must be a positive multiple of 8, got 17"):
         trained.sample("a", height=17)
