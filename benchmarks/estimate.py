@@ -106,9 +106,9 @@ def estimate(run: Run) -> Estimate:
     encoders = 4 * ENCODER_PARAMETERS.get(run.network, 0)
     if run.checkpointing:
         # The backward pass leaves the function mode, which is entered again where activations are recomputed.
-        contexts = {"context_fn": lambda: (nullcontext(), GpuAutocast())}
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        unet.enable_gradient_checkpointing(partial(checkpoint, **options, **contexts))
+        options["context_fn"] = lambda: (nullcontext(), GpuAutocast())
+        unet.enable_gradient_checkpointing(partial(checkpoint, **options))
     else:
         unet.disable_gradient_checkpointing()
     with GpuAutocast(), Tally(list(unet.parameters())) as tally:
@@ -202,11 +202,19 @@ class GpuAutocast(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             query, key, value = args
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-        dtype = {functional.linear: PRECISION, functional.conv2d: PRECISION}.get(func)
-        dtype = torch.float32 if func in (functional.group_norm, functional.layer_norm) else dtype
+        dtype = _AUTOCAST_TYPES.get(func)
         if dtype is not None:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(dtype), (args, kwargs))
         return func(*args, **kwargs)
+
+
+# Types that CUDA's autocast gives to the operands of the functions that a UNet calls.
+_AUTOCAST_TYPES = {
+    functional.linear: PRECISION,
+    functional.conv2d: PRECISION,
+    functional.group_norm: torch.float32,
+    functional.layer_norm: torch.float32,
+}
 
 
 # Operations of this package's fused LoRA layers, which torch's own table lacks.

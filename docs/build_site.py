@@ -10,6 +10,7 @@ to a Python module to its reference, and any other file is copied beside the pag
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -65,13 +66,14 @@ def build(folder: Path) -> None:
     render.configure(docformat="google", template_directory=ROOT / "docs/templates")
     pages = {guide: to_html(guide.read_text(encoding="utf-8")) for guide in guides()}
     render.env.globals["guides"] = {page_name(guide): _title(html) for guide, html in pages.items()}
-    pdoc.pdoc(*rooms(), output_directory=folder / "api")
+    folder.mkdir(parents=True)
     template = render.env.get_template("guide.html.jinja2")
     for guide, html in pages.items():
-        contents = _lower_case_anchors(html.toc_html or "")
-        body = _lower_case_anchors(_LINK.sub(lambda link, guide=guide: _site_link(link, guide, folder), html))
+        contents = _lower_case_anchors(getattr(html, "toc_html", None) or "")  # markdown2 adds it to the string
+        body = _lower_case_anchors(_LINK.sub(partial(_site_link, guide=guide, folder=folder), html))
         page = template.render(title=_title(html), body=body, contents=contents)
         (folder / page_name(guide)).write_text(page, encoding="utf-8")
+    pdoc.pdoc(*rooms(), output_directory=folder / "api")
 
 
 def _title(html: str) -> str:
