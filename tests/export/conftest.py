@@ -1,5 +1,6 @@
-"""Export each folder once for all tests of this folder."""
+"""Export each folder once for all tests of this folder, in whichever worker process they run."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def one_level() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def one_level_folder(tiny_folder: Path, one_level: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_level_folder(
+    tiny_folder: Path, one_level: dict[str, Any], shared_folder: Callable[[str, Callable[[Path], object]], Path]
+) -> Path:
     """Save the tiny pipeline with a UNet of a single level, and return its folder."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -33,23 +36,34 @@ def one_level_folder(tiny_folder: Path, one_level: dict[str, Any], tmp_path_fact
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
     torch.manual_seed(0)
     pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | one_level)
-    folder = tmp_path_factory.mktemp("one_level") / "pipeline"
-    pipeline.save_pretrained(folder)
-    return folder
+    return shared_folder("one_level", lambda folder: pipeline.save_pretrained(folder / "pipeline")) / "pipeline"
 
 
 @pytest.fixture(scope="session")
-def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def export_once(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> MakeFolder:
+    """Return the function `export_once(name, **options)`: the worker process that calls it first exports."""
+
+    def export(name: str, **options: Any) -> tuple[Path, Report]:
+        def make(folder: Path) -> None:
+            report = export_folder(ExportOptions(output=str(folder / "graphs"), **options))
+            (folder / "returned.json").write_text(json.dumps(report))
+
+        folder = shared_folder(name, make)
+        return folder / "graphs", json.loads((folder / "returned.json").read_text())
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_folder: Path, export_once: MakeFolder) -> tuple[Path, Report]:
     """Export the tiny pipeline in float32 with every component and an unrolled sampler of 2 steps."""
-    folder = tmp_path_factory.mktemp("exported") / "graphs"
-    return folder, export_folder(ExportOptions(model=str(tiny_folder), output=str(folder), unroll=2))
+    return export_once("exported", model=str(tiny_folder), unroll=2)
 
 
 @pytest.fixture(scope="session")
-def exported_miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def exported_miniature(export_once: MakeFolder) -> tuple[Path, Report]:
     """Export the embedded miniature with every component and an unrolled sampler of 4 steps."""
-    folder = tmp_path_factory.mktemp("exported") / "miniature"
-    return folder, export_folder(ExportOptions(output=str(folder), unroll=4))
+    return export_once("exported_miniature", unroll=4)
 
 
 @pytest.fixture(scope="session")
@@ -65,15 +79,15 @@ def exported_unet(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def exported_half(exported_unet: MakeFolder) -> tuple[Path, Report]:
+def exported_half(tiny_folder: Path, export_once: MakeFolder) -> tuple[Path, Report]:
     """Export the tiny UNet in float16 and one size, with a sampler without guidance."""
     half = {"precision": "fp16", "static": "1x16x24", "guidance": False}
-    return exported_unet(components="unet,sampler", steps="1,3", **half)
+    return export_once("exported_half", model=str(tiny_folder), components="unet,sampler", steps="1,3", **half)
 
 
 @pytest.fixture(scope="session")
-def exported_static(exported_unet: MakeFolder, one_level_folder: Path) -> tuple[Path, Report]:
+def exported_static(export_once: MakeFolder, one_level_folder: Path) -> tuple[Path, Report]:
     """Export every component of the one-level pipeline for two images of one size, the decoder in the sampler."""
     components = "unet,sampler,text_encoder,vae_encoder,vae_decoder"
     options = {"static": "2x32x16", "with_vae": True, "steps": "2"}
-    return exported_unet(model=str(one_level_folder), components=components, **options)
+    return export_once("exported_static", model=str(one_level_folder), components=components, **options)
