@@ -63,7 +63,7 @@ def build(folder: Path) -> None:
         if any(folder.iterdir()) and not (folder / "index.html").is_file():
             raise SystemExit(f"{folder} holds no site: name an empty or a new folder")
         shutil.rmtree(folder)
-    render.configure(docformat="google", template_directory=ROOT / "docs/templates")
+    render.configure(docformat="google", show_source=False, template_directory=ROOT / "docs/templates")
     pages = {guide: to_html(guide.read_text(encoding="utf-8")) for guide in guides()}
     render.env.globals["guides"] = {page_name(guide): _title(html) for guide, html in pages.items()}
     folder.mkdir(parents=True)
