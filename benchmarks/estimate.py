@@ -14,7 +14,8 @@ Memory follows `d2f train --mixed_precision bf16` without --compile: the frozen 
 all trained weights, their gradients, AdamW's two moments and the moving average are float32, and the autoencoder and
 the text encoders stay on the card in float32. Not counted: the CUDA context (about 0.5 GB), the workspaces of cuDNN,
 and the gaps that an allocator leaves. The share of 36 % is what MLPerf's fastest full training run of Stable Diffusion
-2 reached on H100 cards with tuned kernels: real runs on other machines are slower.
+2 reached on H200 cards, whose peak is that of the H100, with tuned kernels: real runs on other machines are slower.
+A time is left out where the run needs more memory than the card has.
 """
 
 import weakref
@@ -43,8 +44,9 @@ from d2f_fast.lora.inject import inject_lora
 
 GB = 1e9
 PEAK_FRACTION = 0.36
-# Dense bfloat16 operations per second with float32 accumulation, from NVIDIA's data sheets.
+# Dense bfloat16 operations per second with float32 accumulation, and memory in GB, from NVIDIA's data sheets.
 CARDS = {"RTX 4090": 165e12, "H100": 989e12}
+CARD_MEMORY = {"RTX 4090": 24, "H100": 80}
 # Parameters of the autoencoder and the text encoders, which stay on the card beside the UNet.
 ENCODER_PARAMETERS = {"sd15": 83_653_863 + 123_060_480, "sdxl": 83_653_863 + 123_060_480 + 694_659_840}
 NAMES = {"sd15": "SD1.5, 512 px", "sdxl": "SDXL, 1024 px"}
@@ -95,6 +97,12 @@ class Estimate:
     def seconds(self, batch: int, card: str) -> float:
         """Return the time of one step on a card of `CARDS`, in seconds."""
         return batch * self.image_operations / (PEAK_FRACTION * CARDS[card])
+
+    def time_cell(self, batch: int, card: str) -> str:
+        """Return the table's text for the time of one step, or that the run does not fit in the card's memory."""
+        if self.memory_gb(batch) > CARD_MEMORY[card]:
+            return f"does not fit in {CARD_MEMORY[card]} GB"
+        return f"{self.seconds(batch, card):.2g} s"
 
 
 def estimate(run: Run) -> Estimate:
@@ -278,7 +286,7 @@ def table(estimates: Mapping[Run, Estimate]) -> list[str]:
         cells = [NAMES[run.network], "full" if run.rank is None else f"LoRA, rank {run.rank}"]
         cells.append("on" if run.checkpointing else "off")
         cells += [f"{needs.memory_gb(batch):.1f} GB" for batch in BATCHES]
-        cells += [f"{needs.seconds(BATCHES[-1], card):.2g} s" for card in CARDS]
+        cells += [needs.time_cell(BATCHES[-1], card) for card in CARDS]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -135,45 +135,53 @@ def check_options(options: Any) -> None:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Hold the options of a training run, spelled as in the diffusers training scripts.
+    """Hold the options of a training run. An option of the diffusers training scripts has the same name here.
 
     Args:
-        output_dir: Folder that receives checkpoints, logs and the trained weights; it is created if it is missing.
-        objective: What the network learns. "diff2flow" is flow matching aligned with the base model, "fm" is flow
-            matching without alignment, and "diffusion" is the base model's own loss.
-        loss_weighting: Weight of the squared velocity error. "flow" weights all times equally, "native" gives the base
-            model's own loss, and "min_snr" limits the weight of nearly clean images. The objective "fm" takes only
-            "flow", and "diffusion" ignores this option.
-        snr_gamma: Signal-to-noise ratio above which "min_snr" lowers the weight. Change it only together with
-            --loss_weighting min_snr.
-        timestep_sampling: Distribution from which training times are sampled. "uniform" covers all noise levels
-            equally, "logit_normal" and "mode" prefer the middle, and "u_shaped" prefers both ends. The objective
-            "diffusion" always samples uniformly.
-        logit_mean: Mean of the "logit_normal" distribution, in logits of the noise level. Positive values train more on
-            noisy images; the default 0 is centred.
-        logit_std: Standard deviation of the "logit_normal" distribution, in logits of the noise level. Larger values
+        output_dir: Folder that receives checkpoints, logs and the trained weights; it is created if it is missing. A
+            folder with checkpoints is refused unless --resume_from_checkpoint is given, and one with a pipeline/ is
+            refused with --adapter full; other files are replaced, and log.jsonl is continued.
+        objective: What the network learns. "diff2flow" trains flow matching by converting the base model's own time,
+            noisy input and output with formulas; "fm" trains it without them, so that the network learns noise -
+            latents; "diffusion" trains the base model's own loss.
+        loss_weighting: Weight of the squared velocity error at each time. "flow" weights all times equally, "native"
+            weights them as the loss of the base model does, and "min_snr" weights nearly clean images less. The
+            objective "fm" takes only "flow". "diffusion" ignores this option: it is "native" at whole timesteps.
+        snr_gamma: Signal-to-noise ratio α²/σ² above which "min_snr" lowers the weight, a positive number. With another
+            --loss_weighting, a value other than the default is refused.
+        timestep_sampling: Distribution of the training times. "uniform" samples the flow time t (0 is noise, 1 is data)
+            evenly, "logit_normal" and "mode" (the heavy-tailed one of the SD3 paper, with its scale of 1.29) prefer
+            the middle, and "u_shaped" prefers both ends. The objective "diffusion" ignores it, and samples whole
+            timesteps evenly.
+        logit_mean: Mean of the logit of 1 - t, which is log((1 - t) / t), for "logit_normal"; the other distributions
+            ignore it. Positive values train more on noisy images; the default 0 is centred.
+        logit_std: Standard deviation of the same logit, a positive number; only "logit_normal" uses it. Larger values
             train more on very clean and very noisy images.
-        flow_shift: Factor on the noise-to-image ratio in training, saved with the result so that sampling uses it too.
-            Values above 1 train more on noisy images, which helps at high resolutions; the default 1 turns it off.
+        flow_shift: Factor on the ratio of noise to image, (1 - t) / t, in training, as shift in the SD3 paper; it is
+            saved with the result, and sampling uses it too. Values above 1 train more on noisy images; 1 turns it off.
+            With the objective "diffusion" only sampling uses it.
         adapter: Which weights are trained. "lora" trains small LoRA layers and leaves the base model unchanged; "full"
             trains every weight of the UNet and saves a whole pipeline.
         rank: Rank of the LoRA layers in attention and feed-forward layers. A larger rank learns more, and makes a
-            larger file. It has no effect with --adapter full.
+            larger file. With --adapter full, this option and the four below have no effect.
         lora_alpha: Strength of the LoRA layers, whose output is multiplied by lora_alpha / rank. The default None means
             a factor of 1.
-        conv_rank: Rank of LoRA layers that are added to the UNet's inner convolutions. The default 0 adds none.
-        first_last_layers: Also train the UNet's first and last convolution, with LoRA layers that are as expressive as
-            the full weights. It is off by default.
-        target_modules: Name endings of the layers that get LoRA layers, such as to_q to_k. The default None takes all
-            attention and feed-forward layers.
+        conv_rank: Rank of LoRA layers that are added to the convolutions of residual blocks, shortcuts, down- and
+            upsampling: all but the first and the last. The default 0 adds none.
+        first_last_layers: Also train the UNet's first and last convolution, with LoRA layers of full rank, which can
+            learn any change of their weights. It is off by default.
+        target_modules: Name endings of the layers that get LoRA layers in place of attention and feed-forward, such as
+            to_q to_k. --conv_rank and --first_last_layers still add theirs. The default None takes all attention and
+            feed-forward layers.
         resolution: Side of the square training images, in pixels. The shorter side of each image is resized to it, and
             the longer side is cropped. It must be a multiple of the model's downsampling, which is 8 for Stable
             Diffusion.
         center_crop: Crop the middle of each image, which is the default. --no_center_crop crops a random position, and
             needs --no_cache_latents.
-        random_flip: Mirror each image left to right with a probability of one half. It is off by default.
-        cache_dir: Folder that keeps encoded images and captions. The default None means the folder "cache" inside
-            output_dir.
+        random_flip: Mirror each image left to right with a probability of one half. The cache then keeps both
+            versions. It is off by default.
+        cache_dir: Folder that keeps encoded images and captions; several runs may share it. Captions are always kept.
+            The default None means the folder "cache" inside output_dir.
         cache_latents: Keep encoded images on disk, and reuse them in each epoch; this needs --center_crop. It is on by
             default, and --no_cache_latents encodes every image again each time.
         caption_dropout: Fraction of captions, in [0, 1), that are replaced by the empty caption, so that guidance works
@@ -183,10 +191,11 @@ class TrainingConfig:
             optimizer step. The default 1 turns accumulation off.
         max_train_steps: Number of optimizer steps of the whole run, including the steps before a resumed checkpoint.
         learning_rate: Learning rate of the AdamW optimizer, after warm-up and before any decay.
-        lr_scheduler: Name of the diffusers schedule that changes the learning rate during the run. The default
-            "constant" keeps it, and does not warm up.
+        lr_scheduler: Schedule of the learning rate, as diffusers' get_scheduler with its defaults: "cosine" falls to 0
+            along half a wave, "cosine_with_restarts" has one cycle, "polynomial" has power 1 and ends at 1e-7. The
+            default "constant" keeps the rate and ignores --lr_warmup_steps; all others use it.
         lr_warmup_steps: Number of optimizer steps in which the learning rate rises linearly from 0. The default 0 turns
-            warm-up off.
+            warm-up off, and "constant" ignores the option.
         adam_beta1: Decay of AdamW's running mean of the gradient, in [0, 1).
         adam_beta2: Decay of AdamW's running mean of the squared gradient, in [0, 1).
         adam_epsilon: Small number that AdamW adds to its denominator, so that it never divides by zero.
@@ -202,20 +211,22 @@ class TrainingConfig:
         compile: Compile the training step with torch.compile. The first step takes minutes, later ones are faster, and
             the compiled code is kept for the next run. It is off by default.
         cuda_graph: Record the whole training step as one CUDA graph, which removes the CPU's overhead. It needs an
-            NVIDIA GPU and a single process, and records at most four different batch shapes. It is off by default.
+            NVIDIA GPU and a single process. Four batch shapes are recorded; further ones run without a graph. It has
+            not been run on a GPU yet, and is off by default.
         checkpointing_steps: Number of optimizer steps between two checkpoints. 0 saves a checkpoint only when the run
             is stopped by SIGTERM or Ctrl-C.
         checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. None keeps all of them.
         resume_from_checkpoint: Checkpoint to continue from, given as "latest", as a name such as checkpoint-500, or as
             a path. The default None starts a new run.
-        logging_steps: Number of optimizer steps between two entries of the log.
+        logging_steps: Number of optimizer steps between two entries of the log, at least 1. The last step is always
+            logged.
         report_to: Where metrics are sent, besides the file log.jsonl, which is always written. "tensorboard" writes
-            its files into output_dir, and the other names are the trackers that accelerate knows. The tracker must be
-            installed. The default "none" sends metrics nowhere else.
+            its files into output_dir/logs, and the other names are the trackers that accelerate knows. The tracker
+            must be installed. The default "none" sends metrics nowhere else.
         dataloader_num_workers: Number of threads that read and decode images while the model trains. 0 reads each batch
-            only when it is needed. More than 1 reads the data set from several threads at once.
-        seed: Seed of everything that is random in training: initial LoRA weights, order of the data, crops, noise and
-            times. The same seed and options repeat a run.
+            only when it is needed. With 2 or more, a data set of your own must be safe to read from several threads.
+        seed: Seed of everything that is random in training, from 0 to 2**63 - 1: initial LoRA weights, order of the
+            data, crops, noise and times. The same seed and options repeat a run.
 
     Raises:
         RefusedInputError: An option has a value that it does not take, or two options contradict each other.

@@ -21,10 +21,11 @@ class ModelOptions:
     Args:
         model: Model to export: a hub id, the folder of a diffusers pipeline, a .safetensors file, or "miniature" for
             the model that comes with this package.
-        lora: LoRA in peft's or kohya's format to merge into the model first, as FILE_OR_FOLDER or FILE_OR_FOLDER:SCALE;
-            the scale is 1 if left out. Repeat the option for several; without it, nothing is merged.
-        vae: Hub id or folder of an autoencoder to export in place of the model's own, for example madebyollin/taesd,
-            which decodes much faster. None exports the model's own.
+        lora: LoRA of `d2f train`, or any in the format of peft, diffusers or kohya, to merge into the model first, as
+            FILE_OR_FOLDER or FILE_OR_FOLDER:SCALE; the scale is 1 if left out. Repeat the option for several; without
+            it, nothing is merged.
+        vae: Hub id or folder of an autoencoder to export in place of the model's own, for example the much smaller
+            madebyollin/taesd. None exports the model's own.
     """
 
     model: str = MINIATURE
@@ -55,12 +56,14 @@ class GraphOptions:
     """Choose which graphs are written, in which shapes and precision.
 
     Args:
-        components: Graphs to write, separated by commas.
-        precision: Number format of the weights. Inputs, outputs, times and step tables are always float32. bf16 also
-            needs --skip_verify.
-        target: Program that runs the graphs. "ort" (ONNX Runtime) writes opset 20; "tensorrt" writes opset 23, whose
-            normalisation and attention nodes TensorRT runs as one kernel each.
-        opset: ONNX opset version. None takes the version of --target, or 23 for bf16.
+        components: Graphs to write, separated by commas; the default names all that there are. "text_encoder" includes
+            the second text encoder of SDXL.
+        precision: Number format in which the UNet and the text encoders hold their weights and compute. The autoencoder
+            stays float32 unless its config.json has "force_upcast": false; so do inputs, outputs, and the times and
+            coefficients of the steps in steps.json. bf16 also needs --skip_verify.
+        target: Program that runs the graphs. "ort" (ONNX Runtime) writes opset 20. "tensorrt" writes opset 23, in which
+            each normalisation and attention is one operator; no graph has been run with TensorRT yet.
+        opset: Version of ONNX's set of operators. None takes the version of --target, or 23 for bf16.
         static: Fixed input size as BATCHxHEIGHTxWIDTH, in images and pixels, for example 1x512x512. None lets each run
             choose its own size.
     """
@@ -80,8 +83,9 @@ class SamplerOptions:
         steps: Numbers of sampling steps that the sampler can take, separated by commas, each 1 to 1000.
         guidance: Build classifier-free guidance into the sampler, which doubles the network's batch.
         with_vae: Let the sampler also decode its latents, so that it returns an image.
-        unroll: Also write a sampler with this number of steps, 1 to 50, written out one after the other, for engines
-            that run no loops. 0 writes none.
+        unroll: Also write unet/sampler_N.onnx, a sampler of this number N of steps, 1 to 50, without a loop: it holds N
+            copies of the network's operators, which share its weights. It is for engines that run no loops. 0 writes
+            none.
     """
 
     steps: str = "1,2,4,8"
@@ -95,10 +99,11 @@ class CheckOptions:
     """Choose how the graphs are checked against torch.
 
     Args:
-        tolerance: Largest relative RMS error of a network against torch in float32, above 0 and below 1. None allows an
-            error of 1e-5 for fp32 and 3e-3 for fp16.
-        verify_only: Export nothing; compare the export in the output folder with the model again. Name the model, its
-            LoRAs and its other autoencoder again; the options of the graphs are read from the export.
+        tolerance: Largest error of each graph, the autoencoder's included: RMS of the difference to torch in float32,
+            divided by the RMS of torch's output, above 0 and below 1. A sampler may differ more, by a factor that
+            export.json names. None allows 1e-5 for fp32 and 3e-3 for fp16.
+        verify_only: Export nothing; compare the export in the output folder with the model again. Give --model, --lora
+            and --vae as for the export; the options of the graphs are read from it.
         skip_verify: Check that the graphs are valid, but do not run them. bf16 needs this, because ONNX Runtime cannot
             run bf16 graphs on a CPU.
     """

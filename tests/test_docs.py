@@ -104,6 +104,12 @@ def test_estimate_of_lora_needs_less_than_full_finetuning_and_more_without_check
     assert kept.seconds(4, "H100") == pytest.approx(4 * kept.image_operations / (0.36 * 989e12))
 
 
+def test_estimate_says_which_card_a_run_does_not_fit() -> None:
+    needs = estimate.Estimate(30_000_000_000, dict.fromkeys(estimate.BATCHES, 0), 0, 0, image_operations=10**13)
+    assert needs.time_cell(4, "RTX 4090") == "does not fit in 24 GB"
+    assert needs.time_cell(4, "H100") == "0.11 s"
+
+
 def test_readme_table_has_a_row_for_each_run() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"<!-- estimate: begin -->\n(.*?)\n<!-- estimate: end -->", readme, re.DOTALL)

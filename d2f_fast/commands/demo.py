@@ -17,7 +17,8 @@ class Demo:
             replaced.
         seed: Seed of training and sampling, from 0 to 2**63 - 1. The same seed gives the same report on one machine.
         dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
-        json: Print the result as one line of JSON, in place of the path of the report. It is off by default.
+        json: Print {"output": the path of the report} as one line of JSON, in place of the path alone. It is off by
+            default.
     """
 
     output_dir: str = "demo"

@@ -23,8 +23,8 @@ def help_text() -> str:
     purposes = "\n".join(f"  {name:8}{description(command)}" for name, command in COMMANDS.items())
     return f"""usage: d2f [-h] [--version] COMMAND [OPTIONS]
 
-d2f turns a Stable Diffusion model into a flow-matching model, which generates images in few
-steps. It finetunes the model on your captioned images, and samples from the result.
+d2f finetunes a Stable Diffusion model on your captioned images with a flow-matching loss, and
+samples from the result in few steps. Formulas convert the model's predictions to the flow.
 
 commands:
 {purposes}

@@ -17,7 +17,7 @@ from d2f_fast.config import OptionGroup
 from d2f_fast.errors import RefusedInputError
 
 CONFIG_HELP = (
-    "YAML file with lines such as `rank: 32`, whose keys are options of this command. Options on the command line"
+    "YAML file with lines such as `seed: 1`, whose keys are options of this command. Options on the command line"
     " override those of the file. The default None reads no file."
 )
 

@@ -36,33 +36,37 @@ class Sample:
         prompts: One or more prompts; one image is generated for each.
         model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. The
             default "miniature" is the small model inside this package.
-        lora: Folder or .safetensors file of LoRA weights that are merged into the model. The default None uses the
-            model as it is.
-        onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of --model and --lora. The default
-            None runs the model with diffusers.
-        onnx_provider: Hardware that --onnx runs on. The default "auto" takes an NVIDIA GPU if there is one, and the CPU
-            otherwise.
+        lora: Folder of a run, or .safetensors file, of LoRA weights that are merged into the model with a strength of
+            1. It may come from this package, diffusers, peft or kohya. The default None uses the model as it is.
+        onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --model,
+            --lora, --prediction_type, --method, --flow_spacing or --shift it is refused, because the export has
+            settled them. The default None runs the model with diffusers.
+        onnx_provider: Provider of ONNX Runtime that --onnx runs on; without --onnx it has no effect. The default "auto"
+            takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise, never TensorRT.
         num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
-            "midpoint" and "heun" twice.
+            "midpoint" and "heun" twice. With --onnx only the numbers that were exported are accepted.
         guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1 turns
             guidance off, which halves the time.
         negative_prompt: Prompt to steer away from, the same for all images. The default is empty, for none.
-        prediction_type: What the network predicts, in the words of diffusers. The default None takes it from the model
-            or LoRA file; "flow_prediction" is for networks trained with the objective "fm".
+        prediction_type: What the network predicts: "epsilon" the noise, "sample" the clean latents, "v_prediction" v,
+            and "flow_prediction" the flow velocity that `d2f train --objective fm` trains. The default None takes it
+            from the model or LoRA file; give it for a single .safetensors file whose type diffusers does not know.
         method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
-        flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time; "trailing" uses the times that
-            diffusers calls trailing.
-        shift: Factor on the noise-to-image ratio at each step. Values above 1 spend more steps on noisy images. The
-            default None takes the factor saved with the trained weights, or else 1, which turns it off.
+        flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time. "trailing" takes the times of
+            diffusers' trailing timesteps, to compare with DDIM. Both start at t = 0, pure noise.
+        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step; it is --flow_shift of `d2f train`.
+            Values above 1 spend more steps on noisy images. The default None takes the factor saved with the trained
+            weights, or else 1, which turns it off.
         height: Height of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
             own height.
         width: Width of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
             own width.
         seed: Seed of the noise, from 0 to 2**63 - 1. The same seed and options give the same images on one machine.
         output_dir: Folder that receives the images, 000.png and so on, and metrics.json; it is created if it is
-            missing.
+            missing. Files of these names are replaced.
         dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
-        json: Print the result as one line of JSON, in place of the path of the folder. It is off by default.
+        json: Print the result (method, steps, number and paths of the images) as one line of JSON, in place of the
+            path of the folder. It is off by default.
     """
 
     prompts: tuple[str, ...] = field(metadata={"group": "image"})

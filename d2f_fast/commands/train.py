@@ -21,13 +21,15 @@ class Train:
             image.
         pretrained_model_name_or_path: Model to start from: a Hugging Face id, a diffusers pipeline folder, or one
             .safetensors file. The default "miniature" is the small model inside this package.
-        image_column: Column of metadata.jsonl that names the image file. "image" reads "file_name", and any other name
-            reads "<name>_file_name".
-        caption_column: Column of metadata.jsonl that holds the caption, or a list of alternative captions.
+        image_column: Image column, as image folders of Hugging Face name it: the default "image" reads the key
+            "file_name" of metadata.jsonl, and any other name X reads the key "X_file_name".
+        caption_column: Key of metadata.jsonl whose value is the caption, or a list of captions of which each epoch
+            takes one at random.
         caption_extension: Extension of the caption files beside the images, used where there is no metadata.jsonl.
         options: Options of the training itself.
         dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
-        json: Print the result as one line of JSON, in place of the path that was written. It is off by default.
+        json: Print the result of the run (steps, last loss, skipped steps, seconds, path) as one line of JSON, in
+            place of the path that was written. It is off by default.
     """
 
     train_data_dir: str = field(metadata={"group": "data"})

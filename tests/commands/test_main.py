@@ -27,7 +27,7 @@ def imported_by(code: str) -> set[str]:
 def test_help_says_what_d2f_is_and_lists_each_command_with_its_purpose(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "d2f turns a Stable Diffusion model into a flow-matching model" in text
+    assert "d2f finetunes a Stable Diffusion model on your captioned images with a flow-matching loss" in text
     for name in COMMANDS:
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
         assert line.endswith(".")
