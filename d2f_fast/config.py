@@ -208,8 +208,9 @@ class TrainingConfig:
             which is faster on recent GPUs. The default None takes what `accelerate launch` was set to, or else "no".
         gradient_checkpointing: Compute activations again in the backward pass, which takes less memory and more time.
             It is off by default.
-        compile: Compile the training step with torch.compile. The first step takes minutes, later ones are faster, and
-            the compiled code is kept for the next run. It is off by default.
+        compile: Compile the training step with torch.compile. The first step takes minutes, later ones are faster (see
+            docs/results.md; measured on a CPU only), and the compiled code is kept for the next run. It is off by
+            default.
         cuda_graph: Record the whole training step as one CUDA graph, which removes the CPU's overhead. It needs an
             NVIDIA GPU and a single process. Four batch shapes are recorded; further ones run without a graph. It has
             not been run on a GPU yet, and is off by default.
