@@ -1,6 +1,8 @@
 """Read and write safetensors files. No pickle is read, and tensors that are not finite are never written."""
 
+import json
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ class _OpenFile(Protocol):
 
 
 def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, whole or not at all.
+    """Write tensors to a safetensors file, whole or not at all. The same tensors and entries give the same bytes.
 
     Args:
         path: File to write or replace.
@@ -49,7 +51,23 @@ def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mappin
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(copies, temporary, metadata=None if metadata is None else dict(metadata))
+        _sort_metadata(temporary)
         temporary.chmod(mode)  # safetensors sets 0600 whatever the umask, and nobody else could read a shared LoRA.
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the text entries in a file's header, which safetensors writes in random order; tensors stay in place."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:  # Only another way of escaping characters could do this.
+            raise CheckpointError(f"{path}: the sorted header does not fit: leave control characters out of its entries")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:

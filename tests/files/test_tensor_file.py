@@ -46,6 +46,19 @@ def test_tensors_of_any_layout_come_back_bit_equal(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    entries = {f"entry.{number}": f'é "quoted" \\ \n\t\x00\x1f\x7f\u2028 {number}' for number in range(20)}
+    written = set()
+    for number in range(20):
+        path = tmp_path / f"{number}.safetensors"
+        tensors = {"b": torch.arange(3.0), "a": torch.ones(2, dtype=torch.float16)}
+        write_tensors(path, tensors, dict(reversed(entries.items())) if number % 2 else entries)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    read, metadata = read_tensors(path)
+    assert metadata == entries and torch.equal(read["b"], torch.arange(3.0))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_non_finite_tensor_is_never_written(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
