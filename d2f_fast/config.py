@@ -24,6 +24,7 @@ Tracker = Literal[
     "none", "tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio"
 ]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+LoraFormat = Literal["diffusers", "kohya", "both"]
 OptionGroup = Literal[
     "model",
     "data",
@@ -217,6 +218,9 @@ class TrainingConfig:
         checkpointing_steps: Number of optimizer steps between two checkpoints. 0 saves a checkpoint only when the run
             is stopped by SIGTERM or Ctrl-C.
         checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. None keeps all of them.
+        lora_format: Which LoRA files are written at the end. "diffusers" writes pytorch_lora_weights.safetensors for
+            diffusers, "kohya" writes a file for ComfyUI, A1111, Forge and kohya's scripts, named after output_dir
+            (my_run_kohya.safetensors), and "both" writes the two. It has no effect with --adapter full.
         resume_from_checkpoint: Checkpoint to continue from, given as "latest", as a name such as checkpoint-500, or as
             a path. The default None starts a new run.
         logging_steps: Number of optimizer steps between two entries of the log, at least 1. The last step is always
@@ -271,6 +275,7 @@ class TrainingConfig:
     cuda_graph: bool = option("memory and speed", False)
     checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0))
     checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1))
+    lora_format: LoraFormat = option("checkpoints and logs", "both")
     resume_from_checkpoint: str | None = option("checkpoints and logs", None)
     logging_steps: int = option("checkpoints and logs", 10, at_least(1))
     report_to: Tracker = option("checkpoints and logs", "none")

@@ -65,7 +65,9 @@ def _sort_metadata(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         if len(text) > size:  # Only another way of escaping characters could do this.
-            raise CheckpointError(f"{path}: the sorted header does not fit: leave control characters out of its entries")
+            raise CheckpointError(
+                f"{path}: the sorted header does not fit: leave control characters out of its entries"
+            )
         file.seek(8)
         file.write(text.ljust(size))
 

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 AdaptableLayer = nn.Linear | nn.Conv2d
+KOHYA_PREFIX = "lora_unet_"
 
 # Names of Stability's own code, sgm, for the layers of a residual block and for the first and last layers.
 _SGM_LEAVES = {
@@ -35,11 +36,7 @@ def module_names(pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
     found: dict[str, AdaptableLayer] = {}
     unet = pipeline.unet
     for name, module in _layers(unet):
-        found[f"unet.{name}"] = module
-        found[f"lora_unet_{name.replace('.', '_')}"] = module
-        sgm = sgm_name(name, unet)
-        if sgm is not None:
-            found[f"lora_unet_{sgm}"] = module
+        found |= dict.fromkeys(unet_layer_names(name, unet), module)
     for component, prefixes in {"text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}.items():
         encoder = getattr(pipeline, component, None)
         for name, module in _layers(encoder) if encoder is not None else ():
@@ -50,6 +47,18 @@ def module_names(pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
                 for prefix in prefixes:
                     found[f"lora_{prefix}_{spelled.replace('.', '_')}"] = module
     return found
+
+
+def unet_layer_names(name: str, unet: UNet2DConditionModel) -> list[str]:
+    """Return the names that LoRA files use for a layer of a UNet.
+
+    Args:
+        name: Name of the layer in diffusers.
+        unet: The UNet, whose configuration gives the number of layers in a block.
+    """
+    names = [f"unet.{name}", f"{KOHYA_PREFIX}{name.replace('.', '_')}"]
+    sgm = sgm_name(name, unet)
+    return names if sgm is None else [*names, f"{KOHYA_PREFIX}{sgm}"]
 
 
 def sgm_name(name: str, unet: UNet2DConditionModel) -> str | None:

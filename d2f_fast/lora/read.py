@@ -25,6 +25,7 @@ from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.tensor_file import read_metadata, read_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_ENDING = "_kohya.safetensors"
 ADAPTER_METADATA = "lora_adapter_metadata"
 TAG_PREFIX = "d2f."
 
@@ -85,17 +86,22 @@ def lora_path(source: StrPath) -> Path:
     """Return the path of a LoRA file.
 
     Args:
-        source: The file itself, or the folder that holds `pytorch_lora_weights.safetensors`.
+        source: The file itself, or the folder that holds `pytorch_lora_weights.safetensors` or, without that one, a
+            single file whose name ends in "_kohya.safetensors".
     """
     path = Path(source)
-    return path / LORA_FILE if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    if not (path / LORA_FILE).exists() and len(found := list(path.glob(f"*{KOHYA_ENDING}"))) == 1:
+        return found[0]
+    return path / LORA_FILE
 
 
 def read_lora(source: StrPath) -> LoraFile:
     """Read a LoRA file.
 
     Args:
-        source: `.safetensors` file, or the folder that holds `pytorch_lora_weights.safetensors`.
+        source: `.safetensors` file, or a folder that holds one; see `lora_path`.
 
     Raises:
         ModelError: The file holds another kind of adapter, lacks a matrix, or its header gives no usable scale.
@@ -115,7 +121,7 @@ def lora_tags(source: StrPath) -> dict[str, str]:
     """Read the header entries of a LoRA file that begin with "d2f.": how it was trained and is to be sampled.
 
     Args:
-        source: `.safetensors` file, or the folder that holds `pytorch_lora_weights.safetensors`.
+        source: `.safetensors` file, or a folder that holds one; see `lora_path`.
 
     Raises:
         CheckpointError: The file is missing, damaged, or a pickle.

@@ -20,7 +20,7 @@ _SCHEDULE_KEYS = (
 
 
 def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:
-    """Write the adapter in a model's UNet as `pytorch_lora_weights.safetensors`, and check that it reloads.
+    """Write the adapter in a model's UNet to the LoRA files that the options name, and check that they reload.
 
     Args:
         model: base model whose UNet has the adapter.
@@ -29,16 +29,22 @@ def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig,
         folder: output folder, made where it is missing.
 
     Returns:
-        Path of the file.
+        Path of the file; with two files, that of the one for diffusers.
 
     Raises:
         RefusedInputError: the run is a full finetuning, or the disk is full.
         CheckpointError: a weight is not finite.
-        ModelError: the reloaded file does not give the same output.
+        ModelError: a reloaded file does not give the same output.
     """
     if config.adapter != "lora":
         raise RefusedInputError("adapter is full, so there is no LoRA to save: use save_pipeline")
-    return save_lora(model.unet, folder, tags_of(config, objective))
+    return save_lora(
+        model.unet,
+        folder,
+        tags_of(config, objective),
+        lora_format=config.lora_format,
+        prediction_type=objective.flow.prediction_type,
+    )
 
 
 def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:

@@ -356,7 +356,7 @@ class AlignedTrainer:
             )
 
     def save_lora(self, folder: str | Path) -> Path:
-        """Write the averaged adapter as `pytorch_lora_weights.safetensors`, and return its path; see `publish_lora`."""
+        """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""
         with self.averaged():
             return publish_lora(self.model, self.objective, self.config, folder)
 

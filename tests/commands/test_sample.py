@@ -18,7 +18,7 @@ from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 @pytest.fixture(scope="session")
 def lora(tiny_folder, tmp_path_factory):
-    """Folder of a LoRA that changes the tiny model's images."""
+    """Folder of a LoRA that changes the tiny model's images, in both formats."""
     unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
     inject_lora(unet, 2, first_last_layers=True)
     generator = torch.Generator().manual_seed(2)
@@ -26,7 +26,7 @@ def lora(tiny_folder, tmp_path_factory):
         for name, parameter in unet.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return save_lora(unet, tmp_path_factory.mktemp("lora")).parent
+    return save_lora(unet, tmp_path_factory.mktemp("lora"), lora_format="both").parent
 
 
 def generated_by_hand(

@@ -27,12 +27,20 @@ def test_lora_training_saves_the_lora_its_metrics_and_its_options(train, tmp_pat
     assert train(output) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == str(output / "pytorch_lora_weights.safetensors")
+    assert (output / "run_kohya.safetensors").is_file()
     assert sum(line.startswith("d2f: step on ") for line in printed.err.splitlines()) == 1
     assert "d2f: 3 images, 2 per step: 2 steps are 1 epochs\n" in printed.err
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["command"] == "d2f train" and metrics["peak_memory_bytes"] > 0
     assert metrics["results"][0]["steps"] == 2
     assert json.loads((output / "config.json").read_text())["rank"] == 2
+
+
+def test_lora_format_chooses_the_saved_file(train, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--lora_format", "kohya") == 0
+    assert capsys.readouterr().out.strip() == str(output / "run_kohya.safetensors")
+    assert [path.name for path in output.glob("*.safetensors")] == ["run_kohya.safetensors"]
 
 
 @pytest.mark.parametrize(

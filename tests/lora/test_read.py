@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2f_fast.errors import CheckpointError, ModelError
-from d2f_fast.lora.read import LORA_FILE, lora_path, lora_tags, read_lora
+from d2f_fast.lora.read import KOHYA_ENDING, LORA_FILE, lora_path, lora_tags, read_lora
 
 DOWN, UP = torch.randn(2, 6), torch.randn(5, 2)
 FORMS = {
@@ -104,3 +104,13 @@ def test_other_file_formats_and_missing_files_are_refused(tmp_path):
         read_lora(tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match=rf"{LORA_FILE}: no such file; check the path"):
         read_lora(tmp_path)
+
+
+def test_folder_gives_its_diffusers_file_first_and_else_its_only_kohya_file(tmp_path):
+    kohya, diffusers = tmp_path / f"run{KOHYA_ENDING}", tmp_path / LORA_FILE
+    kohya.touch()
+    assert lora_path(tmp_path) == kohya
+    (tmp_path / f"other{KOHYA_ENDING}").touch()
+    assert lora_path(tmp_path) == diffusers
+    diffusers.touch()
+    assert lora_path(tmp_path) == diffusers

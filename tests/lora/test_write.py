@@ -1,5 +1,6 @@
 """LoRA files as they are shared: every stock pipeline loads the adapter that was trained."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from d2f_fast.errors import CheckpointError, ModelError
 from d2f_fast.files.tensor_file import read_tensors
-from d2f_fast.lora import write
+from d2f_fast.lora import reload, write
 from d2f_fast.lora.inject import inject_lora, lora_layers
-from d2f_fast.lora.read import LORA_FILE
+from d2f_fast.lora.read import LORA_FILE, read_lora
 from d2f_fast.lora.write import save_lora
 
 
@@ -130,3 +131,72 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, unet: Any
         save_lora(unet, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
     assert (tmp_path / LORA_FILE).read_bytes() == good
+
+
+@pytest.mark.parametrize("lora_format", ["diffusers", "kohya", "both"])
+def test_format_chooses_the_files_that_are_written(tmp_path: Path, unet: Any, lora_format: Any, randomize: Any) -> None:
+    inject_lora(unet, 2, alpha=3.0)
+    randomize(unet)
+    folder = tmp_path / "my.run"
+    first = save_lora(unet, folder, {"d2f.shift": "2.0"}, lora_format=lora_format, prediction_type="v_prediction")
+    files = {"diffusers": [LORA_FILE], "kohya": ["my.run_kohya.safetensors"]}
+    expected = files.get(lora_format, files["diffusers"] + files["kohya"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
+    assert first == folder / expected[0]
+    assert read_lora(folder).path == first and read_lora(folder).header["d2f.shift"] == "2.0"
+    if lora_format != "diffusers":
+        _, header = read_tensors(folder / files["kohya"][0])
+        assert header["modelspec.title"] == "my.run" and header["modelspec.prediction_type"] == "v"
+
+
+def test_twenty_saves_of_one_adapter_are_equal_byte_for_byte(
+    tmp_path: Path, unet: Any, randomize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject_lora(unet, 2, conv_rank=3, first_last_layers=True)
+    randomize(unet)
+    for check in ("check_peft_file", "check_kohya_file"):  # They only read, and would take most of the time.
+        monkeypatch.setattr(write, check, lambda unet, path: None)
+    hashes = set()
+    for number in range(20):
+        save_lora(unet, tmp_path / str(number) / "run", {"d2f.b": "1", "d2f.a": "2"}, lora_format="both")
+        files = sorted((tmp_path / str(number) / "run").iterdir())
+        hashes.add(tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in files))
+    assert len(hashes) == 1 and len(hashes.pop()) == 2
+
+
+def test_files_that_fail_their_check_leave_both_old_files(
+    tmp_path: Path, unet: Any, monkeypatch: pytest.MonkeyPatch, randomize: Any
+) -> None:
+    inject_lora(unet, 2)
+    randomize(unet)
+    save_lora(unet, tmp_path, lora_format="both")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    state_dict = write.kohya_state_dict
+
+    def without_a_layer(unet: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(list(state_dict(unet, tensors).items())[3:])
+
+    monkeypatch.setattr(write, "kohya_state_dict", without_a_layer)
+    randomize(unet)
+    with pytest.raises(ModelError, match=r"_kohya\.safetensors lacks the layer \S+: not shareable"):
+        save_lora(unet, tmp_path, lora_format="both")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_diffusers_loads_both_files_of_every_family(
+    tmp_path: Path, make_family_unet: Any, randomize: Any, family: str
+) -> None:
+    depth = {"transformer_layers_per_block": 1} if family == "sdxl" else {}
+    network = make_family_unet(family, **depth)
+    base = reload._probe(network)
+    inject_lora(network, 2, alpha=3.0, conv_rank=3, first_last_layers=True)
+    randomize(network)
+    save_lora(network, tmp_path, lora_format="both")
+    expected = reload._probe(network)
+    for path in tmp_path.iterdir():
+        other = make_family_unet(family, **depth)
+        tensors, alphas = StableDiffusionPipeline.lora_state_dict(path, unet_config=other.config)
+        other.load_lora_adapter(tensors, prefix="unet", network_alphas=alphas)
+        error = (reload._probe(other) - expected).norm() / (expected - base).norm()
+        assert error <= 1e-4, path.name

@@ -1,0 +1,29 @@
+"""Recognise the family of a Stable Diffusion network, which decides how other programs name its layers."""
+
+from typing import Literal
+
+from diffusers import UNet2DConditionModel
+
+Family = Literal["sd1", "sd2", "sdxl"]
+
+# Width of the text condition, which no finetune of a family changes.
+_FAMILY_OF_TEXT_WIDTH: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+def family_of(unet: UNet2DConditionModel) -> Family | None:
+    """Return the family of a UNet, from its configuration alone.
+
+    Args:
+        unet: UNet of any pipeline.
+
+    Returns:
+        "sd1" for Stable Diffusion 1.x, "sd2" for 2.x, "sdxl" for SDXL's base, or None for any other network.
+    """
+    width = unet.config.cross_attention_dim
+    family = _FAMILY_OF_TEXT_WIDTH.get(width) if isinstance(width, int) else None
+    return family if has_sizes_condition(unet) == (family == "sdxl") else None
+
+
+def has_sizes_condition(unet: UNet2DConditionModel) -> bool:
+    """Return whether a UNet takes pooled text and image sizes besides the time, as SDXL's do."""
+    return bool(unet.config.addition_embed_type == "text_time")

@@ -1,0 +1,115 @@
+"""Write an adapter in the form of kohya's scripts, which ComfyUI, A1111 and Forge read completely.
+
+    lora_unet_<layer>.lora_down.weight    A
+    lora_unet_<layer>.lora_up.weight      B, with the scale folded in
+    lora_unet_<layer>.alpha               rank of the layer, so that alpha / rank is 1
+
+The layers of Stable Diffusion 1.x and 2.x have their diffusers names, those of SDXL the names of Stability's own code
+(sgm). With the other choice some of these programs lose layers, without an error.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from statistics import mode
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from d2f_fast.lora.family import Family, family_of, has_sizes_condition
+from d2f_fast.lora.inject import FIRST_LAYER, LAST_LAYER
+from d2f_fast.lora.key_names import KOHYA_PREFIX, sgm_name
+
+# What the programs call each family, from which A1111 and Forge decide whether a file fits the loaded model.
+_KOHYA_VERSIONS: dict[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_ARCHITECTURES: dict[Family, str] = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-512",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+_PREDICTION_TYPES = {"v_prediction": "v"}  # the other types have diffusers' names
+
+
+def kohya_layer_names(unet: UNet2DConditionModel, layers: Iterable[str]) -> dict[str, str]:
+    """Return the name of each layer in a kohya file.
+
+    Args:
+        unet: UNet with the layers.
+        layers: Names of adapted layers in diffusers.
+    """
+    names = {name: name.replace(".", "_") for name in layers}
+    if has_sizes_condition(unet):
+        sgm = {name: sgm_name(name, unet) for name in names}
+        # Names of both kinds in one file would make diffusers drop one of them.
+        if None not in sgm.values():
+            names = {name: str(found) for name, found in sgm.items()}
+    return {name: f"{KOHYA_PREFIX}{found}" for name, found in names.items()}
+
+
+def kohya_state_dict(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a kohya file.
+
+    Args:
+        unet: UNet with the adapter.
+        tensors: Tensors of `lora_state_dict`, whose scale is folded into B.
+    """
+    layers = _matrices(tensors)
+    names = kohya_layer_names(unet, layers)
+    kohya = {}
+    for name, (down, up) in layers.items():
+        kohya[f"{names[name]}.lora_down.weight"] = down
+        kohya[f"{names[name]}.lora_up.weight"] = up
+        kohya[f"{names[name]}.alpha"] = torch.tensor(float(down.shape[0]))
+    return kohya
+
+
+def kohya_header(
+    unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], title: str, prediction_type: str
+) -> dict[str, str]:
+    """Return the header entries by which other programs recognise the base model and the adapter. There is no date.
+
+    Args:
+        unet: UNet with the adapter. For a network of no known family the entries that name the family are left out.
+        tensors: Tensors of `lora_state_dict`.
+        title: Name that the programs show.
+        prediction_type: What the network predicts, as in diffusers.
+    """
+    ranks: list[int] = []
+    kernel_ranks: list[int] = []
+    for name, (down, _) in _matrices(tensors).items():
+        if name not in (FIRST_LAYER, LAST_LAYER):
+            (kernel_ranks if down.shape[2:].numel() > 1 else ranks).append(down.shape[0])
+    rank = mode(ranks or kernel_ranks or [down.shape[0] for down, _ in _matrices(tensors).values()])
+    header = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": title,
+        "modelspec.prediction_type": _PREDICTION_TYPES.get(prediction_type, prediction_type),
+    }
+    if kernel_ranks:
+        conv_rank = str(mode(kernel_ranks))
+        header["ss_network_args"] = json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank})
+    family = family_of(unet)
+    return header if family is None else header | _family_entries(family, prediction_type == "v_prediction")
+
+
+def _family_entries(family: Family, is_v_prediction: bool) -> dict[str, str]:
+    """Return the header entries that name the family of the base model."""
+    version, architecture = _KOHYA_VERSIONS[family], _ARCHITECTURES[family]
+    if family == "sd2" and is_v_prediction:
+        version, architecture = "sd_v2_v", "stable-diffusion-v2-768-v"
+    is_sdxl = family == "sdxl"
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": str(family == "sd2"),
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if is_sdxl else "diffusers",
+    }
+
+
+def _matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B of each layer by its name in diffusers, from tensors with peft's keys."""
+    down = {key.removesuffix(".lora_A.weight"): value for key, value in tensors.items() if ".lora_A." in key}
+    return {name.removeprefix("unet."): (a, tensors[f"{name}.lora_B.weight"]) for name, a in down.items()}

@@ -1,0 +1,149 @@
+"""Read a written LoRA file back, and compare the output with that of the adapter in memory."""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
+from torch import Tensor
+
+from d2f_fast.errors import ModelError
+from d2f_fast.files.atomic import StrPath
+from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.lora.family import family_of
+from d2f_fast.lora.inject import ADAPTER, lora_layers
+from d2f_fast.lora.key_names import unet_layer_names
+from d2f_fast.lora.read import ADAPTER_METADATA, read_lora
+
+_RELOADED = "reloaded"
+
+
+def check_peft_file(unet: UNet2DConditionModel, path: StrPath) -> None:
+    """Refuse a file with peft's keys that diffusers does not load to the output of the adapter in memory.
+
+    Args:
+        unet: UNet with an adapter from `inject_lora`; it is left as it was.
+        path: File to check.
+
+    Raises:
+        ModelError: The output differs by more than rounding.
+    """
+    tensors, header = read_tensors(path)
+    metadata = json.loads(header[ADAPTER_METADATA])
+    _refuse_difference(unet, path, reloaded_difference(unet, tensors, metadata=metadata))
+
+
+def check_kohya_file(unet: UNet2DConditionModel, path: StrPath) -> None:
+    """Refuse a kohya file that is not read back to the output of the adapter in memory.
+
+    This package must find every layer in the file. The output is that of diffusers' own reading of the file for the
+    families that it knows, unless it leaves layers out, and otherwise that of this package's reading.
+
+    Args:
+        unet: UNet with an adapter from `inject_lora`; it is left as it was.
+        path: File to check.
+
+    Raises:
+        ModelError: A layer is missing, or the output differs by more than rounding.
+    """
+    layers = read_lora(path).layers
+    ours: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name in lora_layers(unet):
+        found = next((layers[other] for other in unet_layer_names(name, unet) if other in layers), None)
+        if found is None:
+            raise ModelError(f"{path} lacks the layer {name}: not shareable")
+        ranks[name] = found.rank
+        ours[f"unet.{name}.lora_A.weight"] = found.down
+        ours[f"unet.{name}.lora_B.weight"] = found.up * (found.alpha / found.rank)
+    options: dict[str, Any] = {"metadata": uniform_scale_metadata(ranks)}
+    read = ours
+    if family_of(unet) is not None:
+        tensors, _ = read_tensors(path)
+        theirs, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet.config)
+        if convert_unet_state_dict_to_peft(theirs).keys() == ours.keys():
+            read, options = theirs, {"network_alphas": alphas}
+    _refuse_difference(unet, path, reloaded_difference(unet, read, **options))
+
+
+def uniform_scale_metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return peft's configuration of an adapter whose layers all have alpha = rank, a scale of 1.
+
+    Args:
+        ranks: Rank of each adapted layer of the UNet.
+    """
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    pattern = {name: r for name, r in ranks.items() if r != common}
+    adapter = {
+        "r": common,
+        "lora_alpha": common,
+        "target_modules": sorted(ranks),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+    }
+    return {f"unet.{key}": value for key, value in adapter.items()}
+
+
+@torch.no_grad()
+def reloaded_difference(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor], **options: Any) -> float:
+    """Return the relative difference of one output between the adapter in memory and one that was read back.
+
+    Args:
+        unet: UNet with an adapter from `inject_lora`; it is left as it was.
+        tensors: Tensors with the prefix "unet.", which diffusers loads as a second adapter.
+        options: What diffusers needs beside them, `metadata` or `network_alphas`.
+
+    Returns:
+        Norm of the difference divided by the norm of the output; infinity where layers were left out.
+    """
+    was_training, trainable = unet.training, [p for p in unet.parameters() if p.requires_grad]
+    unet.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns about a second adapter, which is intended here
+        unet.load_lora_adapter(dict(tensors), prefix="unet", adapter_name=_RELOADED, **options)
+    try:
+        is_complete = all(_RELOADED in layer.lora_A for layer in lora_layers(unet).values())
+        unet.set_adapter(ADAPTER)
+        expected = _probe(unet)
+        unet.set_adapter(_RELOADED)
+        got = _probe(unet)
+    finally:
+        unet.set_adapter(ADAPTER)
+        unet.delete_adapters(_RELOADED)
+        unet.train(was_training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    return float((got - expected).norm() / expected.norm()) if is_complete else math.inf
+
+
+def _refuse_difference(unet: UNet2DConditionModel, path: StrPath, difference: float) -> None:
+    """Refuse a difference that rounding does not explain."""
+    # Only rounding is allowed: 1e-6 in float32; a pipeline in half precision also rounds the adapter it loads.
+    if not difference <= 8 * torch.finfo(unet.dtype).eps:
+        raise ModelError(
+            f"{path} does not reload to the same output (relative difference {difference:.1e}): not shareable"
+        )
+
+
+def _probe(unet: UNet2DConditionModel) -> Tensor:
+    """Return the output for one small, fixed, random input."""
+    config, generator = unet.config, torch.Generator().manual_seed(0)
+    side = 2 ** (len(config.block_out_channels) - 1) * 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
+
+    extra = {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        extra["added_cond_kwargs"] = {"text_embeds": random(1, pooled), "time_ids": random(1, 6).abs() * 512}
+    sample = random(1, config.in_channels, side, side)
+    condition = random(1, 8, config.cross_attention_dim)
+    timestep = torch.tensor([math.pi * 100], device=unet.device)
+    output: Tensor = unet(sample, timestep, encoder_hidden_states=condition, **extra, return_dict=False)[0]
+    return output.float()
