@@ -8,6 +8,7 @@ import diffusers
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from d2f_fast.export.wrappers import Component
+from d2f_fast.models.save import save_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,9 +42,7 @@ def write_pipeline_files(folder: Path, pipeline: "DiffusionPipeline") -> None:
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder / name)
-            # optimum uses transformers before 5, which reads CLIP's tokenizer from the two files written here.
-            tokenizer.backend_tokenizer.model.save(str(folder / name))
+            save_tokenizer(tokenizer, folder / name)  # optimum uses transformers before 5
     index = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
     for name, value in pipeline.config.items():
         if not name.startswith("_"):

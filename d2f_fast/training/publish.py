@@ -11,6 +11,7 @@ from d2f_fast.files.json_file import write_json
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.write import save_lora
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.save import save_pipeline_folder
 from d2f_fast.training.objective import Objective
 
 _SCHEDULE_KEYS = (
@@ -50,6 +51,8 @@ def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig,
 def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:
     """Write a model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
 
+    The folder also loads with transformers 4; see `save_pipeline_folder`.
+
     Args:
         model: base model with the trained UNet.
         objective: objective that it was trained on.
@@ -66,7 +69,7 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
     parts = {**pipeline.components, "unet": merged_unet(model.unet), "scheduler": stock_scheduler(config, model)}
     saved = type(pipeline)(**parts)
     with atomic_folder(folder) as temporary:
-        saved.save_pretrained(temporary)
+        save_pipeline_folder(saved, temporary)
         write_json(temporary / "d2f.json", tags_of(config, objective))
     return Path(folder)
 
