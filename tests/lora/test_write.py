@@ -199,4 +199,5 @@ def test_diffusers_loads_both_files_of_every_family(
         tensors, alphas = StableDiffusionPipeline.lora_state_dict(path, unet_config=other.config)
         other.load_lora_adapter(tensors, prefix="unet", network_alphas=alphas)
         error = (reload._probe(other) - expected).norm() / (expected - base).norm()
+        print(f"\n{family} {path.name}: effect error {error:.1e}")
         assert error <= 1e-4, path.name
