@@ -46,6 +46,7 @@ def test_every_python_block_is_run_by_a_test() -> None:
 
 def test_training_and_the_use_of_its_result_run(in_folder_of_images: Path, tiny_folder: Path) -> None:
     small = {BASE: str(tiny_folder), "rank=64, max_train_steps=2000": "rank=2, max_train_steps=2, resolution=16"}
+    small |= {"my_python_run": "my_run"}  # the folder that the shell line would have made
     run_block("AlignedTrainer", {}, small)
     assert Image.open(in_folder_of_images / "lighthouse.png").size == (16, 16)
 
