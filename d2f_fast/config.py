@@ -4,7 +4,7 @@ This module imports no torch, so that `d2f --help` answers at once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -113,6 +113,25 @@ def option(group: OptionGroup | None, default: T, check: Callable[[str, Any], No
 def words_of(hint: Any) -> tuple[str, ...]:
     """Return the words of a `Literal` type, alone or in a union with None; () for any other type."""
     return next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
+
+
+def spell_out_flags(arguments: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return arguments in which a flag of three states has its value, which the option parser asks for.
+
+    Args:
+        arguments: words of a command line.
+        names: options of the type `bool | None`. `--name` becomes `--name True`, and `--no_name` becomes
+            `--name False`; a value that follows `--name` stays.
+    """
+    flags = {f"{prefix}{name}": (name, value) for name in names for prefix, value in (("", "True"), ("no_", "False"))}
+    spelled: list[str] = []
+    for i, word in enumerate(arguments):
+        found = flags.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+        if found is None or (found[1] == "True" and arguments[i + 1 : i + 2] in (["True"], ["False"], ["None"])):
+            spelled.append(word)
+        else:
+            spelled += [f"--{found[0]}", found[1]]
+    return spelled
 
 
 def check_options(options: Any) -> None:

@@ -1,6 +1,7 @@
 """Make the export folder: load, merge, trace, wrap and check, and only then rename it into place."""
 
 import gc
+import sys
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ def export_folder(options: ExportOptions) -> Report:
         check_output(output, options.overwrite)
     check_memory_to_load(options.model)
     job = ExportJob(options)
+    print(f"Model: {job.model.facts}", file=sys.stderr)
     if options.verify_only:
         return job.verify_folder(output)
     check_resources(job.weight_bytes(), output)
@@ -71,7 +73,7 @@ class ExportJob:
 
     def __init__(self, options: ExportOptions) -> None:
         self.options = options
-        self.model = load_model(options.model, options.vae)
+        self.model = load_model(options.model, options.vae, options.model_options)
         self.adapters = [fuse_adapter(self.model.pipeline, path, scale) for path, scale in options.adapters]
         self.components = self._components()
         unet = self.model.unet.config
@@ -267,6 +269,7 @@ class ExportJob:
             "target": options.target,
             "precision": {name: self._precision(name) for name in self.components},
             "prediction_type": self.model.alignment.prediction_type,
+            "taken_for": str(self.model.facts),
             "guidance": options.guidance,
             "with_vae": options.with_vae,
             "unroll": options.unroll,

@@ -7,15 +7,17 @@ from typing import Annotated, Literal
 
 import tyro
 
+from d2f_fast.config import PredictionType, spell_out_flags
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions
 
 COMPONENTS = ("unet", "text_encoder", "vae_encoder", "vae_decoder", "sampler")
 TOLERANCES = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class SourceOptions:
     """Choose what is exported.
 
     Args:
@@ -26,11 +28,16 @@ class ModelOptions:
             it, nothing is merged.
         vae: Hub id or folder of an autoencoder to export in place of the model's own, for example the much smaller
             madebyollin/taesd. None exports the model's own.
+        prediction_type: What the network predicts, in the words of diffusers. None takes it from the model's own files.
+        rescale_betas_zero_snr: Whether the model was trained with zero terminal SNR; --no_rescale_betas_zero_snr states
+            that it was not. None takes it from the model's own files.
     """
 
     model: str = MINIATURE
     lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     vae: str | None = None
+    prediction_type: PredictionType | None = None
+    rescale_betas_zero_snr: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,8 @@ class CheckOptions:
         tolerance: Largest error of each graph, the autoencoder's included: RMS of the difference to torch in float32,
             divided by the RMS of torch's output, above 0 and below 1. A sampler may differ more, by a factor that
             export.json names. None allows 1e-5 for fp32 and 3e-3 for fp16.
-        verify_only: Export nothing; compare the export in the output folder with the model again. Give --model, --lora
-            and --vae as for the export; the options of the graphs are read from it.
+        verify_only: Export nothing; compare the export in the output folder with the model again. Give --model, --lora,
+            --vae and the prediction type as for the export; the options of the graphs are read from it.
         skip_verify: Check that the graphs are valid, but do not run them. bf16 needs this, because ONNX Runtime cannot
             run bf16 graphs on a CPU.
     """
@@ -120,7 +127,7 @@ class _Groups:
     Exit codes: 0 done, 1 a graph differs from torch, 2 refused input, 143 stopped by SIGTERM.
     """
 
-    model: ModelOptions
+    model: SourceOptions
     output: OutputOptions
     graphs: Annotated[GraphOptions, tyro.conf.arg(name="shapes and precision")]
     sampler: SamplerOptions
@@ -128,7 +135,7 @@ class _Groups:
 
 
 @dataclass(frozen=True)
-class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, ModelOptions):
+class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, SourceOptions):
     """Hold the options of all groups side by side. Construction accepts any value; `check` refuses wrong ones."""
 
     def check(self) -> None:
@@ -210,6 +217,11 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, M
         return batch, height, width
 
     @property
+    def model_options(self) -> ModelOptions:
+        """Return the options of the base model that training and sampling have, too."""
+        return ModelOptions(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.rescale_betas_zero_snr)
+
+    @property
     def adapters(self) -> tuple[tuple[Path, float], ...]:
         """Return the path and the scale of each LoRA."""
         found = []
@@ -232,6 +244,7 @@ def parse(arguments: list[str], program: str) -> ExportOptions:
     Raises:
         SystemExit: an option is unknown or has a wrong type (code 2), or help was asked for (code 0).
     """
+    arguments = spell_out_flags(arguments, ["rescale_betas_zero_snr"])
     groups = tyro.cli(_Groups, prog=program, args=arguments, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
     held = [getattr(groups, group.name) for group in fields(groups)]
     return ExportOptions(**{option.name: getattr(group, option.name) for group in held for option in fields(group)})

@@ -28,6 +28,7 @@ class Report(TypedDict):
     """Content of `export.json`.
 
     model, vae: last part of the path or hub id; vae is None for the model's own autoencoder.
+    taken_for: what the model is taken for, and where that was read.
     adapters: file, scale, number of layers and relative weight change of each merged LoRA.
     precision: number format of each component's weights.
     parity: a row for each comparison with torch.
@@ -46,6 +47,7 @@ class Report(TypedDict):
     target: str
     precision: dict[str, str]
     prediction_type: str
+    taken_for: str
     guidance: bool
     with_vae: bool
     unroll: int

@@ -9,28 +9,30 @@ from safetensors import SafetensorError
 
 from d2f_fast.errors import ModelError
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
 
-def load_model(model: str, vae: str | None) -> BaseModel:
+def load_model(model: str, vae: str | None, options: ModelOptions | None = None) -> BaseModel:
     """Load a model in float32, with another autoencoder where one is named.
 
     Args:
         model: hub id, pipeline folder, .safetensors file, or "miniature" for the embedded model.
         vae: hub id or folder of the other autoencoder; None keeps the model's own.
+        options: options of the base model; None for the defaults.
 
     Raises:
         ModelError: the model or the autoencoder cannot be loaded or does not fit.
     """
-    loaded = BaseModel.load(model)
+    loaded = BaseModel.load(model, options=options)
     for name in ("vae", "tokenizer", "text_encoder"):
         if getattr(loaded.pipeline, name, None) is None:
             raise ModelError(f"{model} has no {name}: give a complete Stable Diffusion pipeline")
     if vae is not None:
         loaded.pipeline.register_modules(vae=_load_vae(vae, loaded.vae))
-        loaded = BaseModel(loaded.pipeline)
+        loaded = BaseModel(loaded.pipeline, options, loaded.facts)
     if getattr(loaded.vae.config, "latents_mean", None) is not None:
         raise ModelError(
             f"{vae or model}: its autoencoder shifts latents by latents_mean, which no exported graph does; give --vae"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from d2f_fast.config import OptionGroup
+from d2f_fast.config import OptionGroup, spell_out_flags
 from d2f_fast.errors import RefusedInputError
 
 CONFIG_HELP = (
@@ -103,7 +103,7 @@ def parse_options(command: type[CommandType], arguments: Sequence[str], name: st
         _grouped(options, given),
         prog=f"d2f {name}",
         description=description(command),
-        args=list(arguments),
+        args=spell_out_flags(arguments, (option.field.name for option in options if option.hint == (bool | None))),
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )

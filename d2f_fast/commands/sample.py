@@ -1,6 +1,7 @@
 """`d2f sample`: generate images of prompts."""
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.config import (
     Method,
-    PredictionType,
     Spacing,
     at_least,
     check_finite,
@@ -20,12 +20,13 @@ from d2f_fast.config import (
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # These options are fixed in an exported folder, so that they cannot be given together with --onnx.
-_FIXED_BY_EXPORT = ("model", "lora", "prediction_type", "method", "flow_spacing", "shift")
+_FIXED_BY_EXPORT = ("model", "lora", "method", "flow_spacing", "shift")
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Sample:
             default "miniature" is the small model inside this package.
         lora: Folder of a run, or .safetensors file, of LoRA weights that are merged into the model with a strength of
             1. It may come from this package, diffusers, peft or kohya. The default None uses the model as it is.
-        onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --model,
-            --lora, --prediction_type, --method, --flow_spacing or --shift it is refused, because the export has
-            settled them. The default None runs the model with diffusers.
+        model_options: Options of the base model.
+        onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --lora,
+            --method, --flow_spacing, --shift, --model or another option of the model it is refused, because the export
+            has settled them. The default None runs the model with diffusers.
         onnx_provider: Provider of ONNX Runtime that --onnx runs on; without --onnx it has no effect. The default "auto"
             takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise, never TensorRT.
         num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
@@ -48,9 +50,6 @@ class Sample:
         guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1 turns
             guidance off, which halves the time.
         negative_prompt: Prompt to steer away from, the same for all images. The default is empty, for none.
-        prediction_type: What the network predicts: "epsilon" the noise, "sample" the clean latents, "v_prediction" v,
-            and "flow_prediction" the flow velocity that `d2f train --objective fm` trains. The default None takes it
-            from the model or LoRA file; give it for a single .safetensors file whose type diffusers does not know.
         method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
         flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time. "trailing" takes the times of
             diffusers' trailing timesteps, to compare with DDIM. Both start at t = 0, pure noise.
@@ -72,12 +71,12 @@ class Sample:
     prompts: tuple[str, ...] = field(metadata={"group": "image"})
     model: str = option("model", MINIATURE)
     lora: str | None = option("model", None)
+    model_options: ModelOptions = field(default_factory=ModelOptions)
     onnx: str | None = option("model", None)
     onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("model", "auto")
     num_inference_steps: int = option("sampling", 4, at_least(1))
     guidance_scale: float = option("sampling", 3.0, check_finite)
     negative_prompt: str = option("image", "")
-    prediction_type: PredictionType | None = option("model", None)
     method: Method = option("sampling", "euler")
     flow_spacing: Spacing = option("sampling", "uniform")
     shift: float | None = option("sampling", None, check_positive)
@@ -120,9 +119,12 @@ class Sample:
         if self.onnx is not None:
             if not Path(self.onnx).is_dir():
                 raise RefusedInputError(f"onnx: {printable(self.onnx)} is not a folder: give one of export/to_onnx.py")
-            defaults = {declared.name: declared.default for declared in dataclasses.fields(self)}
-            for name in _FIXED_BY_EXPORT:
-                if getattr(self, name) != defaults[name]:
+            given = {name: getattr(self, name) for name in _FIXED_BY_EXPORT} | dataclasses.asdict(self.model_options)
+            defaults = {
+                part.name: part.default for part in (*dataclasses.fields(self), *dataclasses.fields(ModelOptions))
+            }
+            for name, value in given.items():
+                if value != defaults[name]:
                     raise RefusedInputError(
                         f"{name} was settled when {printable(self.onnx)} was exported: leave it out, or export again"
                     )
@@ -137,10 +139,12 @@ class Sample:
         import torch
 
         from d2f_fast.lora.merge import fuse_adapter
-        from d2f_fast.models.load import load_pipeline
+        from d2f_fast.models.load import load_model
         from d2f_fast.sampling.generate import generate
 
-        pipe = load_pipeline(self.model)
+        of_training = self._of_training()
+        pipe, facts = load_model(self.model, options=self.model_options)
+        print(f"d2f: Model: {facts}", file=sys.stderr)
         if self.lora is not None:
             fuse_adapter(pipe, Path(self.lora), 1.0)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +159,7 @@ class Sample:
             generator=torch.Generator().manual_seed(self.seed),
             method=self.method,
             flow_spacing=self.flow_spacing,
-            **self._of_training(),
+            **of_training,
         )
 
     def _of_training(self) -> dict[str, Any]:
@@ -165,12 +169,12 @@ class Sample:
 
         source = Path(self.model) / "d2f.json" if self.lora is None else Path(self.lora)
         tags = lora_tags(source) if self.lora is not None else read_json(source) if source.is_file() else {}
-        chosen: dict[str, Any] = {"prediction_type": self.prediction_type, "shift": self.shift}
+        chosen: dict[str, Any] = {"prediction_type": self.model_options.prediction_type, "shift": self.shift}
         try:
             if self.shift is None:
                 chosen["shift"] = float(tags.get("d2f.shift", 1))
             # The other types are the base model's, whose own configuration says which one it is.
-            if self.prediction_type is None and tags.get("d2f.prediction_type") == "flow_prediction":
+            if chosen["prediction_type"] is None and tags.get("d2f.prediction_type") == "flow_prediction":
                 chosen["prediction_type"] = "flow_prediction"
         except (AttributeError, TypeError, ValueError) as error:
             raise RefusedInputError(f"{source} holds no usable d2f.shift ({error}): give --shift") from error

@@ -1,5 +1,6 @@
 """`d2f train`: finetune a model on captioned images."""
 
+import dataclasses
 import sys
 import time
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from d2f_fast.config import TrainingConfig, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Train:
         caption_column: Key of metadata.jsonl whose value is the caption, or a list of captions of which each epoch
             takes one at random.
         caption_extension: Extension of the caption files beside the images, used where there is no metadata.jsonl.
+        model_options: Options of the base model.
         options: Options of the training itself.
         dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
         json: Print the result of the run (steps, last loss, skipped steps, seconds, path) as one line of JSON, in
@@ -37,6 +40,7 @@ class Train:
     image_column: str = option("data", "image")
     caption_column: str = option("data", "text")
     caption_extension: str = option("data", ".txt")
+    model_options: ModelOptions = field(default_factory=ModelOptions)
     options: TrainingConfig = field(default_factory=TrainingConfig)
     dry_run: bool = False
     json: bool = False
@@ -56,11 +60,13 @@ class Train:
         from d2f_fast.training.trainer import AlignedTrainer
 
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
-        trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, self.options)
+        trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, self.options, self.model_options)
+        facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
             steps = self.options.max_train_steps
             epochs = steps / steps_per_epoch(len(dataset), trainer.global_batch_size)
             print(f"d2f: {trainer.paths}", file=sys.stderr)
+            print(f"d2f: Model: {facts}", file=sys.stderr)
             print(
                 f"d2f: {len(dataset)} images, {trainer.global_batch_size} per step: {steps} steps are"
                 f" {epochs:.4g} epochs",
@@ -72,6 +78,7 @@ class Train:
         is_lora = self.options.adapter == "lora"
         saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline")
         row = {"objective": self.options.objective, "adapter": self.options.adapter, **result}
+        row |= {"model": dataclasses.asdict(facts)}
         write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
         return row | {"output": str(saved)}
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.facts import ModelFacts, state_facts
+from d2f_fast.models.load import load_model
+from d2f_fast.models.options import ModelOptions
 
 
 class BaseModel:
@@ -22,9 +24,15 @@ class BaseModel:
     Args:
         pipeline: StableDiffusionPipeline, StableDiffusionXLPipeline, or another with the same components and
             `encode_prompt`.
+        options: Options of the base model. Those that replace entries of the scheduler's configuration replace the
+            pipeline's scheduler; None changes nothing.
+        facts: What the model is taken for, where `load_model` has found it and applied the options; None reads it from
+            the pipeline.
 
     Attributes:
         pipeline: The pipeline itself.
+        options: Options of the base model.
+        facts: What the model is taken for.
         unet: Its network.
         vae: Its autoencoder.
         alignment: Map between flow time and the pipeline's own diffusion time.
@@ -33,32 +41,39 @@ class BaseModel:
         ModelError: The pipeline has no UNet2DConditionModel, or its scheduler cannot be aligned.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, options: ModelOptions | None = None, facts: ModelFacts | None = None
+    ) -> None:
         self.pipeline = pipeline
+        self.options = options or ModelOptions()
         if type(getattr(pipeline, "unet", None)).__name__ != "UNet2DConditionModel":
             raise ModelError(f"{type(pipeline).__name__} has no UNet2DConditionModel: give a Stable Diffusion pipeline")
         self.unet: UNet2DConditionModel = pipeline.unet
         self.vae: AutoencoderKL = pipeline.vae
+        self.facts = facts or state_facts(pipeline, self.options, "the pipeline's scheduler")
         self.alignment = Alignment.from_scheduler(pipeline.scheduler)
         for component in self._frozen():
             component.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, model: str | Path, dtype: torch.dtype = torch.float32) -> "BaseModel":
+    def load(
+        cls, model: str | Path, dtype: torch.dtype = torch.float32, options: ModelOptions | None = None
+    ) -> "BaseModel":
         """Load a base model.
 
         Args:
             model: Hub id, pipeline folder, `.safetensors` file with every part, or "miniature" for the embedded
                 miniature.
             dtype: Type of the weights.
+            options: Options of the base model; None for the defaults.
 
         Raises:
             ModelError: The model cannot be loaded, has no UNet2DConditionModel, or its scheduler cannot be aligned; the
                 message names the file.
         """
-        pipeline = load_pipeline(model, dtype)
+        pipeline, facts = load_model(model, dtype, options)
         try:
-            return cls(pipeline)
+            return cls(pipeline, options, facts)
         except ModelError as error:
             raise ModelError(f"{model}: {error}") from error
 

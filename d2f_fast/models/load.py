@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -10,21 +11,47 @@ from safetensors import SafetensorError, safe_open
 
 from d2f_fast.errors import ModelError
 from d2f_fast.miniature import load_miniature
+from d2f_fast.models.facts import ModelFacts, state_facts
 from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Load the diffusers pipeline of a model, without its safety checker.
+class LoadedModel(NamedTuple):
+    """A loaded pipeline, and what its model is taken for."""
+
+    pipeline: DiffusionPipeline
+    facts: ModelFacts
+
+
+def load_pipeline(
+    model: str | Path, dtype: torch.dtype = torch.float32, options: ModelOptions | None = None
+) -> DiffusionPipeline:
+    """Load the diffusers pipeline of a model, without its safety checker; see `load_model`."""
+    return load_model(model, dtype, options).pipeline
+
+
+def load_model(
+    model: str | Path, dtype: torch.dtype = torch.float32, options: ModelOptions | None = None
+) -> LoadedModel:
+    """Load the diffusers pipeline of a model, without its safety checker, and say what the model is taken for.
 
     Args:
         model: Hub id, pipeline folder, `.safetensors` file with every part, or "miniature" for the embedded miniature.
         dtype: Type of the weights.
+        options: Options of the base model; None for the defaults, which take everything from the model's own files.
 
     Raises:
         ModelError: The model is a pickle, or a part of it is missing or unreadable; the message names the file.
     """
+    options = options or ModelOptions()
+    pipeline = _load(model, dtype)
+    return LoadedModel(pipeline, state_facts(pipeline, options, "scheduler_config.json"))
+
+
+def _load(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load the pipeline of a model as its own files describe it."""
     if model == MINIATURE:
         return load_miniature(dtype=dtype)
     path = Path(model)

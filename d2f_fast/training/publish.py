@@ -11,13 +11,9 @@ from d2f_fast.files.json_file import write_json
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.write import save_lora
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.facts import same_schedule
 from d2f_fast.models.save import save_pipeline_folder
 from d2f_fast.training.objective import Objective
-
-_SCHEDULE_KEYS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("prediction_type", "rescale_betas_zero_snr"),
-)
 
 
 def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:
@@ -92,10 +88,9 @@ def stock_scheduler(config: TrainingConfig, model: BaseModel) -> DPMSolverMultis
             steps_offset=1,  # unused, but the pipelines ask for it
             final_sigmas_type="zero",
         )
-    base = model.pipeline.scheduler.config
-    # Named, because diffusers would replace what the base left at its default by the defaults of the other class.
-    table = {name: base[name] for name in _SCHEDULE_KEYS if name in base}
-    return EulerDiscreteScheduler.from_config(base, **table, timestep_spacing="trailing", final_sigmas_type="zero")
+    return same_schedule(
+        model.pipeline.scheduler, EulerDiscreteScheduler, timestep_spacing="trailing", final_sigmas_type="zero"
+    )
 
 
 def tags_of(config: TrainingConfig, objective: Objective) -> dict[str, str]:

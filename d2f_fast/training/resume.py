@@ -18,6 +18,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import CheckpointError, RefusedInputError
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.models.facts import ModelFacts
 from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, list_checkpoints
 from d2f_fast.training.optimizer_state import read_optimizer, write_optimizer
 from d2f_fast.training.step import TrainingStep
@@ -47,13 +48,16 @@ class _State(TypedDict):
     skipped_steps: int
 
 
-def run_identity(config: TrainingConfig, precision: str, base_model: str, global_batch_size: int) -> dict[str, object]:
+def run_identity(
+    config: TrainingConfig, precision: str, base_model: str, facts: ModelFacts, global_batch_size: int
+) -> dict[str, object]:
     """Return the settings that must match the checkpoint's, by name, as JSON holds them.
 
     Args:
         config: options of the run.
         precision: "bf16" or "no", the type of autocast.
         base_model: fingerprint of the base model.
+        facts: what the base model is taken for.
         global_batch_size: number of samples a step, over all processes and backward passes.
     """
     options = dataclasses.asdict(config)
@@ -61,6 +65,7 @@ def run_identity(config: TrainingConfig, precision: str, base_model: str, global
     if not config.lr_scheduler.startswith("constant"):  # the other schedules depend on where they end
         identity["max_train_steps"] = config.max_train_steps
     identity |= {"mixed_precision": precision, "base_model": base_model, "global_batch_size": global_batch_size}
+    identity |= {"prediction_type": facts.prediction_type, "rescale_betas_zero_snr": facts.zero_snr}
     as_json: dict[str, object] = json.loads(json.dumps(identity))
     return as_json
 

@@ -31,6 +31,7 @@ from d2f_fast.files.json_file import write_json
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.generate import generate
 from d2f_fast.training.checkpoint import save_checkpoint
 from d2f_fast.training.ema import EMA
@@ -142,13 +143,17 @@ class AlignedTrainer:
 
     @classmethod
     def from_pretrained(
-        cls, model: "str | Path | DiffusionPipeline", config: TrainingConfig | None = None
+        cls,
+        model: "str | Path | DiffusionPipeline",
+        config: TrainingConfig | None = None,
+        model_options: ModelOptions | None = None,
     ) -> "AlignedTrainer":
         """Return the trainer of a hub id, a pipeline folder, a `.safetensors` file, or a loaded diffusers pipeline.
 
         Args:
             model: any of these; the UNet of a pipeline is trained in place.
             config: options of the run; None for the defaults.
+            model_options: options of the base model; None for the defaults, which take all from the model itself.
 
         Raises:
             ModelError: the model cannot be loaded or trained; see `BaseModel` and `load_pipeline`.
@@ -156,7 +161,8 @@ class AlignedTrainer:
         """
         config = config or TrainingConfig()
         check_tracker(config.report_to)  # before the model is loaded, which may take minutes
-        return cls(BaseModel.load(model) if isinstance(model, str | Path) else BaseModel(model), config)
+        load = partial(BaseModel.load, model) if isinstance(model, str | Path) else partial(BaseModel, model)
+        return cls(load(options=model_options), config)
 
     @property
     def global_batch_size(self) -> int:
@@ -193,7 +199,8 @@ class AlignedTrainer:
         self._samples = len(dataset)
         self._resume()
         if self.accelerator.is_main_process:
-            write_json(make_folder(config.output_dir) / "config.json", dataclasses.asdict(config))
+            options = [dataclasses.asdict(part) for part in (self.model.options, config)]
+            write_json(make_folder(config.output_dir) / "config.json", options[0] | options[1])
         logger.info("%s", self.paths)
         half = nullcontext() if self._half_base is None else self._half_base.in_use()
         log = RunLog(config, self.accelerator, self.global_step)
@@ -295,7 +302,7 @@ class AlignedTrainer:
 
     def _identity(self) -> dict[str, object]:
         """Return the settings that a continuation must match."""
-        return run_identity(self.config, self._precision, self._base_model, self.global_batch_size)
+        return run_identity(self.config, self._precision, self._base_model, self.model.facts, self.global_batch_size)
 
     # The result
 

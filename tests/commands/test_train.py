@@ -93,3 +93,27 @@ def test_full_finetuning_is_refused_before_it_starts_when_its_pipeline_exists(im
     assert main([*command, "--adapter", "full", "--output_dir", str(tmp_path / "run")]) == 2
     assert "pipeline exists: move it away" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["pipeline"]
+
+
+def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
+    assert train(output, *options) == 0
+    lines = capsys.readouterr().err.splitlines()
+    ours = [line for line in lines if line.startswith("d2f: ")]
+    assert ours[1] == (
+        "d2f: Model: a UNet of another family, v-prediction (option --prediction_type),"
+        " zero terminal SNR (option --rescale_betas_zero_snr)"
+    )
+    config = json.loads((output / "config.json").read_text())
+    assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    (row,) = json.loads((output / "metrics.json").read_text())["results"]
+    assert row["model"]["prediction_type"] == "v_prediction" and row["model"]["zero_snr"]
+    resumed = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    for changed, sentence in (
+        (["--prediction_type", "sample", options[2]], "prediction_type was 'v_prediction' and is now 'sample'"),
+        ([*options[:2], "--no_rescale_betas_zero_snr"], "rescale_betas_zero_snr was True and is now False"),
+    ):
+        assert train(output, *resumed, *changed) == 2
+        assert sentence in capsys.readouterr().err
+    assert train(output, *resumed, *options) == 0

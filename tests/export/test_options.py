@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from d2f_fast.export.options import ExportOptions
+from d2f_fast.export.options import ExportOptions, parse
+from d2f_fast.models.options import ModelOptions
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,9 @@ def test_opset_and_tolerance_follow_target_and_precision():
 
 def test_static_sizes_are_batch_height_width():
     assert ExportOptions(static="2x512x768").static_sizes == (2, 512, 768)
+
+
+def test_model_options_are_those_of_training():
+    typed = ["--prediction_type", "v_prediction", "--no_rescale_betas_zero_snr"]
+    assert parse(typed, "x").model_options == ModelOptions("v_prediction", False)
+    assert parse([], "x").model_options == ModelOptions()
