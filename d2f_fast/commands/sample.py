@@ -142,11 +142,11 @@ class Sample:
         from d2f_fast.models.load import load_model
         from d2f_fast.sampling.generate import generate
 
-        of_training = self._of_training()
         pipe, facts = load_model(self.model, options=self.model_options)
-        print(f"d2f: Model: {facts}", file=sys.stderr)
         if self.lora is not None:
             fuse_adapter(pipe, Path(self.lora), 1.0)
+        of_training = self._of_training()
+        print(f"d2f: Model: {facts}", file=sys.stderr)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         return generate(
             pipe,
