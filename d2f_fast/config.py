@@ -13,6 +13,7 @@ from d2f_fast.errors import RefusedInputError
 
 ObjectiveName = Literal["diff2flow", "fm", "diffusion"]
 LossWeighting = Literal["flow", "native", "min_snr"]
+FlowForm = Literal["diffusers", "published"]
 TimestepSampling = Literal["uniform", "logit_normal", "mode", "u_shaped"]
 LearningRateSchedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -38,6 +39,14 @@ OptionGroup = Literal[
 SNR_GAMMA = 5.0
 
 T = TypeVar("T")
+
+# Options that must keep their default with an objective, by (objective, option), and what to do in their place.
+_FIXED_BY_OBJECTIVE = {
+    ("fm", "loss_weighting"): "leave it out",
+    ("diffusion", "loss_weighting"): "leave it out, the loss is weighted as that of the base model",
+    ("diffusion", "timestep_sampling"): "leave it out, whole timesteps are sampled evenly",
+    ("diffusion", "flow_shift"): "leave it out, or give --sampling_shift to save a shift for sampling",
+}
 
 
 def check_number(name: str, value: float | None, least: float) -> None:
@@ -162,24 +171,29 @@ class TrainingConfig:
             folder with checkpoints is refused unless --resume_from_checkpoint is given, and one with a pipeline/ is
             refused with --adapter full; other files are replaced, and log.jsonl is continued.
         objective: What the network learns. "diff2flow" trains flow matching by converting the base model's own time,
-            noisy input and output with formulas; "fm" trains it without them, so that the network learns noise -
-            latents; "diffusion" trains the base model's own loss.
+            noisy input and output with formulas; "fm" trains it without them, so that the network learns the flow
+            itself; "diffusion" trains the base model's own loss. The default None takes "fm" for a base model that
+            predicts the flow already (flow_prediction), which takes no other, and "diff2flow" for all others.
+        fm_form: Form of the objective "fm". "diffusers" feeds the network 1000 (1 - t) and teaches it noise - latents;
+            "published" feeds it t itself and teaches it latents - noise, as the code of the Diff2Flow paper does. The
+            default None takes the form of a base model that predicts the flow, and "diffusers" for all others.
         loss_weighting: Weight of the squared velocity error at each time. "flow" weights all times equally, "native"
             weights them as the loss of the base model does, and "min_snr" weights nearly clean images less. The
-            objective "fm" takes only "flow". "diffusion" ignores this option: it is "native" at whole timesteps.
+            objectives "fm" and "diffusion" take only the default.
         snr_gamma: Signal-to-noise ratio α²/σ² above which "min_snr" lowers the weight, a positive number. With another
             --loss_weighting, a value other than the default is refused.
         timestep_sampling: Distribution of the training times. "uniform" samples the flow time t (0 is noise, 1 is data)
             evenly, "logit_normal" and "mode" (the heavy-tailed one of the SD3 paper, with its scale of 1.29) prefer
-            the middle, and "u_shaped" prefers both ends. The objective "diffusion" ignores it, and samples whole
-            timesteps evenly.
-        logit_mean: Mean of the logit of 1 - t, which is log((1 - t) / t), for "logit_normal"; the other distributions
-            ignore it. Positive values train more on noisy images; the default 0 is centred.
-        logit_std: Standard deviation of the same logit, a positive number; only "logit_normal" uses it. Larger values
+            the middle, and "u_shaped" prefers both ends. The objective "diffusion" samples whole timesteps evenly, and
+            takes only the default.
+        logit_mean: Mean of the logit of 1 - t, which is log((1 - t) / t), for "logit_normal" only. Positive values
+            train more on noisy images; the default 0 is centred.
+        logit_std: Standard deviation of the same logit, a positive number, for "logit_normal" only. Larger values
             train more on very clean and very noisy images.
-        flow_shift: Factor on the ratio of noise to image, (1 - t) / t, in training, as shift in the SD3 paper; it is
-            saved with the result, and sampling uses it too. Values above 1 train more on noisy images; 1 turns it off.
-            With the objective "diffusion" only sampling uses it.
+        flow_shift: Factor on the ratio of noise to image, (1 - t) / t, in training, as shift in the SD3 paper. Values
+            above 1 train more on noisy images; 1 turns it off. The objective "diffusion" takes only 1.
+        sampling_shift: The same factor for sampling, which is saved with the result as a recommendation, and which
+            `d2f sample` uses; it does not change the training. The default None takes that of --flow_shift.
         adapter: Which weights are trained. "lora" trains small LoRA layers and leaves the base model unchanged; "full"
             trains every weight of the UNet and saves a whole pipeline.
         rank: Rank of the LoRA layers in attention and feed-forward layers. A larger rank learns more, and makes a
@@ -257,13 +271,15 @@ class TrainingConfig:
     """
 
     output_dir: str = option("checkpoints and logs", "d2f-output")
-    objective: ObjectiveName = option("method", "diff2flow")
+    objective: ObjectiveName | None = option("method", None)
+    fm_form: FlowForm | None = option("method", None)
     loss_weighting: LossWeighting = option("method", "flow")
     snr_gamma: float = option("method", SNR_GAMMA, check_positive)
     timestep_sampling: TimestepSampling = option("method", "uniform")
     logit_mean: float = option("method", 0.0, check_finite)
     logit_std: float = option("method", 1.0, check_positive)
     flow_shift: float = option("method", 1.0, check_positive)
+    sampling_shift: float | None = option("method", None, check_positive)
     adapter: Literal["lora", "full"] = option("model", "lora")
     rank: int = option("model", 64, at_least(1))
     lora_alpha: float | None = option("model", None, check_positive)
@@ -304,18 +320,49 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Refuse values that an option does not take, and options that contradict each other."""
         check_options(self)
-        if self.objective == "fm" and self.loss_weighting != "flow":
-            raise RefusedInputError(
-                f"loss_weighting must be flow with the objective fm, got {self.loss_weighting}: leave it out"
-            )
-        if self.snr_gamma != SNR_GAMMA and self.loss_weighting != "min_snr":
-            # The diffusers scripts turn the weighting on by giving this option, so it must not pass without effect.
-            raise RefusedInputError(
-                f"snr_gamma works only with loss_weighting min_snr, got {self.loss_weighting}: add"
-                " --loss_weighting min_snr, or leave snr_gamma out"
-            )
+        check_method(self)
         if self.cache_latents and not self.center_crop:
             raise RefusedInputError(
                 "cache_latents needs center_crop, because a random crop differs each time: add --no_cache_latents, or"
                 " leave --no_center_crop out"
             )
+
+    @property
+    def recommended_shift(self) -> float:
+        """Return the shift that is saved for sampling: `sampling_shift`, or else `flow_shift`."""
+        return self.flow_shift if self.sampling_shift is None else self.sampling_shift
+
+
+def check_method(config: TrainingConfig) -> None:
+    """Refuse options of the method that contradict each other, or that would have no effect.
+
+    Args:
+        config: Options of a run. An `objective` of None is checked again when the base model has settled it.
+
+    Raises:
+        RefusedInputError: An option does not go with another; the message says what to leave out.
+    """
+    defaults = {declared.name: declared.default for declared in fields(config)}
+    for (objective, name), cure in _FIXED_BY_OBJECTIVE.items():
+        value = getattr(config, name)
+        if config.objective == objective and value != defaults[name]:
+            raise RefusedInputError(
+                f"{name} must be {defaults[name]} with the objective {objective}, got {value}: {cure}"
+            )
+    if config.fm_form is not None and config.objective not in ("fm", None):
+        raise RefusedInputError(
+            f"fm_form {config.fm_form} does not go with the objective {config.objective}: add --objective fm, or leave"
+            " fm_form out"
+        )
+    for name in ("logit_mean", "logit_std"):
+        if getattr(config, name) != defaults[name] and config.timestep_sampling != "logit_normal":
+            raise RefusedInputError(
+                f"{name} works only with timestep_sampling logit_normal, got {config.timestep_sampling}: add"
+                f" --timestep_sampling logit_normal, or leave {name} out"
+            )
+    if config.snr_gamma != SNR_GAMMA and config.loss_weighting != "min_snr":
+        # The diffusers scripts turn the weighting on by giving this option, so it must not pass without effect.
+        raise RefusedInputError(
+            f"snr_gamma works only with loss_weighting min_snr, got {config.loss_weighting}: add"
+            " --loss_weighting min_snr, or leave snr_gamma out"
+        )

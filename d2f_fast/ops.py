@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2f_fast.config import LossWeighting
 from d2f_fast.flow.flow import Flow
+from d2f_fast.flow.naive_flow import uses_published_form
 from d2f_fast.kernels.align import align as fused_align
 from d2f_fast.kernels.lora_dispatch import MIN_ROWS, choose_path, runs_plain
 from d2f_fast.kernels.lora_linear import lora_linear, lora_linear_packed
@@ -64,7 +65,8 @@ def align(latents: Tensor, noise: Tensor, t: Tensor, flow: Flow) -> tuple[Tensor
         raise ValueError(
             f"the alignment must be on {latents.device} as the latents, got {table.device}: use alignment.to(device)"
         )
-    return fused_align(latents, noise, t, table, flow.t_min, flow.num_train_timesteps)
+    sample, timestep = fused_align(latents, noise, t, table, flow.t_min, flow.num_train_timesteps)
+    return sample, t if uses_published_form(flow) else timestep
 
 
 def aligned_loss(
@@ -114,6 +116,9 @@ def aligned_loss(
         raise ValueError(f"snr_gamma must be a positive number, got {snr_gamma!r}")
     if weighting == "min_snr" and flow.prediction_type == "flow_prediction":
         raise ValueError('loss_weighting "min_snr" needs a diffusion prediction: flow_prediction has no SNR of its own')
+    if uses_published_form(flow):
+        # Its target, latents - noise, is what the formulas call noise - latents of the two exchanged.
+        latents, noise = noise, latents
     ends = (flow.t_min, flow.t_max)
     per_sample = velocity_loss(model_output, latents, noise, t, mask, flow.prediction_type, *ends, weighting, snr_gamma)
     return per_sample.mean() if reduction == "mean" else per_sample

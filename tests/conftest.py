@@ -189,6 +189,18 @@ def tiny_xl(tiny_folder: Path) -> Any:
     )
 
 
+@pytest.fixture
+def flow_xl(tiny_xl: Any) -> Any:
+    """A pipeline of SDXL's classes whose scheduler says that the network predicts the flow, as rectified flows do."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    tiny_xl.scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1
+    )
+    tiny_xl.set_progress_bar_config(disable=True)
+    return tiny_xl
+
+
 @pytest.fixture(scope="session")
 def adapted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
     """A UNet with an active LoRA on every kind of layer, alpha = 2 r, scaled by 0.7; and its files by form."""

@@ -23,7 +23,8 @@ from d2f_fast.errors import RefusedInputError
     ("options", "sentence"),
     [
         ({"objective": "other"}, "objective must be diff2flow, fm or diffusion, got other"),
-        ({"objective": None}, "objective must be diff2flow, fm or diffusion, got None"),
+        ({"fm_form": "other"}, "fm_form must be diffusers or published, got other"),
+        ({"sampling_shift": 0.0}, "sampling_shift must be positive and finite, got 0.0"),
         ({"mixed_precision": "fp16"}, "mixed_precision must be no or bf16, got fp16"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"resolution": 7}, "resolution must be at least 8, got 7"),
@@ -36,6 +37,24 @@ from d2f_fast.errors import RefusedInputError
             {"objective": "fm", "loss_weighting": "native"},
             "loss_weighting must be flow with the objective fm, got native",
         ),
+        (
+            {"objective": "diffusion", "flow_shift": 2.5},
+            "flow_shift must be 1.0 with the objective diffusion, got 2.5: leave it out, or give --sampling_shift",
+        ),
+        (
+            {"objective": "diffusion", "loss_weighting": "min_snr"},
+            "loss_weighting must be flow with the objective diffusion, got min_snr: leave it out",
+        ),
+        (
+            {"objective": "diffusion", "timestep_sampling": "mode"},
+            "timestep_sampling must be uniform with the objective diffusion, got mode: leave it out",
+        ),
+        (
+            {"objective": "diff2flow", "fm_form": "published"},
+            "fm_form published does not go with the objective diff2flow: add --objective fm, or leave fm_form out",
+        ),
+        ({"logit_mean": 0.5}, "logit_mean works only with timestep_sampling logit_normal, got uniform: add"),
+        ({"logit_std": 2.0, "timestep_sampling": "mode"}, "logit_std works only with timestep_sampling logit_normal"),
         ({"snr_gamma": 3.0}, "snr_gamma works only with loss_weighting min_snr, got flow"),
         ({"center_crop": False}, "cache_latents needs center_crop"),
     ],
@@ -51,6 +70,10 @@ def test_bad_training_option_is_refused(options, sentence):
     "options",
     [
         {},
+        {"objective": None},
+        {"objective": "fm", "fm_form": "published", "flow_shift": 2.5, "sampling_shift": 6.0},
+        {"objective": "diffusion", "sampling_shift": 3.0},
+        {"timestep_sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 0.8},
         {"mixed_precision": None},
         {"mixed_precision": "no"},
         {"checkpoints_total_limit": None},
@@ -64,6 +87,11 @@ def test_bad_training_option_is_refused(options, sentence):
 def test_good_training_options_are_accepted(options):
     config = TrainingConfig(**options)
     assert all(getattr(config, name) == value for name, value in options.items())
+
+
+def test_recommended_shift_is_that_of_the_training_unless_another_is_given():
+    assert TrainingConfig(flow_shift=2.5).recommended_shift == 2.5
+    assert TrainingConfig(flow_shift=2.5, sampling_shift=6.0).recommended_shift == 6.0
 
 
 def test_every_training_option_has_a_group():

@@ -53,9 +53,9 @@ class Sample:
         method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
         flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time. "trailing" takes the times of
             diffusers' trailing timesteps, to compare with DDIM. Both start at t = 0, pure noise.
-        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step; it is --flow_shift of `d2f train`.
+        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step; it is --sampling_shift of `d2f train`.
             Values above 1 spend more steps on noisy images. The default None takes the factor saved with the trained
-            weights, or else 1, which turns it off.
+            weights, or that of the model's own flow-matching scheduler, or else 1, which turns it off.
         height: Height of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
             own height.
         width: Width of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
@@ -163,7 +163,7 @@ class Sample:
         )
 
     def _of_training(self) -> dict[str, Any]:
-        """Return the prediction type and the shift: those given, else those in the tags of the LoRA file or model."""
+        """Return prediction type, form and shift: those given, else those in the tags of the LoRA file or model."""
         from d2f_fast.files.json_file import read_json
         from d2f_fast.lora.read import lora_tags
 
@@ -171,11 +171,12 @@ class Sample:
         tags = lora_tags(source) if self.lora is not None else read_json(source) if source.is_file() else {}
         chosen: dict[str, Any] = {"prediction_type": self.model_options.prediction_type, "shift": self.shift}
         try:
-            if self.shift is None:
-                chosen["shift"] = float(tags.get("d2f.shift", 1))
+            tags = dict(tags)
+            if self.shift is None and "d2f.shift" in tags:
+                chosen["shift"] = float(tags["d2f.shift"])
             # The other types are the base model's, whose own configuration says which one it is.
             if chosen["prediction_type"] is None and tags.get("d2f.prediction_type") == "flow_prediction":
-                chosen["prediction_type"] = "flow_prediction"
+                chosen |= {"prediction_type": "flow_prediction", "fm_form": tags.get("d2f.fm_form")}
         except (AttributeError, TypeError, ValueError) as error:
             raise RefusedInputError(f"{source} holds no usable d2f.shift ({error}): give --shift") from error
         return {name: value for name, value in chosen.items() if value is not None}

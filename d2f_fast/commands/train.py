@@ -67,6 +67,7 @@ class Train:
             epochs = steps / steps_per_epoch(len(dataset), trainer.global_batch_size)
             print(f"d2f: {trainer.paths}", file=sys.stderr)
             print(f"d2f: Model: {facts}", file=sys.stderr)
+            print(f"d2f: {trainer.method}", file=sys.stderr)
             print(
                 f"d2f: {len(dataset)} images, {trainer.global_batch_size} per step: {steps} steps are"
                 f" {epochs:.4g} epochs",
@@ -77,7 +78,8 @@ class Train:
             return result | {"output": str(output)}
         is_lora = self.options.adapter == "lora"
         saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline")
-        row = {"objective": self.options.objective, "adapter": self.options.adapter, **result}
+        method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
+        row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
         row |= {"model": dataclasses.asdict(facts)}
         write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
         return row | {"output": str(saved)}

@@ -114,3 +114,15 @@ class Flow(ABC):
         if spacing != "uniform":
             raise ValueError(f'spacing must be "uniform" for {self.prediction_type}, got {spacing!r}')
         return formulas.shifted_uniform_times(steps, self.t_min, shift).float()
+
+    @abstractmethod
+    def sigmas(self, steps: int, shift: float = 1.0) -> list[float]:
+        """Return the sigmas of the uniform times for a stock scheduler of diffusers, [steps + 1], ending in 0.0.
+
+        Args:
+            steps: number of steps, at least 1.
+            shift: positive factor on (1 - t) / t at every time; 1 leaves the times as they are.
+
+        Raises:
+            ValueError: `steps` is below 1, or `shift` is not positive.
+        """

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.flow import Flow
+from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
 from d2f_fast.models.facts import ModelFacts, state_facts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 class BaseModel:
@@ -35,7 +40,8 @@ class BaseModel:
         facts: What the model is taken for.
         unet: Its network.
         vae: Its autoencoder.
-        alignment: Map between flow time and the pipeline's own diffusion time.
+        flow: Map between flow time and the network's own time and output: an `Alignment` of a diffusion model, or a
+            `NaiveFlow` where the network predicts the flow itself.
 
     Raises:
         ModelError: The pipeline has no UNet2DConditionModel, or its scheduler cannot be aligned.
@@ -51,7 +57,12 @@ class BaseModel:
         self.unet: UNet2DConditionModel = pipeline.unet
         self.vae: AutoencoderKL = pipeline.vae
         self.facts = facts or state_facts(pipeline, self.options, "the pipeline's scheduler")
-        self.alignment = Alignment.from_scheduler(pipeline.scheduler)
+        self.flow = flow_of_scheduler(pipeline.scheduler)
+        if self.flow.prediction_type != self.facts.prediction_type:
+            raise ModelError(
+                f"{type(pipeline.scheduler).__name__} serves only {self.flow.prediction_type}, and --prediction_type"
+                f" says {self.facts.prediction_type}: leave the option out, or give a folder with another scheduler"
+            )
         for component in self._frozen():
             component.requires_grad_(False).eval()
 
@@ -78,6 +89,17 @@ class BaseModel:
             raise ModelError(f"{model}: {error}") from error
 
     @property
+    def alignment(self) -> Alignment:
+        """Return the flow of a diffusion model.
+
+        Raises:
+            ModelError: The network predicts the flow itself, so that there is nothing to align.
+        """
+        if not isinstance(self.flow, Alignment):
+            raise ModelError("the network predicts the flow itself (flow_prediction) and has no alignment: use flow")
+        return self.flow
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the UNet."""
         return _device_and_dtype(self.unet)[0]
@@ -88,9 +110,9 @@ class BaseModel:
         return 1 << (len(self.vae.config.block_out_channels) - 1)
 
     def to(self, device: torch.device | str) -> "BaseModel":
-        """Move every component and the alignment's table to a device, and return this model."""
+        """Move every component and the flow's table to a device, and return this model."""
         self.pipeline.to(device)
-        self.alignment = self.alignment.to(device)
+        self.flow = self.flow.to(device)
         return self
 
     @torch.no_grad()
@@ -196,6 +218,19 @@ class BaseModel:
         """Return the components that are never trained."""
         parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]
         return [part for part in parts if part is not None]
+
+
+def flow_of_scheduler(scheduler: "SchedulerMixin") -> Flow:
+    """Return the flow of the network that a scheduler of diffusers belongs to.
+
+    Args:
+        scheduler: Scheduler for diffusion, or for flow matching.
+
+    Raises:
+        ModelError: The scheduler belongs to no network that can be aligned, and not to one that predicts the flow.
+    """
+    is_naive = predicts_flow(getattr(scheduler, "config", {}))
+    return NaiveFlow.from_scheduler(scheduler) if is_naive else Alignment.from_scheduler(scheduler)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import EulerDiscreteScheduler
 
+from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import family_of
 from d2f_fast.models.options import ModelOptions
 
@@ -48,6 +49,8 @@ class ModelFacts:
     def __str__(self) -> str:
         """Return the line that a run prints."""
         prediction = _PREDICTION_NAMES.get(self.prediction_type, self.prediction_type)
+        if self.prediction_type == "flow_prediction":  # It has no noise table, and starts from pure noise.
+            return f"{self.family}, {prediction} ({self.prediction_source})"
         zero_snr = "zero terminal SNR" if self.zero_snr else "no zero terminal SNR"
         return f"{self.family}, {prediction} ({self.prediction_source}), {zero_snr} ({self.zero_snr_source})"
 
@@ -115,11 +118,13 @@ def _facts_of_scheduler(pipeline: "DiffusionPipeline", source: str) -> ModelFact
         name: default if name in defaults or name not in config else source
         for name in ("prediction_type", "rescale_betas_zero_snr")
     }
+    # diffusers' own flow-matching schedulers have no prediction type, but can only belong to such networks.
+    is_flow = "prediction_type" not in config and predicts_flow(config)
     family = family_of(unet) if type(unet).__name__ == "UNet2DConditionModel" else None
     return ModelFacts(
         _FAMILY_NAMES[family],
-        str(config.get("prediction_type")),
-        sources["prediction_type"],
+        "flow_prediction" if is_flow else str(config.get("prediction_type")),
+        source if is_flow else sources["prediction_type"],
         _has_zero_snr(scheduler),
         sources["rescale_betas_zero_snr"],
     )

@@ -11,8 +11,9 @@ class ModelOptions:
 
     Args:
         prediction_type: What the network predicts: "epsilon" the noise, "sample" the clean latents, "v_prediction" v,
-            and "flow_prediction" the flow velocity that `d2f train --objective fm` trains. The default None takes it
-            from the model's own files, and the first lines that are printed say where it was read.
+            and "flow_prediction" the flow itself, as rectified-flow checkpoints and `d2f train --objective fm` do. The
+            default None takes it from the model's own files, and the first lines that are printed say where it was
+            read.
         rescale_betas_zero_snr: Whether the model was trained with zero terminal SNR, so that its last timestep is pure
             noise. --no_rescale_betas_zero_snr states that it was not. The default None takes it from the model's own
             files.

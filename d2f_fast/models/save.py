@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusers import DPMSolverMultistepScheduler
+
 from d2f_fast.files.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -32,6 +34,27 @@ def save_pipeline_folder(pipeline: "DiffusionPipeline", folder: Path) -> None:
     for name in ("text_encoder", "text_encoder_2"):
         for path in (folder / name).glob("*.safetensors"):
             _prefix_keys(path)
+
+
+def stock_flow_scheduler(num_train_timesteps: int, shift: float) -> DPMSolverMultistepScheduler:
+    """Return the stock scheduler that samples a network of `flow_prediction` in the pipelines of Stable Diffusion.
+
+    With order 1 it is Euler in flow time. diffusers' own FlowMatchEulerDiscreteScheduler has no `init_noise_sigma` and
+    no `scale_model_input`, which these pipelines ask for.
+
+    Args:
+        num_train_timesteps: Number T of T * (1 - t), the timestep that the network is fed.
+        shift: Factor on (1 - t) / t at each step.
+    """
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        solver_order=1,
+        steps_offset=1,  # It has no effect, but the pipelines ask for it.
+        final_sigmas_type="zero",
+    )
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:

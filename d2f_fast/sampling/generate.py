@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from PIL import Image
 
-from d2f_fast.config import Method, PredictionType, Spacing
+from d2f_fast.config import FlowForm, Method, PredictionType, Spacing
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
@@ -34,6 +34,7 @@ def generate(
     flow_spacing: Spacing = "uniform",
     shift: float | None = None,
     prediction_type: PredictionType | None = None,
+    fm_form: FlowForm | None = None,
 ) -> list[Image.Image]:
     """Generate one image for each prompt, from noise at t = 0 to data at t = 1.
 
@@ -55,6 +56,8 @@ def generate(
         shift: positive factor on the sampling sigmas (1 - t) / t, 1 for none; None for the shift in the configuration
             of the pipeline's scheduler (the `shift` or `flow_shift` of a flow-matching scheduler, 1 of others).
         prediction_type: what the network predicts; None for what the configuration of the pipeline's scheduler says.
+        fm_form: form of "flow_prediction", "diffusers" or "published"; None for that of the configuration, which is
+            "diffusers" for every stock scheduler.
 
     Returns:
         One RGB image for each prompt.
@@ -65,7 +68,7 @@ def generate(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     height, width = _image_size(pipeline, height, width)
-    given = {"shift": shift, "prediction_type": prediction_type}
+    given = {"shift": shift, "prediction_type": prediction_type, "fm_form": fm_form}
     options = {name: value for name, value in given.items() if value is not None}
     try:
         scheduler = Diff2FlowScheduler.from_config(

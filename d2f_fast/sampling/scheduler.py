@@ -16,12 +16,12 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from d2f_fast.config import Method, Spacing
+from d2f_fast.config import FlowForm, Method, Spacing
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.formulas import combine
-from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
 
 # A first sigma that exceeds sigma_max by more than this fraction is no rounding error, but asks for a start at t = 0.
 _SIGMA_TOLERANCE = 1e-3
@@ -54,10 +54,12 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         flow_spacing: "uniform" steps in flow time, or "trailing", the flow times of DDIM's trailing timesteps.
         shift: positive factor on the sampling sigmas (1 - t) / t; 1 leaves them as they are.
         method: integration method: "euler", or "midpoint" and "heun", which call the network twice a step.
+        fm_form: form of "flow_prediction": "diffusers", or "published" for networks that are fed t itself; see
+            `NaiveFlow`. The other prediction types ignore it.
 
     Raises:
         ModelError: the network predicts ε with zero terminal SNR, or the prediction type is unknown.
-        ValueError: the method is unknown.
+        ValueError: the method or the form is unknown.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 (the name and type are diffusers')
@@ -76,13 +78,14 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         flow_spacing: Spacing = "uniform",
         shift: float = 1.0,
         method: Method = "euler",
+        fm_form: FlowForm = "diffusers",
     ) -> None:
         if method not in get_args(Method):
             raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
         self.order = 1 if method == "euler" else 2
         flow: Flow
         if prediction_type == "flow_prediction":
-            flow = NaiveFlow(num_train_timesteps)
+            flow = NaiveFlow(num_train_timesteps, fm_form)
         else:
             stock = DDPMScheduler(
                 num_train_timesteps=num_train_timesteps,
@@ -131,12 +134,10 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         # Values that the other scheduler took by default are kept: diffusers would replace them with this class's
         # defaults, which give another noise table.
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
-        if "beta_schedule" not in config | kwargs:
-            if "shift" not in config:  # diffusers' flow-matching schedulers have a shift
-                raise ModelError(
-                    "the configuration has no beta_schedule: give the configuration of a diffusion scheduler"
-                )
+        if predicts_flow(config):
             config["prediction_type"] = "flow_prediction"
+        elif "beta_schedule" not in config | kwargs:
+            raise ModelError("the configuration has no beta_schedule: give the configuration of a diffusion scheduler")
         if config.get("use_flow_sigmas"):
             config.setdefault("shift", config.get("flow_shift", 1.0))
         made: Self | tuple[Self, dict[str, object]] = super().from_config(config, return_unused_kwargs, **kwargs)

@@ -1,18 +1,19 @@
 """The three objectives: the inputs of the network, and the loss of its output.
 
 `diff2flow` is the aligned flow-matching loss. `diffusion` is the base model's own loss, which equals the aligned one at
-the table's nodes with native weighting. `fm` is naive flow matching: the same network, fed the unaligned state.
-Diff2Flow, arXiv 2506.02221, section 3.
+the table's nodes with native weighting. `fm` is naive flow matching: the same network, fed the unaligned state; it is
+the only objective of a base model that predicts the flow itself. Diff2Flow, arXiv 2506.02221, section 3.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from d2f_fast.config import LossWeighting, ObjectiveName, TimestepSampling
-from d2f_fast.flow.alignment import Alignment
+from d2f_fast.config import FlowForm, LossWeighting, ObjectiveName, TimestepSampling, TrainingConfig
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.time_sampling import sample_times
@@ -25,36 +26,43 @@ class Objective:
 
     Args:
         name: "diff2flow", "fm" or "diffusion".
-        alignment: alignment of the base model, on the network's device.
+        base_flow: flow of the base model, on the network's device: an `Alignment`, or a `NaiveFlow` for "fm" only.
         weighting: weighting of the velocity error for "diff2flow" and "fm"; "diffusion" always uses the network's own.
         snr_gamma: positive bound on the signal-to-noise ratio in the weighting "min_snr".
         timestep_sampling: density of 1 - t; "diffusion" samples its integer timesteps uniformly instead.
         logit_mean: mean of the normal variable of "logit_normal".
         logit_std: its standard deviation, positive.
         flow_shift: positive factor on the sigmas (1 - t) / t of the sampled times; 1 leaves them as they are.
+        fm_form: form of "fm" on a diffusion model; the other objectives, and a base model that predicts the flow and
+            has a form of its own, ignore it.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the base model predicts the flow and the name is not "fm".
     """
 
     name: ObjectiveName
-    alignment: Alignment
+    base_flow: Flow
     weighting: LossWeighting = "flow"
     snr_gamma: float = 5.0
     timestep_sampling: TimestepSampling = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     flow_shift: float = 1.0
+    fm_form: FlowForm = "diffusers"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown name, which would be treated as "diff2flow"."""
+        """Refuse a name that would be treated as "diff2flow"."""
         if self.name not in get_args(ObjectiveName):
             raise ValueError(f"objective must be one of {get_args(ObjectiveName)}, got {self.name!r}")
+        if isinstance(self.base_flow, NaiveFlow) and self.name != "fm":
+            raise ValueError(f'objective must be "fm" where the base model predicts the flow, got {self.name!r}')
 
     @property
     def flow(self) -> Flow:
         """Flow that maps time and velocity for a network trained on this objective."""
-        return NaiveFlow(self.alignment.num_train_timesteps) if self.name == "fm" else self.alignment
+        if self.name != "fm" or isinstance(self.base_flow, NaiveFlow):
+            return self.base_flow
+        return NaiveFlow(self.base_flow.num_train_timesteps, self.fm_form)
 
     def sample_times(
         self, batch: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -70,8 +78,8 @@ class Objective:
             [batch] float32 in [0, 1].
         """
         if self.name == "diffusion":
-            steps = torch.randint(self.alignment.num_train_timesteps, (batch,), generator=generator, device=device)
-            return self.alignment.flow_time(steps.to(torch.float32))
+            steps = torch.randint(self.base_flow.num_train_timesteps, (batch,), generator=generator, device=device)
+            return self.base_flow.flow_time(steps.to(torch.float32))
         return sample_times(
             batch,
             self.timestep_sampling,
@@ -101,3 +109,77 @@ class Objective:
         return aligned_loss(
             model_output, latents, noise, t, self.flow, weighting, mask, reduction=reduction, snr_gamma=self.snr_gamma
         )
+
+
+def settle_method(config: TrainingConfig, base_flow: Flow) -> TrainingConfig:
+    """Return the options with the objective and the form that the base model settles where they are left open.
+
+    Args:
+        config: options of a run.
+        base_flow: flow of the base model.
+
+    Returns:
+        The same options, with an objective, and with a form where the objective is "fm".
+
+    Raises:
+        RefusedInputError: the base model predicts the flow, and the options ask for another objective or form, or for
+            something that has no effect with the objective that is taken.
+    """
+    own = base_flow.form if isinstance(base_flow, NaiveFlow) else None
+    if own is None:
+        objective, form = config.objective or "diff2flow", config.fm_form or "diffusers"
+    else:
+        if config.objective not in (None, "fm"):
+            lacks = {
+                "diff2flow": "there is no diffusion prediction to align",
+                "diffusion": "it has no diffusion loss of its own",
+            }
+            raise RefusedInputError(
+                f"objective {config.objective} needs a base model that predicts noise, v or clean latents; this one"
+                f" predicts the flow itself (flow_prediction), so that {lacks[config.objective]}: leave --objective out"
+            )
+        if config.fm_form not in (None, own):
+            raise RefusedInputError(
+                f"fm_form {config.fm_form} does not fit this base model, which predicts the flow in the form {own}:"
+                " leave --fm_form out"
+            )
+        objective, form = "fm", own
+    return dataclasses.replace(config, objective=objective, fm_form=form if objective == "fm" else config.fm_form)
+
+
+def make_objective(config: TrainingConfig, base_flow: Flow) -> Objective:
+    """Return the objective of a run.
+
+    Args:
+        config: options from `settle_method`.
+        base_flow: flow of the base model, on the network's device.
+    """
+    return Objective(
+        config.objective or "diff2flow",
+        base_flow,
+        config.loss_weighting,
+        config.snr_gamma,
+        config.timestep_sampling,
+        config.logit_mean,
+        config.logit_std,
+        config.flow_shift,
+        config.fm_form or "diffusers",
+    )
+
+
+def method_line(config: TrainingConfig, base_flow: Flow) -> str:
+    """Return what is trained, and why, in one line.
+
+    Args:
+        config: options from `settle_method`.
+        base_flow: flow of the base model.
+    """
+    learns = {
+        "diff2flow": "flow matching, aligned with the base model",
+        "diffusion": "the loss of the base model",
+        "fm": "naive flow matching in the form of diffusers (fed 1000 (1 - t), learns noise - latents)",
+    }
+    if config.fm_form == "published":
+        learns["fm"] = "naive flow matching in the published form (fed t, learns latents - noise)"
+    line = f"objective {config.objective}: {learns[str(config.objective)]}; the base model predicts"
+    return f"{line} {base_flow.prediction_type}"

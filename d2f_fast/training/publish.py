@@ -8,11 +8,14 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.atomic import atomic_folder
 from d2f_fast.files.json_file import write_json
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.write import save_lora
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule
-from d2f_fast.models.save import save_pipeline_folder
+from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
+from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.objective import Objective
 
 
@@ -62,7 +65,8 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
         RefusedInputError: `folder` exists or cannot be made, or the disk is full.
     """
     pipeline = model.pipeline
-    parts = {**pipeline.components, "unet": merged_unet(model.unet), "scheduler": stock_scheduler(config, model)}
+    scheduler = saved_scheduler(config, model, objective)
+    parts = {**pipeline.components, "unet": merged_unet(model.unet), "scheduler": scheduler}
     saved = type(pipeline)(**parts)
     with atomic_folder(folder) as temporary:
         save_pipeline_folder(saved, temporary)
@@ -70,24 +74,25 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
     return Path(folder)
 
 
-def stock_scheduler(config: TrainingConfig, model: BaseModel) -> DPMSolverMultistepScheduler | EulerDiscreteScheduler:
-    """Return the scheduler of diffusers that samples the trained network in any pipeline of Stable Diffusion.
+def saved_scheduler(
+    config: TrainingConfig, model: BaseModel, objective: Objective
+) -> DPMSolverMultistepScheduler | EulerDiscreteScheduler | Diff2FlowScheduler:
+    """Return the scheduler that a saved pipeline gets: a stock one that samples the trained network, if there is one.
 
     Args:
         config: options of the run.
         model: base model of the run.
+        objective: objective that the network was trained on.
     """
-    if config.objective == "fm":
-        # With order 1 it is Euler in flow time. diffusers' own flow scheduler fits none of these pipelines.
-        return DPMSolverMultistepScheduler(
-            model.alignment.num_train_timesteps,
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift=config.flow_shift,
-            solver_order=1,
-            steps_offset=1,  # unused, but the pipelines ask for it
-            final_sigmas_type="zero",
+    flow = objective.flow
+    if uses_published_form(flow):
+        # No stock scheduler feeds t itself. With this one the folder does not load without this package, where a stock
+        # scheduler would give noise without an error.
+        return Diff2FlowScheduler(
+            prediction_type="flow_prediction", fm_form="published", shift=config.recommended_shift
         )
+    if isinstance(flow, NaiveFlow):
+        return stock_flow_scheduler(flow.num_train_timesteps, config.recommended_shift)
     return same_schedule(
         model.pipeline.scheduler, EulerDiscreteScheduler, timestep_spacing="trailing", final_sigmas_type="zero"
     )
@@ -100,15 +105,17 @@ def tags_of(config: TrainingConfig, objective: Objective) -> dict[str, str]:
         config: options of the run.
         objective: objective that the network was trained on.
     """
-    flow, alignment = objective.flow, objective.alignment
-    recommended = alignment.sigmas(4, config.flow_shift)
-    if config.objective == "fm":  # its sigma in diffusers is 1 - t
-        recommended = (1 - flow.times(4, shift=config.flow_shift)).tolist()
-    return {
-        "d2f.objective": config.objective,
+    flow = objective.flow
+    tags = {
+        "d2f.objective": objective.name,
         "d2f.prediction_type": flow.prediction_type,
-        "d2f.zero_snr": str(alignment.schedule.zero_terminal_snr).lower(),
         "d2f.loss_weighting": config.loss_weighting,
-        "d2f.shift": str(config.flow_shift),
-        "d2f.recommended_sigmas": ", ".join(f"{sigma:.4g}" for sigma in recommended),
+        "d2f.training_shift": str(config.flow_shift),
+        "d2f.shift": str(config.recommended_shift),
+        "d2f.recommended_sigmas": ", ".join(f"{sigma:.4g}" for sigma in flow.sigmas(4, config.recommended_shift)),
     }
+    if isinstance(flow, NaiveFlow):
+        tags["d2f.fm_form"] = flow.form
+    elif isinstance(flow, Alignment):
+        tags["d2f.zero_snr"] = str(flow.schedule.zero_terminal_snr).lower()
+    return tags

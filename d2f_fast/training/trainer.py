@@ -37,7 +37,7 @@ from d2f_fast.training.checkpoint import save_checkpoint
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.network import check_trainable, inputs_in_float32, prepare_network
-from d2f_fast.training.objective import Objective
+from d2f_fast.training.objective import make_objective, method_line, settle_method
 from d2f_fast.training.publish import publish_lora, publish_pipeline
 from d2f_fast.training.resume import choose_checkpoint, load_state, run_identity, write_state
 from d2f_fast.training.run_log import RunLog, check_tracker
@@ -83,7 +83,7 @@ class AlignedTrainer:
 
     Attributes:
         unet: network, with its adapter in place.
-        alignment: alignment of the base model, on the device.
+        config: options of the run, with the objective that the base model settles where it was left open.
         objective: objective that the network is trained on.
         trainable: trained parameters by name.
         ema: average of the trained parameters; None where `ema_decay` is 0.
@@ -96,7 +96,7 @@ class AlignedTrainer:
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
-        self.config = config
+        self.config = config = settle_method(config, model.flow)
         self._precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         self.accelerator = _start_accelerator(config, self._precision)
         self.device = self.accelerator.device
@@ -111,17 +111,7 @@ class AlignedTrainer:
         self._base_model = model.fingerprint(*unet, "vae", "text_encoder", "text_encoder_2", most=4096)[:16]
         self.model = model.to(self.device)
         self.unet = model.unet
-        self.alignment: Alignment = model.alignment
-        self.objective = Objective(
-            config.objective,
-            self.alignment,
-            config.loss_weighting,
-            config.snr_gamma,
-            config.timestep_sampling,
-            config.logit_mean,
-            config.logit_std,
-            config.flow_shift,
-        )
+        self.objective = make_objective(config, model.flow)
         self.trainable = prepare_network(model, config)
         half = config.adapter == "lora" and self._precision == "bf16"
         self._half_base = HalfBase(self.unet, torch.bfloat16) if half else None
@@ -171,9 +161,19 @@ class AlignedTrainer:
         return self.config.train_batch_size * self.config.gradient_accumulation_steps * num_processes
 
     @property
+    def alignment(self) -> Alignment:
+        """Alignment of the base model, on the device; see `BaseModel.alignment`."""
+        return self.model.alignment
+
+    @property
     def paths(self) -> str:
         """Path that each part of a step takes, and why, in one line."""
         return self._training_step.paths()
+
+    @property
+    def method(self) -> str:
+        """Objective that is trained, and the prediction type of the base model, in one line."""
+        return method_line(self.config, self.model.flow)
 
     # The run
 
@@ -358,8 +358,9 @@ class AlignedTrainer:
                 width=width or self.config.resolution,
                 generator=generator,
                 method=method,
-                shift=self.config.flow_shift,
+                shift=self.config.recommended_shift,
                 prediction_type="flow_prediction" if self.config.objective == "fm" else None,
+                fm_form=self.config.fm_form,
             )
 
     def save_lora(self, folder: str | Path) -> Path:

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
-from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.errors import ModelError
+from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow, uses_published_form
 
 
 def test_output_is_read_as_the_flow_prediction_of_diffusers():
@@ -46,3 +54,49 @@ def test_times_are_uniform_before_the_shift_and_have_no_other_spacing():
     torch.testing.assert_close(NaiveFlow().times(4, shift=3.0), torch.tensor([0, 0.1, 0.25, 0.5, 1.0]))
     with pytest.raises(ValueError, match="spacing must be \"uniform\" for flow_prediction, got 'trailing'"):
         NaiveFlow().times(4, "trailing")
+
+
+def test_published_form_feeds_flow_time_and_returns_the_velocity():
+    flow, t = NaiveFlow(form="published"), torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    latents, noise = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    assert torch.equal(flow.timestep(t), t) and torch.equal(flow.flow_time(t), t)
+    velocity = latents - noise
+    x_t = flow.interpolate(latents, noise, t)
+    assert torch.equal(flow.model_target(latents, noise, t), velocity)
+    assert torch.equal(flow.velocity(velocity, x_t, t), velocity)
+    torch.testing.assert_close(flow.predicted_latents(velocity, x_t, t), latents)
+    a, b = flow.euler_coefficients(t, t + 0.25)
+    assert a.tolist() == [1.0] * 3 and b.tolist() == [0.25] * 3
+    assert uses_published_form(flow) and not uses_published_form(NaiveFlow())
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_sigmas_are_those_of_diffusers_flow_matching_scheduler(shift):
+    stock = FlowMatchEulerDiscreteScheduler(shift=shift)
+    stock.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(torch.tensor(NaiveFlow().sigmas(4, shift)), stock.sigmas)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "is_flow"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), True),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), True),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), True),
+        (EulerDiscreteScheduler(prediction_type="flow_prediction"), True),
+        (EulerDiscreteScheduler(), False),
+        (DDIMScheduler(prediction_type="v_prediction"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_configuration_says_whether_the_network_predicts_the_flow(scheduler, is_flow):
+    assert predicts_flow(scheduler.config) == is_flow
+
+
+def test_flow_of_a_scheduler_has_its_timesteps_and_form():
+    flow = NaiveFlow.from_scheduler(FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
+    assert (flow.num_train_timesteps, flow.form) == (500, "diffusers")
+    broken = FlowMatchEulerDiscreteScheduler()
+    broken.register_to_config(fm_form="other")
+    with pytest.raises(ModelError, match=r"FlowMatchEulerDiscreteScheduler has .* fm_form 'other': correct its"):
+        NaiveFlow.from_scheduler(broken)

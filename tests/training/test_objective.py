@@ -7,9 +7,11 @@ from diffusers.training_utils import compute_snr
 from scipy import special, stats
 from torch.nn.functional import mse_loss
 
+from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.naive_flow import NaiveFlow
-from d2f_fast.training.objective import Objective
+from d2f_fast.training.objective import Objective, method_line, settle_method
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 TIMESTEPS = torch.tensor([0, 1, 40, 261, 500, 760, 998, 999])
@@ -96,6 +98,73 @@ def test_naive_objective_is_the_loss_of_diffusers_flow_matching_scripts():
     assert_close(sample, scheduler.scale_noise(latents, scheduler.timesteps, noise), 1e-6)
     assert_close(objective.loss(output, latents, noise, 1 - sigmas), mse_loss(output, noise - latents), 1e-6)
     assert isinstance(objective.flow, NaiveFlow)
+
+
+def test_published_naive_objective_is_fed_flow_time_and_learns_latents_minus_noise():
+    objective = Objective("fm", Alignment.from_scheduler(DDPMScheduler(**SD)), fm_form="published")
+    latents, noise, output = operands()
+    output.requires_grad_()
+    t = torch.linspace(0, 1, len(TIMESTEPS))
+    sample, timestep = objective.inputs(latents, noise, t)
+    assert torch.equal(timestep, t)
+    assert_close(sample, t[:, None, None, None] * latents + (1 - t)[:, None, None, None] * noise, 1e-6)
+    expected = mse_loss(output, latents - noise)
+    (gradient,) = torch.autograd.grad(expected, output)
+    loss = objective.loss(output, latents, noise, t)
+    assert_close(loss, expected, 1e-6)
+    assert_close(torch.autograd.grad(loss, output)[0], gradient, 1e-6)
+
+
+def test_base_that_predicts_the_flow_keeps_its_own_flow():
+    flow = NaiveFlow(500, "published")
+    assert Objective("fm", flow).flow is flow
+    with pytest.raises(ValueError, match='objective must be "fm" where the base model predicts the flow, got \'diff'):
+        Objective("diff2flow", flow)
+
+
+DIFFUSION = Alignment.from_scheduler(DDPMScheduler(**SD))
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "settled"),
+    [
+        (DIFFUSION, {}, ("diff2flow", None)),
+        (DIFFUSION, {"objective": "diffusion"}, ("diffusion", None)),
+        (DIFFUSION, {"objective": "fm"}, ("fm", "diffusers")),
+        (DIFFUSION, {"objective": "fm", "fm_form": "published"}, ("fm", "published")),
+        (NaiveFlow(), {}, ("fm", "diffusers")),
+        (NaiveFlow(), {"objective": "fm"}, ("fm", "diffusers")),
+        (NaiveFlow(form="published"), {}, ("fm", "published")),
+    ],
+)
+def test_base_model_settles_the_objective_that_is_left_open(base, options, settled):
+    config = settle_method(TrainingConfig(**options), base)
+    assert (config.objective, config.fm_form) == settled
+    assert settle_method(config, base) == config
+    line = method_line(config, base)
+    assert line.startswith(f"objective {settled[0]}: ") and line.endswith(f"predicts {base.prediction_type}")
+    assert ("fed t," in line) == (settled[1] == "published")
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "sentence"),
+    [
+        (
+            NaiveFlow(),
+            {"objective": "diff2flow"},
+            "objective diff2flow needs a base .*no diffusion prediction to align",
+        ),
+        (NaiveFlow(), {"objective": "diffusion"}, "objective diffusion needs a base .*: leave --objective out"),
+        (NaiveFlow(), {"fm_form": "published"}, "predicts the flow in the form diffusers: leave --fm_form out"),
+        (NaiveFlow(form="published"), {"fm_form": "diffusers"}, "in the form published: leave --fm_form out"),
+        (NaiveFlow(), {"loss_weighting": "native"}, "loss_weighting must be flow with the objective fm, got native"),
+        (DIFFUSION, {"fm_form": "published"}, "fm_form published does not go with the objective diff2flow"),
+    ],
+)
+def test_method_that_does_not_fit_the_base_model_is_refused_in_one_line(base, options, sentence):
+    with pytest.raises(RefusedInputError, match=sentence) as error:
+        settle_method(TrainingConfig(**options), base)
+    assert "\n" not in str(error.value)
 
 
 def test_a_mask_restricts_every_objective_to_its_elements():

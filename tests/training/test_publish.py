@@ -1,5 +1,6 @@
 """Saved LoRA files and pipelines give the images of the trainer, and describe how to sample them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.load import load_pipeline
+from d2f_fast.sampling.generate import generate
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.trainer import AlignedTrainer
 
@@ -34,13 +39,14 @@ def test_lora_file_describes_how_to_sample_it(
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **scheduler)
     weighting = "flow" if objective == "fm" else "native"
-    options = make_config(tmp_path, objective=objective, flow_shift=shift, loss_weighting=weighting)
+    options = make_config(tmp_path, objective=objective, flow_shift=2.5, sampling_shift=shift, loss_weighting=weighting)
     _, header = read_tensors(AlignedTrainer.from_pretrained(pipeline, options).save_lora(tmp_path / "lora"))
     assert {name: value for name, value in header.items() if name.startswith("d2f.")} == {
         "d2f.objective": objective,
         "d2f.prediction_type": "flow_prediction" if objective == "fm" else scheduler.get("prediction_type", "epsilon"),
-        "d2f.zero_snr": "true" if scheduler else "false",
+        **({"d2f.fm_form": "diffusers"} if objective == "fm" else {"d2f.zero_snr": "true" if scheduler else "false"}),
         "d2f.loss_weighting": weighting,
+        "d2f.training_shift": "2.5",
         "d2f.shift": str(shift),
         "d2f.recommended_sigmas": sigmas,
     }
@@ -90,6 +96,60 @@ def test_saved_pipeline_gives_the_images_of_the_trainer(
     saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
     assert np.abs(draw(saved, num_inference_steps=4) - expected).max() <= 1
     assert load_pipeline(tmp_path / "saved").unet is not None
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_what_is_trained_on_a_flow_checkpoint_is_sampled_by_stock_and_by_this_package(
+    flow_xl: Any, make_config: Any, images: Any, tmp_path: Path, adapter: str
+) -> None:
+    options = make_config(
+        tmp_path / "run", adapter=adapter, flow_shift=2.5, sampling_shift=4.0, max_train_steps=3, learning_rate=0.1
+    )
+    trainer = AlignedTrainer.from_pretrained(flow_xl, options)
+    trainer.fit(images())
+    noise = torch.Generator().manual_seed(3)
+    expected = np.asarray(trainer.sample(["ab", "c"], 4, guidance_scale=3.0, generator=noise), dtype=np.float64)
+    saved = StableDiffusionXLPipeline.from_pretrained(trainer.save_pipeline(tmp_path / "saved"), add_watermarker=False)
+    assert type(saved.scheduler).__module__.startswith("diffusers.")
+    assert saved.scheduler.config["flow_shift"] == 4.0
+    tags = json.loads((tmp_path / "saved" / "d2f.json").read_text())
+    if adapter == "lora":
+        _, header = read_tensors(trainer.save_lora(tmp_path / "lora"))
+        assert header.items() >= tags.items()
+        kohya = read_tensors(tmp_path / "lora" / "lora_kohya.safetensors")[1]
+        assert kohya["modelspec.prediction_type"] == kohya["d2f.prediction_type"] == "flow_prediction"
+    assert (tags["d2f.objective"], tags["d2f.fm_form"], tags["d2f.shift"]) == ("fm", "diffusers", "4.0")
+
+    def difference(pipe: Any) -> float:
+        pipe.set_progress_bar_config(disable=True)
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        options = {"height": 16, "width": 16, "guidance_scale": 3.0, "num_inference_steps": 4, "latents": latents}
+        made = np.asarray(pipe(["ab", "c"], **options).images, dtype=np.float64)
+        return float(np.abs(made - expected).max())
+
+    assert difference(saved) <= 3  # it starts 0.001 from pure noise, and rounds the network's timesteps
+    saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
+    assert difference(saved) <= 1
+    read_back = BaseModel.load(tmp_path / "saved").flow
+    assert isinstance(read_back, NaiveFlow) and read_back.form == "diffusers"
+
+
+def test_published_form_is_read_back_and_continued(images: Any, make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        objective="fm", fm_form="published", max_train_steps=3, learning_rate=0.1, sampling_shift=2.0
+    )
+    trainer.fit(images())
+    _, header = read_tensors(trainer.save_lora(tmp_path / "lora"))
+    assert header["d2f.fm_form"] == "published" and header["d2f.prediction_type"] == "flow_prediction"
+    expected = np.asarray(trainer.sample(["ab"], 3, generator=torch.Generator().manual_seed(3)), dtype=np.float64)
+    loaded = BaseModel.load(trainer.save_pipeline(tmp_path / "saved"))
+    assert loaded.flow.timestep(torch.tensor(0.25)) == 0.25
+    made = generate(
+        loaded.pipeline, ["ab"], num_inference_steps=3, guidance_scale=1.0, height=16, width=16,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    assert np.abs(np.asarray(made, dtype=np.float64) - expected).max() <= 1
+    assert AlignedTrainer(loaded, TrainingConfig(output_dir=str(tmp_path), resolution=16)).config.fm_form == "published"
 
 
 def test_sdxl_pipeline_with_the_saved_weights_gives_the_images_of_the_trainer(

@@ -1,5 +1,6 @@
 """The trainer: one step against closed forms, steps that are not finite, refused inputs, and sampling."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.checkpoint import find_checkpoint, verify_checkpoint
@@ -59,6 +60,30 @@ def test_loss_of_a_step_is_the_closed_form(
     with torch.no_grad():
         expected = closed_form(objective, unet, ddim, *tensors_of(next_inputs(trainer, given)))
     assert trainer.step(given).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_loss_on_a_flow_checkpoint_is_the_mean_square_of_its_error(
+    next_inputs: Any, make_config: Any, flow_xl: Any, tmp_path: Path, adapter: str
+) -> None:
+    unet = copy.deepcopy(flow_xl.unet)
+    options = {"adapter": adapter, "flow_shift": 2.5, "caption_dropout": 0.0, "seed": 4}
+    trainer = AlignedTrainer.from_pretrained(flow_xl, make_config(tmp_path, **options))
+    assert (trainer.config.objective, trainer.config.fm_form) == ("fm", "diffusers")
+    with pytest.raises(ModelError, match="predicts the flow itself"):
+        _ = trainer.alignment
+    added = {"text_embeds": torch.randn(4, 12), "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(4, -1)}
+    given: Any = {
+        "latents": torch.randn(4, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(4, 8, 32),
+        "added_cond_kwargs": added,
+    }
+    latents, noise, t, text = tensors_of(next_inputs(trainer, given))
+    s = (1 - t)[:, None, None, None]
+    with torch.no_grad():
+        output = unet((1 - s) * latents + s * noise, 1000 * (1 - t), text, added_cond_kwargs=added).sample
+    expected = (output - (noise - latents)).square().mean()
+    assert trainer.step(given).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("options", "weight"), [
