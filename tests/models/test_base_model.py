@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from d2f_fast.errors import ModelError
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.options import ModelOptions
 
 
 def test_pipeline_without_a_conditional_unet_is_refused(tmp_path: Path, pipeline: Any) -> None:
@@ -85,3 +87,23 @@ def test_fingerprint_covers_the_tokenizer(model: BaseModel, folder: Path) -> Non
     changed = BaseModel.load(folder)
     assert changed.fingerprint("text_encoder") == model.fingerprint("text_encoder")
     assert changed.fingerprint("tokenizer") != model.fingerprint("tokenizer")
+
+
+def test_flow_of_a_network_that_predicts_the_flow_has_no_alignment(flow_xl: Any) -> None:
+    model = BaseModel(flow_xl)
+    assert (model.flow.prediction_type, model.facts.prediction_type) == ("flow_prediction", "flow_prediction")
+    assert str(model.facts).endswith(", flow prediction (the pipeline's scheduler)")
+    assert model.to("cpu").flow.timestep(torch.tensor(0.25)).item() == 750
+    with pytest.raises(ModelError, match=r"the network predicts the flow itself \(flow_prediction\) and has no align"):
+        _ = model.alignment
+
+
+def test_flow_matching_scheduler_and_option_make_a_flow_model(flow_xl: Any) -> None:
+    flow_xl.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert BaseModel(flow_xl).flow.prediction_type == "flow_prediction"
+    with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler serves only flow_prediction, and --pred"):
+        BaseModel(flow_xl, ModelOptions(prediction_type="epsilon"))
+    flow_xl.scheduler = DDIMScheduler()
+    model = BaseModel(flow_xl, ModelOptions(prediction_type="flow_prediction"))
+    assert isinstance(model.flow, NaiveFlow)
+    assert str(model.facts).endswith(", flow prediction (option --prediction_type)")
