@@ -57,6 +57,7 @@ class Train:
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.order import steps_per_epoch
         from d2f_fast.files.run_record import write_run_record
+        from d2f_fast.training.objective import method_line
         from d2f_fast.training.trainer import AlignedTrainer
 
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
@@ -67,7 +68,7 @@ class Train:
             epochs = steps / steps_per_epoch(len(dataset), trainer.global_batch_size)
             print(f"d2f: {trainer.paths}", file=sys.stderr)
             print(f"d2f: Model: {facts}", file=sys.stderr)
-            print(f"d2f: {trainer.method}", file=sys.stderr)
+            print(f"d2f: {method_line(trainer.config, trainer.model.flow)}", file=sys.stderr)
             print(
                 f"d2f: {len(dataset)} images, {trainer.global_batch_size} per step: {steps} steps are"
                 f" {epochs:.4g} epochs",

@@ -37,7 +37,7 @@ from d2f_fast.training.checkpoint import save_checkpoint
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.network import check_trainable, inputs_in_float32, prepare_network
-from d2f_fast.training.objective import make_objective, method_line, settle_method
+from d2f_fast.training.objective import make_objective, settle_method
 from d2f_fast.training.publish import publish_lora, publish_pipeline
 from d2f_fast.training.resume import choose_checkpoint, load_state, run_identity, write_state
 from d2f_fast.training.run_log import RunLog, check_tracker
@@ -169,11 +169,6 @@ class AlignedTrainer:
     def paths(self) -> str:
         """Path that each part of a step takes, and why, in one line."""
         return self._training_step.paths()
-
-    @property
-    def method(self) -> str:
-        """Objective that is trained, and the prediction type of the base model, in one line."""
-        return method_line(self.config, self.model.flow)
 
     # The run
 

@@ -117,3 +117,22 @@ def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_
         assert train(output, *resumed, *changed) == 2
         assert sentence in capsys.readouterr().err
     assert train(output, *resumed, *options) == 0
+
+
+def test_model_that_predicts_the_flow_settles_the_objective_without_an_option(train, tmp_path, capsys):
+    stated = ["--prediction_type", "flow_prediction", "--flow_shift", "2.5", "--sampling_shift", "6"]
+    output = tmp_path / "run"
+    assert train(output, *stated) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("d2f: objective fm: naive flow")]
+    assert len(lines) == 1 and lines[0].endswith("learns noise - latents); the base model predicts flow_prediction")
+    (row,) = json.loads((output / "metrics.json").read_text())["results"]
+    assert (row["objective"], row["fm_form"]) == ("fm", "diffusers")
+    saved = json.loads((output / "config.json").read_text())
+    assert (saved["objective"], saved["fm_form"], saved["prediction_type"]) == ("fm", "diffusers", "flow_prediction")
+    header = read_tensors(output / "pytorch_lora_weights.safetensors")[1]
+    assert (header["d2f.training_shift"], header["d2f.shift"]) == ("2.5", "6.0")
+    assert header["d2f.prediction_type"] == "flow_prediction"
+    assert train(tmp_path / "other", *stated, "--objective", "diff2flow") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("d2f: objective diff2flow needs a base model that predicts noise, v or clean latents; this")
+    assert error.endswith("there is no diffusion prediction to align: leave --objective out")
