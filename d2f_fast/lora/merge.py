@@ -11,8 +11,9 @@ from d2f_fast.errors import ModelError
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.hashes import file_sha256
 from d2f_fast.lora.inject import ADAPTER, lora_layers
-from d2f_fast.lora.key_names import AdaptableLayer, module_names
-from d2f_fast.lora.read import LoraFile, LoraLayerWeights, read_lora
+from d2f_fast.lora.key_names import AdaptableLayer
+from d2f_fast.lora.match import match_layers
+from d2f_fast.lora.read import LoraFile, read_lora
 
 
 class MergedLora(TypedDict):
@@ -70,55 +71,38 @@ def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def fuse_adapter(pipeline: DiffusionPipeline, source: StrPath, scale: float) -> MergedLora:
-    """Add a LoRA file to the weights of a pipeline's UNet and text encoders: W += scale * alpha / r * up @ down.
+    """Add a LoRA file to the weights of a pipeline's UNet and text encoders: W += scale * update.
 
     Args:
         pipeline: Pipeline in float32. No adapter is left in it, only the sums.
-        source: `.safetensors` file, or the folder that holds `pytorch_lora_weights.safetensors`.
-        scale: Factor on the whole adapter.
+        source: `.safetensors` file in any form that `read` understands, or a folder that holds one.
+        scale: Factor on the whole adapter; for DoRA on the difference between the adapted weight and the weight.
 
     Raises:
         ModelError: The file is not a LoRA of this model, changes nothing, or is not finite; no weight was changed.
         CheckpointError: The file is missing, damaged, or a pickle.
     """
     lora = read_lora(source)
-    modules = _adapted_modules(lora, pipeline)
-    deltas = {name: _fitting_delta(lora, name, layer, modules[name]) for name, layer in lora.layers.items()}
-    change = math.sqrt(sum(delta.square().sum().item() for delta in deltas.values())) * abs(scale)
+    modules = match_layers(lora, pipeline)
+    # The updates are computed twice: those of SDXL, kept, would take as much memory as its weights.
+    squares = {name: _delta(lora, name, modules[name]).square().sum().item() for name in lora.layers}
+    change = math.sqrt(sum(squares.values())) * abs(scale)
     if not 0 < change < math.inf:
-        problem = "holds NaN or infinity" if scale and change else "changes nothing"
+        problem = "holds numbers that are too large" if scale and change else "changes nothing"
         raise ModelError(f"LoRA {lora.path} {problem}: all of its updates add up to {change}")
-    weights = math.sqrt(sum(modules[name].weight.square().sum().item() for name in deltas))
-    for name, delta in deltas.items():
-        modules[name].weight += scale * delta
+    weights = math.sqrt(sum(modules[name].weight.square().sum().item() for name in lora.layers))
+    for name, module in modules.items():
+        module.weight += scale * _delta(lora, name, module)
     return {
         "file": lora.path.name,
         "sha256": file_sha256(lora.path),
         "scale": scale,
-        "layers": len(deltas),
+        "layers": len(modules),
         "change": change,
         "relative_change": change / weights,
     }
 
 
-def _adapted_modules(lora: LoraFile, pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
-    """Return the module of each layer of a LoRA file, or refuse a file of another model."""
-    modules = module_names(pipeline)
-    missing = [name for name in lora.layers if name not in modules]
-    if missing:
-        raise ModelError(
-            f"LoRA {lora.path}: {len(lora.layers) - len(missing)} of {len(lora.layers)} layers match this model, not"
-            f" {missing[0]}: it is of another model (SDXL LoRA on SD1.5?)"
-        )
-    return {name: modules[name] for name in lora.layers}
-
-
-def _fitting_delta(lora: LoraFile, name: str, layer: LoraLayerWeights, module: AdaptableLayer) -> Tensor:
-    """Return the update of one layer in the shape of the module's weight, or refuse one that does not fit."""
-    shape = module.weight.shape
-    if layer.up.shape[0] != shape[0] or layer.down.shape[1:].numel() != shape[1:].numel():
-        raise ModelError(
-            f"LoRA {lora.path}: {name} is {list(layer.up.shape)} times {list(layer.down.shape)}, which does not fit"
-            f" this model's {list(shape)}: it is of another model"
-        )
-    return layer.delta().reshape(shape)
+def _delta(lora: LoraFile, name: str, module: AdaptableLayer) -> Tensor:
+    """Return the update of one layer in the shape of the module's weight."""
+    return lora.layers[name].delta(module.weight).reshape(module.weight.shape)

@@ -18,7 +18,8 @@ from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.family import family_of
 from d2f_fast.lora.inject import ADAPTER, lora_layers
 from d2f_fast.lora.key_names import unet_layer_names
-from d2f_fast.lora.read import ADAPTER_METADATA, read_lora
+from d2f_fast.lora.read import read_lora
+from d2f_fast.lora.scales import ADAPTER_METADATA
 
 _RELOADED = "reloaded"
 
@@ -55,7 +56,7 @@ def check_kohya_file(unet: UNet2DConditionModel, path: StrPath) -> None:
     ours: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name in lora_layers(unet):
-        found = next((layers[other] for other in unet_layer_names(name, unet) if other in layers), None)
+        found = next((layers[other].as_lora() for other in unet_layer_names(name, unet) if other in layers), None)
         if found is None:
             raise ModelError(f"{path} lacks the layer {name}: not shareable")
         ranks[name] = found.rank

@@ -15,8 +15,9 @@ from d2f_fast.files.atomic import StrPath, atomic_path, make_folder
 from d2f_fast.files.tensor_file import write_tensors
 from d2f_fast.lora.inject import ADAPTER, lora_layers
 from d2f_fast.lora.kohya import kohya_header, kohya_state_dict
-from d2f_fast.lora.read import ADAPTER_METADATA, KOHYA_ENDING, LORA_FILE
 from d2f_fast.lora.reload import check_kohya_file, check_peft_file, uniform_scale_metadata
+from d2f_fast.lora.scales import ADAPTER_METADATA
+from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
 
 
 @torch.no_grad()

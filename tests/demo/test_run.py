@@ -15,7 +15,7 @@ from d2f_fast.demo.run import forward_passes, run_demo
 from d2f_fast.demo.samplers import DDIM, DPM, SAMPLERS
 from d2f_fast.demo.settings import DemoSettings
 from d2f_fast.evaluation import features as imagenet
-from d2f_fast.lora.read import LORA_FILE
+from d2f_fast.lora.source import LORA_FILE
 from d2f_fast.miniature.classifier import Classifier
 
 

@@ -12,7 +12,7 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.verify import relative_errors
-from d2f_fast.lora.read import LORA_FILE
+from d2f_fast.lora.source import LORA_FILE
 
 
 def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_unet, tiny_folder):

@@ -1,15 +1,21 @@
-"""LoRA files of every form, read into the matrices and the alpha of each layer."""
+"""LoRA files of every form, read into the update of each layer, and unusable ones refused in one line."""
 
 import json
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from d2f_fast.errors import CheckpointError, ModelError
-from d2f_fast.lora.read import KOHYA_ENDING, LORA_FILE, lora_path, lora_tags, read_lora
+from d2f_fast.lora.read import lora_tags, read_lora
+from d2f_fast.lora.source import LORA_FILE, PEFT_FILE, lora_path
 
 DOWN, UP = torch.randn(2, 6), torch.randn(5, 2)
+HOSTILE = Path(__file__).parent / "hostile"
 FORMS = {
     "peft": ("unet.a.b", "lora_A.weight", "lora_B.weight"),
     "peft with adapter name": ("unet.a.b", "lora_A.default.weight", "lora_B.default.weight"),
@@ -18,9 +24,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("alpha", [None, 3.0, 3])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_matrices_and_alpha(form, alpha, tmp_path):
+def test_every_form_gives_the_same_matrices_and_alpha(form: str, alpha: float | None, tmp_path: Path) -> None:
     name, down, up = FORMS[form]
     tensors = {f"{name}.{down}": DOWN.half(), f"{name}.{up}": UP.half()}
     if alpha is not None:
@@ -30,87 +36,103 @@ def test_every_form_gives_the_same_matrices_and_alpha(form, alpha, tmp_path):
         lora = read_lora(source)
         assert lora.path == lora_path(source) == tmp_path / LORA_FILE
         assert lora.header == {"d2f.shift": "3.0", "format": "pt"}
-        ((found, layer),) = lora.layers.items()
+        ((found, read),) = lora.layers.items()
+        layer = read.as_lora()
         assert (found, layer.rank, layer.alpha) == (name, 2, 2.0 if alpha is None else alpha)
         assert torch.equal(layer.down, DOWN.half().float()) and torch.equal(layer.up, UP.half().float())
-        torch.testing.assert_close(layer.delta(), layer.alpha / 2 * (layer.up @ layer.down))
-        assert lora_tags(source) == {"d2f.shift": "3.0"}
+        assert lora.stems == {name: name} and lora_tags(source) == {"d2f.shift": "3.0"}
 
 
-@pytest.mark.parametrize(
-    ("metadata", "alpha"),
-    [
-        ({"unet.lora_alpha": 4}, 4.0),
-        ({"unet.lora_alpha": 4, "unet.alpha_pattern": {"b": 8}}, 8.0),
-        ({"unet.lora_alpha": 4, "unet.use_rslora": True}, 4 * 2**0.5),
-        ({"text_encoder.lora_alpha": 4}, 2.0),
-    ],
-    ids=["alpha", "pattern", "rslora", "other component"],
-)
-def test_alpha_comes_from_the_header_of_a_peft_file(metadata, alpha, tmp_path):
-    tensors = {"unet.a.b.lora_A.weight": DOWN, "unet.a.b.lora_B.weight": UP}
-    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
-    assert read_lora(tmp_path / "x.safetensors").layers["unet.a.b"].alpha == pytest.approx(alpha, rel=1e-12)
+def test_folder_of_peft_is_read_with_its_configuration(tmp_path: Path) -> None:
+    name = "base_model.model.conv_in"
+    save_file({f"{name}.lora_A.weight": DOWN, f"{name}.lora_B.weight": UP}, tmp_path / PEFT_FILE)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "alpha_pattern": {}, "rank_pattern": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (found,) = read_lora(tmp_path).layers.items()
+    assert found[0] == "unet.conv_in" and found[1].as_lora().alpha == 5
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
+    with pytest.raises(ModelError, match=r"conv_in has rank 2, and adapter_config\.json says 4: the file is damaged"):
+        read_lora(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT"}))
+    with pytest.raises(ModelError, match=r"adapter_config\.json says OFT, which is not read: merge it with peft first"):
+        read_lora(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("header", "sentence"),
-    [
-        ("[1]", "lora_adapter_metadata in its header is not a JSON object: save the LoRA again"),
-        ('{"unet', "lora_adapter_metadata in its header is not a JSON object"),
-        ('{"unet.lora_alpha": "a"}', "lora_alpha or alpha_pattern of unet in its header is not a number"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "lora_alpha or alpha_pattern of unet"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"conv_in": [2]}}', "lora_alpha or alpha_pattern of unet"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": 3}', "lora_alpha or alpha_pattern of unet"),
-    ],
-)
-def test_header_without_a_usable_scale_is_refused(header, sentence, tmp_path):
-    tensors = {"unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 1)}
-    save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": header})
-    with pytest.raises(ModelError, match=rf"peft\.safetensors: {sentence}"):
-        read_lora(tmp_path / "peft.safetensors")
+A, B = "a.lora_down.weight", "a.lora_up.weight"
 
 
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
-        ({}, r"x\.safetensors holds no tensors: only LoRA files of peft and kohya can be read"),
-        ({"a.hada_w1_a": DOWN}, r"a\.hada_w1_a is not a LoRA weight: only LoRA files of peft and kohya can be read"),
-        ({"a.lora_up.weight": UP}, "a lacks one of its two matrices: the file is incomplete"),
+        ({}, r"x\.safetensors holds no tensors: give a LoRA file of peft, diffusers, kohya or LyCORIS"),
         (
-            {"a.lora_up.weight": UP, "a.lora_down.weight": DOWN[:1]},
-            r"matrices of a, \[5, 2\] and \[1, 6\], have no rank",
+            {"a.w": DOWN},
+            r"a\.w is not a LoRA weight: only LoRA files of peft, diffusers, kohya and LyCORIS can be read",
+        ),
+        ({A: DOWN, B: UP, "b.oft_blocks": DOWN}, r"2 of 3 keys can be read; b\.oft_blocks is a key of OFT"),
+        ({B: UP}, "a lacks one of its two matrices: the file is incomplete"),
+        ({"a.hada_w1_a": UP}, "a: 'hada_w1_b' is missing: the file is damaged"),
+        ({A: DOWN, B: UP, "a.hada_w1_a": UP}, "a lacks one of its two matrices"),
+        ({A: DOWN[:1], B: UP}, r"a: the matrices \[5, 2\] and \[1, 6\] have no rank in common: the file is damaged"),
+        ({A: DOWN[:0], B: UP[:, :0]}, "have no rank in common: the file is damaged"),
+        ({A: DOWN, B: UP[0]}, "have no rank in common: the file is damaged"),
+        ({A: DOWN, B: UP, "a.alpha": torch.ones(2)}, r"the alpha of a is \[2\], not a single number"),
+        ({A: DOWN, B: UP, "a.alpha": torch.ones(0)}, r"the alpha of a is \[0\], not a single number"),
+        ({A: DOWN, B: UP, "a.alpha": torch.tensor(0.0)}, "the alpha of a is 0, not a number up to 1e"),
+        ({A: DOWN, B: UP, "a.alpha": torch.tensor(1e30)}, "the alpha of a is 1e"),
+        ({A: DOWN, B: UP, "a.alpha": torch.tensor(float("nan"))}, r"a\.alpha holds NaN or infinity"),
+        ({A: DOWN, B: UP * torch.inf}, r"a\.lora_up\.weight holds NaN or infinity: take an earlier save"),
+        ({A: DOWN, B: UP.to(torch.complex64)}, r"a\.lora_up\.weight holds complex64 numbers, not real ones"),
+        ({A: DOWN, B: UP.to(torch.int32)}, r"a\.lora_up\.weight holds int32 numbers, not real ones"),
+        (
+            {A: DOWN, B: UP, "a.alpha": torch.tensor(1.0), "b.lora_down.weight": DOWN, "b.lora_up.weight": UP},
+            "b has no alpha, and 1 of 2 layers have one: the file is incomplete",
         ),
         (
-            {"a.lora_up.weight": UP[:, :0], "a.lora_down.weight": DOWN[:0]},
-            "have no rank in common: the file is damaged",
+            {"unet.conv_in.lora_A.weight": DOWN, "conv_in.lora_A.weight": DOWN},
+            r"lora_A\.weight gives unet\.conv_in a second time: give one LoRA in a file",
         ),
-        ({"a.lora_up.weight": UP[0], "a.lora_down.weight": DOWN}, "have no rank in common: the file is damaged"),
-        (
-            {"a.lora_up.weight": UP, "a.lora_down.weight": DOWN, "a.alpha": torch.ones(2)},
-            "the alpha of a is not a single number: the file is damaged",
-        ),
+        ({"a\nb": DOWN}, r"'a\\nb' is not a LoRA weight"),
     ],
 )
-def test_unusable_file_is_refused_by_name(tensors, sentence, tmp_path):
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+def test_unusable_file_is_refused_by_name(tensors: dict[str, Tensor], sentence: str, tmp_path: Path) -> None:
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+        tmp_path / "x.safetensors",
+    )
     with pytest.raises(ModelError, match=sentence) as caught:
         read_lora(tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value) and "x.safetensors" in str(caught.value)
 
 
-def test_other_file_formats_and_missing_files_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("lora_regex_hang", "is a regular expression other than a name"),
+        ("lora_rank_0", "have no rank in common: the file is damaged"),
+    ],
+)
+def test_hostile_file_is_refused_at_once(name: str, sentence: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ModelError, match=sentence) as caught:
+        read_lora(HOSTILE / f"{name}.safetensors")
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+    assert time.process_time() - started < 1
+
+
+def test_other_file_formats_and_missing_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").touch()
     with pytest.raises(ModelError, match=r"x\.ckpt is not safetensors, other formats can run code"):
         read_lora(tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=rf"{LORA_FILE}: no such file; check the path"):
-        read_lora(tmp_path)
+    for read in (read_lora, lora_tags):
+        with pytest.raises(CheckpointError, match=r"nope: there is no such file or folder; check the path"):
+            read(tmp_path / "nope")
 
 
-def test_folder_gives_its_diffusers_file_first_and_else_its_only_kohya_file(tmp_path):
-    kohya, diffusers = tmp_path / f"run{KOHYA_ENDING}", tmp_path / LORA_FILE
-    kohya.touch()
-    assert lora_path(tmp_path) == kohya
-    (tmp_path / f"other{KOHYA_ENDING}").touch()
-    assert lora_path(tmp_path) == diffusers
-    diffusers.touch()
-    assert lora_path(tmp_path) == diffusers
+def test_copied_part_of_a_file_is_refused(tmp_path: Path) -> None:
+    save_file({A: DOWN, B: UP}, tmp_path / "whole.safetensors")
+    shutil.copy(tmp_path / "whole.safetensors", tmp_path / "part.safetensors")
+    with (tmp_path / "part.safetensors").open("r+b") as file:
+        file.truncate(300)
+    with pytest.raises(CheckpointError, match=r"part\.safetensors: not an intact safetensors file"):
+        read_lora(tmp_path / "part.safetensors")

@@ -15,7 +15,8 @@ from d2f_fast.errors import CheckpointError, ModelError
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora import reload, write
 from d2f_fast.lora.inject import inject_lora, lora_layers
-from d2f_fast.lora.read import LORA_FILE, read_lora
+from d2f_fast.lora.read import read_lora
+from d2f_fast.lora.source import LORA_FILE
 from d2f_fast.lora.write import save_lora
 
 
