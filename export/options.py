@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from d2f_fast.config import PredictionType, spell_out_flags
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.lora.source import LoraSource, check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
 
@@ -23,9 +23,9 @@ class SourceOptions:
     Args:
         model: Model to export: a hub id, the folder of a diffusers pipeline, a .safetensors file, or "miniature" for
             the model that comes with this package.
-        lora: LoRA of `d2f train`, or any in the format of peft, diffusers or kohya, to merge into the model first, as
-            FILE_OR_FOLDER or FILE_OR_FOLDER:SCALE; the scale is 1 if left out. Repeat the option for several; without
-            it, nothing is merged.
+        lora: LoRA to merge into the model first, as PATH or PATH:SCALE; the scale is 1 if left out. PATH is the folder
+            of a run or of a checkpoint-N, or a file in the format of peft, diffusers, kohya or LyCORIS. Repeat the
+            option for several; without it, nothing is merged.
         vae: Hub id or folder of an autoencoder to export in place of the model's own, for example the much smaller
             madebyollin/taesd. None exports the model's own.
         prediction_type: What the network predicts, in the words of diffusers. None takes it from the model's own files.
@@ -152,7 +152,9 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
             raise RefusedInputError(f"tolerance must be above 0 and below 1, got {self.tolerance}")
         if self.verify_only and self.skip_verify:
             raise RefusedInputError("verify_only and skip_verify exclude each other: give only one of them")
-        _ = self.step_counts, self.static_sizes, self.adapters
+        _ = self.step_counts, self.static_sizes
+        for adapter in self.adapters:
+            check_lora_file(adapter.path)
 
     def _check_components(self) -> None:
         unknown = [name for name in self.component_names if name not in COMPONENTS]
@@ -222,16 +224,9 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
         return ModelOptions(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.rescale_betas_zero_snr)
 
     @property
-    def adapters(self) -> tuple[tuple[Path, float], ...]:
+    def adapters(self) -> tuple[LoraSource, ...]:
         """Return the path and the scale of each LoRA."""
-        found = []
-        for entry in self.lora:
-            path, _, scale = entry.rpartition(":")
-            if path and re.fullmatch(r"[-+]?\d+(\.\d*)?|[-+]?\.\d+", scale):
-                found.append((Path(path), float(scale)))
-            else:
-                found.append((Path(entry), 1.0))
-        return tuple(found)
+        return tuple(map(parse_lora, self.lora))
 
 
 def parse(arguments: list[str], program: str) -> ExportOptions:

@@ -18,6 +18,7 @@ from d2f_fast.config import (
     option,
 )
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
@@ -37,9 +38,9 @@ class Sample:
         prompts: One or more prompts; one image is generated for each.
         model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. The
             default "miniature" is the small model inside this package.
-        lora: Folder of a run, or .safetensors file, of LoRA weights that are merged into the model with a strength of
-            1. It may come from this package, diffusers, peft or kohya. The default None uses the model as it is.
-        model_options: Options of the base model.
+        lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE; the scale is 1 if left out.
+            PATH is the folder of a run or of a checkpoint-N, or a .safetensors file of this package, diffusers, peft,
+            kohya or LyCORIS. The default is none, which uses the model as it is.
         onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --lora,
             --method, --flow_spacing, --shift, --model or another option of the model it is refused, because the export
             has settled them. The default None runs the model with diffusers.
@@ -70,7 +71,7 @@ class Sample:
 
     prompts: tuple[str, ...] = field(metadata={"group": "image"})
     model: str = option("model", MINIATURE)
-    lora: str | None = option("model", None)
+    lora: tuple[str, ...] = option("model", ())
     model_options: ModelOptions = field(default_factory=ModelOptions)
     onnx: str | None = option("model", None)
     onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("model", "auto")
@@ -128,8 +129,8 @@ class Sample:
                     raise RefusedInputError(
                         f"{name} was settled when {printable(self.onnx)} was exported: leave it out, or export again"
                     )
-        elif self.lora is not None and not Path(self.lora).exists():
-            raise RefusedInputError(f"lora: {printable(self.lora)} does not exist: give a LoRA folder or file")
+        for adapter in map(parse_lora, self.lora):
+            check_lora_file(adapter.path)
         if output.exists():
             make_folder(output)  # This refuses a file of that name.
 
@@ -143,8 +144,8 @@ class Sample:
         from d2f_fast.sampling.generate import generate
 
         pipe, facts = load_model(self.model, options=self.model_options)
-        if self.lora is not None:
-            fuse_adapter(pipe, Path(self.lora), 1.0)
+        for path, scale in map(parse_lora, self.lora):
+            fuse_adapter(pipe, path, scale)
         of_training = self._of_training()
         print(f"d2f: Model: {facts}", file=sys.stderr)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,10 +166,13 @@ class Sample:
     def _of_training(self) -> dict[str, Any]:
         """Return prediction type, form and shift: those given, else those in the tags of the LoRA file or model."""
         from d2f_fast.files.json_file import read_json
-        from d2f_fast.lora.read import lora_tags
+        from d2f_fast.lora.read import common_tags
 
-        source = Path(self.model) / "d2f.json" if self.lora is None else Path(self.lora)
-        tags = lora_tags(source) if self.lora is not None else read_json(source) if source.is_file() else {}
+        source = ", ".join(self.lora) or Path(self.model) / "d2f.json"
+        if self.lora:
+            tags = common_tags([parse_lora(entry).path for entry in self.lora], self.shift)
+        else:
+            tags = read_json(source) if Path(source).is_file() else {}
         chosen: dict[str, Any] = {"prediction_type": self.model_options.prediction_type, "shift": self.shift}
         try:
             tags = dict(tags)

@@ -59,7 +59,7 @@ class LoraLayerWeights:
         # DoRA by peft keeps one norm for each output, and some LyCORIS files one for each input.
         kept = 0 if self.magnitude.shape[0] == weight.shape[0] else 1
         others = [axis for axis in range(weight.ndim) if axis != kept]
-        norm = torch.linalg.vector_norm(adapted, dim=others, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(adapted, dim=others, keepdim=True)
         return (adapted * (self.magnitude.reshape(norm.shape) / norm) - weight).flatten(1)
 
 

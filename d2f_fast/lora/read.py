@@ -5,7 +5,7 @@ comes from the alpha of each layer, from peft's configuration in the header, or 
 the file. `key_names` maps the names of the layers to the modules of a pipeline.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from d2f_fast.lora.scales import PeftScales, checked_alpha
 from d2f_fast.lora.source import check_lora_file
 
 TAG_PREFIX = "d2f."
+_PREDICTION = "d2f.prediction_type"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,39 @@ def lora_tags(source: StrPath) -> dict[str, str]:
     """
     header = read_metadata(check_lora_file(source))
     return {name: value for name, value in header.items() if name.startswith(TAG_PREFIX)}
+
+
+def common_tags(sources: Sequence[StrPath], shift: float | None = None) -> dict[str, str]:
+    """Read the tags of several LoRA files that are used together.
+
+    Args:
+        sources: `.safetensors` files, or folders that hold one. A file without tags has no say.
+        shift: Shift that is used whatever the files say; None takes theirs, on which they must agree.
+
+    Returns:
+        The tags on which all files agree that have them.
+
+    Raises:
+        ModelError: One file makes the network predict the flow velocity and another does not, or their shifts differ.
+        CheckpointError: A file is missing, damaged, or a pickle.
+    """
+    tagged = {str(source): tags for source in sources if (tags := lora_tags(source))}
+    predicts_flow = {source: tags.get(_PREDICTION) == "flow_prediction" for source, tags in tagged.items()}
+    if len(set(predicts_flow.values())) > 1:
+        flow, other = (next(source for source, is_flow in predicts_flow.items() if is_flow == kind) for kind in (1, 0))
+        raise ModelError(
+            f"LoRA {printable(flow)} makes the network predict the flow velocity, and {printable(other)} does not: use"
+            " only one of them"
+        )
+    common: dict[str, str] = {}
+    for name in {name for tags in tagged.values() for name in tags}:
+        values = {tags[name] for tags in tagged.values() if name in tags}
+        if len(values) == 1:
+            common[name] = values.pop()
+        elif name == "d2f.shift" and shift is None:
+            both = " and ".join(printable(value) for value in sorted(values)[:2])
+            raise ModelError(f"LoRA {', '.join(map(printable, tagged))}: their shifts {both} differ: give --shift")
+    return common
 
 
 def _group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:

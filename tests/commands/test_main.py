@@ -114,7 +114,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
         ["train", "--train_data_dir", data, "--rank", "0"],
         ["train", "--train_data_dir", data, "--config", config],
         ["sample", "--prompts", "a", "--height", "1"],
-        ["sample", "--prompts", "a", "--lora", "no-such-lora"],
+        ["sample", "--prompts", "a", "--lora", "no-such-lora:0.8"],
         ["sample", "--prompts", "a", "--onnx", "no-such-folder"],
         ["sample", "--prompts", "a", "--output_dir", file],
         ["demo", "--seed", "-1"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
 from d2f_fast.commands.main import main
 from d2f_fast.lora.inject import inject_lora
@@ -151,16 +152,59 @@ def test_unusable_saved_shift_is_refused_with_its_file(tiny_folder, tmp_path, ca
         assert "d2f.json holds no usable d2f.shift" in error and error.count("\n") == 1
 
 
-def test_lora_of_another_model_is_refused_with_its_key(tiny_folder, tmp_path, capsys):
-    from safetensors.torch import save_file
+def random_lora(tiny_folder, file, seed, header=None):
+    """Write a LoRA of the first convolution, and return the weight that it adds at full strength."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(*shape, generator=generator) * 0.3 for shape in ((2, 4, 3, 3), (8, 2, 1, 1)))
+    save_file({"unet.conv_in.lora_A.weight": a, "unet.conv_in.lora_B.weight": b}, file, header)
+    return (b.flatten(1) @ a.flatten(1)).reshape(8, 4, 3, 3)
 
+
+def test_several_lora_are_added_with_their_scales(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run:2", "checkpoint-3").mkdir(parents=True)
+    first = random_lora(tiny_folder, Path("one.safetensors"), 1)
+    second = random_lora(tiny_folder, Path("run:2", "checkpoint-3", "pytorch_lora_weights.safetensors"), 2)
+    size = ["--height", "16", "--width", "16", "--num_inference_steps", "2", "--output_dir", "images"]
+    command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), *size, "--lora"]
+    assert main([*command, "one.safetensors:0.8", "run:2/checkpoint-3"]) == 0
+    got = np.asarray(Image.open("images/000.png"), np.int16)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight += 0.8 * first + second
+    pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
+    want = pipe(["ab"], generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert np.abs(got - np.asarray(want, np.int16)).max() <= 1
+    capsys.readouterr()
+    assert main([*command, "run:2"]) == 2
+    assert "give run:2/checkpoint-3, its newest checkpoint" in capsys.readouterr().err
+
+
+def test_lora_whose_tags_contradict_each_other_are_refused(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_lora(tiny_folder, "one.safetensors", 1, {"d2f.shift": "1.0", "d2f.prediction_type": "epsilon"})
+    random_lora(tiny_folder, "three.safetensors", 1, {"d2f.shift": "3.0", "d2f.prediction_type": "epsilon"})
+    random_lora(tiny_folder, "flow.safetensors", 1, {"d2f.prediction_type": "flow_prediction"})
+    command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--lora"]
+    assert main([*command, "one.safetensors", "three.safetensors"]) == 2
+    assert "their shifts 1.0 and 3.0 differ: give --shift" in capsys.readouterr().err
+    assert main([*command, "one.safetensors", "flow.safetensors"]) == 2
+    assert "flow.safetensors makes the network predict the flow velocity, and one.safetensors does not" in (
+        capsys.readouterr().err
+    )
+
+
+def test_lora_of_another_model_is_refused_with_its_key(tiny_folder, tmp_path, capsys):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     halves = {"A": torch.zeros(2, 9, 3, 3), "B": torch.zeros(8, 2, 1, 1)}
     save_file({f"unet.conv_in.lora_{half}.weight": value for half, value in halves.items()}, file)
     command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--lora"]
     assert main([*command, str(file)]) == 2
-    assert "unet.conv_in" in (error := capsys.readouterr().err) or "conv_in" in error
-    assert "another model" in error
+    assert "unet.conv_in changes a weight of 8 x 81, which does not fit" in (error := capsys.readouterr().err)
+    assert "it is a LoRA of another model" in error and error.count("\n") == 1
     (tmp_path / "weights.bin").touch()
     assert main([*command, str(tmp_path / "weights.bin")]) == 2
     assert "is not safetensors" in capsys.readouterr().err
+    assert main([*command, "nope:0.8"]) == 2
+    assert capsys.readouterr().err == "d2f: LoRA nope: there is no such file or folder; check the path\n"

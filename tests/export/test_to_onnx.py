@@ -100,8 +100,8 @@ def test_script_exports_a_component(tiny_folder, tmp_path, monkeypatch, capsys):
         ),
         (["--model", "model.ckpt"], "model.ckpt is a pickle, which can run code: convert it to safetensors first"),
         (["--model", "empty"], "empty has no model_index.json: give the folder of a diffusers pipeline"),
-        (["--lora", "lora.bin"], "lora.bin is not safetensors, other formats can run code"),
-        (["--lora", "none.safetensors:0.5"], "none.safetensors: no such file; check the path"),
+        (["--lora", "none.safetensors:0.5"], "LoRA none.safetensors: there is no such file or folder; check the path"),
+        (["--lora", "empty"], "LoRA empty: the folder holds no pytorch_lora_weights.safetensors: give the folder of a"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -155,7 +155,7 @@ def test_lora_of_another_model_is_refused(tiny_folder, tmp_path, capsys):
     )
     arguments = ["--model", str(tiny_folder), "--output", str(tmp_path / "out"), "--lora", f"{tmp_path}/xl.safetensors"]
     line = _refused(arguments, tmp_path, capsys)
-    assert f"0 of 1 layers match this model, not {name}: it is of another model (SDXL LoRA on SD1.5?)" in line
+    assert f"0 of 1 layers exist in this model, and {name} is not one of them: it is a LoRA of another model" in line
 
 
 def test_epsilon_at_zero_terminal_snr_is_refused(tiny_folder, tmp_path, capsys):
