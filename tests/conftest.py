@@ -229,3 +229,90 @@ def adapted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     for layer in lora_layers(pipeline.unet).values():
         layer.scale_layer(0.7)
     return pipeline.unet.eval(), {"peft": peft.parent, "kohya": folder / "kohya.safetensors"}
+
+
+_CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+_FOUR_LEVELS: dict[str, Any] = {
+    "block_out_channels": (8, 16, 32, 32),
+    "down_block_types": (_CROSS, _CROSS, _CROSS, _PLAIN),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+}
+_NARROW_UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {**_FOUR_LEVELS, "cross_attention_dim": 768, "attention_head_dim": 4},
+    "sd2": {
+        **_FOUR_LEVELS,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (1, 2, 4, 4),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "block_out_channels": (8, 16, 32),
+        "down_block_types": (_PLAIN, _CROSS, _CROSS),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (1, 2, 4),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2, 10),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def narrow_pipeline(
+    shared_folder: Callable[[str, Callable[[Path], object]], Path], tiny_folder: Path
+) -> Callable[[str], Path]:
+    """Return the function `narrow_pipeline(family)`: the folder of a pipeline with random weights.
+
+    "sd1" (epsilon), "sd2" (v-prediction) and "sdxl" (epsilon) have the blocks of their family, with few channels. The
+    text encoders are narrower than the text that the UNet takes, so that the pipelines do not generate images.
+    """
+    return lambda family: shared_folder(f"narrow-{family}", lambda folder: _save_narrow(folder, family, tiny_folder))
+
+
+def _save_narrow(folder: Path, family: str, tiny_folder: Path) -> None:
+    """Write a narrow pipeline of a family into `folder`."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(1)
+    is_sdxl = family == "sdxl"
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    prediction_type = "v_prediction" if family == "sd2" else "epsilon"
+    text = {"vocab_size": 54, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+    text |= {"intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 23 if family == "sd2" else 2}
+    text |= {"hidden_act": "gelu" if family == "sd2" else "quick_gelu"}
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel(**_NARROW_UNETS[family], norm_num_groups=4, sample_size=64),
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 8, 16, 16),
+            layers_per_block=2,
+            norm_num_groups=4,
+            scaling_factor=0.13025 if is_sdxl else 0.18215,
+        ),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text, hidden_size=12)),
+        "tokenizer": tokenizer,
+    }
+    if is_sdxl:
+        second = CLIPTextConfig(**text | {"hidden_act": "gelu"}, hidden_size=16, projection_dim=16)
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection(second), "tokenizer_2": tokenizer}
+        parts |= {"scheduler": EulerDiscreteScheduler(**schedule, prediction_type=prediction_type)}
+        pipeline: Any = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        scheduler = DDIMScheduler(**schedule, prediction_type=prediction_type, clip_sample=False)
+        pipeline = StableDiffusionPipeline(
+            **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline.save_pretrained(folder)

@@ -1,8 +1,10 @@
 """Recognise the family of a Stable Diffusion network, which decides how other programs name its layers."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffusers import UNet2DConditionModel
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -10,7 +12,7 @@ Family = Literal["sd1", "sd2", "sdxl"]
 _FAMILY_OF_TEXT_WIDTH: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 
 
-def family_of(unet: UNet2DConditionModel) -> Family | None:
+def family_of(unet: "UNet2DConditionModel") -> Family | None:
     """Return the family of a UNet, from its configuration alone.
 
     Args:
@@ -19,11 +21,29 @@ def family_of(unet: UNet2DConditionModel) -> Family | None:
     Returns:
         "sd1" for Stable Diffusion 1.x, "sd2" for 2.x, "sdxl" for SDXL's base, or None for any other network.
     """
-    width = unet.config.cross_attention_dim
+    return family_of_config(unet.config)
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family | None:
+    """Return the family of the UNet that has a configuration; see `family_of`.
+
+    Args:
+        config: Content of the UNet's config.json.
+    """
+    width = config.get("cross_attention_dim")
     family = _FAMILY_OF_TEXT_WIDTH.get(width) if isinstance(width, int) else None
-    return family if has_sizes_condition(unet) == (family == "sdxl") else None
+    return family if (config.get("addition_embed_type") == "text_time") == (family == "sdxl") else None
 
 
-def has_sizes_condition(unet: UNet2DConditionModel) -> bool:
+def family_of_text_width(width: int) -> Family | None:
+    """Return the family whose text condition has a width, or None.
+
+    Args:
+        width: Number of features of the text condition, the input width of the cross-attention's keys.
+    """
+    return _FAMILY_OF_TEXT_WIDTH.get(width)
+
+
+def has_sizes_condition(unet: "UNet2DConditionModel") -> bool:
     """Return whether a UNet takes pooled text and image sizes besides the time, as SDXL's do."""
     return bool(unet.config.addition_embed_type == "text_time")

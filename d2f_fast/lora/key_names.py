@@ -1,30 +1,12 @@
 """Name the layers of a pipeline as LoRA files name them, in the forms of peft, diffusers, kohya and Stability (sgm)."""
 
-import re
-
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from d2f_fast.lora.original_names import original_unet_name
+
 AdaptableLayer = nn.Linear | nn.Conv2d
 KOHYA_PREFIX = "lora_unet_"
-
-# Names of Stability's own code, sgm, for the layers of a residual block and for the first and last layers.
-_SGM_LEAVES = {
-    "conv1": "in_layers_2",
-    "conv2": "out_layers_3",
-    "time_emb_proj": "emb_layers_1",
-    "conv_shortcut": "skip_connection",
-    "norm1": "in_layers_0",
-    "norm2": "out_layers_0",
-}
-_SGM_ENDS = {
-    "conv_in": "input_blocks_0_0",
-    "conv_out": "out_2",
-    "time_embedding.linear_1": "time_embed_0",
-    "time_embedding.linear_2": "time_embed_2",
-    "add_embedding.linear_1": "label_emb_0_0",
-    "add_embedding.linear_2": "label_emb_0_2",
-}
 
 
 def module_names(pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
@@ -71,29 +53,8 @@ def sgm_name(name: str, unet: UNet2DConditionModel) -> str | None:
     Returns:
         The name, or None for a layer that sgm does not have.
     """
-    if name in _SGM_ENDS:
-        return _SGM_ENDS[name]
-    per_block = unet.config.layers_per_block + 1 if isinstance(unet.config.layers_per_block, int) else 0
-    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
-    if found and per_block:
-        way, kind, leaf = found[1], found[3], found[5]
-        block, layer = int(found[2]), int(found[4])
-        if kind == "downsamplers":
-            return f"input_blocks_{per_block * (block + 1)}_0_op"
-        if kind == "upsamplers":
-            place = 2 if hasattr(unet.up_blocks[block], "attentions") else 1
-            return f"output_blocks_{per_block * (block + 1) - 1}_{place}_conv"
-        index = per_block * block + layer + (1 if way == "down" else 0)
-        blocks = "input_blocks" if way == "down" else "output_blocks"
-        if kind == "resnets":
-            return f"{blocks}_{index}_0_{_SGM_LEAVES.get(leaf, leaf.replace('.', '_'))}"
-        return f"{blocks}_{index}_1_{leaf.replace('.', '_')}"
-    found = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name)
-    if found is None:
-        return None
-    if found[1] == "resnets":
-        return f"middle_block_{2 * int(found[2])}_{_SGM_LEAVES.get(found[3], found[3].replace('.', '_'))}"
-    return f"middle_block_1_{found[3].replace('.', '_')}"
+    original = original_unet_name(name, unet.config)
+    return None if original is None else original.replace(".", "_")
 
 
 def _layers(model: nn.Module) -> list[tuple[str, AdaptableLayer]]:

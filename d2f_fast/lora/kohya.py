@@ -28,6 +28,26 @@ _ARCHITECTURES: dict[Family, str] = {
     "sdxl": "stable-diffusion-xl-v1-base",
 }
 _PREDICTION_TYPES = {"v_prediction": "v"}  # the other types have diffusers' names
+STABILITY = "https://github.com/Stability-AI/generative-models"
+
+
+def architecture(family: Family, is_v_prediction: bool) -> str:
+    """Return what the entry "modelspec.architecture" says of a base model.
+
+    Args:
+        family: Family of the model.
+        is_v_prediction: Whether the network predicts v.
+    """
+    return "stable-diffusion-v2-768-v" if family == "sd2" and is_v_prediction else _ARCHITECTURES[family]
+
+
+def prediction_name(prediction_type: str) -> str:
+    """Return what the entry "modelspec.prediction_type" says.
+
+    Args:
+        prediction_type: What the network predicts, as in diffusers.
+    """
+    return _PREDICTION_TYPES.get(prediction_type, prediction_type)
 
 
 def kohya_layer_names(unet: UNet2DConditionModel, layers: Iterable[str]) -> dict[str, str]:
@@ -86,7 +106,7 @@ def kohya_header(
         "ss_network_alpha": str(rank),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title,
-        "modelspec.prediction_type": _PREDICTION_TYPES.get(prediction_type, prediction_type),
+        "modelspec.prediction_type": prediction_name(prediction_type),
     }
     if kernel_ranks:
         conv_rank = str(mode(kernel_ranks))
@@ -97,15 +117,13 @@ def kohya_header(
 
 def _family_entries(family: Family, is_v_prediction: bool) -> dict[str, str]:
     """Return the header entries that name the family of the base model."""
-    version, architecture = _KOHYA_VERSIONS[family], _ARCHITECTURES[family]
-    if family == "sd2" and is_v_prediction:
-        version, architecture = "sd_v2_v", "stable-diffusion-v2-768-v"
+    version = "sd_v2_v" if family == "sd2" and is_v_prediction else _KOHYA_VERSIONS[family]
     is_sdxl = family == "sdxl"
     return {
         "ss_base_model_version": version,
         "ss_v2": str(family == "sd2"),
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if is_sdxl else "diffusers",
+        "modelspec.architecture": f"{architecture(family, is_v_prediction)}/lora",
+        "modelspec.implementation": STABILITY if is_sdxl else "diffusers",
     }
 
 

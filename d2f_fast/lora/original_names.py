@@ -1,0 +1,61 @@
+"""Name the layers of a UNet as in the original code of CompVis (ldm) and Stability (sgm), from diffusers' names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_RESIDUAL_LAYERS = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
+}
+_LAYERS_AT_THE_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+def original_unet_name(name: str, config: Mapping[str, Any]) -> str | None:
+    """Return the name of a UNet's layer in the original code.
+
+    Args:
+        name: Name of the layer in diffusers, such as "down_blocks.0.resnets.1.conv1".
+        config: Configuration of the UNet in diffusers, which gives the number of layers in a block.
+
+    Returns:
+        The name, such as "input_blocks.2.0.in_layers.2", or None for a layer that the original code does not have.
+    """
+    if name in _LAYERS_AT_THE_ENDS:
+        return _LAYERS_AT_THE_ENDS[name]
+    found = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name)
+    if found:
+        kind, leaf = found[1], found[3]
+        if kind == "resnets":
+            return f"middle_block.{2 * int(found[2])}.{_RESIDUAL_LAYERS.get(leaf, leaf)}"
+        return f"middle_block.1.{leaf}"
+    layers = config["layers_per_block"]
+    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if found is None or not isinstance(layers, int):
+        return None
+    way, block, kind, layer, leaf = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    # A block of the original code is one layer, and the sampler that follows the layers of a diffusers block.
+    per_block = layers + 1
+    if kind == "downsamplers":
+        return f"input_blocks.{per_block * (block + 1)}.0.op"
+    if kind == "upsamplers":
+        place = 2 if "Attn" in config["up_block_types"][block] else 1
+        return f"output_blocks.{per_block * (block + 1) - 1}.{place}.conv"
+    blocks, index = ("input_blocks", per_block * block + layer + 1) if way == "down" else ("output_blocks", 0)
+    if way == "up":
+        index = per_block * block + layer
+    if kind == "resnets":
+        return f"{blocks}.{index}.0.{_RESIDUAL_LAYERS.get(leaf, leaf)}"
+    return f"{blocks}.{index}.1.{leaf}"
