@@ -9,18 +9,19 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from d2f_fast import __version__
+from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.demo import Demo
 from d2f_fast.commands.options import Command, description, parse_options
 from d2f_fast.commands.sample import Sample
 from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError, printable
 
-COMMANDS: Mapping[str, type[Command]] = {"demo": Demo, "train": Train, "sample": Sample}
+COMMANDS: Mapping[str, type[Command]] = {"demo": Demo, "train": Train, "sample": Sample, "convert": Convert}
 
 
 def help_text() -> str:
     """Return the text of `d2f --help`: what d2f is, its commands, and two examples."""
-    purposes = "\n".join(f"  {name:8}{description(command)}" for name, command in COMMANDS.items())
+    purposes = "\n".join(f"  {name:9}{description(command)}" for name, command in COMMANDS.items())
     return f"""usage: d2f [-h] [--version] COMMAND [OPTIONS]
 
 d2f finetunes a Stable Diffusion model on your captioned images with a flow-matching loss, and

@@ -11,7 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from d2f_fast.config import OptionGroup, spell_out_flags
 from d2f_fast.errors import RefusedInputError
@@ -154,7 +166,9 @@ def _grouped(options: Sequence[Option], given: Mapping[str, Any]) -> type:
     for field, hint, text in options:
         default = given.get(field.name, field.default)
         group = groups.setdefault(field.metadata.get("group"), [])
-        group.append(declared(field.name, hint, default, text))
+        is_positional, positional = field.metadata.get("positional"), cast(Any, tyro.conf.Positional)
+        metavar = field.name.upper() if is_positional else None
+        group.append(declared(field.name, positional[hint] if is_positional else hint, default, text, metavar))
     titled = [
         (f"group_{i}", Annotated[make_dataclass(title, groups[title]), tyro.conf.arg(name=title, help="")])
         for i, title in enumerate(get_args(OptionGroup))

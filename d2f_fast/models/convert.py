@@ -4,8 +4,8 @@ A folder is converted one tensor at a time; a single file is loaded as a whole.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_stream import LazyTensor, lazy_tensors, write_tensor_stream
 from d2f_fast.lora.family import Family, family_of_config
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
-from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import TAG_PREFIX
-from d2f_fast.models.load import PICKLE_SUFFIXES, load_pipeline
+from d2f_fast.models.kind import PICKLE_SUFFIXES
+from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.save import save_pipeline_folder
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 TAGS_FILE = "d2f.json"
+# Options that state what the scheduler's configuration may be wrong about.
+_STATED = ("prediction_type", "rescale_betas_zero_snr")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _WEIGHT_FILE = re.compile(r"(?:diffusion_pytorch_model|model)(\.\w+)?(?:-\d+-of-(\d+))?\.safetensors")
 # What a single file does not say, so that every program takes it from the family.
@@ -62,24 +65,31 @@ class ModelWeights:
         return family_of_config(self.configs["unet"])
 
     @property
+    def prediction_type(self) -> str:
+        """Return what the network predicts, in diffusers' words."""
+        return str(self.configs["scheduler"].get("prediction_type", "epsilon"))
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the type of the UNet's weights; the larger one where there are two."""
         return max((tensor.dtype for tensor in self.components["unet"].values()), key=lambda dtype: dtype.itemsize)
 
 
-def read_model(model: str) -> ModelWeights:
+def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
     """Return the tensors of a model; those of a folder are read only when they are needed.
 
     Args:
         model: Pipeline folder, hub id, or `.safetensors` file with every part.
+        options: What replaces the prediction type and the schedule of the model; None for nothing.
 
     Raises:
         ModelError: The model is a pickle, or a part of it is missing or unreadable.
         CheckpointError: A file of a folder is damaged.
     """
     folder = Path(model)
+    options = options or ModelOptions()
     if not folder.is_dir():
-        return weights_of_pipeline(load_pipeline(model, stored_dtype(model)), model, tags_of_model(model))
+        return weights_of_pipeline(load_pipeline(model, stored_dtype(model), options), model, tags_of_model(model))
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict):
         raise ModelError(f"{folder / 'model_index.json'} is not a JSON object: restore it from the base model")
@@ -91,6 +101,8 @@ def read_model(model: str) -> ModelWeights:
     for name, config in configs.items():
         if not isinstance(config, dict):
             raise ModelError(f"{folder / name}: its configuration is not a JSON object: restore it from the base model")
+    stated = {name: value for name, value in asdict(options).items() if value is not None and name in _STATED}
+    configs["scheduler"] = {**configs["scheduler"], **stated}
     components = {name: _named_as_in_diffusers(name, _component_tensors(folder / name)) for name in parts}
     return ModelWeights(model, components, configs, tags_of_model(model))
 
@@ -113,23 +125,6 @@ def weights_of_pipeline(pipeline: "DiffusionPipeline", source: str, tags: Mappin
         for name in ("unet", "vae", "scheduler")
     }
     return ModelWeights(source, components, configs, dict(tags))
-
-
-def merged_pipeline(model: str, loras: Sequence[tuple[str, float]]) -> "DiffusionPipeline":
-    """Load a model in float32 and add LoRA files to its weights.
-
-    Args:
-        model: Pipeline folder, hub id, or `.safetensors` file with every part.
-        loras: LoRA files or folders, each with the factor on its update.
-
-    Raises:
-        ModelError: The model cannot be loaded, or a LoRA is not of this model.
-        CheckpointError: A LoRA file is missing, damaged, or a pickle.
-    """
-    pipeline = load_pipeline(model)
-    for source, scale in loras:
-        fuse_adapter(pipeline, source, scale)
-    return pipeline
 
 
 def write_single_file(model: ModelWeights, path: Path, dtype: torch.dtype | None = None) -> list[str]:
@@ -156,15 +151,13 @@ def write_single_file(model: ModelWeights, path: Path, dtype: torch.dtype | None
     kind = str(model.configs["vae"].get("_class_name", "AutoencoderKL"))
     if kind != "AutoencoderKL":
         raise ModelError(f"{printable(model.source)}: the original layout has no names for the autoencoder {kind}")
-    scheduler = model.configs["scheduler"]
-    prediction_type = str(scheduler.get("prediction_type", "epsilon"))
-    is_v_prediction = prediction_type == "v_prediction"
+    is_v_prediction = model.prediction_type == "v_prediction"
     tensors = original_tensors(
         model.family,
         model.components,
         model.configs,
         is_v_prediction=is_v_prediction,
-        zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        zero_snr=bool(model.configs["scheduler"].get("rescale_betas_zero_snr")),
     )
     entries = {
         "format": "pt",
@@ -172,10 +165,10 @@ def write_single_file(model: ModelWeights, path: Path, dtype: torch.dtype | None
         "modelspec.architecture": architecture(model.family, is_v_prediction),
         "modelspec.implementation": STABILITY,
         "modelspec.title": model.title,
-        "modelspec.prediction_type": prediction_name(prediction_type),
+        "modelspec.prediction_type": prediction_name(model.prediction_type),
     }
     write_tensor_stream(path, {key: tensor.to(dtype) for key, tensor in tensors.items()}, entries | model.tags)
-    return _losses(model, model.family, prediction_type)
+    return _losses(model, model.family)
 
 
 def write_folder(
@@ -285,14 +278,14 @@ def _named_as_in_diffusers(component: str, tensors: Mapping[str, LazyTensor]) ->
     return {key if key.startswith(prefixes) else f"text_model.{key}": tensor for key, tensor in kept.items()}
 
 
-def _losses(model: ModelWeights, family: Family, prediction_type: str) -> list[str]:
+def _losses(model: ModelWeights, family: Family) -> list[str]:
     """Return what a single file cannot say of a model."""
     scaling, scheduler = model.configs["vae"].get("scaling_factor", 0.18215), model.configs["scheduler"]
     losses = []
     if scaling != _SCALING_FACTORS[family]:
         losses.append(f"the autoencoder's scaling factor {scaling}; other programs take {_SCALING_FACTORS[family]}")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        losses.append(f"the prediction type {prediction_type}, which no program reads: choose it there by hand")
+    if model.prediction_type not in ("epsilon", "v_prediction"):
+        losses.append(f"the prediction type {model.prediction_type}, which no program reads: choose it there by hand")
     elif any(scheduler.get(name, value) != value for name, value in _SCHEDULE.items()):
         losses.append("the noise schedule, which is not that of Stable Diffusion; other programs take that one")
     return [f"a single file cannot hold {loss}" for loss in losses]

@@ -1,0 +1,294 @@
+"""`d2f convert`: convert models and LoRA files between the forms that other programs read."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from d2f_fast.config import at_least, check_options, option
+from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from d2f_fast.lora.forms import Networks
+    from d2f_fast.lora.resize import Layers
+    from d2f_fast.models.convert import ModelWeights
+
+OutputForm = Literal["diffusers", "single_file", "peft", "kohya"]
+_MODEL_FORMS, _LORA_FORMS = ("diffusers", "single_file"), ("peft", "kohya")
+
+
+class Input(NamedTuple):
+    """What is converted.
+
+    Attributes:
+        name: Hub id, file or folder.
+        scale: Factor on a LoRA; 1 for a model.
+        is_lora: Whether it is a LoRA, and not a model.
+    """
+
+    name: str
+    scale: float
+    is_lora: bool
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a model or a LoRA to another form, merge LoRA, extract them, or change their rank.
+
+    Args:
+        input: Model or LoRA to convert. A model is a diffusers folder, a .safetensors file with every part, or a hub
+            id; a LoRA is a .safetensors file or the folder of a run, optionally with a strength as FILE:0.8.
+        output: File or folder to write. A name that ends in .safetensors is a file.
+        to: Form of the output: "diffusers" a folder, "single_file" a .safetensors file of the original layout, which
+            ComfyUI, A1111 and Forge read; for a LoRA, "peft" the file of diffusers and "kohya" that of the other
+            programs. The default None takes it from the output: a folder or pytorch_lora_weights.safetensors means
+            "diffusers" or "peft", and any other .safetensors file "single_file" or "kohya".
+        dtype: Type of the weights in the output. The default None keeps that of the input. A merge is computed in
+            float32 and rounded once.
+        lora: LoRA files that are added to the input, each FILE or FILE:STRENGTH: merged into a model, or joined with a
+            LoRA into one, whose ranks add up. The default adds none.
+        extract_lora_from: Base model. The output is then the LoRA by which the input, a model that was finetuned from
+            it in full, differs; give --rank. The default None extracts nothing.
+        rank: Largest rank of a LoRA in the output. Layers of a larger rank are cut to it as closely as possible. The
+            default None keeps every rank.
+        base_model: Diffusers folder of the model that a LoRA belongs to. It is needed only where the LoRA does not show
+            that it is of Stable Diffusion 1.x, 2.x or SDXL, or if its layers are not those of the published model.
+        overwrite: Replace an output that exists. It is off by default, so that such an output is refused.
+        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        json: Print the result as one line of JSON, in place of the path of the output. It is off by default.
+    """
+
+    input: str = field(metadata={"positional": True})
+    output: str = field(metadata={"positional": True})
+    to: OutputForm | None = None
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None
+    lora: tuple[str, ...] = ()
+    extract_lora_from: str | None = None
+    rank: int | None = option(None, None, at_least(1))
+    base_model: str | None = None
+    model_options: ModelOptions = field(default_factory=ModelOptions)
+    overwrite: bool = False
+    dry_run: bool = False
+    json: bool = False
+
+    def run(self) -> dict[str, Any]:
+        """Convert the input, and return what was written and where.
+
+        Raises:
+            RefusedInputError: An option, the input or the output cannot be used; nothing was written.
+        """
+        check_options(self)
+        source = self._input()
+        form = self._form(source)
+        output = self._output_path(source, form)
+        silence_libraries()
+        from d2f_fast.files.atomic import make_folder
+
+        make_folder(output.parent)
+        if self.extract_lora_from is not None:
+            details = self._extract(source, output, form)
+        elif source.is_lora:
+            details = self._convert_lora(source, output, form)
+        else:
+            details = self._convert_model(source, output, form)
+        files = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]
+        return {"to": form, **details, "bytes": sum(path.stat().st_size for path in files), "output": str(output)}
+
+    def _input(self) -> Input:
+        """Return the input, or refuse one that is neither a model nor a LoRA."""
+        from d2f_fast.models.kind import PICKLE_SUFFIXES, kind_of
+
+        path, scale = _split_scale(self.input)
+        if self.input == MINIATURE:
+            return Input(MINIATURE, 1.0, False)
+        if not path.exists() and path.suffix not in {*PICKLE_SUFFIXES, ".safetensors"}:
+            return Input(self.input, 1.0, False)  # A hub id.
+        kind = kind_of(path)
+        if kind == "run":
+            is_full = (path / "pipeline").is_dir()
+            return Input(str(path / "pipeline"), 1.0, False) if is_full else Input(str(path), scale, True)
+        if kind not in ("model folder", "model file", "LoRA"):
+            raise RefusedInputError(
+                f"{printable(path)} is neither a model nor a LoRA ({kind}): `d2f inspect` says what is in it"
+            )
+        return Input(str(path), scale, kind == "LoRA")
+
+    def _form(self, source: Input) -> OutputForm:
+        """Return the form of the output, or refuse options that contradict each other."""
+        gives_lora = source.is_lora or self.extract_lora_from is not None
+        output = Path(self.output)
+        is_file = output.suffix == ".safetensors"
+        if output.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+            raise RefusedInputError(f"output: {output.name} would be a pickle: give a name that ends in .safetensors")
+        form: OutputForm | None = self.to
+        if form is None and gives_lora:
+            form = "kohya" if is_file and output.name != "pytorch_lora_weights.safetensors" else "peft"
+        elif form is None:
+            form = "single_file" if is_file else "diffusers"
+        kind, forms = ("LoRA", _LORA_FORMS) if gives_lora else ("model", _MODEL_FORMS)
+        if form not in forms:
+            raise RefusedInputError(f"to: the result is a {kind}, so give {' or '.join(forms)}, got {form}")
+        if form == "single_file" and not is_file:
+            raise RefusedInputError(f"output: a single file must end in .safetensors, got {printable(output)}")
+        if form == "diffusers" and is_file:
+            raise RefusedInputError(f"output: a diffusers folder has no ending, got {printable(output)}")
+        if self.extract_lora_from is not None:
+            if source.is_lora or self.lora or self.rank is None:
+                raise RefusedInputError("extract_lora_from: give a finetuned model as input, --rank, and no --lora")
+        elif not source.is_lora and self.rank is not None:
+            raise RefusedInputError("rank: the input is a model, whose LoRA is found with --extract_lora_from BASE")
+        return form
+
+    def _output_path(self, source: Input, form: OutputForm) -> Path:
+        """Return the file or folder to write, or refuse one that exists."""
+        output = Path(self.output)
+        if form in _LORA_FORMS and output.suffix != ".safetensors":
+            name = "pytorch_lora_weights" if form == "peft" else f"{output.resolve().name}_kohya"
+            output = output / f"{name}.safetensors"
+        if output.exists() and not self.overwrite:
+            raise RefusedInputError(f"{printable(output)} exists: add --overwrite, or choose another output")
+        if output.exists() and output.is_dir() != (form == "diffusers"):
+            raise RefusedInputError(f"{printable(output)} is of another kind than the output: choose another output")
+        return output
+
+    def _convert_model(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
+        """Write a model, with LoRA merged into it, and return details of the result."""
+        from d2f_fast.lora.merge import fuse_adapter
+        from d2f_fast.models import convert
+        from d2f_fast.models.load import load_model
+
+        dtype = None if self.dtype is None else _torch_dtype(self.dtype)
+        if form == "single_file" and not self.lora:
+            model = convert.read_model(source.name, self.model_options)
+        else:
+            kept = convert.stored_dtype(source.name)
+            loaded = load_model(source.name, kept if not self.lora else _torch_dtype("fp32"), self.model_options)
+            print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
+            for path, scale in map(_split_scale, self.lora):
+                fuse_adapter(loaded.pipeline, path, scale)
+            tags = convert.tags_of_model(source.name)
+            dtype = dtype or kept
+            if form == "diffusers":
+                convert.write_folder(loaded.pipeline, output, dtype, tags, overwrite=self.overwrite)
+                return {"family": loaded.facts.family, "prediction_type": loaded.facts.prediction_type}
+            model = convert.weights_of_pipeline(loaded.pipeline, source.name, tags)
+        for warning in convert.write_single_file(model, output, dtype):
+            print(f"d2f: {warning}", file=sys.stderr)
+        return {"family": model.family, "prediction_type": model.prediction_type}
+
+    def _convert_lora(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
+        """Write a LoRA, with others joined to it, and return details of the result."""
+        from d2f_fast.files.tensor_header import read_tensor_header
+        from d2f_fast.lora.forms import family_of_lora, layers_by_name
+        from d2f_fast.lora.read import read_lora
+        from d2f_fast.lora.resize import added
+
+        loras = [(Path(source.name), source.scale), *map(_split_scale, self.lora)]
+        files = [(read_lora(path), scale) for path, scale in loras]
+        families = {family_of_lora(file) for file, _ in files}
+        if len(families) > 1:
+            named = ", ".join(f"{printable(file.path)} {family_of_lora(file)}" for file, _ in files)
+            raise RefusedInputError(f"the LoRA files are of different families ({named}): give LoRA of one model")
+        networks = self._networks(next(iter(families)))
+        layers = added([(layers_by_name(file, networks), scale) for file, scale in files])
+        tags = [{k: v for k, v in file.header.items() if k.startswith("d2f.")} for file, _ in files]
+        common = {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}
+        names = {"v": "v_prediction"}
+        prediction_type = files[0][0].header.get("modelspec.prediction_type", "epsilon")
+        prediction_type = common.get("d2f.prediction_type", names.get(prediction_type, prediction_type))
+        headers = [read_tensor_header(file.path) for file, _ in files]
+        dtype = self.dtype or _widest([info.dtype for header in headers for info in header.tensors.values()])
+        title = "+".join(path.name.removesuffix(".safetensors") for path, _ in loras)
+        return self._write_lora(layers, output, form, networks, title, prediction_type, common, dtype)
+
+    def _extract(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
+        """Write the LoRA between two models, and return details of the result."""
+        from d2f_fast.lora.extract import extract_lora
+        from d2f_fast.models.convert import read_model
+
+        assert self.extract_lora_from is not None and self.rank is not None
+        base, tuned = read_model(self.extract_lora_from), read_model(source.name, self.model_options)
+        networks = self._networks(tuned.family, tuned)
+        found = extract_lora(base.components, tuned.components, self.rank)
+        if found.left_out:
+            print(
+                f"d2f: {len(found.left_out)} tensors changed that no LoRA holds and are left out, such as"
+                f" {found.left_out[0]}",
+                file=sys.stderr,
+            )
+        details = self._write_lora(
+            found.layers, output, form, networks, tuned.title, tuned.prediction_type, tuned.tags, self.dtype or "fp32"
+        )
+        return {**details, "relative_error": found.relative_error, "left_out": len(found.left_out)}
+
+    def _networks(self, family: Any, model: "ModelWeights | None" = None) -> "Networks | None":
+        """Return the networks that the layers of a LoRA are named after, or None where they are not known."""
+        from d2f_fast.models.skeleton import skeleton_of_family, skeleton_of_folder
+
+        folder = self.base_model if model is None else model.source
+        if folder is not None and Path(folder).is_dir():
+            return skeleton_of_folder(Path(folder))
+        if self.base_model is not None:
+            raise RefusedInputError(f"base_model: {printable(self.base_model)} is not a diffusers folder")
+        return None if family is None else skeleton_of_family(family)
+
+    def _write_lora(
+        self,
+        layers: "Layers",
+        output: Path,
+        form: OutputForm,
+        networks: "Networks | None",
+        title: str,
+        prediction_type: str,
+        tags: Mapping[str, str],
+        dtype: str,
+    ) -> dict[str, Any]:
+        """Write a LoRA file, cut to the rank that was asked for, and return details of the result."""
+        from d2f_fast.lora.forms import write_lora_form
+        from d2f_fast.lora.resize import resized
+
+        if self.rank is not None:
+            layers = {name: resized(layer, self.rank) for name, layer in layers.items()}
+        assert form in _LORA_FORMS
+        write_lora_form(
+            output,
+            layers,
+            "peft" if form == "peft" else "kohya",
+            networks,
+            title=title,
+            prediction_type=prediction_type,
+            tags=tags,
+            dtype=_torch_dtype(dtype),
+        )
+        ranks = [layer.rank for layer in layers.values()]
+        return {"layers": len(ranks), "smallest_rank": min(ranks), "largest_rank": max(ranks)}
+
+
+def _split_scale(entry: str) -> tuple[Path, float]:
+    """Return the path and the factor of `PATH` or `PATH:FACTOR`; the factor is 1 where it is left out."""
+    path, _, scale = entry.rpartition(":")
+    if not path or Path(entry).exists():
+        return Path(entry), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        return Path(entry), 1.0
+
+
+def _widest(dtypes: list[str]) -> Literal["fp16", "bf16", "fp32"]:
+    """Return the type that holds numbers of all types, which safetensors names."""
+    found = {dtype for dtype in dtypes if dtype in ("F16", "BF16", "F32", "F64")}
+    return "fp16" if found == {"F16"} else "bf16" if found == {"BF16"} else "fp32"
+
+
+def _torch_dtype(name: str) -> "torch.dtype":
+    """Return the type of weights that an option names."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]

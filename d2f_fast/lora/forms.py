@@ -1,0 +1,170 @@
+"""Convert LoRA files between the forms of peft and kohya. The layers have one name each in between:
+
+unet.<module>    text_encoder.text_model.<module>    text_encoder_2.text_model.<module>        as in diffusers
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from d2f_fast.errors import ModelError, printable
+from d2f_fast.files.tensor_stream import LazyTensor, write_tensor_stream
+from d2f_fast.lora.family import Family, family_of_text_width, has_sizes_condition
+from d2f_fast.lora.key_names import module_names
+from d2f_fast.lora.kohya import kohya_header, kohya_state_dict
+from d2f_fast.lora.read import ADAPTER_METADATA, LoraFile, LoraLayerWeights
+from d2f_fast.lora.reload import uniform_scale_metadata
+from d2f_fast.lora.resize import Layers, folded
+
+LoraForm = Literal["peft", "kohya"]
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_FAMILY_OF_VERSION: dict[str, Family] = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl_": "sdxl"}
+
+
+class Networks(Protocol):
+    """The networks whose layers a LoRA names; a pipeline has them, too."""
+
+    @property
+    def unet(self) -> UNet2DConditionModel: ...
+    @property
+    def text_encoder(self) -> nn.Module: ...
+    @property
+    def text_encoder_2(self) -> nn.Module | None: ...
+
+
+def family_of_lora(lora: LoraFile) -> Family | None:
+    """Return the family of the model that a LoRA was trained for, or None where the file does not show it.
+
+    Args:
+        lora: LoRA file. The width of the text that its layers take decides, and its header where it has none of them.
+    """
+    for name, layer in lora.layers.items():
+        if re.search(r"attn2[._]to_[kv]$", name) and not name.startswith(("lora_te", "text_")):
+            return family_of_text_width(layer.down.shape[1])
+    version = lora.header.get("ss_base_model_version", "")
+    return next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
+
+
+def layers_by_name(lora: LoraFile, networks: Networks | None) -> dict[str, LoraLayerWeights]:
+    """Return the updates of a LoRA file by the names of this module, with their scales folded in.
+
+    Args:
+        lora: LoRA file in any form that `read_lora` knows.
+        networks: Networks of the model. None is enough for files whose names are those of diffusers.
+
+    Raises:
+        ModelError: A layer is not one of the model's, or occurs twice, or the model is needed and not known.
+    """
+    if networks is None:
+        foreign = [name for name in lora.layers if not name.startswith(("unet.", *(f"{e}." for e in _TEXT_ENCODERS)))]
+        if foreign:
+            raise ModelError(
+                f"LoRA {printable(lora.path)}: its layers, such as {printable(foreign[0])}, do not show which model"
+                " they are of: give its folder as --base_model"
+            )
+        return {_with_text_model(name): folded(layer) for name, layer in lora.layers.items()}
+    modules = module_names(networks)
+    names = {id(module): name for name, module in modules.items() if not name.startswith("lora_")}
+    layers: dict[str, LoraLayerWeights] = {}
+    for name, layer in lora.layers.items():
+        if name not in modules:
+            raise ModelError(
+                f"LoRA {printable(lora.path)}: {printable(name)} is no layer of this model: give the folder of the"
+                " model that the LoRA was trained for as --base_model"
+            )
+        known = _with_text_model(names[id(modules[name])])
+        if known in layers:
+            raise ModelError(f"LoRA {printable(lora.path)}: {known} is adapted twice, under two names: it is damaged")
+        layers[known] = folded(layer)
+    return layers
+
+
+def write_lora_form(
+    path: Path,
+    layers: Layers,
+    form: LoraForm,
+    networks: Networks | None,
+    *,
+    title: str,
+    prediction_type: str = "epsilon",
+    tags: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write updates as one LoRA file, whole or not at all. The same arguments give the same bytes.
+
+    Args:
+        path: File to write or replace.
+        layers: Updates by the names of this module.
+        form: Form of the file.
+        networks: Networks of the model; only the form "peft" can be written without them.
+        title: Name of the LoRA in kohya's header.
+        prediction_type: What the model predicts, for kohya's header.
+        tags: Further entries of the header; None for none.
+        dtype: Type of the matrices.
+
+    Raises:
+        ModelError: The form is "kohya", and the networks are not known.
+        CheckpointError: A matrix is not finite, or too large for the type; nothing is written.
+        RefusedInputError: The disk is full.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = layer.down, folded(layer).up
+    entries = {"format": "pt"}
+    if form == "kohya":
+        if networks is None:
+            raise ModelError(
+                f"{printable(path)}: the names in a kohya file depend on the model, which the LoRA does not show: give"
+                " its folder as --base_model"
+            )
+        entries |= kohya_header(networks.unet, tensors, title, prediction_type)
+        tensors = _kohya_tensors(tensors, networks.unet)
+    else:
+        entries[ADAPTER_METADATA] = json.dumps(_peft_metadata(layers), sort_keys=True)
+    lazy = {
+        # Programs read alpha as a number, whose type does not matter: float32 holds every rank.
+        key: LazyTensor.of(tensor) if key.endswith(".alpha") else LazyTensor.of(tensor).to(dtype)
+        for key, tensor in tensors.items()
+    }
+    write_tensor_stream(path, lazy, entries | dict(tags or {}))
+
+
+def _kohya_tensors(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """Return the tensors of a kohya file, from those with peft's keys."""
+    kohya = kohya_state_dict(unet, {key: value for key, value in tensors.items() if key.startswith("unet.")})
+    prefixes = {"text_encoder": "lora_te1" if has_sizes_condition(unet) else "lora_te", "text_encoder_2": "lora_te2"}
+    for key, down in tensors.items():
+        component, _, rest = key.partition(".")
+        if component in prefixes and rest.endswith(".lora_A.weight"):
+            layer = rest.removesuffix(".lora_A.weight")
+            name = f"{prefixes[component]}_{layer.replace('.', '_')}"
+            kohya[f"{name}.lora_down.weight"] = down
+            kohya[f"{name}.lora_up.weight"] = tensors[f"{component}.{layer}.lora_B.weight"]
+            kohya[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
+    return kohya
+
+
+def _peft_metadata(layers: Layers) -> dict[str, object]:
+    """Return peft's configuration of each component, in which every scale is 1."""
+    metadata: dict[str, object] = {}
+    for component in ("unet", *_TEXT_ENCODERS):
+        start = f"{component}."
+        ranks = {name.removeprefix(start): layer.rank for name, layer in layers.items() if name.startswith(start)}
+        if ranks:
+            described = uniform_scale_metadata(ranks)
+            metadata |= {f"{component}.{key.removeprefix('unet.')}": value for key, value in described.items()}
+    return metadata
+
+
+def _with_text_model(name: str) -> str:
+    """Return a layer's name with the "text_model." that newer versions of transformers leave out."""
+    component, _, rest = name.partition(".")
+    if component in _TEXT_ENCODERS and not rest.startswith("text_model."):
+        return f"{component}.text_model.{rest}"
+    return name

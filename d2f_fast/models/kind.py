@@ -1,0 +1,67 @@
+"""See from its name and its files what a path holds: a model, a LoRA, a cache, a data set or a run. No torch."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
+
+Kind = Literal["model folder", "model file", "LoRA", "cache", "run", "data set", "unknown file"]
+
+PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Beginnings of the keys in a single file with a whole model, or with its UNet alone.
+ORIGINAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
+LORA_KEY = re.compile(
+    r"\.(lora_[AB](\.\w+)?\.weight|lora_(down|up|mid)\.weight|lora\.(down|up)\.weight|lora_magnitude_vector(\.\w+)?"
+    r"|alpha|dora_scale|hada_\w+|lokr_\w+)$|_lora\.(down|up)\.weight$"
+)
+
+
+def kind_of(path: Path) -> Kind:
+    """Return what a path holds.
+
+    Args:
+        path: File or folder.
+
+    Raises:
+        RefusedInputError: There is no such path, it is a pickle, or a folder that holds nothing that is known here.
+    """
+    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
+        raise ModelError(
+            f"{printable(path)} is a pickle, which can run code, and is not opened: convert it to safetensors"
+            " elsewhere, such as in ComfyUI with the nodes CheckpointLoaderSimple and CheckpointSave"
+        )
+    if path.is_dir():
+        return _kind_of_folder(path)
+    return kind_of_header(read_tensor_header(path))
+
+
+def kind_of_header(header: TensorHeader) -> Kind:
+    """Return what a safetensors file holds.
+
+    Args:
+        header: Header of the file.
+    """
+    if any(LORA_KEY.search(key) for key in header.tensors):
+        return "LoRA"
+    return "model file" if any(key.startswith(ORIGINAL_PREFIXES) for key in header.tensors) else "unknown file"
+
+
+def _kind_of_folder(folder: Path) -> Kind:
+    """Return what a folder holds, from the names of its files."""
+    if (folder / "model_index.json").is_file():
+        return "model folder"
+    names = {entry.name for entry in folder.iterdir()}
+    if names & {"log.jsonl", "pipeline"} or any(re.fullmatch(r"checkpoint-\d+", name) for name in names):
+        return "run"
+    if any(name.endswith(".safetensors") for name in names):
+        return "LoRA"
+    if any(re.fullmatch("[0-9a-f]{2}", name) for name in names) and any(folder.glob("[0-9a-f][0-9a-f]/*.safetensors")):
+        return "cache"
+    if "metadata.jsonl" in names or any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*")):
+        return "data set"
+    raise RefusedInputError(
+        f"{printable(folder)} holds neither a model, a LoRA, a cache, a run nor images: check the path"
+    )
