@@ -88,9 +88,6 @@ class Convert:
         form = self._form(source)
         output = self._output_path(source, form)
         silence_libraries()
-        from d2f_fast.files.atomic import make_folder
-
-        make_folder(output.parent)
         if self.extract_lora_from is not None:
             details = self._extract(source, output, form)
         elif source.is_lora:
@@ -159,6 +156,7 @@ class Convert:
 
     def _convert_model(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
         """Write a model, with LoRA merged into it, and return details of the result."""
+        from d2f_fast.files.atomic import make_folder
         from d2f_fast.lora.merge import fuse_adapter
         from d2f_fast.models import convert
         from d2f_fast.models.load import load_model
@@ -169,15 +167,16 @@ class Convert:
         else:
             kept = convert.stored_dtype(source.name)
             loaded = load_model(source.name, kept if not self.lora else _torch_dtype("fp32"), self.model_options)
-            print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
             for path, scale in map(_split_scale, self.lora):
                 fuse_adapter(loaded.pipeline, path, scale)
+            print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
             tags = convert.tags_of_model(source.name)
             dtype = dtype or kept
             if form == "diffusers":
                 convert.write_folder(loaded.pipeline, output, dtype, tags, overwrite=self.overwrite)
                 return {"family": loaded.facts.family, "prediction_type": loaded.facts.prediction_type}
             model = convert.weights_of_pipeline(loaded.pipeline, source.name, tags)
+        make_folder(output.parent)
         for warning in convert.write_single_file(model, output, dtype):
             print(f"d2f: {warning}", file=sys.stderr)
         return {"family": model.family, "prediction_type": model.prediction_type}
@@ -250,12 +249,13 @@ class Convert:
         dtype: str,
     ) -> dict[str, Any]:
         """Write a LoRA file, cut to the rank that was asked for, and return details of the result."""
+        from d2f_fast.files.atomic import make_folder
         from d2f_fast.lora.forms import write_lora_form
         from d2f_fast.lora.resize import resized
 
         if self.rank is not None:
             layers = {name: resized(layer, self.rank) for name, layer in layers.items()}
-        assert form in _LORA_FORMS
+        make_folder(output.parent)
         write_lora_form(
             output,
             layers,

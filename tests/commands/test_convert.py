@@ -1,0 +1,252 @@
+"""`d2f convert`: each way of converting, and what is refused."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from d2f_fast.commands.main import main
+from d2f_fast.lora.merge import fuse_adapter
+from d2f_fast.lora.read import read_lora
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def convert(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Function that runs the command, which must succeed, and returns its result."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        assert main(["convert", *map(str, arguments), "--json"]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Function that runs the command, which must be refused in one line, and returns the line."""
+
+    def run(*arguments: object) -> str:
+        assert main(["convert", *map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return str(line)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def loras(shared_folder: Any) -> tuple[Path, Path]:
+    """Two LoRA files of the narrow SD1.5 model, with other layers and ranks."""
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(3)
+        query, text = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q", "attn2.to_k"
+        shapes = {f"unet.{query}": (8, 8), f"unet.{query.removesuffix('attn2.to_q')}{text}": (8, 768)}
+        for name, rank, more in (("a", 2, {"unet.conv_in": (8, 4, 3, 3)}), ("b", 3, {})):
+            tensors = {}
+            for layer, (out, *inner) in (shapes | more).items():
+                tensors[f"{layer}.lora_A.weight"] = torch.randn(rank, *inner)
+                tensors[f"{layer}.lora_B.weight"] = torch.randn(out, rank, *(1 for _ in inner[1:]))
+            save_file(tensors, folder / f"{name}.safetensors", metadata={"d2f.shift": "1.0", "d2f.own": name})
+
+    folder = shared_folder("two-loras", make)
+    return folder / "a.safetensors", folder / "b.safetensors"
+
+
+def deltas(path: Path) -> dict[str, torch.Tensor]:
+    """Return the update of each layer of a LoRA file in float64, by its name in diffusers with underscores."""
+    found = {}
+    for name, layer in read_lora(path).layers.items():
+        product = layer.up.flatten(1).double() @ layer.down.flatten(1).double() * (layer.alpha / layer.rank)
+        found[name.removeprefix("lora_unet_").removeprefix("unet.").replace(".", "_")] = product
+    return found
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_folder_becomes_a_single_file(narrow_pipeline: Any, convert: Any, tmp_path: Path) -> None:
+    out = tmp_path / "models" / "out.safetensors"
+    result = convert(narrow_pipeline("sd2"), out, "--dtype", "bf16")
+    assert result == {
+        "to": "single_file",
+        "family": "sd2",
+        "prediction_type": "v_prediction",
+        "bytes": out.stat().st_size,
+        "output": str(out),
+    }
+    convert(narrow_pipeline("sd2"), tmp_path / "again.safetensors", "--dtype", "bf16")
+    assert sha256(tmp_path / "again.safetensors") == sha256(out)
+    tensors = load_file(out)
+    assert tensors["v_pred"].shape == (0,)
+    assert tensors["model.diffusion_model.out.2.weight"].dtype == torch.bfloat16
+
+
+def test_options_state_what_the_folder_does_not(narrow_pipeline: Any, convert: Any, tmp_path: Path) -> None:
+    options = ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr")
+    assert convert(narrow_pipeline("sd1"), tmp_path / "v.safetensors", *options)["prediction_type"] == "v_prediction"
+    with safe_open(tmp_path / "v.safetensors", framework="pt") as file:
+        assert {"v_pred", "ztsnr"} <= set(file.keys())
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+
+
+def test_lora_are_merged_into_the_model(narrow_pipeline: Any, loras: Any, convert: Any, tmp_path: Path) -> None:
+    folder = narrow_pipeline("sd1")
+    merge = ("--lora", f"{loras[0]}:0.8", f"{loras[1]}:-0.5")
+    convert(folder, tmp_path / "merged", *merge)
+    convert(folder, tmp_path / "merged.safetensors", *merge)
+    expected = StableDiffusionPipeline.from_pretrained(folder)
+    for path, scale in zip(loras, (0.8, -0.5), strict=True):
+        fuse_adapter(expected, path, scale)
+    got, want = load_file(tmp_path / "merged" / UNET_FILE), expected.unet.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+    single = load_file(tmp_path / "merged.safetensors")
+    assert torch.equal(single["model.diffusion_model.input_blocks.0.0.weight"], want["conv_in.weight"])
+
+
+def test_peft_and_kohya_files_are_converted_into_each_other(loras: Any, convert: Any, tmp_path: Path) -> None:
+    result = convert(loras[0], tmp_path / "style.safetensors")
+    assert (result["to"], result["layers"], result["largest_rank"]) == ("kohya", 3, 2)
+    with safe_open(tmp_path / "style.safetensors", framework="pt") as file:
+        assert file.metadata()["ss_base_model_version"] == "sd_v1" and file.metadata()["d2f.own"] == "a"
+    back = convert(tmp_path / "style.safetensors", tmp_path / "folder")
+    assert back["to"] == "peft" and back["output"].endswith("folder/pytorch_lora_weights.safetensors")
+    first, second = load_file(loras[0]), load_file(back["output"])
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    again = convert(tmp_path / "folder", tmp_path / "again", "--to", "kohya")
+    assert again["output"].endswith("again/again_kohya.safetensors")
+    assert load_file(again["output"]).keys() == load_file(tmp_path / "style.safetensors").keys()
+
+
+def test_several_lora_become_one(loras: Any, convert: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        convert(f"{loras[0]}:0.8", tmp_path / f"{name}.safetensors", "--lora", f"{loras[1]}:0.5")
+    assert sha256(tmp_path / "one.safetensors") == sha256(tmp_path / "two.safetensors")
+    got, first, second = deltas(tmp_path / "one.safetensors"), deltas(loras[0]), deltas(loras[1])
+    assert got.keys() == first.keys()
+    for name, delta in got.items():
+        want = 0.8 * first[name] + (0.5 * second[name] if name in second else 0)
+        assert float((delta - want).norm() / want.norm()) <= 1e-6
+    with safe_open(tmp_path / "one.safetensors", framework="pt") as file:
+        assert file.metadata()["d2f.shift"] == "1.0" and "d2f.own" not in file.metadata()
+
+
+def test_rank_is_cut(loras: Any, convert: Any, tmp_path: Path) -> None:
+    result = convert(loras[1], tmp_path / "small.safetensors", "--rank", "1", "--dtype", "fp16")
+    assert (result["smallest_rank"], result["largest_rank"]) == (1, 1)
+    for name, delta in deltas(tmp_path / "small.safetensors").items():
+        left, values, right = torch.linalg.svd(deltas(loras[1])[name], full_matrices=False)
+        best = left[:, :1] * values[:1] @ right[:1]
+        assert float((delta - best).norm() / best.norm()) <= 2e-3
+
+
+@pytest.fixture
+def finetuned(narrow_pipeline: Any, tmp_path: Path) -> Path:
+    """The narrow SD1.5 model, whose first convolution, one attention layer and one bias were changed."""
+    folder = Path(shutil.copytree(narrow_pipeline("sd1"), tmp_path / "finetuned"))
+    tensors = load_file(folder / UNET_FILE)
+    for key in ("conv_in.weight", "mid_block.attentions.0.proj_in.weight", "conv_out.bias"):
+        tensors[key] += 0.1 * torch.randn_like(tensors[key])
+    save_file(tensors, folder / UNET_FILE, metadata={"format": "pt"})
+    return folder
+
+
+def test_full_finetune_becomes_a_lora_of_full_rank(
+    finetuned: Path, narrow_pipeline: Any, tmp_path: Path, capsys: Any
+) -> None:
+    base = narrow_pipeline("sd1")
+    arguments = [finetuned, tmp_path / "lora.safetensors", "--extract_lora_from", base, "--rank", 1000]
+    assert main(["convert", *map(str, arguments), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "1 tensors changed that no LoRA holds and are left out, such as unet.conv_out.bias" in printed.err
+    result = json.loads(printed.out)
+    assert (result["layers"], result["left_out"]) == (2, 1) and result["relative_error"] <= 1e-6
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    fuse_adapter(pipeline, tmp_path / "lora.safetensors", 1.0)
+    tuned = UNet2DConditionModel.from_pretrained(finetuned / "unet").state_dict()
+    for key, value in pipeline.unet.state_dict().items():
+        if key != "conv_out.bias":
+            assert torch.allclose(value, tuned[key], rtol=0, atol=1e-6)
+
+
+def test_unknown_model_is_named_by_its_folder(tiny_folder: Path, refused: Any, convert: Any, tmp_path: Path) -> None:
+    key = "lora_unet_conv_in"
+    tensors = {f"{key}.lora_down.weight": torch.ones(1, 4, 3, 3), f"{key}.lora_up.weight": torch.ones(8, 1, 1, 1)}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "tiny.safetensors")
+    assert "give its folder as --base_model" in refused(tmp_path / "tiny.safetensors", tmp_path / "out")
+    assert "is not a diffusers folder" in refused(tmp_path / "tiny.safetensors", tmp_path / "out", "--base_model", "no")
+    convert(tmp_path / "tiny.safetensors", tmp_path / "out", "--base_model", tiny_folder)
+    assert "unet.conv_in.lora_A.weight" in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{model}", "out.ckpt"), "output: out.ckpt would be a pickle"),
+        (("{model}", "out", "--to", "kohya"), "to: the result is a model, so give diffusers or single_file, got kohya"),
+        (("{lora}", "out", "--to", "diffusers"), "to: the result is a LoRA, so give peft or kohya, got diffusers"),
+        (("{model}", "out", "--to", "single_file"), "output: a single file must end in .safetensors"),
+        (("{model}", "out.safetensors", "--to", "diffusers"), "output: a diffusers folder has no ending"),
+        (("{model}", "out", "--rank", "4"), "rank: the input is a model"),
+        (("{model}", "out", "--extract_lora_from", "{model}"), "extract_lora_from: give a finetuned model as input"),
+        (("{model}", "out", "--extract_lora_from", "{model}", "--rank", "2"), "the two models are equal"),
+        (("{lora}", "out", "--rank", "0"), "rank must be at least 1"),
+        (("none.safetensors", "out"), "none.safetensors: no such file"),
+        (("{ckpt}", "out"), "is a pickle, which can run code, and is not opened"),
+        (("{disguised}", "out"), "a pickle, which can run code"),
+        (("{cut}", "out"), "not an intact safetensors file"),
+        (("{empty}", "out"), "holds neither a model, a LoRA"),
+        (("{other}", "out"), "is neither a model nor a LoRA (unknown file)"),
+        (("{lora}", "out", "--lora", "{xl}"), "the LoRA files are of different families"),
+        (("{model}", "out", "--lora", "{xl}"), "of another model"),
+        (("./no/such", "out"), "no/such does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
+    arguments: Any, message: str, narrow_pipeline: Any, loras: Any, refused: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.ones(1)}, "a.ckpt")
+    torch.save({"a": torch.ones(1)}, "disguised.safetensors")
+    Path("cut.safetensors").write_bytes(loras[0].read_bytes()[:-9])
+    Path("empty").mkdir()
+    save_file({"a.weight": torch.ones(1)}, "other.safetensors")
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    save_file({f"{key}.lora_A.weight": torch.ones(1, 2048), f"{key}.lora_B.weight": torch.ones(4, 1)}, "xl.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    paths = {"model": narrow_pipeline("sd1"), "lora": loras[0], "ckpt": "a.ckpt", "empty": "empty"}
+    paths |= {name: f"{name}.safetensors" for name in ("disguised", "cut", "other", "xl")}
+    assert message in refused(*(argument.format(**paths) for argument in arguments))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_existing_output_is_refused_unless_it_may_be_overwritten(
+    loras: Any, refused: Any, convert: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    out.write_text("old")
+    assert refused(loras[0], out) == f"d2f: {out} exists: add --overwrite, or choose another output"
+    assert out.read_text() == "old"
+    convert(loras[0], out, "--overwrite")
+    assert read_lora(out).layers
+    (tmp_path / "folder.safetensors").mkdir()
+    assert "is of another kind than the output" in refused(loras[0], tmp_path / "folder.safetensors", "--overwrite")
+
+
+def test_help_fits_100_columns(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", "--help"])
+    assert stopped.value.code == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
