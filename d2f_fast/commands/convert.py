@@ -39,7 +39,7 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a model or a LoRA to another form, merge LoRA, extract them, or change their rank.
+    """Convert models and LoRA files to other forms; merge, extract and resize LoRA.
 
     Args:
         input: Model or LoRA to convert. A model is a diffusers folder, a .safetensors file with every part, or a hub
@@ -59,6 +59,7 @@ class Convert:
             default None keeps every rank.
         base_model: Diffusers folder of the model that a LoRA belongs to. It is needed only where the LoRA does not show
             that it is of Stable Diffusion 1.x, 2.x or SDXL, or if its layers are not those of the published model.
+        model_options: Options of the model.
         overwrite: Replace an output that exists. It is off by default, so that such an output is refused.
         dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
         json: Print the result as one line of JSON, in place of the path of the output. It is off by default.

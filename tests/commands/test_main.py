@@ -12,7 +12,7 @@ from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError
 
 HEAVY_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "typeguard", "yaml")
-ARGUMENTS = {"demo": [], "train": ["--train_data_dir", "x"], "sample": ["--prompts", "x"]}
+ARGUMENTS = {"demo": [], "train": ["--train_data_dir", "x"], "sample": ["--prompts", "x"], "convert": ["x"]}
 
 
 def imported_by(code: str) -> set[str]:
@@ -44,15 +44,17 @@ def test_version_prints_the_version_of_the_package(capsys):
 @pytest.mark.parametrize(("arguments", "got"), [([], "nothing"), (["tarin"], "tarin"), (["--rank", "3"], "--rank")])
 def test_unknown_command_is_refused(arguments, got, capsys):
     assert main(arguments) == 2
-    assert capsys.readouterr().err == f"d2f: give a command (demo, train, sample), got {got}: see d2f --help\n"
+    assert capsys.readouterr().err == f"d2f: give a command ({', '.join(COMMANDS)}), got {got}: see d2f --help\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_dry_run_prints_the_resolved_options_and_writes_nothing(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main([name, *ARGUMENTS[name], "--output_dir", "none", "--dry_run"]) == 0
+    option = () if name == "convert" else ("--output_dir",)
+    assert main([name, *ARGUMENTS[name], *option, "none", "--dry_run"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed.get("options", printed)["output_dir"] == "none" and printed["dry_run"] is True
+    output = printed["output"] if name == "convert" else printed.get("options", printed)["output_dir"]
+    assert output == "none" and printed["dry_run"] is True
     assert not list(tmp_path.iterdir())
 
 

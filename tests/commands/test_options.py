@@ -45,10 +45,11 @@ def test_help_fits_100_columns_and_shows_each_option_under_its_title(name, help_
     _, *parts = re.split(TITLE, text, flags=re.MULTILINE)
     boxes = dict(zip(parts[::2], parts[1::2], strict=True))
     for option in options_of(COMMANDS[name]):
-        group = option.field.metadata.get("group")
-        box = boxes["options" if group is None else f"{group} options"]
-        words = " ".join(box.split())
-        assert f" --{option.field.name}" in f" {words}" and option.help in words
+        group, is_positional = option.field.metadata.get("group"), option.field.metadata.get("positional")
+        title = "positional arguments" if is_positional else "options" if group is None else f"{group} options"
+        words = " ".join(boxes[title].split())
+        name_in_help = option.field.name.upper() if is_positional else f"--{option.field.name}"
+        assert f" {name_in_help}" in f" {words}" and option.help in words
     assert "--config FILE" in boxes["options"]
 
 
