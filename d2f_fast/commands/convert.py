@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from d2f_fast.config import at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
@@ -102,7 +103,7 @@ class Convert:
         """Return the input, or refuse one that is neither a model nor a LoRA."""
         from d2f_fast.models.kind import PICKLE_SUFFIXES, kind_of
 
-        path, scale = _split_scale(self.input)
+        path, scale = parse_lora(self.input)
         if self.input == MINIATURE:
             return Input(MINIATURE, 1.0, False)
         if not path.exists() and path.suffix not in {*PICKLE_SUFFIXES, ".safetensors"}:
@@ -126,7 +127,7 @@ class Convert:
             raise RefusedInputError(f"output: {output.name} would be a pickle: give a name that ends in .safetensors")
         form: OutputForm | None = self.to
         if form is None and gives_lora:
-            form = "kohya" if is_file and output.name != "pytorch_lora_weights.safetensors" else "peft"
+            form = "kohya" if is_file and output.name != LORA_FILE else "peft"
         elif form is None:
             form = "single_file" if is_file else "diffusers"
         kind, forms = ("LoRA", _LORA_FORMS) if gives_lora else ("model", _MODEL_FORMS)
@@ -147,8 +148,7 @@ class Convert:
         """Return the file or folder to write, or refuse one that exists."""
         output = Path(self.output)
         if form in _LORA_FORMS and output.suffix != ".safetensors":
-            name = "pytorch_lora_weights" if form == "peft" else f"{output.resolve().name}_kohya"
-            output = output / f"{name}.safetensors"
+            output = output / (LORA_FILE if form == "peft" else f"{output.resolve().name}{KOHYA_ENDING}")
         if output.exists() and not self.overwrite:
             raise RefusedInputError(f"{printable(output)} exists: add --overwrite, or choose another output")
         if output.exists() and output.is_dir() != (form == "diffusers"):
@@ -168,7 +168,7 @@ class Convert:
         else:
             kept = convert.stored_dtype(source.name)
             loaded = load_model(source.name, kept if not self.lora else _torch_dtype("fp32"), self.model_options)
-            for path, scale in map(_split_scale, self.lora):
+            for path, scale in map(parse_lora, self.lora):
                 fuse_adapter(loaded.pipeline, path, scale)
             print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
             tags = convert.tags_of_model(source.name)
@@ -189,7 +189,7 @@ class Convert:
         from d2f_fast.lora.read import read_lora
         from d2f_fast.lora.resize import added
 
-        loras = [(Path(source.name), source.scale), *map(_split_scale, self.lora)]
+        loras = [(Path(source.name), source.scale), *map(parse_lora, self.lora)]
         files = [(read_lora(path), scale) for path, scale in loras]
         families = {family_of_lora(file) for file, _ in files}
         if len(families) > 1:
@@ -269,17 +269,6 @@ class Convert:
         )
         ranks = [layer.rank for layer in layers.values()]
         return {"layers": len(ranks), "smallest_rank": min(ranks), "largest_rank": max(ranks)}
-
-
-def _split_scale(entry: str) -> tuple[Path, float]:
-    """Return the path and the factor of `PATH` or `PATH:FACTOR`; the factor is 1 where it is left out."""
-    path, _, scale = entry.rpartition(":")
-    if not path or Path(entry).exists():
-        return Path(entry), 1.0
-    try:
-        return Path(path), float(scale)
-    except ValueError:
-        return Path(entry), 1.0
 
 
 def _widest(dtypes: list[str]) -> Literal["fp16", "bf16", "fp32"]:

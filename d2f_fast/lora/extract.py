@@ -7,7 +7,7 @@ import torch
 
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.tensor_stream import LazyTensor
-from d2f_fast.lora.read import LoraLayerWeights
+from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.resize import approximated
 
 Components = Mapping[str, Mapping[str, LazyTensor]]

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.tensor_stream import LazyTensor, write_tensor_stream
 from d2f_fast.lora.family import Family, family_of_text_width, has_sizes_condition
+from d2f_fast.lora.file_keys import component_of
 from d2f_fast.lora.key_names import module_names
 from d2f_fast.lora.kohya import kohya_header, kohya_state_dict
-from d2f_fast.lora.read import ADAPTER_METADATA, LoraFile, LoraLayerWeights
+from d2f_fast.lora.layer_weights import LayerWeights, LoraLayerWeights
+from d2f_fast.lora.match import canonical_names
+from d2f_fast.lora.read import LoraFile
 from d2f_fast.lora.reload import uniform_scale_metadata
 from d2f_fast.lora.resize import Layers, folded
+from d2f_fast.lora.scales import ADAPTER_METADATA
 
 LoraForm = Literal["peft", "kohya"]
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -45,8 +49,8 @@ def family_of_lora(lora: LoraFile) -> Family | None:
         lora: LoRA file. The width of the text that its layers take decides, and its header where it has none of them.
     """
     for name, layer in lora.layers.items():
-        if re.search(r"attn2[._]to_[kv]$", name) and not name.startswith(("lora_te", "text_")):
-            return family_of_text_width(layer.down.shape[1])
+        if re.search(r"attn2[._]to_[kv]$", name) and component_of(name) == "unet":
+            return family_of_text_width(layer.shape[1])
     version = lora.header.get("ss_base_model_version", "")
     return next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
 
@@ -59,7 +63,7 @@ def layers_by_name(lora: LoraFile, networks: Networks | None) -> dict[str, LoraL
         networks: Networks of the model. None is enough for files whose names are those of diffusers.
 
     Raises:
-        ModelError: A layer is not one of the model's, or occurs twice, or the model is needed and not known.
+        ModelError: A layer is not one of the model's, occurs twice, or is DoRA; or the model is needed and not known.
     """
     if networks is None:
         foreign = [name for name in lora.layers if not name.startswith(("unet.", *(f"{e}." for e in _TEXT_ENCODERS)))]
@@ -68,9 +72,8 @@ def layers_by_name(lora: LoraFile, networks: Networks | None) -> dict[str, LoraL
                 f"LoRA {printable(lora.path)}: its layers, such as {printable(foreign[0])}, do not show which model"
                 " they are of: give its folder as --base_model"
             )
-        return {_with_text_model(name): folded(layer) for name, layer in lora.layers.items()}
-    modules = module_names(networks)
-    names = {id(module): name for name, module in modules.items() if not name.startswith("lora_")}
+        return {_with_text_model(name): _as_lora(lora, name, layer) for name, layer in lora.layers.items()}
+    modules, names = module_names(networks), canonical_names(networks)
     layers: dict[str, LoraLayerWeights] = {}
     for name, layer in lora.layers.items():
         if name not in modules:
@@ -81,7 +84,7 @@ def layers_by_name(lora: LoraFile, networks: Networks | None) -> dict[str, LoraL
         known = _with_text_model(names[id(modules[name])])
         if known in layers:
             raise ModelError(f"LoRA {printable(lora.path)}: {known} is adapted twice, under two names: it is damaged")
-        layers[known] = folded(layer)
+        layers[known] = _as_lora(lora, name, layer)
     return layers
 
 
@@ -133,6 +136,17 @@ def write_lora_form(
         for key, tensor in tensors.items()
     }
     write_tensor_stream(path, lazy, entries | dict(tags or {}))
+
+
+def _as_lora(lora: LoraFile, name: str, layer: LayerWeights) -> LoraLayerWeights:
+    """Return an update as two matrices with the scale folded in, or refuse DoRA, which depends on the weight."""
+    found = layer.as_lora()
+    if found.magnitude is not None:
+        raise ModelError(
+            f"LoRA {printable(lora.path)}: {printable(name)} is DoRA, whose update depends on the model's weights:"
+            " merge it into the model, with --lora"
+        )
+    return folded(found)
 
 
 def _kohya_tensors(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
+from d2f_fast.lora.file_keys import split_key
 
 Kind = Literal["model folder", "model file", "LoRA", "cache", "run", "data set", "unknown file"]
 
@@ -13,10 +14,6 @@ PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Beginnings of the keys in a single file with a whole model, or with its UNet alone.
 ORIGINAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
-LORA_KEY = re.compile(
-    r"\.(lora_[AB](\.\w+)?\.weight|lora_(down|up|mid)\.weight|lora\.(down|up)\.weight|lora_magnitude_vector(\.\w+)?"
-    r"|alpha|dora_scale|hada_\w+|lokr_\w+)$|_lora\.(down|up)\.weight$"
-)
 
 
 def kind_of(path: Path) -> Kind:
@@ -44,7 +41,7 @@ def kind_of_header(header: TensorHeader) -> Kind:
     Args:
         header: Header of the file.
     """
-    if any(LORA_KEY.search(key) for key in header.tensors):
+    if any(split_key(key) is not None for key in header.tensors):
         return "LoRA"
     return "model file" if any(key.startswith(ORIGINAL_PREFIXES) for key in header.tensors) else "unknown file"
 

@@ -208,7 +208,7 @@ def test_unknown_model_is_named_by_its_folder(tiny_folder: Path, refused: Any, c
         (("{empty}", "out"), "holds neither a model, a LoRA"),
         (("{other}", "out"), "is neither a model nor a LoRA (unknown file)"),
         (("{lora}", "out", "--lora", "{xl}"), "the LoRA files are of different families"),
-        (("{model}", "out", "--lora", "{xl}"), "of another model"),
+        (("{model}", "out", "--lora", "{xl}"), "give the model that the LoRA was trained on"),
         (("./no/such", "out"), "no/such does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from d2f_fast.errors import ModelError
-from d2f_fast.lora.read import LoraLayerWeights
+from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.resize import added, approximated, folded, resized
 
 
