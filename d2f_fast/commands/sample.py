@@ -41,6 +41,7 @@ class Sample:
         lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE; the scale is 1 if left out.
             PATH is the folder of a run or of a checkpoint-N, or a .safetensors file of this package, diffusers, peft,
             kohya or LyCORIS. The default is none, which uses the model as it is.
+        model_options: Options of the base model.
         onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --lora,
             --method, --flow_spacing, --shift, --model or another option of the model it is refused, because the export
             has settled them. The default None runs the model with diffusers.
