@@ -62,8 +62,14 @@ def exported(tiny_folder: Path, export_once: MakeFolder) -> tuple[Path, Report]:
 
 @pytest.fixture(scope="session")
 def exported_miniature(export_once: MakeFolder) -> tuple[Path, Report]:
+    """Export the embedded miniature with every component."""
+    return export_once("exported_miniature")
+
+
+@pytest.fixture(scope="session")
+def unrolled_miniature(export_once: MakeFolder) -> tuple[Path, Report]:
     """Export the embedded miniature with every component and an unrolled sampler of 4 steps."""
-    return export_once("exported_miniature", unroll=4)
+    return export_once("unrolled_miniature", unroll=4)
 
 
 @pytest.fixture(scope="session")

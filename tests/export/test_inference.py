@@ -35,10 +35,11 @@ def torch_images():
     return noise, pipeline(PROMPTS, latents=torch.from_numpy(noise), **options).images
 
 
-@pytest.mark.parametrize("form", ["loop", "folder", "unrolled"])
-def test_miniature_generates_the_images_of_torch(form, exported_miniature, torch_images):
+@pytest.mark.parametrize("form", ["loop", "folder", pytest.param("unrolled", marks=pytest.mark.slow)])
+def test_miniature_generates_the_images_of_torch(form, torch_images, request):
+    folder = request.getfixturevalue("unrolled_miniature" if form == "unrolled" else "exported_miniature")[0]
     noise, want = torch_images
-    images = OnnxPipeline(exported_miniature[0], form=form)(PROMPTS, steps=4, guidance_scale=3.0, noise=noise)
+    images = OnnxPipeline(folder, form=form)(PROMPTS, steps=4, guidance_scale=3.0, noise=noise)
     got = np.stack([np.asarray(image, np.float32) for image in images]) / 255
     assert np.abs(got - want).max() <= 1 / 255
     assert want.std() > 0.1
@@ -84,12 +85,12 @@ for form in ("loop", "folder", "unrolled"):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["loop", "folder", "unrolled"])
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_gpu_generates_the_images_of_the_cpu(provider, form, exported_miniature):
+def test_gpu_generates_the_images_of_the_cpu(provider, form, unrolled_miniature):
     if provider == "tensorrt":
         pytest.importorskip("tensorrt")
     noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
     cpu, gpu = (
-        OnnxPipeline(exported_miniature[0], form, providers=PROVIDERS[name])(PROMPTS, steps=4, noise=noise)
+        OnnxPipeline(unrolled_miniature[0], form, providers=PROVIDERS[name])(PROMPTS, steps=4, noise=noise)
         for name in ("cpu", provider)
     )
     for one, other in zip(cpu, gpu, strict=True):

@@ -252,8 +252,8 @@ def compiled_kernels(*arguments: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("90,120", "16,128"), pytest.param(("80,86,89,90,120", "16,32,48,64,128"), marks=pytest.mark.slow)],
-    ids=["two cards", "every entry"],
+    [("90", "16,128"), pytest.param(("80,86,89,90,120", "16,32,48,64,128"), marks=pytest.mark.slow)],
+    ids=["one card", "every entry"],
 )
 def test_every_table_entry_compiles_within_the_limits_of_its_card(arguments: tuple[str, str]) -> None:
     reports = compiled_kernels(*arguments)

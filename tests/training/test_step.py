@@ -139,7 +139,7 @@ def aot_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def check_compiled(
-    make_batch: Any, gradients_of: Any, distance: Any, make_trainer: Any
+    make_batch: Any, gradients_of: Any, distance: Any, make_one_level_trainer: Any
 ) -> Callable[[int, float], None]:
     """Return a function that asserts that a compiled step is one graph equal to eager for any t and seed.
 
@@ -148,7 +148,7 @@ def check_compiled(
 
     def check(steps: int, tolerance: float) -> None:
         options = {"max_grad_norm": 1e9, "conv_rank": 2, "first_last_layers": True}
-        eager, compiled = make_trainer(**options), make_trainer(**options, compile=True)
+        eager, compiled = make_one_level_trainer(**options), make_one_level_trainer(**options, compile=True)
         for number in range(steps):
             given = make_batch((4, 3)[number % 2], number)
             with torch._dynamo.config.patch(error_on_recompile=number >= 2):
@@ -177,11 +177,11 @@ def test_step_compiled_by_inductor_is_one_graph_equal_to_eager(
 
 
 def test_trainers_of_one_process_do_not_share_the_recompile_limit(
-    make_batch: Any, aot_eager: None, make_trainer: Any
+    make_batch: Any, aot_eager: None, make_one_level_trainer: Any
 ) -> None:
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(2):
-            make_trainer(compile=True).step(make_batch(4))
+            make_one_level_trainer(compile=True).step(make_batch(4))
 
 
 def test_compiled_code_with_a_lora_linear_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
