@@ -25,7 +25,7 @@ from d2f_fast.export.report import (
 )
 from d2f_fast.export.resources import check_memory_to_load, check_resources
 from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
-from d2f_fast.export.source import load_model
+from d2f_fast.export.source import load_model, sampling_of
 from d2f_fast.export.wrappers import Component, text_encoder_component, unet_component, vae_components
 from d2f_fast.files.atomic import recover_folder
 from d2f_fast.files.json_file import write_json
@@ -82,7 +82,8 @@ class ExportJob:
                 f"the network takes {unet.in_channels} channels and returns {unet.out_channels} (depth or inpainting),"
                 " and the sampler graph has no image to condition on: leave sampler out of components"
             )
-        self.tables = {steps: step_table(self.model.alignment, steps) for steps in options.step_counts}
+        self.flow, self.shift = sampling_of(self.model, options.model, [path for path, _ in options.adapters])
+        self.tables = {steps: step_table(self.flow, steps, self.shift) for steps in options.step_counts}
         self.sizes = self._static_sizes()
 
     def weight_bytes(self) -> dict[str, int]:
@@ -109,7 +110,7 @@ class ExportJob:
         cases = self._cases() if not self.options.skip_verify else {}
         self._write_graphs(folder)
         self._write_samplers(folder)
-        write_pipeline_files(folder, self.model.pipeline)
+        write_pipeline_files(folder, self.model.pipeline, self.flow, self.shift)
         for component in self.components.values():
             component.module.to("meta")  # torch's weights would lie in memory beside ONNX Runtime's copies of them
         gc.collect()
@@ -221,7 +222,7 @@ class ExportJob:
                 sizes = sizes | {"batch": sizes["batch"] // 2}
             made = verify.sampler_cases(
                 self.components["unet"],
-                self.model.alignment,
+                self.flow,
                 self.tables,
                 self.options.guidance,
                 self._decode if self.options.with_vae else None,
@@ -268,7 +269,8 @@ class ExportJob:
             "opset": options.opset_version,
             "target": options.target,
             "precision": {name: self._precision(name) for name in self.components},
-            "prediction_type": self.model.alignment.prediction_type,
+            "prediction_type": self.flow.prediction_type,
+            "shift": self.shift,
             "taken_for": str(self.model.facts),
             "guidance": options.guidance,
             "with_vae": options.with_vae,

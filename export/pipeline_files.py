@@ -8,10 +8,12 @@ import diffusers
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from d2f_fast.export.wrappers import Component
-from d2f_fast.models.save import save_tokenizer
+from d2f_fast.flow.flow import Flow
+from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.models.save import save_tokenizer, stock_flow_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 # Stock samplers of the exported folder step through the trained times, down to no noise, whatever the model's own
 # scheduler was set to.
@@ -26,18 +28,16 @@ _STOCK_STEPS = {
 _NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def write_pipeline_files(folder: Path, pipeline: "DiffusionPipeline") -> None:
+def write_pipeline_files(folder: Path, pipeline: "DiffusionPipeline", flow: Flow, shift: float) -> None:
     """Write model_index.json, scheduler/ and the tokenizers, which optimum and diffusers load beside the graphs.
 
     Args:
         folder: export folder, which exists.
         pipeline: pipeline that is exported.
+        flow: flow that reads the network's output as a velocity.
+        shift: factor on (1 - t) / t at each step, which the scheduler of a `NaiveFlow` takes.
     """
-    config = {**pipeline.scheduler.config, **_STOCK_STEPS}
-    config.pop("_use_default_values", None)
-    # Marigold's pipelines never scale the network's input, which the states of Euler's scheduler need.
-    is_marigold = type(pipeline).__name__.startswith("Marigold")
-    scheduler = (DDIMScheduler if is_marigold else EulerDiscreteScheduler).from_config(config)
+    scheduler = _stock_scheduler(pipeline, flow, shift)
     scheduler.save_pretrained(folder / "scheduler")
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipeline, name, None)
@@ -49,6 +49,17 @@ def write_pipeline_files(folder: Path, pipeline: "DiffusionPipeline") -> None:
             index[name] = [None, None] if name in _NOT_EXPORTED else value
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, default=list) + "\n", encoding="utf-8")
+
+
+def _stock_scheduler(pipeline: "DiffusionPipeline", flow: Flow, shift: float) -> "SchedulerMixin":
+    """Return the scheduler of diffusers that samples the exported network."""
+    if isinstance(flow, NaiveFlow):
+        return stock_flow_scheduler(flow.num_train_timesteps, shift)
+    config = {**pipeline.scheduler.config, **_STOCK_STEPS}
+    config.pop("_use_default_values", None)
+    # Marigold's pipelines never scale the network's input, which the states of Euler's scheduler need.
+    is_marigold = type(pipeline).__name__.startswith("Marigold")
+    return (DDIMScheduler if is_marigold else EulerDiscreteScheduler).from_config(config)
 
 
 def write_component_config(folder: Path, component: Component) -> None:

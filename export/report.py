@@ -31,6 +31,7 @@ class Report(TypedDict):
     taken_for: what the model is taken for, and where that was read.
     adapters: file, scale, number of layers and relative weight change of each merged LoRA.
     precision: number format of each component's weights.
+    shift: factor on (1 - t) / t at each step of the sampler.
     parity: a row for each comparison with torch.
     tensorrt: result of the static TensorRT check of each graph, by path.
     trtexec: command that builds an engine of each graph.
@@ -47,6 +48,7 @@ class Report(TypedDict):
     target: str
     precision: dict[str, str]
     prediction_type: str
+    shift: float
     taken_for: str
     guidance: bool
     with_vae: bool

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.flow import Flow
 
 TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
 
@@ -28,16 +28,16 @@ Scaling: TypeAlias = Mapping[str, float]
 
 @dataclass(frozen=True)
 class StepTable:
-    """Everything that a sampler of K steps takes from the alignment.
+    """Everything that a sampler of K steps takes from the flow.
 
     Args:
         times: flow times of the nodes between steps, [K + 1], from 0 to 1.
-        timesteps: fractional diffusion timesteps that the network is fed, [K].
+        timesteps: fractional timesteps that the network is fed, [K].
         coef_x: factor A of the state in each step, [K].
         coef_out: factor B of the network's output in each step, [K].
-        alphas: weight of the latents in the diffusion state at the nodes, [K + 1].
-        noise_scales: weight of the noise in the diffusion state at the nodes, [K + 1].
-        sigmas: sigmas for a stock scheduler's `set_timesteps(sigmas=…)`, [K + 1], ending in 0.
+        alphas: weight of the latents in the network's state at the nodes, [K + 1].
+        noise_scales: weight of the noise in the network's state at the nodes, [K + 1].
+        sigmas: sigmas of a stock scheduler at the nodes, [K + 1], ending in 0.
     """
 
     times: list[float]
@@ -53,24 +53,25 @@ class StepTable:
         return {name: np.asarray(getattr(self, name), np.float32) for name in TABLE_INPUTS}
 
 
-def step_table(alignment: Alignment, steps: int) -> StepTable:
+def step_table(flow: Flow, steps: int, shift: float = 1.0) -> StepTable:
     """Return the table of an Euler sampler with uniform nodes in flow time, computed in float64.
 
     Args:
-        alignment: flow that the network was aligned with.
+        flow: flow that reads the network's output as a velocity.
         steps: number of steps, at least 1.
+        shift: positive factor on (1 - t) / t at each node; 1 leaves the nodes uniform.
     """
-    nodes = alignment.times(steps).double()
-    a, b = alignment.euler_coefficients(nodes[:-1], nodes[1:])
-    n = alignment.state_scale(nodes)
+    nodes = flow.times(steps, shift=shift).double()
+    a, b = flow.euler_coefficients(nodes[:-1], nodes[1:])
+    n = flow.state_scale(nodes)
     return StepTable(
         times=nodes.tolist(),
-        timesteps=alignment.timestep(nodes[:-1]).tolist(),
+        timesteps=flow.timestep(nodes[:-1]).tolist(),
         coef_x=a.tolist(),
         coef_out=b.tolist(),
         alphas=(nodes / n).tolist(),
         noise_scales=((1 - nodes) / n).tolist(),
-        sigmas=alignment.sigmas(steps),
+        sigmas=flow.sigmas(steps, shift),
     )
 
 

@@ -1,18 +1,72 @@
-"""Load the model that is exported, and refuse pipelines that have no place in the folder's layout."""
+"""Load the model that is exported, say how it is sampled, and refuse what has no place in the folder's layout."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers import AutoModel
 from safetensors import SafetensorError
 
 from d2f_fast.errors import ModelError
+from d2f_fast.files.json_file import read_json
+from d2f_fast.flow.flow import Flow
+from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
+from d2f_fast.lora.read import lora_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
+
+
+class Sampling(NamedTuple):
+    """How a network is sampled: the flow that reads its output, and the shift of the sampler's steps."""
+
+    flow: Flow
+    shift: float
+
+
+def sampling_of(model: BaseModel, source: str, adapters: Iterable[Path]) -> Sampling:
+    """Return how a model is sampled: as the files of its training say, or else as its scheduler's configuration does.
+
+    Args:
+        model: model that is exported.
+        source: hub id, folder or file that it was loaded from; a folder of this package has tags in d2f.json.
+        adapters: LoRA files or folders that were merged into it. The tags of the last one that has any are used.
+
+    Raises:
+        ModelError: the tags cannot be used, or the network is of the published form of naive flow matching.
+    """
+    tags = _tags(source, adapters)
+    flow, own = model.flow, Diff2FlowScheduler.from_config(model.pipeline.scheduler.config)
+    try:
+        if tags.get("d2f.prediction_type") == "flow_prediction" and not isinstance(flow, NaiveFlow):
+            is_published = tags.get("d2f.fm_form") == "published"
+            flow = NaiveFlow(flow.num_train_timesteps, "published" if is_published else "diffusers")
+        shift = float(tags.get("d2f.shift", own.config["shift"]))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{source}: its d2f.shift cannot be used ({error}): correct d2f.json, or the LoRA") from error
+    if uses_published_form(flow):
+        raise ModelError(
+            f"{source}: the network is fed the flow time itself (fm_form published), which no stock sampler of the"
+            " exported folder does: sample it with d2f sample"
+        )
+    return Sampling(flow, shift)
+
+
+def _tags(source: str, adapters: Iterable[Path]) -> dict[str, str]:
+    """Return the tags of the last LoRA that has any, or else of the model's folder."""
+    tags: dict[str, str] = {}
+    if (file := Path(source) / "d2f.json").is_file():
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise ModelError(f"{file} is not a JSON object: restore it, or remove it")
+        tags = content
+    for path in adapters:
+        tags = lora_tags(path) or tags
+    return tags
 
 
 def load_model(model: str, vae: str | None, options: ModelOptions | None = None) -> BaseModel:

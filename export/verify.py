@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2f_fast.export.sampler_graph import StepTable
 from d2f_fast.export.wrappers import Component, check_sizes
-from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.flow import Flow
 from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity
 
 GUIDANCE_SCALE = 1.5
@@ -94,7 +94,7 @@ def component_cases(component: Component, sizes: dict[str, int] | None = None) -
 @torch.no_grad()
 def sampler_cases(
     component: Component,
-    alignment: Alignment,
+    flow: Flow,
     tables: Mapping[int, StepTable],
     guidance: bool,
     decode: Callable[[Tensor], Tensor] | None = None,
@@ -106,7 +106,7 @@ def sampler_cases(
 
     Args:
         component: component of the UNet, in float32.
-        alignment: flow that reads the network's output as a velocity.
+        flow: flow that reads the network's output as a velocity.
         tables: step tables by number of steps.
         guidance: Whether the sampler guides.
         decode: function from scaled latents to pixels in [-1, 1]; None where the sampler returns latents.
@@ -136,7 +136,7 @@ def sampler_cases(
         }
         velocity = unet_velocity(
             component.module.unet,
-            alignment,
+            flow,
             context,
             negative["encoder_hidden_states"],
             GUIDANCE_SCALE if guidance else 1.0,
@@ -149,7 +149,7 @@ def sampler_cases(
 
         # At both ends of the flow, the flow state and the diffusion state are equal: n(0) = n(1) = 1.
         with exact_convolutions():
-            final = sample_flow(exactly_timed, latents, times=alignment.times(steps))
+            final = sample_flow(exactly_timed, latents, times=torch.tensor(table.times))
             assert isinstance(final, Tensor)
             outputs = {"out_latents": final} if decode is None else {"image": (decode(final) / 2 + 0.5).clamp(0, 1)}
         amplification = error_amplification(table, GUIDANCE_SCALE if guidance else 1.0)

@@ -1,6 +1,8 @@
 """Tests of the export of models other than Stable Diffusion 1.5: depth, SDXL, SD2 and pipelines of the trainer."""
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     MarigoldDepthPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -154,13 +158,57 @@ def test_exported_weights_are_those_that_the_trainer_saved(trained, tiny_folder)
         torch.testing.assert_close(saved.model.unet(*given).sample, want, rtol=1e-4, atol=1e-5)
 
 
-def test_naive_flow_matching_pipeline_is_refused(tiny_folder, tmp_path):
-    trainer = AlignedTrainer.from_pretrained(
-        tiny_folder, TrainingConfig(output_dir=str(tmp_path / "run"), resolution=16, objective="fm", rank=2)
-    )
+def test_model_that_predicts_the_flow_is_sampled_by_euler_steps_with_its_own_shift(one_level_folder, tmp_path):
+    model, folder = shutil.copytree(one_level_folder, tmp_path / "model"), tmp_path / "out"
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    options = {"model": str(model), "output": str(folder), "static": "1x16x16", "steps": "3", "guidance": False}
+    report = export_folder(ExportOptions(**options, components="unet,sampler"))
+    assert max(row["rms"] for row in report["parity"]) <= 1e-5
+    assert (report["prediction_type"], report["shift"]) == ("flow_prediction", 3.0)
+    stock = DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler")
+    assert stock.config.prediction_type == "flow_prediction" and stock.config.flow_shift == 3.0
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    noise, text = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 16)
+    s = torch.tensor([1, 2 / 3, 1 / 3, 0])
+    s = 3 * s / (1 + 2 * s)
+    state = noise
+    with torch.no_grad():
+        for sigma, following in pairwise(s):
+            state = state + (following - sigma) * unet(state, 1000 * sigma, text).sample
+    table = json.loads((folder / "unet/steps.json").read_text())["3"]
+    feed = {name: np.asarray(table[name], np.float32) for name in ("timesteps", "coef_x", "coef_out")}
+    session = onnxruntime.InferenceSession(folder / "unet/sampler.onnx")
+    (got,) = session.run(None, {"latents": noise.numpy(), "encoder_hidden_states": text.numpy(), **feed})
+    np.testing.assert_allclose(got, state.numpy(), rtol=0, atol=1e-5 * state.abs().max().item())
+
+
+def test_lora_of_naive_flow_matching_is_sampled_as_it_was_trained(tiny_folder, tmp_path):
+    for form in ("diffusers", "published"):
+        options = {"resolution": 16, "objective": "fm", "fm_form": form, "rank": 2, "sampling_shift": 2.0}
+        trainer = AlignedTrainer.from_pretrained(tiny_folder, TrainingConfig(output_dir=str(tmp_path), **options))
+        trainer.step({"latents": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 8, 16)})
+        trainer.save_lora(tmp_path / form)
     trainer.save_pipeline(tmp_path / "pipeline")
-    with pytest.raises(RefusedInputError, match="flow_prediction: the network predicts the flow itself"):
-        export_folder(ExportOptions(model=str(tmp_path / "pipeline"), output=str(tmp_path / "out")))
+    job = ExportJob(ExportOptions(model=str(tiny_folder), lora=(str(tmp_path / "diffusers"),)))
+    assert job.flow.prediction_type == "flow_prediction" and job.shift == 2.0
+    assert job.tables[2].times == pytest.approx([0.0, 1 / 3, 1.0])
+    for published in (
+        ExportOptions(model=str(tiny_folder), lora=(str(tmp_path / "published"),)),
+        ExportOptions(model=str(tmp_path / "pipeline")),
+    ):
+        with pytest.raises(RefusedInputError, match=r"fed the flow time itself \(fm_form published\), which no stock"):
+            ExportJob(published)
+
+
+def test_damaged_tags_of_a_model_are_refused_with_their_file(tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    for text, sentence in (("[1]", "d2f.json is not a JSON object"), ('{"d2f.shift": "x"}', "its d2f.shift cannot be")):
+        (model / "d2f.json").write_text(text)
+        with pytest.raises(RefusedInputError, match=sentence):
+            ExportJob(ExportOptions(model=str(model)))
 
 
 @pytest.mark.slow
