@@ -82,7 +82,8 @@ class ExportJob:
                 f"the network takes {unet.in_channels} channels and returns {unet.out_channels} (depth or inpainting),"
                 " and the sampler graph has no image to condition on: leave sampler out of components"
             )
-        self.flow, self.shift = sampling_of(self.model, options.model, [path for path, _ in options.adapters])
+        adapters = [path for path, _ in options.adapters]
+        self.flow, self.shift = sampling_of(self.model, options.model, adapters, options.shift)
         self.tables = {steps: step_table(self.flow, steps, self.shift) for steps in options.step_counts}
         self.sizes = self._static_sizes()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from d2f_fast.config import PredictionType, spell_out_flags
+from d2f_fast.config import PredictionType, check_positive, spell_out_flags
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.source import LoraSource, check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
@@ -88,6 +88,8 @@ class SamplerOptions:
 
     Args:
         steps: Numbers of sampling steps that the sampler can take, separated by commas, each 1 to 1000.
+        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step, above 0; 1 turns it off. None takes the
+            factor saved with the trained weights, or that of the model's flow-matching scheduler, or else 1.
         guidance: Build classifier-free guidance into the sampler, which doubles the network's batch.
         with_vae: Let the sampler also decode its latents, so that it returns an image.
         unroll: Also write unet/sampler_N.onnx, a sampler of this number N of steps, 1 to 50, without a loop: it holds N
@@ -96,6 +98,7 @@ class SamplerOptions:
     """
 
     steps: str = "1,2,4,8"
+    shift: float | None = None
     guidance: bool = True
     with_vae: bool = False
     unroll: int = 0
@@ -150,6 +153,7 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
         self._check_precision()
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise RefusedInputError(f"tolerance must be above 0 and below 1, got {self.tolerance}")
+        check_positive("shift", self.shift)
         if self.verify_only and self.skip_verify:
             raise RefusedInputError("verify_only and skip_verify exclude each other: give only one of them")
         _ = self.step_counts, self.static_sizes

@@ -139,6 +139,7 @@ def options_of_export(options: ExportOptions, output: Path) -> ExportOptions:
             components=",".join(names),
             precision=precision,  # type: ignore[arg-type]  # `check` below refuses other words
             steps=",".join(map(str, counts)),
+            shift=float(made["shift"]),
             guidance=made["guidance"],
             with_vae=made["with_vae"],
             static=made["static"],

@@ -1,6 +1,6 @@
 """Load the model that is exported, say how it is sampled, and refuse what has no place in the folder's layout."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +12,7 @@ from d2f_fast.errors import ModelError
 from d2f_fast.files.json_file import read_json
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
-from d2f_fast.lora.read import lora_tags
+from d2f_fast.lora.read import common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
@@ -28,26 +28,29 @@ class Sampling(NamedTuple):
     shift: float
 
 
-def sampling_of(model: BaseModel, source: str, adapters: Iterable[Path]) -> Sampling:
+def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), shift: float | None = None) -> Sampling:
     """Return how a model is sampled: as the files of its training say, or else as its scheduler's configuration does.
 
     Args:
         model: model that is exported.
         source: hub id, folder or file that it was loaded from; a folder of this package has tags in d2f.json.
-        adapters: LoRA files or folders that were merged into it. The tags of the last one that has any are used.
+        adapters: LoRA files or folders that were merged into it; where there are any, their tags replace the folder's.
+        shift: factor on (1 - t) / t at each step; None takes the saved one, or else that of the scheduler, or else 1.
 
     Raises:
         ModelError: the tags cannot be used, or the network is of the published form of naive flow matching.
     """
-    tags = _tags(source, adapters)
+    tags = common_tags(adapters, shift) if adapters else _folder_tags(Path(source))
     flow, own = model.flow, Diff2FlowScheduler.from_config(model.pipeline.scheduler.config)
     try:
         if tags.get("d2f.prediction_type") == "flow_prediction" and not isinstance(flow, NaiveFlow):
             is_published = tags.get("d2f.fm_form") == "published"
             flow = NaiveFlow(flow.num_train_timesteps, "published" if is_published else "diffusers")
-        shift = float(tags.get("d2f.shift", own.config["shift"]))
+        if shift is None:
+            shift = float(tags.get("d2f.shift", own.config["shift"]))
+        flow.times(1, shift=shift)
     except (TypeError, ValueError) as error:
-        raise ModelError(f"{source}: its d2f.shift cannot be used ({error}): correct d2f.json, or the LoRA") from error
+        raise ModelError(f"{source}: its shift cannot be used ({error}): give --shift") from error
     if uses_published_form(flow):
         raise ModelError(
             f"{source}: the network is fed the flow time itself (fm_form published), which no stock sampler of the"
@@ -56,16 +59,12 @@ def sampling_of(model: BaseModel, source: str, adapters: Iterable[Path]) -> Samp
     return Sampling(flow, shift)
 
 
-def _tags(source: str, adapters: Iterable[Path]) -> dict[str, str]:
-    """Return the tags of the last LoRA that has any, or else of the model's folder."""
-    tags: dict[str, str] = {}
-    if (file := Path(source) / "d2f.json").is_file():
-        content = read_json(file)
-        if not isinstance(content, dict):
-            raise ModelError(f"{file} is not a JSON object: restore it, or remove it")
-        tags = content
-    for path in adapters:
-        tags = lora_tags(path) or tags
+def _folder_tags(folder: Path) -> dict[str, str]:
+    """Return the tags that this package wrote into the folder of a pipeline; there are none in any other."""
+    file = folder / "d2f.json"
+    tags = read_json(file) if file.is_file() else {}
+    if not isinstance(tags, dict):
+        raise ModelError(f"{file} is not a JSON object: restore it, or remove it")
     return tags
 
 

@@ -1,14 +1,16 @@
 """Tests of the scheduler and the tokenizers beside the graphs, loaded by their own libraries."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from transformers import AutoTokenizer
 
 from d2f_fast.export.pipeline_files import write_pipeline_files
 from d2f_fast.export.source import load_model
+from d2f_fast.flow.naive_flow import NaiveFlow
 
 
 def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, tiny_folder):
@@ -18,6 +20,15 @@ def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, tiny_fold
     assert torch.equal(scheduler.alphas_cumprod, source.scheduler.alphas_cumprod)
     assert scheduler.config.prediction_type == "epsilon"
     assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ab c").input_ids == source.tokenizer("ab c").input_ids
+
+
+def test_network_that_predicts_the_flow_gets_a_stock_flow_scheduler(tiny_folder, tmp_path):
+    write_pipeline_files(tmp_path, load_model(str(tiny_folder), None).pipeline, NaiveFlow(), 3.0)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "scheduler")
+    assert (scheduler.config.prediction_type, scheduler.config.flow_shift) == ("flow_prediction", 3.0)
+    assert scheduler.config.use_flow_sigmas and scheduler.config.solver_order == 1
 
 
 @pytest.mark.parametrize("sampling", ["use_karras_sigmas", "use_exponential_sigmas", "interpolation_type"])

@@ -8,11 +8,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from d2f_fast import Alignment
 from d2f_fast.export.sampler_graph import count_nodes, prefixed_nodes, step_table
 from d2f_fast.export.verify import relative_errors
+from d2f_fast.flow.naive_flow import NaiveFlow
 
 
 def _feed(table, batch=1, height=8, width=12, guided=True):
@@ -79,6 +80,24 @@ def test_steps_equal_those_of_ddim_between_the_same_nodes(exported, alignment, t
     feed["guidance_scale"] = np.asarray(1, np.float32)
     state = torch.from_numpy(feed["latents"])
     scheduler.final_alpha_cumprod = torch.tensor(1.0)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = unet(state, t, torch.from_numpy(feed["encoder_hidden_states"])).sample
+            state = scheduler.step(output, t, state).prev_sample
+    got = onnxruntime.InferenceSession(folder / "unet/sampler.onnx").run(None, feed)[0]
+    assert relative_errors(got, state.numpy())[0] <= 1e-5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_steps_of_a_flow_network_are_euler_steps_in_sigma(exported, tiny_folder, shift):
+    folder, _ = exported
+    table = step_table(NaiveFlow(), 3, shift)
+    feed = _feed(table) | {"guidance_scale": np.asarray(1, np.float32)}
+    unet = UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3])
+    assert table.sigmas == pytest.approx(scheduler.sigmas.tolist())
+    state = torch.from_numpy(feed["latents"])
     with torch.no_grad():
         for t in scheduler.timesteps:
             output = unet(state, t, torch.from_numpy(feed["encoder_hidden_states"])).sample
