@@ -168,8 +168,8 @@ class TrainingConfig:
 
     Args:
         output_dir: Folder that receives checkpoints, logs and the trained weights; it is created if it is missing. A
-            folder with checkpoints is refused unless --resume_from_checkpoint is given, and one with a pipeline/ is
-            refused with --adapter full; other files are replaced, and log.jsonl is continued.
+            folder with checkpoints is refused unless --resume_from_checkpoint is given, and so is one with the result
+            of a finished run and no checkpoint, or with another run in progress; other files are replaced.
         objective: What the network learns. "diff2flow" trains flow matching by converting the base model's own time,
             noisy input and output with formulas; "fm" trains it without them, so that the network learns the flow
             itself; "diffusion" trains the base model's own loss. The default None takes "fm" for a base model that
@@ -251,6 +251,7 @@ class TrainingConfig:
         checkpointing_steps: Number of optimizer steps between two checkpoints. 0 saves a checkpoint only when the run
             is stopped by SIGTERM or Ctrl-C.
         checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. None keeps all of them.
+            The checkpoint before the newest one stays until a finite step has followed the newest.
         lora_format: Which LoRA files are written at the end. "diffusers" writes pytorch_lora_weights.safetensors for
             diffusers, "kohya" writes a file for ComfyUI, A1111, Forge and kohya's scripts, named after output_dir
             (my_run_kohya.safetensors), and "both" writes the two. It has no effect with --adapter full.

@@ -29,6 +29,7 @@ from d2f_fast.export.source import load_model, sampling_of
 from d2f_fast.export.wrappers import Component, text_encoder_component, unet_component, vae_components
 from d2f_fast.files.atomic import recover_folder
 from d2f_fast.files.json_file import write_json
+from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,8 +44,15 @@ def export_folder(options: ExportOptions) -> Report:
     """
     options.check()
     output = Path(options.output).resolve()  # a link stays, and the folder that it leads to is written
-    if not options.verify_only:
-        check_place(output)
+    if options.verify_only:
+        return _export(options, output)
+    check_place(output)
+    with locked_place(output):
+        return _export(options, output)
+
+
+def _export(options: ExportOptions, output: Path) -> Report:
+    """Export to a folder that no other process writes, or check the export there."""
     recover_folder(output)
     if options.verify_only:
         check_manifest(output)

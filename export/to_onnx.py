@@ -1,13 +1,14 @@
 """Export a Stable Diffusion pipeline, aligned or not, to ONNX graphs: `python export/to_onnx.py --help`.
 
-Exit codes: 0 done, 1 a graph does not compute what torch computes, 2 refused input, 143 stopped by SIGTERM.
+Exit codes: 0 done, 1 a graph does not compute what torch computes, 2 refused input, 130 stopped by Ctrl-C, 143 by
+SIGTERM.
 """
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as `python export/to_onnx.py`: import from the checkout, not from this folder
@@ -18,6 +19,7 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.options import ExportOptions, parse
 from d2f_fast.files.memory import peak_resident_bytes
 from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.stopping import run_until_stopped, unless_stopped
 
 PROGRAM = "to_onnx.py"
 
@@ -32,12 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"d2f_fast {__version__}")
         return 0
+    # A signal raises an exception, so that the unfinished folder is removed.
+    return run_until_stopped(PROGRAM, partial(_run, given), ends_process=arguments is None)
+
+
+def _run(given: list[str]) -> int:
+    """Parse the options and export, and return the exit code."""
     try:
-        options = parse(given, PROGRAM)
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            # SIGTERM raises an exception, so that the unfinished folder is removed.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        return _export(options)
+        return _export(parse(given, PROGRAM))
     except RefusedInputError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
@@ -51,7 +55,7 @@ def _export(options: ExportOptions) -> int:
     from d2f_fast.export.verify import VerificationError, table_of
 
     try:
-        report = export_folder(options)
+        report = unless_stopped(partial(export_folder, options))
     except VerificationError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1

@@ -13,16 +13,25 @@ import yaml
 from d2f_fast.config import words_of
 from d2f_fast.errors import RefusedInputError, printable
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 15  # Every option with a long list of layers takes a third; this takes PyYAML 2 seconds.
+MAX_NESTING = 10
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
 def _compose_node(loader: Any, parent: yaml.Node | None, index: Any) -> yaml.Node:
-    """Compose a node, unless it is an alias: a few lines of nested aliases could make billions of values."""
+    """Compose a node, unless it is an alias or lies too deep.
+
+    A few lines of nested aliases could make billions of values, and PyYAML's time grows with the square of the depth.
+    """
+    line = loader.peek_event().start_mark.line + 1
     if loader.check_event(yaml.AliasEvent):
-        alias = loader.peek_event()
-        raise yaml.YAMLError(f"line {alias.start_mark.line + 1} uses the alias *{alias.anchor}; write its value out")
-    return yaml.SafeLoader.compose_node(loader, parent, index)
+        raise yaml.YAMLError(f"line {line} uses the alias *{loader.peek_event().anchor}; write its value out")
+    loader.depth = getattr(loader, "depth", 0) + 1
+    if loader.depth > MAX_NESTING:
+        raise yaml.YAMLError(f"line {line} is nested more than {MAX_NESTING} deep; no option is")
+    node = yaml.SafeLoader.compose_node(loader, parent, index)
+    loader.depth -= 1
+    return node
 
 
 _Loader: Any = type("_Loader", (yaml.SafeLoader,), {"compose_node": _compose_node})
@@ -36,14 +45,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML file of `option: value` lines.
 
     Args:
-        path: file of at most 1 MiB, UTF-8.
+        path: file of at most 32 KiB, UTF-8.
 
     Returns:
         The values by key, as plain YAML types.
 
     Raises:
         RefusedInputError: The file is missing, too large, not YAML or not a mapping, or it uses an alias or gives a key
-            twice.
+            twice, or nests its values more than 10 deep.
     """
     where = printable(path)
     try:
@@ -52,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RefusedInputError(f"--config {where} cannot be read ({error.strerror}): check the path") from error
     if len(content) > MAX_CONFIG_BYTES:
-        raise RefusedInputError(f"--config {where} is larger than 1 MiB: keep only `option: value` lines in it")
+        raise RefusedInputError(f"--config {where} is larger than 32 KiB: keep only `option: value` lines in it")
     try:
         loader = _Loader(content.decode("utf-8-sig"))
         root = loader.get_single_node()

@@ -1,7 +1,6 @@
 """`d2f demo`: show what the package does, on the embedded miniature model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from d2f_fast.config import check_options, check_seed, option
@@ -30,13 +29,18 @@ class Demo:
         """Run the demonstration, and return the path of the report.
 
         Raises:
-            RefusedInputError: The seed is out of range, or the output folder cannot be made.
+            RefusedInputError: The seed is out of range, or the output folder cannot be made or is in use.
         """
-        from d2f_fast.files.atomic import make_folder
+        from d2f_fast.files.lock import locked_folder
+        from d2f_fast.stopping import StopRequestedError
 
         check_options(self)
-        make_folder(Path(self.output_dir))  # Before the slow imports, so that a refusal comes at once.
-        silence_libraries()
-        from d2f_fast.demo.run import run_demo
+        with locked_folder(self.output_dir):  # Before the slow imports, so that a refusal comes at once.
+            silence_libraries()
+            from d2f_fast.demo.run import run_demo
+            from d2f_fast.training.signals import InterruptedRunError
 
-        return {"output": str(run_demo(self.output_dir, self.seed))}
+            try:
+                return {"output": str(run_demo(self.output_dir, self.seed))}
+            except InterruptedRunError as stop:
+                raise StopRequestedError(stop.number) from stop  # The demo's training runs are not kept.

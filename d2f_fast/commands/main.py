@@ -1,12 +1,13 @@
 """`d2f`: choose the command, and turn refusals into one line and an exit code.
 
-Exit codes: 0 done, 2 refused input, 143 saved after SIGTERM or SIGINT.
+Exit codes: 0 done, 1 failed, 2 refused input, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 """
 
 import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from d2f_fast import __version__
 from d2f_fast.commands.convert import Convert
@@ -15,6 +16,7 @@ from d2f_fast.commands.options import Command, description, parse_options
 from d2f_fast.commands.sample import Sample
 from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.stopping import run_until_stopped, unless_stopped
 
 COMMANDS: Mapping[str, type[Command]] = {"demo": Demo, "train": Train, "sample": Sample, "convert": Convert}
 
@@ -67,7 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words after `d2f`; None takes those of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_until_stopped("d2f", partial(_run, given), ends_process=arguments is None)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run the command line up to its exit code; a signal may end it at any moment."""
     if arguments and arguments[0] in ("-h", "--help", "--version"):
         print(f"d2f {__version__}" if arguments[0] == "--version" else help_text().rstrip())
         return 0
@@ -76,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.dry_run:
             print(json.dumps(dataclasses.asdict(command), indent=2))
             return 0
-        result = command.run()
+        result = unless_stopped(command.run)
     except RefusedInputError as error:
         print(f"d2f: {error}", file=sys.stderr)
         return 2

@@ -1,14 +1,18 @@
 """`d2f train`: finetune a model on captioned images."""
 
 import dataclasses
+import os
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from d2f_fast.config import TrainingConfig, option
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
@@ -51,13 +55,22 @@ class Train:
         Raises:
             RefusedInputError: The data, the model or an option cannot be used.
         """
-        started, output = time.monotonic(), Path(self.options.output_dir)
+        output = Path(self.options.output_dir)
         self._refuse_early(output)
+        # The first process writes, and so keeps other runs out, before the slow imports and the loading of the model.
+        writes = int(os.environ.get("RANK", 0)) == 0
+        with locked_folder(output) if writes else nullcontext():
+            return self._train(output)
+
+    def _train(self, output: Path) -> dict[str, Any]:
+        """Train and save in an output folder that no other run uses."""
+        started = time.monotonic()
         silence_libraries()
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.order import steps_per_epoch
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.objective import method_line
+        from d2f_fast.training.signals import InterruptedRunError, stop_signals
         from d2f_fast.training.trainer import AlignedTrainer
 
         dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
@@ -74,22 +87,30 @@ class Train:
                 f" {epochs:.4g} epochs",
                 file=sys.stderr,
             )
-        result = trainer.fit(dataset)
-        if not trainer.accelerator.is_main_process:
-            return result | {"output": str(output)}
-        is_lora = self.options.adapter == "lora"
-        saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline")
-        method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
-        row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
-        row |= {"model": dataclasses.asdict(facts)}
-        write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
+        # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
+        with stop_signals(trainer.has_unsaved_steps, announce=trainer.accelerator.is_main_process) as signals:
+            result = trainer.fit(dataset)
+            if not trainer.accelerator.is_main_process:
+                return result | {"output": str(output)}
+            is_lora = self.options.adapter == "lora"
+            saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline")
+            method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
+            row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
+            row |= {"model": dataclasses.asdict(facts)}
+            write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
+        if (number := signals.received) is not None:
+            name = signal.Signals(number).name
+            raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
 
     def _refuse_early(self, output: Path) -> None:
         """Refuse, before the slow imports and the training, what would be refused after them."""
+        from d2f_fast.training.checkpoint import refuse_used_folder
+
         if self.options.adapter == "full" and (output / "pipeline").exists():
             raise RefusedInputError(f"{output / 'pipeline'} exists: move it away, or choose another output_dir")
         if not (folder := Path(self.train_data_dir)).is_dir():
             raise RefusedInputError(
                 f"train_data_dir: {printable(folder)} is not a folder: give the folder of the captioned images"
             )
+        refuse_used_folder(output, self.options.resume_from_checkpoint)

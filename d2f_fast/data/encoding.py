@@ -20,6 +20,7 @@ from d2f_fast.data.loading import (
     ReadSample,
     augmented_pixels,
     read_sample,
+    refused_sample,
 )
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import printable
@@ -149,13 +150,14 @@ class BatchEncoder:
         """
         name, sample = f"sample {index}", None
         identity, captions = self._identities.get(index), self._captions.get(index)
-        if isinstance(dataset, KeyedDataset):
-            identity = latents.identify(dataset.key(index))
-        elif isinstance(dataset, FileDataset):
-            path = dataset.path(index)
-            identity, name = latents.identify(path), printable(path)
-        if isinstance(dataset, CaptionedDataset):
-            captions = dataset.captions(index)
+        with refused_sample(name):
+            if isinstance(dataset, KeyedDataset):
+                identity = latents.identify(dataset.key(index))
+            elif isinstance(dataset, FileDataset):
+                path = dataset.path(index)
+                identity, name = latents.identify(path), printable(path)
+            if isinstance(dataset, CaptionedDataset):
+                captions = dataset.captions(index)
         if identity is None or captions is None:
             sample = read_sample(dataset, index)
             name = sample.name

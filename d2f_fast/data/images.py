@@ -1,49 +1,70 @@
 """Decode image files, convert them to 8-bit RGB, and make training pixels of them."""
 
-import struct
-import zlib
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from d2f_fast.errors import DatasetError, printable
 
 # Other decoders are never tried, whatever the file's name says: some of them start programs.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_IMAGE_PIXELS = 1 << 27
-# Everything that Pillow raises when an image is damaged, or too large to be safe.
-DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-)
-_EXIF_ENTRIES = ("exif", "Raw profile type exif")
+MAX_IMAGE_PIXELS = 1 << 26  # An image of this size takes 0.5 GiB once it is decoded and converted.
+MAX_IMAGE_BYTES = 1 << 29
+# An image is converted in strips of so many rows, because the steps of a conversion hold several copies.
+_STRIP_ROWS = 256
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow warns of images above its own limit, which is larger than the one here; the refusal says the same. The filter
+# is the last of the list, so that it changes no filter of the user.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 
 def read_image(path: Path) -> Image.Image:
     """Decode a PNG, JPEG, WebP or BMP file, and leave its mode and orientation as they are stored.
 
     Args:
-        path: Image file of at most 2**27 pixels. Its content decides the format, not its name.
+        path: Image file of at most 512 MiB and 2**26 pixels, which the file's header gives before anything is decoded.
+            The content decides the format, not the name.
 
     Returns:
         The image, decoded and independent of the file. `to_rgb` makes it upright RGB.
 
     Raises:
-        DatasetError: The file does not decode, or has more than 2**27 pixels.
+        DatasetError: The file does not decode, is larger than 512 MiB, or has more than 2**26 pixels.
     """
     try:
+        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+            raise ValueError(f"{size} bytes, more than {MAX_IMAGE_BYTES}")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
             image.load()
             return image
-    except DECODING_ERRORS as error:
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else printable(error)[:200]
+    except Exception as error:  # Pillow's decoders raise exceptions of any type when a file is damaged.
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
         formats = ", ".join(IMAGE_FORMATS)
         raise DatasetError(f"{printable(path)} does not decode as {formats} ({reason}): replace it") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the message of an exception for a one-line message, or its type where it has no message.
+
+    Args:
+        error: Exception of a decoder or of a data set.
+    """
+    return printable(error)[:200] or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -52,30 +73,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Images of 16-bit grey keep their high byte, as the decoder does for 16-bit colours.
 
     Args:
-        image: Image of any mode but floating point. It is not changed.
+        image: Image of any mode but floating point, of at most 2**26 pixels. It is not changed.
 
     Returns:
         A new image of mode "RGB" without metadata, so that a second call returns the same pixels.
 
     Raises:
-        ValueError: The image is floating point, or has values outside 0 … 65535.
+        ValueError: The image is floating point, has values outside 0 … 65535, lacks its palette, or has more than 2**26
+            pixels. Pillow raises exceptions of other types where the image is damaged and not decoded yet.
     """
-    image = _turn_upright(image)
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}: make the image smaller")
     if image.mode == "F":
         raise ValueError("floating-point images have no defined white: convert them to 8 bits")
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 0xFFFF:
-            raise ValueError("values outside 0 … 65535: convert the image to 8 bits")
-        grey = wide >> 8
-        grey[wide == image.info.get("transparency", -1)] = 255
-        rgb = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    elif image.has_transparency_data:
-        colours = image.convert("RGBA")
-        rgb = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
-    else:
-        rgb = image.convert("RGB")
-    rgb.info = {}  # Orientation and transparency are applied now, and must not be applied again.
+    image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("the palette is missing: replace the image")
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    upright = image if turn is None else image.transpose(turn)
+    rgb = Image.new("RGB", upright.size)
+    for top in range(0, upright.height, _STRIP_ROWS):
+        strip = upright.crop((0, top, upright.width, min(top + _STRIP_ROWS, upright.height)))
+        rgb.paste(_strip_to_rgb(strip), (0, top))
     return rgb
 
 
@@ -98,7 +117,7 @@ def preprocess(
         Pixels, [3, resolution, resolution], float32.
 
     Raises:
-        ValueError: The resized image would have more than 2**27 pixels.
+        ValueError: The resized image would have more than 2**26 pixels.
     """
     short = min(image.size)
     width, height = (resolution * side // short for side in image.size)
@@ -120,13 +139,20 @@ def preprocess(
     return (values / 127.5 - 1).contiguous()
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Return a copy of an image, turned and mirrored as its EXIF orientation asks."""
-    upright = image.copy()
-    # The tags are parsed here and kept. Without their bytes, exif_transpose has nothing to write back, which would fail
-    # for files whose other tags are damaged.
-    upright.getexif()
-    for name in _EXIF_ENTRIES:
-        upright.info.pop(name, None)
-    ImageOps.exif_transpose(upright, in_place=True)
-    return upright
+def _strip_to_rgb(strip: Image.Image) -> Image.Image:
+    """Return a strip of an upright image as 8-bit RGB on white.
+
+    Raises:
+        ValueError: The strip has values outside 0 … 65535.
+    """
+    if strip.mode.startswith("I"):
+        wide = np.asarray(strip)
+        if wide.min() < 0 or wide.max() > 0xFFFF:
+            raise ValueError("values outside 0 … 65535: convert the image to 8 bits")
+        grey = (wide >> 8).astype(np.uint8)
+        grey[wide == strip.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if strip.has_transparency_data:
+        colours = strip.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return strip.convert("RGB")

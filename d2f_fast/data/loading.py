@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -10,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from d2f_fast.data.captions import Captions
-from d2f_fast.data.images import DECODING_ERRORS, preprocess, to_rgb
+from d2f_fast.data.images import preprocess, reason_of, to_rgb
 from d2f_fast.data.order import Augmentation, BatchPlan
-from d2f_fast.errors import DatasetError, printable
+from d2f_fast.errors import DatasetError, RefusedInputError, printable
 
 Loaded = TypeVar("Loaded")
 
@@ -91,10 +92,12 @@ def read_sample(dataset: ImageDataset, index: int) -> ReadSample:
         index: Index of the sample.
 
     Raises:
-        DatasetError: The sample has no image or no caption, or its image cannot be used.
+        DatasetError: The data set raises an exception for this sample, the sample has no image or no caption, or its
+            image cannot be used.
     """
-    sample = dataset[index]
-    name = printable(sample["path"]) if "path" in sample else f"sample {index}"
+    with refused_sample(f"sample {index}"):
+        sample = dataset[index]
+        name = printable(sample["path"]) if "path" in sample else f"sample {index}"
     if isinstance(dataset, CaptionedDataset):
         captions = dataset.captions(index)
     else:
@@ -102,10 +105,8 @@ def read_sample(dataset: ImageDataset, index: int) -> ReadSample:
     image = sample.get("image")
     if not isinstance(image, Image.Image):
         raise DatasetError(f'{name}: "image" must be a PIL image, got {type(image).__name__}')
-    try:
+    with refused_sample(name):
         return ReadSample(to_rgb(image), captions, name)
-    except DECODING_ERRORS as error:
-        raise DatasetError(f"{name}: {error}") from error
 
 
 def augmented_pixels(
@@ -127,10 +128,32 @@ def augmented_pixels(
         DatasetError: The image is too elongated for the resolution.
     """
     flip = random_flip and augmentation.mirrored
-    try:
+    with refused_sample(sample.name):
         return preprocess(sample.image, resolution, center_crop, flip, augmentation.crop)
-    except DECODING_ERRORS as error:
-        raise DatasetError(f"{sample.name}: {error}") from error
+
+
+@contextmanager
+def refused_sample(name: str) -> Iterator[None]:
+    """Turn every exception inside a `with` block into a DatasetError that names the sample; refusals stay as they are.
+
+    Data sets read their files lazily, and the decoders of images raise exceptions of any type. A run that meets one
+    is saved and stopped, as for any other sample that cannot be used.
+
+    Args:
+        name: Name of the sample in the message.
+
+    Raises:
+        DatasetError: The block raised an exception; it is the cause of this one.
+    """
+    try:
+        yield
+    except RefusedInputError:
+        raise
+    except ValueError as error:  # Those of this package say what to do.
+        raise DatasetError(f"{name}: {reason_of(error)}") from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise DatasetError(f"{name} cannot be used ({kind}: {reason_of(error)}): replace it") from error
 
 
 def check_dataset(dataset: object) -> None:

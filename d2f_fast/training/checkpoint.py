@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from d2f_fast.errors import CheckpointError
+from d2f_fast.errors import CheckpointError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath, in_mebibytes, is_full_disk, sync_to_disk
 from d2f_fast.files.hashes import file_sha256
 from d2f_fast.files.json_file import read_json, write_json
@@ -75,7 +75,7 @@ def save_checkpoint(output_dir: StrPath, step: int, write: Callable[[Path], None
                 "then resume: earlier checkpoints are intact"
             ) from error
         raise
-    _delete_old(output_dir, step, keep)
+    delete_old_checkpoints(output_dir, step, keep)
     return target
 
 
@@ -118,22 +118,13 @@ def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | 
             by its path; None for no checkpoint.
 
     Raises:
-        CheckpointError: the named checkpoint is missing or damaged.
+        CheckpointError: the named checkpoint is missing or damaged, or "latest" was asked for and all are damaged.
     """
     if resume_from is None:
         return None
     output_dir = Path(output_dir)
     if resume_from == "latest":
-        for _, folder in sorted(list_checkpoints(output_dir) + list_checkpoints(output_dir, ".old-"), reverse=True):
-            try:
-                verify_checkpoint(folder)
-            except (CheckpointError, OSError) as error:
-                if not folder.name.startswith(".old-"):  # such a folder may be half deleted
-                    logger.warning("%s is skipped: %s", folder.name, error)
-            else:
-                return folder
-        logger.warning("%s holds no checkpoint to resume from: the run begins from its start", output_dir)
-        return None
+        return _find_latest(output_dir)
     named = Path(resume_from)
     for folder in (output_dir / named, named, output_dir / f".old-{named.name}"):
         if folder.is_dir():
@@ -142,12 +133,71 @@ def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | 
     raise CheckpointError(f'{named} is not a checkpoint in {output_dir}: give one that is there, or "latest"')
 
 
+def refuse_used_folder(output_dir: StrPath, resume_from: StrPath | None) -> None:
+    """Refuse an output folder with checkpoints or results of another run, which a new run would replace.
+
+    Args:
+        output_dir: folder of the run; it need not exist.
+        resume_from: checkpoint to resume from, as for `find_checkpoint`; None for a new run.
+
+    Raises:
+        RefusedInputError: the folder holds checkpoints, and the run is new; or it holds the result of a run, a
+            safetensors file or a pipeline, and neither a checkpoint nor the name of one.
+    """
+    output_dir = Path(output_dir)
+    checkpoints = list_checkpoints(output_dir) + list_checkpoints(output_dir, ".old-")
+    if checkpoints and resume_from is None:
+        raise RefusedInputError(
+            f"{printable(output_dir)} holds {checkpoints[0][1].name} of another run: continue it with"
+            " --resume_from_checkpoint latest, or name a new output_dir"
+        )
+    results = [*sorted(output_dir.glob("*.safetensors")), *output_dir.glob("pipeline/model_index.json")]
+    if results and not checkpoints and resume_from in (None, "latest"):
+        raise RefusedInputError(
+            f"{printable(output_dir)} holds {printable(results[0].relative_to(output_dir))} of a finished run, and no"
+            " checkpoint to continue from: name a new output_dir, or move the file away"
+        )
+
+
 def list_checkpoints(output_dir: Path, prefix: str = "") -> list[tuple[int, Path]]:
     """Return the folders `{prefix}checkpoint-N` with their N, highest first, whether or not they are whole."""
     if not output_dir.is_dir():
         return []
     found = [(re.fullmatch(re.escape(prefix) + r"checkpoint-(\d+)", p.name), p) for p in output_dir.iterdir()]
     return sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
+
+
+def _find_latest(output_dir: Path) -> Path | None:
+    """Return the newest checkpoint that is whole; None where the folder holds none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    damaged: list[tuple[Path, Exception]] = []
+    for _, folder in sorted(list_checkpoints(output_dir) + list_checkpoints(output_dir, ".old-"), reverse=True):
+        try:
+            verify_checkpoint(folder)
+        except (CheckpointError, OSError) as error:
+            if not folder.name.startswith(".old-"):  # such a folder may be half deleted
+                damaged.append((folder, error))
+        else:
+            for skipped, problem in damaged:
+                logger.warning("%s is skipped: %s", skipped.name, problem)
+            return folder
+    if damaged:
+        reasons = "; ".join(f"{each.name}: {_reason(each, problem)}" for each, problem in damaged)
+        raise CheckpointError(
+            f"every checkpoint in {printable(output_dir)} is damaged ({reasons}): restore one from a copy, or name a"
+            " new output_dir"
+        )
+    logger.warning("%s holds no checkpoint to resume from: the run begins from its start", output_dir)
+    return None
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """Return why a checkpoint is damaged, without its path and without the advice to take another one."""
+    text = str(error).removesuffix(": resume from another checkpoint").removesuffix("; check the path")
+    return text.replace(f"{folder}{os.sep}", "")
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -161,8 +211,14 @@ def _seal(folder: Path, step: int) -> None:
     write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "step": step, "files": files})
 
 
-def _delete_old(output_dir: Path, step: int, keep: int | None) -> None:
-    """Delete replaced and half-deleted checkpoints, and those before `step` beyond `keep`."""
+def delete_old_checkpoints(output_dir: Path, step: int, keep: int | None) -> None:
+    """Delete replaced and half-deleted checkpoints, and those before a step beyond the number that is kept.
+
+    Args:
+        output_dir: folder of the run.
+        step: step of the newest checkpoint of the run.
+        keep: number of checkpoints that stay, at least 1: that of `step` and those before it; None keeps all.
+    """
     older = [folder for number, folder in list_checkpoints(output_dir) if number < step]
     try:
         for _, folder in list_checkpoints(output_dir, ".old-"):

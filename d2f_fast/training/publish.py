@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from torch import nn
 
 from d2f_fast.config import TrainingConfig
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import CheckpointError, RefusedInputError
 from d2f_fast.files.atomic import atomic_folder
 from d2f_fast.files.json_file import write_json
 from d2f_fast.flow.alignment import Alignment
@@ -62,9 +63,11 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
         The folder.
 
     Raises:
+        CheckpointError: a weight of the UNet is not finite.
         RefusedInputError: `folder` exists or cannot be made, or the disk is full.
     """
     pipeline = model.pipeline
+    check_finite_weights(model.unet)
     scheduler = saved_scheduler(config, model, objective)
     parts = {**pipeline.components, "unet": merged_unet(model.unet), "scheduler": scheduler}
     saved = type(pipeline)(**parts)
@@ -72,6 +75,20 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
         save_pipeline_folder(saved, temporary)
         write_json(temporary / "d2f.json", tags_of(config, objective))
     return Path(folder)
+
+
+def check_finite_weights(unet: nn.Module) -> None:
+    """Refuse to save a network that has diverged.
+
+    Args:
+        unet: trained network.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+    """
+    for name, parameter in unet.named_parameters():
+        if not parameter.detach().isfinite().all():
+            raise CheckpointError(f"{name} holds NaN or infinity and is not written: resume from an earlier checkpoint")
 
 
 def saved_scheduler(

@@ -15,11 +15,11 @@ from typing import TypedDict
 import torch
 
 from d2f_fast.config import TrainingConfig
-from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.errors import CheckpointError
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_file import read_tensors, write_tensors
 from d2f_fast.models.facts import ModelFacts
-from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, list_checkpoints
+from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, refuse_used_folder
 from d2f_fast.training.optimizer_state import read_optimizer, write_optimizer
 from d2f_fast.training.step import TrainingStep
 
@@ -79,16 +79,11 @@ def choose_checkpoint(config: TrainingConfig, step: int) -> Path | None:
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        RefusedInputError: the output folder holds checkpoints, and the options do not ask to resume.
+        RefusedInputError: the output folder holds what a new run would replace; see `refuse_used_folder`.
     """
-    output_dir = Path(config.output_dir)
-    others = list_checkpoints(output_dir)
-    if config.resume_from_checkpoint is None and others and step == 0:
-        raise RefusedInputError(
-            f"{output_dir} holds {others[0][1].name} of another run: continue it with --resume_from_checkpoint latest,"
-            " or name a new output_dir"
-        )
-    return find_checkpoint(output_dir, config.resume_from_checkpoint)
+    if step == 0:
+        refuse_used_folder(config.output_dir, config.resume_from_checkpoint)
+    return find_checkpoint(config.output_dir, config.resume_from_checkpoint)
 
 
 def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], samples: int) -> None:

@@ -38,7 +38,8 @@ def check_tracker(report_to: str) -> None:
 class RunLog:
     """Log the steps of one run, as a context manager that closes its bar and its tracker.
 
-    `log.jsonl` in the output folder gets a line for each logged step. The main process alone writes.
+    `log.jsonl` in the output folder gets a line for each logged step, and loses those of an earlier run in the folder
+    that were after the step at which this one begins. The main process alone writes.
 
     Args:
         config: options of the run.
@@ -58,8 +59,7 @@ class RunLog:
         self.last_loss: float | None = None
         self._started = self._last_time = time.monotonic()
         self._images = 0
-        if config.resume_from_checkpoint is not None:
-            self._cut(step)
+        self._cut(step)
         if accelerator.log_with:
             options = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
             accelerator.init_trackers(PROJECT, config=options)
@@ -115,7 +115,7 @@ class RunLog:
         self._accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=step)
 
     def _cut(self, step: int) -> None:
-        """Drop the rows after `step`: a killed run logged them, and its continuation takes those steps again."""
+        """Drop the rows after `step`: a run logged them that was killed, and these steps are taken again."""
         if not self._writes or not self._path.exists():
             return
 

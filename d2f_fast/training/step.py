@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend
 from d2f_fast.config import TrainingConfig
 from d2f_fast.layers.fused_lora import lora_paths
 from d2f_fast.ops import kernel_path
+from d2f_fast.training.agreement import sum_over_processes
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import StepInputs
 from d2f_fast.training.objective import Objective
@@ -212,7 +213,7 @@ class TrainingStep:
             # Summed here, once a step, and not by DDP: slices may be empty, or need unequal numbers of backward passes.
             together = [loss, *(p.grad for p in self.trainable.values() if p.grad is not None)]
             flat = torch.cat([tensor.reshape(-1) for tensor in together])
-            torch.distributed.all_reduce(flat)
+            sum_over_processes(flat)
             parts = torch.split(flat, [tensor.numel() for tensor in together])
             torch._foreach_copy_(together, [part.view_as(tensor) for part, tensor in zip(parts, together, strict=True)])
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)

@@ -6,17 +6,14 @@ batch (`data`) → inputs (`inputs`) → step (`step`) → log (`run_log`) → c
 import dataclasses
 import logging
 import os
-import signal
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import Tensor
 
@@ -25,37 +22,33 @@ from d2f_fast.data.batch import Batch, check_batch
 from d2f_fast.data.encoding import BatchEncoder
 from d2f_fast.data.loading import ImageDataset, check_dataset, load_ahead
 from d2f_fast.data.order import plan_batches
-from d2f_fast.errors import DatasetError, RefusedInputError
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.atomic import make_folder
 from d2f_fast.files.json_file import write_json
+from d2f_fast.files.lock import locked_folder
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.generate import generate
-from d2f_fast.training.checkpoint import save_checkpoint
+from d2f_fast.training.accelerator import start_accelerator
+from d2f_fast.training.agreement import Agreement
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.network import check_trainable, inputs_in_float32, prepare_network
 from d2f_fast.training.objective import make_objective, settle_method
 from d2f_fast.training.publish import publish_lora, publish_pipeline
-from d2f_fast.training.resume import choose_checkpoint, load_state, run_identity, write_state
+from d2f_fast.training.resume import run_identity
+from d2f_fast.training.run_checkpoints import NonFiniteRunError, RunCheckpoints
 from d2f_fast.training.run_log import RunLog, check_tracker
-from d2f_fast.training.signals import InterruptedRunError, StopSignals
+from d2f_fast.training.signals import stop_signals
 from d2f_fast.training.step import TrainingStep, keep_compiled_code, learning_rates
+from d2f_fast.training.stop import Stop
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPPED_IN_A_ROW = 10
-
-
-class NonFiniteRunError(RuntimeError):
-    """Loss or gradient norm was not finite in too many steps in a row."""
-
-    exit_code = 2
 
 
 class RunResult(TypedDict):
@@ -98,7 +91,7 @@ class AlignedTrainer:
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
         self.config = config = settle_method(config, model.flow)
         self._precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        self.accelerator = _start_accelerator(config, self._precision)
+        self.accelerator = start_accelerator(config, self._precision)
         self.device = self.accelerator.device
         if config.cuda_graph and self.device.type != "cuda":
             raise RefusedInputError(f"cuda_graph needs a CUDA GPU, got {self.device.type}: leave it out")
@@ -128,6 +121,8 @@ class AlignedTrainer:
             self.accelerator.num_processes,
         )
         self.optimizer = self._training_step.optimizer
+        self._checkpoints = RunCheckpoints(self._training_step, writes=self.accelerator.is_main_process)
+        self._agreement = Agreement(self.device, self.accelerator.num_processes)
         self._learning_rate = learning_rates(config)
         self.global_step, self._samples = 0, 0
 
@@ -183,62 +178,59 @@ class AlignedTrainer:
             Steps taken, last loss, skipped steps, and seconds of this call.
 
         Raises:
-            DatasetError: a sample cannot be used; the steps before it are saved.
-            CheckpointError: the checkpoint to resume from cannot be used.
-            RefusedInputError: `output_dir` holds another run's checkpoints, or the disk is full.
+            RefusedInputError: a sample cannot be used (`DatasetError`), the checkpoint to resume from cannot be used
+                (`CheckpointError`), `output_dir` holds another run or is in use by one, or the disk is full. The
+                message says whether the steps so far are saved.
             InterruptedRunError: SIGTERM or SIGINT arrived; a checkpoint is saved.
-            NonFiniteRunError: ten steps in a row were not finite; the last checkpoint is intact.
+            LostProcessError: another process of the run has ended.
+            NonFiniteRunError: ten steps in a row were not finite, or a weight is not; the last checkpoint is intact.
         """
-        config = self.config
         check_dataset(dataset)
-        self._samples = len(dataset)
-        self._resume()
-        if self.accelerator.is_main_process:
-            options = [dataclasses.asdict(part) for part in (self.model.options, config)]
-            write_json(make_folder(config.output_dir) / "config.json", options[0] | options[1])
-        logger.info("%s", self.paths)
-        half = nullcontext() if self._half_base is None else self._half_base.in_use()
-        log = RunLog(config, self.accelerator, self.global_step)
-        with StopSignals() as signals, log, half, closing(self._batches(dataset)) as batches:
-            for batch in self._saved_where_a_sample_fails(batches):
-                loss = self.step(batch)
-                log.count(batch["global_batch_size"])
-                step = self.global_step
-                done = step == config.max_train_steps
-                logged = step % config.logging_steps == 0 or done
-                if logged:
-                    self._stop_if_not_finite()
-                    log.write(step, loss.item(), self._learning_rate(step), int(self._training_step.skipped))
-                # Several processes agree only where they log, and wait for the device anyway.
-                alone = self.accelerator.num_processes == 1
-                received = signals.agreed(self.device, self.accelerator.num_processes) if logged or alone else None
-                if received is not None:
-                    self._save_checkpoint()
-                    raise InterruptedRunError(f"stopped by {signal.Signals(received).name} after step {step}: saved")
-                if config.checkpointing_steps and (done or step % config.checkpointing_steps == 0):
-                    self._save_checkpoint()
-                if done:
-                    break
+        batch: Batch | None = None
+        main = self.accelerator.is_main_process
+        with stop_signals(self.has_unsaved_steps, announce=main) as signals:
+            stop = Stop(self._agreement, signals, self._save_unsaved_steps, main)
+            with ExitStack() as stack:
+                try:
+                    log, batches = self._begin(dataset, stack)
+                except RefusedInputError as error:
+                    stop.where_agreed(error, self.global_step)
+                    raise
+                failure: Exception | None = None
+                while True:
+                    if failure is None and signals.received is None:
+                        try:
+                            batch = next(batches, None)
+                        except Exception as error:
+                            failure = error
+                    # What one process meets stops all of them here: none may wait for another one in a step.
+                    stop.where_agreed(failure, self.global_step)
+                    if batch is None:
+                        break
+                    loss = stop.where_a_process_is_lost(partial(self.step, batch), self.global_step)
+                    failure = self._log_and_save(log, batch, loss)
         skipped = int(self._training_step.skipped)
         return RunResult(steps=self.global_step, loss=log.last_loss, skipped_steps=skipped, seconds=log.seconds)
 
-    def _batches(self, dataset: ImageDataset) -> Generator[Batch]:
-        """Yield this process' slice of each global batch from the current step on, encoded through the cache."""
-        config, accelerator = self.config, self.accelerator
-        if self.global_step >= config.max_train_steps:
-            return
-        encoder = BatchEncoder(self.model, config)
-        plans = plan_batches(
-            len(dataset),
-            self.global_batch_size,
-            config.seed,
-            self.global_step,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-        left = islice(plans, config.max_train_steps - self.global_step)
-        for plan, loaded in load_ahead(left, partial(encoder.load, dataset), config.dataloader_num_workers):
-            yield encoder.encode(plan, loaded)
+    def has_unsaved_steps(self) -> bool:
+        """Return whether this process may not end at once: steps are unsaved, or other processes would wait for it."""
+        return self.global_step > self._checkpoints.saved_step or self.accelerator.num_processes > 1
+
+    def _begin(self, dataset: ImageDataset, stack: ExitStack) -> tuple[RunLog, Generator[Batch]]:
+        """Lock the output folder, continue from a checkpoint, and return the log and the batches, closed by `stack`."""
+        config, main = self.config, self.accelerator.is_main_process
+        if main:
+            stack.enter_context(locked_folder(config.output_dir))
+        self._samples = len(dataset)
+        self._resume()
+        if main:
+            options = [dataclasses.asdict(part) for part in (self.model.options, config)]
+            write_json(make_folder(config.output_dir) / "config.json", options[0] | options[1])
+        logger.info("%s", self.paths)
+        log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
+        if self._half_base is not None:
+            stack.enter_context(self._half_base.in_use())
+        return log, stack.enter_context(closing(_encoded_batches(self, dataset)))
 
     def step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
@@ -261,39 +253,45 @@ class AlignedTrainer:
         self.global_step += 1
         return loss
 
-    def _stop_if_not_finite(self) -> None:
-        """Stop a run that skips every step; this waits for the device."""
-        in_a_row = int(self._training_step.skipped_in_a_row)
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteRunError(
-                f"loss or gradient was not finite in {in_a_row} steps in a row, the last at step"
-                f" {self.global_step}: lower learning_rate, or check the data; the weights are those before these steps"
-            )
+    def _log_and_save(self, log: RunLog, batch: Batch, loss: Tensor) -> Exception | None:
+        """Log and save the step that was taken, where it is due, and return why it could not be done.
 
-    def _saved_where_a_sample_fails(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches; where a sample cannot be used, save the steps so far before the run stops."""
-        began = self.global_step
+        Raises:
+            NonFiniteRunError: the run has diverged, as all processes find alike.
+        """
+        config, step = self.config, self.global_step
+        log.count(batch["global_batch_size"])
+        done = step == config.max_train_steps
         try:
-            yield from batches
-        except DatasetError as error:
-            if self.global_step == began:
-                raise
-            self._save_checkpoint()
-            raise DatasetError(f"{error}; step {self.global_step} is saved") from error
+            if step % config.logging_steps == 0 or done:
+                if self._checkpoints.refuse_non_finite_steps(step):
+                    self._checkpoints.delete_old(config, step)
+                log.write(step, loss.item(), self._learning_rate(step), int(self._training_step.skipped))
+            if config.checkpointing_steps and (done or step % config.checkpointing_steps == 0):
+                self._save_checkpoint(regular=not done)
+        except NonFiniteRunError:
+            raise
+        except Exception as error:
+            return error
+        return None
 
-    def _save_checkpoint(self) -> None:
-        """Save `checkpoint-N` with everything that a continuation needs; the main process alone writes."""
-        if self.accelerator.is_main_process:
-            write = partial(write_state, step=self._training_step, identity=self._identity(), samples=self._samples)
-            save_checkpoint(self.config.output_dir, self.global_step, write, self.config.checkpoints_total_limit)
+    def _save_checkpoint(self, *, regular: bool = False) -> None:
+        """Save `checkpoint-N`; see `RunCheckpoints.save`."""
+        self._checkpoints.save(self.config, self._identity(), self._samples, self.global_step, regular=regular)
+
+    def _save_unsaved_steps(self) -> str:
+        """Save a run that has to stop, and return why it could not be saved; "" where it is saved."""
+        if self.global_step == self._checkpoints.saved_step:
+            return ""
+        try:
+            self._save_checkpoint()
+        except (RefusedInputError, NonFiniteRunError, OSError) as error:
+            return str(error)
+        return ""
 
     def _resume(self) -> None:
         """Continue from the checkpoint that the options name, if they name one."""
-        folder = choose_checkpoint(self.config, self.global_step)
-        if folder is not None:
-            self.global_step = load_state(
-                folder, self._training_step, self._identity(), self._samples, self.config.max_train_steps
-            )
+        self.global_step = self._checkpoints.resume(self.config, self._identity(), self._samples, self.global_step)
 
     def _identity(self) -> dict[str, object]:
         """Return the settings that a continuation must match."""
@@ -369,28 +367,20 @@ class AlignedTrainer:
             return publish_pipeline(self.model, self.objective, self.config, folder)
 
 
-def _start_accelerator(config: TrainingConfig, precision: str) -> Accelerator:
-    """Return the accelerator of this process, with the tracker of the run.
-
-    Args:
-        config: options of the run.
-        precision: type of autocast, from the options or from `accelerate launch`.
-
-    Raises:
-        RefusedInputError: the precision or the tracker cannot be used, or accelerate does not see all processes.
-    """
-    if precision not in ("no", "bf16"):  # before Accelerator, which refuses fp16 on a CPU in its own words
-        raise RefusedInputError(f"mixed_precision must be no or bf16, got {precision}")
-    check_tracker(config.report_to)
-    output = Path(config.output_dir)
-    accelerator = Accelerator(
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(str(output), str(output / "logs")),
+def _encoded_batches(trainer: AlignedTrainer, dataset: ImageDataset) -> Generator[Batch]:
+    """Yield this process' slice of each global batch from the current step on, encoded through the cache."""
+    config, accelerator, step = trainer.config, trainer.accelerator, trainer.global_step
+    if step >= config.max_train_steps:
+        return
+    encoder = BatchEncoder(trainer.model, config)
+    plans = plan_batches(
+        len(dataset),
+        trainer.global_batch_size,
+        config.seed,
+        step,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
     )
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != accelerator.num_processes:  # each would train alone, and overwrite the files of the others
-        raise RefusedInputError(
-            f"{world} processes were started, and accelerate sees {accelerator.num_processes}: on a CPU set"
-            " ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
+    left = islice(plans, config.max_train_steps - step)
+    for plan, loaded in load_ahead(left, partial(encoder.load, dataset), config.dataloader_num_workers):
+        yield encoder.encode(plan, loaded)

@@ -1,11 +1,14 @@
 """The configuration file of `--config`: the values it gives, and the files that are refused."""
 
+from pathlib import Path
+
 import pytest
 
 from d2f_fast.commands.config_file import MAX_CONFIG_BYTES
 from d2f_fast.commands.main import main, parse
 from d2f_fast.errors import RefusedInputError
 
+HOSTILE = Path(__file__).parents[1] / "hostile"
 TRAIN = ["train", "--train_data_dir", "x"]
 
 
@@ -100,11 +103,13 @@ LAUGHS = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in ra
         (b"target_modules: " + b"[" * 5000 + b"]" * 5000, "cannot be read as YAML"),
         (b"rank: 3\nlogging_steps: 1\nrank: 4\n", "gives rank more than once: keep one of the lines"),
         (b"a0: &a0 [x]\n" + LAUGHS.encode(), "line 2 uses the alias *a0; write its value out"),
-        (b"#" * (MAX_CONFIG_BYTES + 1), "is larger than 1 MiB"),
+        ((HOSTILE / "alias_bomb.yaml").read_bytes(), "line 1 uses the alias *c0; write its value out"),
+        (b"target_modules: " + b"[" * 30_000, "line 1 is nested more than 10 deep; no option is"),
+        (b"#" * (MAX_CONFIG_BYTES + 1), "is larger than 32 KiB"),
     ],
     ids=[
         *("list", "empty", "word", "syntax", "two documents", "not text", "code", "key", "deep", "twice", "alias"),
-        "large",
+        *("alias bomb", "very deep", "large"),
     ],
 )
 def test_unusable_file_is_refused_in_one_line_with_exit_code_2(content, sentence, tmp_path, capsys):

@@ -11,11 +11,14 @@ from d2f_fast.commands.main import main
 def test_demo_writes_its_report_into_the_folder_with_the_seed(tmp_path, capsys, monkeypatch):
     import d2f_fast.demo.run
 
-    monkeypatch.setattr(d2f_fast.demo.run, "run_demo", lambda folder, seed: Path(folder) / f"{seed}.html")
+    def run_demo(folder, seed):
+        assert Path(folder).is_dir()  # it is made before the slow work begins
+        return Path(folder) / f"{seed}.html"
+
+    monkeypatch.setattr(d2f_fast.demo.run, "run_demo", run_demo)
     output = tmp_path / "a" / "demo"
     assert main(["demo", "--output_dir", str(output), "--seed", "5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": str(output / "5.html")}
-    assert output.is_dir()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import d2f_fast
 from d2f_fast.commands.main import COMMANDS, main
 from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.files.lock import locked_folder
 
 HEAVY_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "typeguard", "yaml")
 ARGUMENTS = {"demo": [], "train": ["--train_data_dir", "x"], "sample": ["--prompts", "x"], "convert": ["x"]}
@@ -109,7 +110,10 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
     (tmp_path / "file").touch()
     (tmp_path / "c.yaml").write_text("rank: many\n")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "pytorch_lora_weights.safetensors").touch()
     data, run, file, config = (str(tmp_path / name) for name in (".", "run", "file", "c.yaml"))
+    locked, done = str(tmp_path / "locked"), str(tmp_path / "done")
     refused = [
         ["train", "--train_data_dir", "no-such-folder"],
         ["train", "--train_data_dir", data, "--adapter", "full", "--output_dir", run],
@@ -121,9 +125,15 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
         ["sample", "--prompts", "a", "--output_dir", file],
         ["demo", "--seed", "-1"],
         ["demo", "--output_dir", file],
+        ["demo", "--output_dir", locked],
+        ["train", "--train_data_dir", data, "--output_dir", locked],
+        ["train", "--train_data_dir", data, "--output_dir", done],
+        ["train", "--train_data_dir", data, "--output_dir", done, "--resume_from_checkpoint", "latest"],
     ]
     code = "\n".join(f"assert main({arguments}) == 2, {arguments}" for arguments in refused)
-    assert "torch" not in imported_by(code) and "diffusers" not in imported_by(code)
+    with locked_folder(locked):
+        imported = imported_by(code)
+    assert "torch" not in imported and "diffusers" not in imported
 
 
 def test_module_runs_as_the_command_does():

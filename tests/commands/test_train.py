@@ -1,6 +1,8 @@
 """`d2f train` as a user types it: what it saves, what it prints, and what it refuses."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from d2f_fast.commands.main import main
 from d2f_fast.files.tensor_file import read_tensors
+
+HOSTILE = Path(__file__).parents[1] / "hostile"
 
 
 def test_full_finetuning_saves_the_averaged_pipeline_and_no_lora(train, tiny_folder, tmp_path, capsys):
@@ -85,6 +89,31 @@ def test_bad_input_is_refused_with_exit_code_2(arguments, sentence, images, tmp_
     error = capsys.readouterr().err
     assert code == 2 and sentence in error
     assert not (tmp_path / "d2f-output").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("no_palette.png", "no_palette.png: the palette is missing: replace the image"),
+        ("grey16_bomb.png", "(11585x11585 pixels, more than 67108864): replace it"),
+    ],
+)
+def test_hostile_image_ends_the_run_in_one_line(name, sentence, train, images, tmp_path, capsys):
+    shutil.copy(HOSTILE / name, images / name)
+    (images / name).with_suffix(".txt").write_text("abc")
+    assert train(tmp_path / "run", "--max_train_steps", "9", "--checkpointing_steps", "0") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"d2f: {images / name}") and sentence in last
+    saved = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert saved == (["checkpoint-1"] if last.endswith("; step 1 is saved") else [])
+
+
+def test_finished_run_is_not_replaced_by_another(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--checkpointing_steps", "0") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    assert train(tmp_path / "run", "--checkpointing_steps", "0", "--seed", "1") == 2
+    assert "pytorch_lora_weights.safetensors of a finished run, and no checkpoint" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
 
 
 def test_full_finetuning_is_refused_before_it_starts_when_its_pipeline_exists(images, tiny_folder, tmp_path, capsys):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
-from d2f_fast.data.images import preprocess, read_image, to_rgb
+from d2f_fast.data.images import MAX_IMAGE_BYTES, preprocess, read_image, to_rgb
 from d2f_fast.data.loading import read_sample
 from d2f_fast.errors import DatasetError
 
+HOSTILE = Path(__file__).parents[1] / "hostile"
 RANDOM = np.random.default_rng(0)
 NOISE = RANDOM.integers(0, 256, (9, 7, 4), dtype=np.uint8)
 
@@ -179,6 +181,63 @@ def test_image_that_does_not_decode_is_refused_by_name(tmp_path, kind):
     assert message.startswith(f"{path} does not decode as PNG, JPEG, WEBP, BMP (")
     assert message.endswith("): replace it")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("error", [AssertionError(), IndexError("i"), struct.error("s"), KeyError("k"), MemoryError()])
+@pytest.mark.parametrize("method", ["open", "load"])
+def test_every_exception_of_a_decoder_names_the_file(tmp_path, monkeypatch, method, error):
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    path = save(tmp_path / "a.png")
+    monkeypatch.setattr(*{"open": (Image, "open"), "load": (PngImageFile, "load")}[method], fail)
+    with pytest.raises(DatasetError) as caught:
+        read_image(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path} does not decode as PNG, JPEG, WEBP, BMP (") and "()" not in message
+
+
+def test_image_without_its_palette_is_refused_by_name():
+    with pytest.raises(DatasetError, match=r"no_palette\.png: the palette is missing: replace the image$"):
+        read_sample(OneFile(HOSTILE / "no_palette.png"), 0)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # between Pillow's limit and ours
+def test_small_file_of_many_pixels_is_refused_from_its_header(monkeypatch):
+    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("the image was decoded"))
+    sentence = r"grey16_bomb\.png does not decode .*\(11585x11585 pixels, more than 67108864\): replace it"
+    with pytest.raises(DatasetError, match=sentence):
+        read_image(HOSTILE / "grey16_bomb.png")
+
+
+def test_large_file_is_refused_unread(tmp_path):
+    path = tmp_path / "a.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_IMAGE_BYTES + 1)  # a sparse file, which takes no room
+    with pytest.raises(
+        DatasetError, match=rf"\({MAX_IMAGE_BYTES + 1} bytes, more than {MAX_IMAGE_BYTES}\): replace it"
+    ):
+        read_image(path)
+
+
+def test_image_in_memory_of_too_many_pixels_is_refused():
+    with pytest.raises(ValueError, match="8193x8192 pixels, more than 67108864: make the image smaller"):
+        to_rgb(Image.new("1", (8193, 8192)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "CMYK"])
+def test_image_higher_than_a_strip_converts_as_a_whole(mode):
+    pixels = RANDOM.integers(0, 256, (600, 3, 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray((pixels[..., 0].astype(np.uint16) << 8) + pixels[..., 1])
+        expected = np.repeat(pixels[..., :1], 3, -1)
+    else:
+        image = Image.fromarray(pixels).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode)
+        white = Image.new("RGBA", image.size, "white")
+        opaque = mode in ("CMYK", "P") and not image.has_transparency_data
+        whole = image.convert("RGB") if opaque else Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        expected = np.asarray(whole)
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)
 
 
 class OneFile:

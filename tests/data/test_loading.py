@@ -235,6 +235,16 @@ def test_unusable_sample_is_refused_by_name(sample, sentence):
         next(batches([sample], 1, 256, 0, random_flip=False, center_crop=True))
 
 
+@pytest.mark.parametrize("error", [AssertionError("a"), IndexError("a"), OSError("a")], ids=lambda e: type(e).__name__)
+def test_every_exception_of_a_data_set_names_the_sample(error):
+    class Broken(Images):
+        def __getitem__(self, index: int) -> Mapping[str, Any]:
+            raise error
+
+    with pytest.raises(DatasetError, match=rf"^sample 3 cannot be used \({type(error).__name__}: a\): replace it$"):
+        read_sample(Broken(), 3)
+
+
 @pytest.mark.parametrize(
     ("dataset", "sentence"),
     [

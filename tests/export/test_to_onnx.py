@@ -230,8 +230,7 @@ def test_killed_run_leaves_no_output_and_the_next_run_removes_its_leftovers(tiny
     process = _run_until_it_writes(tiny_folder, tmp_path / "out")
     process.kill()
     assert process.wait(timeout=120) == -signal.SIGKILL
-    (remains,) = tmp_path.iterdir()
-    assert remains.name == f".tmp-{process.pid}-out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock-out", f".tmp-{process.pid}-out"]
     # The next run to the same folder removes the leftovers even if it is refused.
     assert main(["--model", "model.ckpt", "--output", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []

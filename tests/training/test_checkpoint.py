@@ -457,6 +457,22 @@ def test_missing_checkpoints_give_none_and_a_warning_for_latest(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_latest_of_damaged_checkpoints_alone_is_refused_and_names_each(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, writer(step))
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()
+    (weights,) = (tmp_path / "checkpoint-2").glob("*.safetensors")
+    weights.write_bytes(b"")
+    (tmp_path / "checkpoint-3" / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path, "latest")
+    assert str(caught.value) == (
+        f"every checkpoint in {tmp_path} is damaged (checkpoint-3: manifest.json is not the manifest of a checkpoint; "
+        f"checkpoint-2: {weights.name} has 0 bytes, and {(tmp_path / 'checkpoint-3' / weights.name).stat().st_size} "
+        "were written; checkpoint-1: manifest.json: no such file): restore one from a copy, or name a new output_dir"
+    )
+
+
 def test_checkpoint_is_found_by_name_or_path_and_refused_if_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

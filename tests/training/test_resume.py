@@ -167,6 +167,24 @@ def test_new_run_is_refused_in_a_folder_with_checkpoints(images: Any, make_train
     assert Path(first.config.output_dir, "log.jsonl").read_bytes() == log
 
 
+@pytest.mark.parametrize("resume", [None, "latest"])
+@pytest.mark.parametrize(
+    ("adapter", "result"), [("lora", r"\w+\.safetensors"), ("full", r"pipeline/model_index\.json")]
+)
+def test_folder_with_a_finished_result_and_no_checkpoint_is_refused(
+    images: Any, make_trainer: Any, resume: str | None, adapter: str, result: str
+) -> None:
+    first = make_trainer(max_train_steps=1, checkpointing_steps=0, adapter=adapter)
+    first.fit(images())
+    output = Path(first.config.output_dir)
+    first.save_lora(output) if adapter == "lora" else first.save_pipeline(output / "pipeline")
+    log = (output / "log.jsonl").read_bytes()
+    sentence = rf"run holds {result} of a finished run, and no checkpoint to continue from: name a new output_dir, or"
+    with pytest.raises(RefusedInputError, match=sentence):
+        make_trainer(max_train_steps=2, adapter=adapter, resume_from_checkpoint=resume).fit(images())
+    assert (output / "log.jsonl").read_bytes() == log
+
+
 def test_dataset_of_another_length_gives_a_warning(
     images: Any, make_trainer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

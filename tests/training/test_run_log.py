@@ -27,6 +27,15 @@ def test_resumed_run_drops_damaged_and_later_rows(images: Any, make_trainer: Any
     assert log.read_bytes() == row
 
 
+def test_new_run_drops_the_rows_of_an_earlier_run(images: Any, logged_losses: Any, make_trainer: Any) -> None:
+    first = make_trainer(max_train_steps=2, checkpointing_steps=0)
+    first.fit(images())
+    rows = Path(first.config.output_dir, "log.jsonl").read_text()
+    second = make_trainer(max_train_steps=2, checkpointing_steps=0, seed=5)
+    second.fit(images())
+    assert len(logged_losses(second)) == 2 and Path(second.config.output_dir, "log.jsonl").read_text() != rows
+
+
 def test_log_that_cannot_be_written_does_not_stop_the_run(
     images: Any, make_trainer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

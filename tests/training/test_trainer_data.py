@@ -117,6 +117,24 @@ def test_unusable_sample_stops_the_run_after_a_checkpoint(images: Any, make_trai
     assert find_checkpoint(first.config.output_dir, "latest") is None
 
 
+@pytest.mark.parametrize("error", [KeyError("a"), OSError(28, "No space left on device")], ids=["defect", "full disk"])
+def test_run_is_saved_whatever_stops_its_batches(images: Any, make_trainer: Any, error: Exception) -> None:
+    trainer = make_trainer(checkpointing_steps=0)
+    encode = trainer.model.encode_images
+
+    def fail(pixels: Any) -> Any:
+        if trainer.global_step == 2:
+            raise error
+        return encode(pixels)
+
+    trainer.model.encode_images = fail
+    with pytest.raises(type(error)) as caught:
+        trainer.fit(images())
+    assert caught.value.__notes__ == ["d2f: step 2 is saved"]
+    found = find_checkpoint(trainer.config.output_dir, "latest")
+    assert found is not None and verify_checkpoint(found) == 2
+
+
 @pytest.mark.parametrize("cache_latents", [True, False])
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"text": ""}, r'sample \d: "text"'),

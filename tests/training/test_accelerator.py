@@ -1,0 +1,21 @@
+"""Settings under which accelerate would not start the run that was asked for."""
+
+from typing import Any
+
+import pytest
+
+from d2f_fast.errors import RefusedInputError
+
+
+def test_float16_precision_is_refused(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RefusedInputError, match="mixed_precision must be no or bf16, got fp16"):
+        make_trainer(mixed_precision="fp16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(RefusedInputError, match="mixed_precision must be no or bf16, got fp16"):
+        make_trainer()
+
+
+def test_processes_that_would_train_alone_are_refused(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RefusedInputError, match="2 processes were started, and accelerate sees 1: on a CPU"):
+        make_trainer()
