@@ -131,7 +131,8 @@ def load_state(
             "the dataset had %d samples and now has %d: the run continues, in another order than it would have had",
             *(state["samples"], samples),
         )
-    for name in sorted(identity.keys() | state["identity"].keys()):
+    # The objective comes first, because it settles other options.
+    for name in sorted(identity.keys() | state["identity"].keys(), key=lambda name: (name != "objective", name)):
         was, now = state["identity"].get(name), identity.get(name)
         if was != now:
             raise CheckpointError(
