@@ -16,6 +16,7 @@ from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.atomic import atomic_folder
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_stream import LazyTensor, lazy_tensors, write_tensor_stream
+from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import Family, family_of_config
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.read import TAG_PREFIX
@@ -67,7 +68,8 @@ class ModelWeights:
     @property
     def prediction_type(self) -> str:
         """Return what the network predicts, in diffusers' words."""
-        return str(self.configs["scheduler"].get("prediction_type", "epsilon"))
+        config = self.configs["scheduler"]
+        return "flow_prediction" if predicts_flow(config) else str(config.get("prediction_type", "epsilon"))
 
     @property
     def dtype(self) -> torch.dtype:

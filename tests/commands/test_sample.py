@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from d2f_fast.commands.main import main
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.write import save_lora
+from d2f_fast.models.save import stock_flow_scheduler
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 
@@ -79,6 +80,20 @@ def test_sample_generates_what_the_stock_pipeline_does(tiny_folder, lora, tmp_pa
     for ours, theirs, other in zip(got, want, plain, strict=True):
         assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= rounding
         assert not option or theirs.shape != other.shape or np.abs(theirs - other).max() > rounding
+
+
+def test_shift_and_prediction_type_are_those_of_the_models_flow_scheduler(tiny_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    stock_flow_scheduler(1000, 3.0).save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    command = ["sample", "--prompts", "ab", "cd", "--model", str(model), "--output_dir", str(tmp_path)]
+    assert main(command) == 0
+    expected = generated_by_hand(tiny_folder, prediction_type="flow_prediction", shift=3.0)
+    for i, image in enumerate(expected):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"00{i}.png")), np.asarray(image))
 
 
 def test_images_of_a_trained_lora_are_the_same_each_time(train, tiny_folder, tmp_path, capsys):

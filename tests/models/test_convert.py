@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -84,6 +84,14 @@ def test_zero_snr_of_a_v_prediction_model_is_marked(narrow_pipeline: Any, tmp_pa
     assert write_single_file(read_model(str(folder)), tmp_path / "v.safetensors") == []
     tensors = load_file(tmp_path / "v.safetensors")
     assert tensors["v_pred"].shape == tensors["ztsnr"].shape == (0,)
+
+
+def test_folder_with_a_flow_matching_scheduler_says_that_the_network_predicts_the_flow(
+    narrow_pipeline: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(narrow_pipeline("sd1"), tmp_path / "model"))
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    assert read_model(str(folder)).prediction_type == "flow_prediction"
 
 
 def test_two_conversions_are_equal_byte_for_byte(narrow_pipeline: Any, single_file: Any, tmp_path: Path) -> None:
