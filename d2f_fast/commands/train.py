@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2f_fast.config import TrainingConfig, option
 from d2f_fast.errors import RefusedInputError, printable
@@ -16,6 +16,9 @@ from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    from d2f_fast.training.trainer import AlignedTrainer, RunResult
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,22 @@ class Train:
             row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
             row |= {"model": dataclasses.asdict(facts)}
             write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
+            self._say_how_to_sample(output, trainer, result)
         if (number := signals.received) is not None:
             name = signal.Signals(number).name
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
+
+    def _say_how_to_sample(self, output: Path, trainer: "AlignedTrainer", result: "RunResult") -> None:
+        """Print how to generate images with the result, and write the same into its model card."""
+        from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
+        from d2f_fast.training.publish import tags_of
+
+        tags = tags_of(trainer.config, trainer.objective)
+        for line in recipe(output, tags):
+            print(f"d2f: {line}", file=sys.stderr)
+        if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, tags, result) is None:
+            print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
     def _refuse_early(self, output: Path) -> None:
         """Refuse, before the slow imports and the training, what would be refused after them."""

@@ -1,0 +1,136 @@
+"""Say how to generate images with the result of a run: in its model card, and in the lines that the run prints."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.files.atomic import StrPath, atomic_path
+from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
+
+CARD_FILE = "README.md"
+# A card that has this line is replaced by the next run into the folder; any other README.md is somebody's own.
+_MARK = "<!-- Written by d2f_fast. A later run into this folder replaces this file. -->"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) -> list[str]:
+    """Return how to generate images with a result in four steps, one line for each program.
+
+    Args:
+        folder: Folder of the run, with LoRA files or a folder `pipeline`.
+        tags: Entries of the result's header; see `tags_of`.
+        name: How the lines call the folder; None for its path.
+    """
+    folder = Path(folder)
+    name = str(folder) if name is None else name
+    is_lora = not (folder / "pipeline").is_dir()
+    sigmas, shift = tags["d2f.recommended_sigmas"], tags["d2f.shift"]
+    predicts_flow = tags["d2f.prediction_type"] == "flow_prediction"
+    model = f"--model BASE --lora {name}" if is_lora else f"--model {name}/pipeline"
+    lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps 4`"]
+    if tags.get("d2f.fm_form") == "published":
+        return lines  # No other program feeds the network the flow time itself.
+    if not is_lora:
+        steps = "num_inference_steps=4" if predicts_flow else f"sigmas=[{sigmas}]"
+        lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {steps})`')
+    elif (folder / LORA_FILE).is_file():
+        shifted = "" if shift == "1.0" else f", shift={shift}"
+        lines.append(
+            f'diffusers: `pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")`, then'
+            f" `pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config{shifted})`"
+        )
+    for file in folder.glob(f"*{KOHYA_ENDING}") if is_lora else ():
+        nodes = (
+            f"ModelSamplingSD3 (shift {shift}) and KSampler (euler, simple)"
+            if predicts_flow
+            else f"ManualSigmas (`{sigmas}`) and SamplerCustom (euler)"
+        )
+        lines.append(f"ComfyUI: `{file.name}` in models/loras; the nodes LoraLoaderModelOnly, {nodes}")
+        if not predicts_flow:
+            lines.append(
+                f"A1111, Forge: `{file.name}` in models/Lora; `<lora:{file.stem}:1>` in the prompt, sampler Euler"
+            )
+    return lines
+
+
+def write_model_card(
+    folder: StrPath, base_model: str, config: TrainingConfig, tags: Mapping[str, str], result: Mapping[str, object]
+) -> Path | None:
+    """Write the model card `README.md` into the folder of a run, in the form of the Hugging Face Hub.
+
+    Args:
+        folder: Folder of the run, which exists.
+        base_model: Model that the run started from. It is named in the card where it is a hub id, not where it is a
+            path of this machine.
+        config: Options of the run.
+        tags: Entries of the result's header; see `tags_of`.
+        result: Number of "steps" and last "loss" of the run.
+
+    Returns:
+        The file, or None where the folder holds a README.md that no run wrote, which is kept.
+
+    Raises:
+        RefusedInputError: The disk is full.
+    """
+    path = Path(folder) / CARD_FILE
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return None
+    text = "\n".join(_card(Path(folder), base_model, config, tags, result)) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _card(
+    folder: Path, base_model: str, config: TrainingConfig, tags: Mapping[str, str], result: Mapping[str, object]
+) -> Sequence[str]:
+    """Return the lines of the card."""
+    is_lora = config.adapter == "lora"
+    published = base_model if _HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else None
+    data = ModelCardData(
+        base_model=published,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["diff2flow", "flow-matching", "stable-diffusion", *(["lora"] if is_lora else [])],
+    )
+    kind = f"LoRA of rank {config.rank}" if is_lora else "full finetuning"
+    settings = {
+        "base model": published or "a local model",
+        "objective": tags["d2f.objective"],
+        "prediction type": tags["d2f.prediction_type"],
+        "trained": kind,
+        "steps": result["steps"],
+        "images per step": config.train_batch_size * config.gradient_accumulation_steps,
+        "resolution": f"{config.resolution} px",
+        "learning rate": config.learning_rate,
+        "shift in training": tags["d2f.training_shift"],
+        "shift for sampling": tags["d2f.shift"],
+        "seed": config.seed,
+    }
+    return [
+        "---",
+        data.to_yaml(),
+        "---",
+        _MARK,
+        "",
+        f"# {folder.resolve().name}",
+        "",
+        f"A {kind}, trained with the flow-matching loss of [Diff2Flow](https://arxiv.org/abs/2506.02221) by `d2f_fast`."
+        if tags["d2f.objective"] == "diff2flow"
+        else f"A {kind}, trained by `d2f_fast` on the objective `{tags['d2f.objective']}`.",
+        "",
+        "## Generate images in four steps",
+        "",
+        *(f"- {line}" for line in recipe(folder, tags, folder.resolve().name)),
+        "",
+        "BASE is the base model, and TEXT the caption.",
+        "",
+        "## Training",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+    ]

@@ -1,0 +1,89 @@
+"""Tests of the model card and of the lines that say how to sample a result."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
+
+TAGS = {
+    "d2f.objective": "diff2flow",
+    "d2f.prediction_type": "epsilon",
+    "d2f.training_shift": "1.0",
+    "d2f.shift": "1.0",
+    "d2f.recommended_sigmas": "17.61, 3, 1, 0.3333, 0",
+}
+FLOW_TAGS = {**TAGS, "d2f.objective": "fm", "d2f.prediction_type": "flow_prediction", "d2f.shift": "3.0"}
+RESULT = {"steps": 7, "loss": 0.5}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a run with both LoRA files."""
+    made = tmp_path / "owls"
+    made.mkdir()
+    for name in ("pytorch_lora_weights.safetensors", "owls_kohya.safetensors"):
+        (made / name).touch()
+    return made
+
+
+@pytest.fixture
+def config(folder: Path) -> TrainingConfig:
+    """Return the options of a run into the folder."""
+    return TrainingConfig(output_dir=str(folder))
+
+
+def test_recipe_has_a_line_for_each_program(folder: Path) -> None:
+    d2f, diffusers, comfyui, a1111 = recipe(folder, TAGS, "owls")
+    assert d2f == "d2f_fast: `d2f sample --model BASE --lora owls --prompts TEXT --num_inference_steps 4`"
+    assert 'load_lora_weights("owls", weight_name="pytorch_lora_weights.safetensors")' in diffusers
+    assert "from_config(pipe.scheduler.config)`" in diffusers
+    assert "`owls_kohya.safetensors` in models/loras" in comfyui
+    assert "ManualSigmas (`17.61, 3, 1, 0.3333, 0`)" in comfyui
+    assert "`<lora:owls_kohya:1>`" in a1111
+
+
+def test_recipe_of_a_flow_model_has_the_shift_and_no_line_for_a1111(folder: Path) -> None:
+    _, diffusers, comfyui = recipe(folder, FLOW_TAGS)
+    assert "from_config(pipe.scheduler.config, shift=3.0)" in diffusers
+    assert "ModelSamplingSD3 (shift 3.0) and KSampler (euler, simple)" in comfyui
+
+
+def test_recipe_of_the_published_form_names_this_package_only(folder: Path) -> None:
+    assert len(recipe(folder, {**FLOW_TAGS, "d2f.fm_form": "published"})) == 1
+
+
+def test_recipe_of_a_pipeline_passes_its_sigmas(folder: Path) -> None:
+    (folder / "pipeline").mkdir()
+    d2f, diffusers = recipe(folder, TAGS, "owls")
+    assert "--model owls/pipeline" in d2f
+    assert diffusers.endswith('from_pretrained("owls/pipeline")(TEXT, sigmas=[17.61, 3, 1, 0.3333, 0])`')
+
+
+def test_card_is_read_by_the_hub_and_names_no_path_of_this_machine(folder: Path, config: TrainingConfig) -> None:
+    path = write_model_card(folder, "some/model", config, TAGS, RESULT)
+    assert path == folder / CARD_FILE
+    card = ModelCard.load(path)
+    data = card.data.to_dict()
+    assert data["base_model"] == "some/model"
+    assert data["library_name"] == "diffusers"
+    assert data["pipeline_tag"] == "text-to-image"
+    assert {"lora", "flow-matching"} <= set(data["tags"])
+    assert str(folder.parent) not in card.content
+    assert all(line in card.content for line in recipe(folder, TAGS, "owls"))
+    assert "| steps | 7 |" in card.content
+    local = write_model_card(folder, str(folder / "base"), config, TAGS, RESULT)
+    assert local is not None
+    assert str(folder) not in local.read_text() and "| base model | a local model |" in local.read_text()
+
+
+def test_card_of_an_earlier_run_is_replaced_and_a_foreign_one_kept(folder: Path, config: TrainingConfig) -> None:
+    write_model_card(folder, "some/model", config, TAGS, RESULT)
+    assert write_model_card(folder, "some/model", replace(config, seed=5), TAGS, RESULT) is not None
+    assert "| seed | 5 |" in (folder / CARD_FILE).read_text()
+    (folder / CARD_FILE).write_text("# My own page\n")
+    assert write_model_card(folder, "some/model", config, TAGS, RESULT) is None
+    assert (folder / CARD_FILE).read_text() == "# My own page\n"
