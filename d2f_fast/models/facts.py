@@ -13,7 +13,7 @@ from d2f_fast.models.options import ModelOptions
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
-_FAMILY_NAMES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", None: "a UNet of another family"}
+FAMILY_NAMES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", None: "a UNet of another family"}
 _PREDICTION_NAMES = {
     "epsilon": "ε-prediction",
     "v_prediction": "v-prediction",
@@ -55,24 +55,21 @@ class ModelFacts:
         return f"{self.family}, {prediction} ({self.prediction_source}), {zero_snr} ({self.zero_snr_source})"
 
 
-def state_facts(
-    pipeline: "DiffusionPipeline", options: ModelOptions, source: str, read: ModelFacts | None = None
-) -> ModelFacts:
+def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: str | ModelFacts) -> ModelFacts:
     """Make a pipeline's scheduler agree with the options, and return what the model is then taken for.
 
     Args:
         pipeline: Pipeline of any model. Its scheduler is replaced where an option differs from its configuration.
         options: Options of the base model; those that are given come before everything else.
-        source: Name of the place that the scheduler's configuration comes from, such as "scheduler_config.json".
-        read: Facts that were read elsewhere, for a model without a scheduler configuration of its own; None takes those
-            of the scheduler.
+        source: Name of the place that the scheduler's configuration comes from, such as "scheduler_config.json"; or
+            the facts themselves, for a model without a scheduler configuration of its own.
     """
     changes: dict[str, Any] = {}
     if options.prediction_type is not None:
         changes["prediction_type"] = options.prediction_type
     if options.rescale_betas_zero_snr is not None:
         changes["rescale_betas_zero_snr"] = options.rescale_betas_zero_snr
-    found = read or _facts_of_scheduler(pipeline, source)
+    found = _facts_of_scheduler(pipeline, source) if isinstance(source, str) else source
     if changes:
         pipeline.scheduler = same_schedule(pipeline.scheduler, type(pipeline.scheduler), **changes)
     given = "option --{}"
@@ -122,7 +119,7 @@ def _facts_of_scheduler(pipeline: "DiffusionPipeline", source: str) -> ModelFact
     is_flow = "prediction_type" not in config and predicts_flow(config)
     family = family_of(unet) if type(unet).__name__ == "UNet2DConditionModel" else None
     return ModelFacts(
-        _FAMILY_NAMES[family],
+        FAMILY_NAMES[family],
         "flow_prediction" if is_flow else str(config.get("prediction_type")),
         source if is_flow else sources["prediction_type"],
         _has_zero_snr(scheduler),

@@ -1,11 +1,13 @@
 """Load a diffusers pipeline from a hub id, a folder or a single safetensors file. No pickle is ever read."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
@@ -14,6 +16,7 @@ from d2f_fast.miniature import load_miniature
 from d2f_fast.models.facts import ModelFacts, state_facts
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.single_file import load_single_file, read_single_file
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
@@ -46,26 +49,39 @@ def load_model(
         ModelError: The model is a pickle, or a part of it is missing or unreadable; the message names the file.
     """
     options = options or ModelOptions()
-    pipeline = _load(model, dtype)
+    path = Path(model)
+    if path.suffix in PICKLE_SUFFIXES and model != MINIATURE:
+        raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
+    if path.suffix == ".safetensors" and not path.is_dir():
+        file = read_single_file(path)
+        with _one_line_errors(model):
+            pipeline, facts = load_single_file(file, dtype, options)
+        return LoadedModel(pipeline, state_facts(pipeline, options, facts))
+    pipeline = _load_pipeline(model, dtype)
     return LoadedModel(pipeline, state_facts(pipeline, options, "scheduler_config.json"))
 
 
-def _load(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load the pipeline of a model as its own files describe it."""
+def _load_pipeline(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load the pipeline of a folder, a hub id or the miniature."""
     if model == MINIATURE:
         return load_miniature(dtype=dtype)
     path = Path(model)
-    if path.suffix in PICKLE_SUFFIXES:
-        raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
     if path.is_dir():
         _check_folder(path)
-    elif path.suffix != ".safetensors" and (path.is_absolute() or str(model).startswith(".")):
+    elif path.is_absolute() or str(model).startswith("."):
         raise ModelError(f"{path} does not exist: give a hub id, a pipeline folder or a .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            return _single_file_class(path).from_single_file(str(path), dtype=dtype)
+    with _one_line_errors(model):
         options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
         return DiffusionPipeline.from_pretrained(str(model), **options)
+
+
+@contextmanager
+def _one_line_errors(model: str | Path) -> Iterator[None]:
+    """Turn what diffusers raises for a model that it cannot load into one line that names the model."""
+    try:
+        yield
+    except ModelError:
+        raise
     except SingleFileComponentError as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{model}: {reason} Give a file with every part, or a pipeline folder") from error
@@ -104,12 +120,3 @@ def _check_folder(folder: Path) -> None:
             pickles = any(path.suffix in PICKLE_SUFFIXES for path in (folder / name).glob("*"))
             found = "holds a pickle, which can run code" if pickles else "holds no weights"
             raise ModelError(f"{folder / name} {found}: give the model as safetensors")
-
-
-def _single_file_class(path: Path) -> type[DiffusionPipeline]:
-    """Return the pipeline class of a single-file checkpoint, from its keys."""
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
-    is_sdxl = any(key.startswith("conditioner.embedders.1") for key in keys)
-    pipelines: dict[bool, type[DiffusionPipeline]] = {True: StableDiffusionXLPipeline, False: StableDiffusionPipeline}
-    return pipelines[is_sdxl]

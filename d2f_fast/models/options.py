@@ -17,6 +17,9 @@ class ModelOptions:
         rescale_betas_zero_snr: Whether the model was trained with zero terminal SNR, so that its last timestep is pure
             noise. --no_rescale_betas_zero_snr states that it was not. The default None takes it from the model's own
             files.
+        tokenizer_name_or_path: Folder with CLIP's vocab.json and merges.txt, or a diffusers pipeline folder, for a
+            model that is one .safetensors file, which holds no tokenizer. The default None takes the vocabulary from
+            the installed package open_clip_torch (pip install 'd2f_fast[single-file]').
 
     Raises:
         RefusedInputError: An option has a value that it does not take.
@@ -24,6 +27,7 @@ class ModelOptions:
 
     prediction_type: PredictionType | None = option("model", None)
     rescale_betas_zero_snr: bool | None = option("model", None)
+    tokenizer_name_or_path: str | None = option("model", None)
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not take."""
