@@ -15,6 +15,7 @@ from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
+from d2f_fast.models.autoencoder import posterior_of, prepare_autoencoder
 from d2f_fast.models.facts import ModelFacts, state_facts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
@@ -55,6 +56,8 @@ class BaseModel:
         if type(getattr(pipeline, "unet", None)).__name__ != "UNet2DConditionModel":
             raise ModelError(f"{type(pipeline).__name__} has no UNet2DConditionModel: give a Stable Diffusion pipeline")
         self.unet: UNet2DConditionModel = pipeline.unet
+        if facts is None:
+            prepare_autoencoder(pipeline, self.options, pipeline.vae.dtype)
         self.vae: AutoencoderKL = pipeline.vae
         self.facts = facts or state_facts(pipeline, self.options, "the pipeline's scheduler")
         self.flow = flow_of_scheduler(pipeline.scheduler)
@@ -125,8 +128,7 @@ class BaseModel:
         Returns:
             {"mean", "std"}, each [B, C, H / downsampling, W / downsampling], not yet scaled.
         """
-        posterior = self.vae.encode(pixel_values.to(*_device_and_dtype(self.vae))).latent_dist
-        return {"mean": posterior.mean, "std": posterior.std}
+        return posterior_of(self.vae, pixel_values.to(*_device_and_dtype(self.vae)))
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """Return the autoencoder's latents at the unit variance that the network expects."""

@@ -1,6 +1,5 @@
 """Load a diffusers pipeline from a hub id, a folder or a single safetensors file. No pickle is ever read."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,16 +8,17 @@ from typing import NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
 
-from d2f_fast.errors import ModelError
+from d2f_fast.errors import ModelError, printable
 from d2f_fast.miniature import load_miniature
+from d2f_fast.models.autoencoder import check_fits, load_autoencoder, prepare_autoencoder
 from d2f_fast.models.facts import ModelFacts, state_facts
-from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.folder import cached_folder, check_folder
+from d2f_fast.models.names import MINIATURE, check_model_name, is_single_file
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.single_file import load_single_file, read_single_file
-
-PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+from d2f_fast.models.single_file import family_table, load_single_file, read_single_file
 
 
 class LoadedModel(NamedTuple):
@@ -42,37 +42,56 @@ def load_model(
 
     Args:
         model: Hub id, pipeline folder, `.safetensors` file with every part, or "miniature" for the embedded miniature.
-        dtype: Type of the weights.
+        dtype: Type of the weights, whatever their type in the files is.
         options: Options of the base model; None for the defaults, which take everything from the model's own files.
 
     Raises:
-        ModelError: The model is a pickle, or a part of it is missing or unreadable; the message names the file.
+        ModelError: The model is a pickle, a part of it is missing, unreadable or does not fit, or a weight is not
+            finite; the message names the file.
     """
     options = options or ModelOptions()
-    path = Path(model)
-    if path.suffix in PICKLE_SUFFIXES and model != MINIATURE:
-        raise ModelError(f"{path} is a pickle, which can run code: convert it to safetensors first")
-    if path.suffix == ".safetensors" and not path.is_dir():
-        file = read_single_file(path)
-        with _one_line_errors(model):
-            pipeline, facts = load_single_file(file, dtype, options)
-        return LoadedModel(pipeline, state_facts(pipeline, options, facts))
-    pipeline = _load_pipeline(model, dtype)
-    return LoadedModel(pipeline, state_facts(pipeline, options, "scheduler_config.json"))
+    check_model_name(model, options.variant, options.revision)
+    if options.tokenizer_name_or_path is not None and not is_single_file(model):
+        raise ModelError(
+            f"tokenizer_name_or_path is {printable(options.tokenizer_name_or_path)}, and {printable(model)} has a"
+            " tokenizer of its own: leave tokenizer_name_or_path out"
+        )
+    pipeline: DiffusionPipeline
+    source: str | ModelFacts = "scheduler_config.json"
+    if is_single_file(model):
+        pipeline, source = _load_single_file(Path(model), dtype, options)
+    elif model == MINIATURE:
+        pipeline = load_miniature(dtype=dtype)
+    else:
+        pipeline = _load_folder(str(model), dtype, options)
+    prepare_autoencoder(pipeline, options, dtype)
+    _refuse_infinite_weights(model, pipeline)
+    return LoadedModel(pipeline, state_facts(pipeline, options, source))
 
 
-def _load_pipeline(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """Load the pipeline of a folder, a hub id or the miniature."""
-    if model == MINIATURE:
-        return load_miniature(dtype=dtype)
-    path = Path(model)
-    if path.is_dir():
-        _check_folder(path)
-    elif path.is_absolute() or str(model).startswith("."):
-        raise ModelError(f"{path} does not exist: give a hub id, a pipeline folder or a .safetensors file")
+def _load_single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> tuple[DiffusionPipeline, ModelFacts]:
+    """Load the pipeline of a single file; one without an autoencoder takes the one that the options name."""
+    file, vae = read_single_file(path), None
+    if not file.has_vae and (source := options.pretrained_vae_model_name_or_path) is not None:
+        table = family_table(file.family)
+        vae = load_autoencoder(source, dtype, table["vae"])
+        check_fits(source, vae, table["unet"]["out_channels"], None)
+    with _one_line_errors(path):
+        return load_single_file(file, dtype, options, vae)
+
+
+def _load_folder(model: str, dtype: torch.dtype, options: ModelOptions) -> DiffusionPipeline:
+    """Load the pipeline of a folder or a hub id."""
+    loading = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    loading |= {"variant": options.variant}
+    if Path(model).is_dir():
+        check_folder(Path(model), options.variant)
+    elif HF_HUB_OFFLINE:
+        model = cached_folder(model, options.revision, options.variant)
+    else:
+        loading |= {"revision": options.revision}
     with _one_line_errors(model):
-        options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
-        return DiffusionPipeline.from_pretrained(str(model), **options)
+        return DiffusionPipeline.from_pretrained(model, **loading)
 
 
 @contextmanager
@@ -89,34 +108,12 @@ def _one_line_errors(model: str | Path) -> Iterator[None]:
         raise ModelError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a complete pipeline, and name the missing part."""
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise ModelError(f"{folder} has no model_index.json: give the folder of a diffusers pipeline")
-    try:
-        index = dict(json.loads(index_file.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index_file} is not a JSON object: restore it from the base model") from error
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise ModelError(
-            f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: it holds the prediction type and the"
-            " schedule; copy it from the base model"
-        )
-    for name in sorted(index.keys() & {"tokenizer", "tokenizer_2"}):
-        # Without files, transformers makes an empty tokenizer that knows no word.
-        if index[name] != [None, None] and not any((folder / name).glob("*.json")):
-            raise ModelError(f"{folder / name} holds no tokenizer: copy it from the base model")
-    for path in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ModelError(
-                f"{path} is not an intact safetensors file ({error}): restore it from the base model"
-            ) from error
-    for name in ("unet", "vae"):
-        if not any((folder / name).glob("*.safetensors")):
-            pickles = any(path.suffix in PICKLE_SUFFIXES for path in (folder / name).glob("*"))
-            found = "holds a pickle, which can run code" if pickles else "holds no weights"
-            raise ModelError(f"{folder / name} {found}: give the model as safetensors")
+def _refuse_infinite_weights(model: str | Path, pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline with a weight that is NaN or infinite, which would make every result so."""
+    for name, part in pipeline.components.items():
+        for key, parameter in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+            # The sum takes no memory of its own, and is only infinite by itself for weights that no network has.
+            if not parameter.detach().sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
+                raise ModelError(
+                    f"{printable(model)}: {key} of the {name} holds NaN or infinity: restore it from an intact copy"
+                )

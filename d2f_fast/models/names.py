@@ -1,4 +1,49 @@
-"""Names of the models that this package carries itself. Importing this module imports no library."""
+"""How a model is named, and names that can be refused before anything is loaded. Imports no library."""
+
+from pathlib import Path
+
+from d2f_fast.errors import ModelError, printable
 
 # `load_pipeline` loads the embedded miniature by this name; a folder of the same name is "./miniature".
 MINIATURE = "miniature"
+PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+
+def check_model_name(model: str | Path, variant: str | None = None, revision: str | None = None) -> None:
+    """Refuse a name by which no model can be loaded, without reading any file.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file, or "miniature".
+        variant: Variant of the weight files; None for the files without one.
+        revision: Revision of a hub id; None for the newest.
+
+    Raises:
+        ModelError: The model is a pickle, the path does not exist, or the model has no variants or revisions.
+    """
+    path, where = Path(model), printable(model)
+    is_file = is_single_file(model)
+    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
+        raise ModelError(
+            f"{where} is a pickle, which can run code: convert it to safetensors first, where you trust it, for example"
+            f" with diffusers' python scripts/convert_original_stable_diffusion_to_diffusers.py --checkpoint_path"
+            f" {where} --dump_path {printable(path.with_suffix(''))} --to_safetensors"
+        )
+    is_path = path.is_absolute() or str(model).startswith(".")
+    if is_file and not path.is_file():
+        raise ModelError(f"{where}: no such file; check the path")
+    if is_path and not is_file and not path.is_dir():
+        raise ModelError(f"{where} does not exist: give a hub id, a pipeline folder or a .safetensors file")
+    if variant is not None and (is_file or model == MINIATURE):
+        raise ModelError(f"variant is {printable(variant)}, and {where} has no variants: leave variant out")
+    if revision is not None and (is_file or model == MINIATURE or path.is_dir()):
+        raise ModelError(f"revision is {printable(revision)}, and {where} is no hub id: leave revision out")
+
+
+def is_single_file(model: str | Path) -> bool:
+    """Return whether a model is named as a single file, whether or not the file exists.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file, or "miniature".
+    """
+    path = Path(model)
+    return path.suffix == ".safetensors" and not path.is_dir()

@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
-from d2f_fast.config import PredictionType, check_options, option
+from d2f_fast.config import PredictionType, check_finite, check_options, check_positive, option
+
+
+def _check_finite(name: str, value: float | None) -> None:
+    """Refuse a value that is infinite or not a number; None is accepted."""
+    if value is not None:
+        check_finite(name, value)
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,16 @@ class ModelOptions:
         tokenizer_name_or_path: Folder with CLIP's vocab.json and merges.txt, or a diffusers pipeline folder, for a
             model that is one .safetensors file, which holds no tokenizer. The default None takes the vocabulary from
             the installed package open_clip_torch (pip install 'd2f_fast[single-file]').
+        pretrained_vae_model_name_or_path: Autoencoder in place of the model's own: a hub id, a folder, or one
+            .safetensors file, which takes its configuration from the model's own. Its latents must have as many
+            channels as the UNet's. It is saved with a full finetuning. The default None keeps the model's own.
+        vae_custom_scale: Factor on the autoencoder's latents, a positive number, where its configuration says another
+            or none. The default None takes it from the configuration.
+        vae_custom_shift: Number that is subtracted from the autoencoder's latents before the factor. It is added to the
+            autoencoder's weights, because other programs ignore it. The default None takes it from the configuration.
+        variant: Variant of the weight files of a folder or hub id, such as fp16. The weights are held in float32 all
+            the same. The default None takes the files without a variant.
+        revision: Branch, tag or commit of a hub id. The default None takes the main branch.
 
     Raises:
         RefusedInputError: An option has a value that it does not take.
@@ -28,6 +44,11 @@ class ModelOptions:
     prediction_type: PredictionType | None = option("model", None)
     rescale_betas_zero_snr: bool | None = option("model", None)
     tokenizer_name_or_path: str | None = option("model", None)
+    pretrained_vae_model_name_or_path: str | None = option("model", None)
+    vae_custom_scale: float | None = option("model", None, check_positive)
+    vae_custom_shift: float | None = option("model", None, _check_finite)
+    variant: str | None = option("model", None)
+    revision: str | None = option("model", None)
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not take."""
