@@ -81,7 +81,7 @@ class ExportJob:
 
     def __init__(self, options: ExportOptions) -> None:
         self.options = options
-        self.model = load_model(options.model, options.vae, options.model_options)
+        self.model = load_model(options.model, options.model_options)
         self.adapters = [fuse_adapter(self.model.pipeline, path, scale) for path, scale in options.adapters]
         self.components = self._components()
         unet = self.model.unet.config

@@ -26,11 +26,18 @@ class SourceOptions:
         lora: LoRA to merge into the model first, as PATH or PATH:SCALE; the scale is 1 if left out. PATH is the folder
             of a run or of a checkpoint-N, or a file in the format of peft, diffusers, kohya or LyCORIS. Repeat the
             option for several; without it, nothing is merged.
-        vae: Hub id or folder of an autoencoder to export in place of the model's own, for example the much smaller
-            madebyollin/taesd. None exports the model's own.
+        vae: Hub id, folder or .safetensors file of an autoencoder to export in place of the model's own, for example
+            the much smaller madebyollin/taesd. None exports the model's own.
         prediction_type: What the network predicts, in the words of diffusers. None takes it from the model's own files.
         rescale_betas_zero_snr: Whether the model was trained with zero terminal SNR; --no_rescale_betas_zero_snr states
             that it was not. None takes it from the model's own files.
+        tokenizer_name_or_path: Folder with CLIP's vocab.json and merges.txt, for a model that is one .safetensors file.
+            None takes the vocabulary from the installed package open_clip_torch.
+        vae_custom_scale: Factor on the autoencoder's latents. None takes it from its configuration.
+        vae_custom_shift: Number that is subtracted from the autoencoder's latents before the factor. None takes it from
+            its configuration.
+        variant: Variant of the weight files of a folder or hub id, such as fp16. None takes the files without one.
+        revision: Branch, tag or commit of a hub id. None takes the main branch.
     """
 
     model: str = MINIATURE
@@ -38,6 +45,11 @@ class SourceOptions:
     vae: str | None = None
     prediction_type: PredictionType | None = None
     rescale_betas_zero_snr: bool | None = None
+    tokenizer_name_or_path: str | None = None
+    vae_custom_scale: float | None = None
+    vae_custom_shift: float | None = None
+    variant: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +237,8 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
     @property
     def model_options(self) -> ModelOptions:
         """Return the options of the base model that training and sampling have, too."""
-        return ModelOptions(prediction_type=self.prediction_type, rescale_betas_zero_snr=self.rescale_betas_zero_snr)
+        given = {field.name: getattr(self, field.name) for field in fields(ModelOptions) if hasattr(self, field.name)}
+        return ModelOptions(**given, pretrained_vae_model_name_or_path=self.vae)
 
     @property
     def adapters(self) -> tuple[LoraSource, ...]:

@@ -20,7 +20,7 @@ from d2f_fast.config import (
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.names import MINIATURE, check_model_name
 from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class Sample:
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         check_options(self)
+        check_model_name(self.model, self.model_options.variant, self.model_options.revision)
         if self.onnx is not None:
             if not Path(self.onnx).is_dir():
                 raise RefusedInputError(f"onnx: {printable(self.onnx)} is not a folder: give one of export/to_onnx.py")

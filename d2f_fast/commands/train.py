@@ -14,7 +14,7 @@ from d2f_fast.config import TrainingConfig, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.names import MINIATURE, check_model_name
 from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:

@@ -101,13 +101,9 @@ def check_fits(source: str, autoencoder: "Autoencoder", channels: int, own: "Aut
     where, cure = f"autoencoder {printable(source)}", "give one made for this model"
     latents = autoencoder.config.latent_channels
     if latents != channels:
-        raise ModelError(
-            f"{where} has {latents} latent channels, the UNet has {channels}: give one made for this model"
-        )
+        raise ModelError(f"{where} has {latents} latent channels, the UNet has {channels}: {cure}")
     if own is not None and (new := _pixels_per_latent(autoencoder)) != (old := _pixels_per_latent(own)):
-        raise ModelError(
-            f"{where} has {new} pixels per latent, the model's own has {old}: give one made for this model"
-        )
+        raise ModelError(f"{where} has {new} pixels per latent, the model's own has {old}: {cure}")
 
 
 def set_scale_and_shift(autoencoder: "Autoencoder", scale: float | None, shift: float | None) -> None:

@@ -56,7 +56,7 @@ class BaseModel:
         if type(getattr(pipeline, "unet", None)).__name__ != "UNet2DConditionModel":
             raise ModelError(f"{type(pipeline).__name__} has no UNet2DConditionModel: give a Stable Diffusion pipeline")
         self.unet: UNet2DConditionModel = pipeline.unet
-        if facts is None:
+        if facts is None and pipeline.vae is not None:
             prepare_autoencoder(pipeline, self.options, pipeline.vae.dtype)
         self.vae: AutoencoderKL = pipeline.vae
         self.facts = facts or state_facts(pipeline, self.options, "the pipeline's scheduler")

@@ -20,8 +20,8 @@ from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import Family, family_of_config
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.read import TAG_PREFIX
-from d2f_fast.models.kind import PICKLE_SUFFIXES
 from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.names import PICKLE_SUFFIXES
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.save import save_pipeline_folder

@@ -7,10 +7,10 @@ from typing import Literal
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
 from d2f_fast.lora.file_keys import split_key
+from d2f_fast.models.names import PICKLE_SUFFIXES
 
 Kind = Literal["model folder", "model file", "LoRA", "cache", "run", "data set", "unknown file"]
 
-PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Beginnings of the keys in a single file with a whole model, or with its UNet alone.
 ORIGINAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")

@@ -39,7 +39,7 @@ def test_scheduler_steps_through_trained_times_whatever_the_models_settings(samp
     own = {sampling: "log_linear" if sampling == "interpolation_type" else True, "final_sigmas_type": "sigma_min"}
     EulerDiscreteScheduler.from_config(source.config, **own).save_pretrained(model / "scheduler")
     folder.mkdir()
-    loaded = load_model(str(model), None)
+    loaded = load_model(str(model))
     write_pipeline_files(folder, loaded.pipeline, loaded.flow, 1.0)
     scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(4)

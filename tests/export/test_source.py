@@ -41,17 +41,17 @@ def test_tiny_autoencoder_takes_the_place_of_the_models_own(tiny_folder, tmp_pat
 
 def test_autoencoder_of_another_model_is_refused(tiny_folder, tmp_path):
     for options, sentence in (
-        ({"latent_channels": 16}, "has 16 latent channels, the model's own has 4: give one made for this model"),
+        ({"latent_channels": 16}, "has 16 latent channels, the UNet has 4: give one made for this model"),
         ({}, "has 8 pixels per latent, the model's own has 2: give one made for this model"),
     ):
         AutoencoderTiny(**options).save_pretrained(tmp_path / "other")
-        with pytest.raises(RefusedInputError, match=f"vae .*other {sentence}"):
+        with pytest.raises(RefusedInputError, match=f"autoencoder .*other {sentence}"):
             export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "other"), output="out"))
     UNet2DConditionModel.from_pretrained(tiny_folder / "unet").save_pretrained(tmp_path / "unet")
     with pytest.raises(RefusedInputError, match="unet is a UNet2DConditionModel: give an AutoencoderKL or an"):
         export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "unet"), output="out"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RefusedInputError, match=r"vae .*/empty cannot be loaded \("):
+    with pytest.raises(RefusedInputError, match=r"autoencoder .*/empty cannot be loaded \("):
         export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "empty"), output="out"))
-    with pytest.raises(RefusedInputError, match=r"vae .*/none does not exist: give a hub id, or the folder"):
+    with pytest.raises(RefusedInputError, match=r"autoencoder .*/none does not exist: give a hub id, a folder or"):
         export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "none"), output="out"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from d2f_fast import load_miniature
 from d2f_fast.errors import ModelError
@@ -82,15 +82,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / "vae" / WEIGHTS).unlink(), "{folder}/vae holds no weights: give the model"),
     "truncated unet": (
         truncate(f"unet/{WEIGHTS}"),
-        "{folder}/unet/diffusion_pytorch_model.safetensors is not an intact safetensors file",
+        "{folder}/unet/diffusion_pytorch_model.safetensors: not an intact safetensors file",
     ),
     "truncated vae": (
         truncate(f"vae/{WEIGHTS}"),
-        "{folder}/vae/diffusion_pytorch_model.safetensors is not an intact safetensors file",
+        "{folder}/vae/diffusion_pytorch_model.safetensors: not an intact safetensors file",
     ),
     "truncated text encoder": (
         truncate("text_encoder/model.safetensors"),
-        "{folder}/text_encoder/model.safetensors is not an intact safetensors file",
+        "{folder}/text_encoder/model.safetensors: not an intact safetensors file",
     ),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "{folder}/tokenizer holds no tokenizer"),
     "config of another unet": (
@@ -161,3 +161,15 @@ def test_embedded_miniature_is_loaded_by_its_name(tmp_path: Path, monkeypatch: p
         assert all(torch.equal(state[key], expected[key].to(dtype)) for key in expected)
     with pytest.raises(ModelError, match=r"^miniature has no model_index\.json"):
         load_pipeline("./miniature")
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_refused(folder: Path, name: str, value: float) -> None:
+    (path,) = (folder / name).glob("*.safetensors")
+    tensors = load_file(path)
+    key = sorted(tensors)[0]
+    tensors[key].view(-1)[0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{re.escape(str(folder))}: \S+ of the {name} holds NaN or infinity"):
+        load_pipeline(folder)
