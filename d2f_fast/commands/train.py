@@ -128,4 +128,5 @@ class Train:
             raise RefusedInputError(
                 f"train_data_dir: {printable(folder)} is not a folder: give the folder of the captioned images"
             )
+        check_model_name(self.pretrained_model_name_or_path, self.model_options.variant, self.model_options.revision)
         refuse_used_folder(output, self.options.resume_from_checkpoint)

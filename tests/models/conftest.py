@@ -47,7 +47,7 @@ _TEXT = {"vocab_size": 54, "max_position_embeddings": 8, "bos_token_id": 0, "eos
 _TEXT |= {"num_attention_heads": 2, "intermediate_size": 24}
 
 
-def narrow_table(family: Any) -> dict[str, Any]:
+def _narrow_table(family: Any) -> dict[str, Any]:
     """Return a family's configuration with few channels, and with the small vocabulary of the tiny model."""
     table = family_table(family)
     widths = {"text_encoder": 8, "text_encoder_2": 16}
@@ -75,7 +75,7 @@ def narrow_table(family: Any) -> dict[str, Any]:
 def _narrow_pipeline(family: str, tokenizer: Any) -> Any:
     """Return a narrow pipeline of a family with random weights."""
     torch.manual_seed(3)
-    table = narrow_table(family)
+    table = _narrow_table(family)
     parts = {
         "unet": UNet2DConditionModel.from_config(table["unet"]),
         "vae": AutoencoderKL.from_config(table["vae"]),
@@ -126,7 +126,7 @@ def write_file(
     `change` receives the tensors and may edit them; `header` holds the text entries. The families have the narrow
     configuration in this test.
     """
-    monkeypatch.setattr(single_file, "family_table", narrow_table)
+    monkeypatch.setattr(single_file, "family_table", _narrow_table)
 
     def write(family: str, change: Any = None, header: dict[str, str] | None = None) -> Path:
         tensors = original(family)
@@ -143,3 +143,9 @@ def write_file(
 def tokenizer(tiny_folder: Path) -> str:
     """Folder of the tokenizer of the narrow and tiny models."""
     return str(tiny_folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def narrow_table() -> Callable[[str], dict[str, Any]]:
+    """Return the function `narrow_table(family)`: a family's configuration with few channels."""
+    return _narrow_table
