@@ -14,7 +14,6 @@ from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 
-
 class Sampling(NamedTuple):
     """How a network is sampled: the flow that reads its output, and the shift of the sampler's steps."""
 
