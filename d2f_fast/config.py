@@ -37,6 +37,7 @@ OptionGroup = Literal[
     "sampling",
 ]
 SNR_GAMMA = 5.0
+DEFAULT_RANK = 64
 
 T = TypeVar("T")
 
@@ -196,8 +197,12 @@ class TrainingConfig:
             `d2f sample` uses; it does not change the training. The default None takes that of --flow_shift.
         adapter: Which weights are trained. "lora" trains small LoRA layers and leaves the base model unchanged; "full"
             trains every weight of the UNet and saves a whole pipeline.
+        init_lora: LoRA to start from, as PATH or PATH:SCALE, in any format that `d2f sample --lora` takes but DoRA. Its
+            layers and ranks are trained further; what it holds of text encoders is merged into them, and saved again.
+            Options below that state other layers or ranks are refused. The default None starts a new LoRA.
         rank: Rank of the LoRA layers in attention and feed-forward layers. A larger rank learns more, and makes a
-            larger file. With --adapter full, this option and the four below have no effect.
+            larger file. The default None means that of --init_lora, or else 64. With --adapter full, this option and
+            the four below have no effect.
         lora_alpha: Strength of the LoRA layers, whose output is multiplied by lora_alpha / rank. The default None means
             a factor of 1.
         conv_rank: Rank of LoRA layers that are added to the convolutions of residual blocks, shortcuts, down- and
@@ -282,7 +287,8 @@ class TrainingConfig:
     flow_shift: float = option("method", 1.0, check_positive)
     sampling_shift: float | None = option("method", None, check_positive)
     adapter: Literal["lora", "full"] = option("model", "lora")
-    rank: int = option("model", 64, at_least(1))
+    init_lora: str | None = option("model", None)
+    rank: int | None = option("model", None, at_least(1))
     lora_alpha: float | None = option("model", None, check_positive)
     conv_rank: int = option("model", 0, at_least(0))
     first_last_layers: bool = option("model", False)
@@ -322,6 +328,10 @@ class TrainingConfig:
         """Refuse values that an option does not take, and options that contradict each other."""
         check_options(self)
         check_method(self)
+        if self.init_lora is not None and self.adapter == "full":
+            raise RefusedInputError(
+                "init_lora needs --adapter lora: leave it out, or merge the LoRA into the model first"
+            )
         if self.cache_latents and not self.center_crop:
             raise RefusedInputError(
                 "cache_latents needs center_crop, because a random crop differs each time: add --no_cache_latents, or"

@@ -27,6 +27,7 @@ from d2f_fast.errors import RefusedInputError
         ({"sampling_shift": 0.0}, "sampling_shift must be positive and finite, got 0.0"),
         ({"mixed_precision": "fp16"}, "mixed_precision must be no or bf16, got fp16"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"adapter": "full", "init_lora": "x"}, "init_lora needs --adapter lora: leave it out"),
         ({"resolution": 7}, "resolution must be at least 8, got 7"),
         ({"seed": 2**63}, "seed must be in [0, 2**63), got 9223372036854775808"),
         ({"ema_decay": 1.0}, "ema_decay must be in [0, 1), got 1.0"),

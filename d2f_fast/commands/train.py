@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from d2f_fast.config import TrainingConfig, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
+from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE, check_model_name
 from d2f_fast.models.options import ModelOptions
@@ -100,6 +101,8 @@ class Train:
             method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
             row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
             row |= {"model": dataclasses.asdict(facts)}
+            if (start := trainer.model.starting_lora) is not None:
+                row |= {"init_lora": {"file": str(start.path), "scale": start.scale, "sha256": start.sha256}}
             write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
             self._say_how_to_sample(output, trainer, result)
         if (number := signals.received) is not None:
@@ -124,6 +127,8 @@ class Train:
 
         if self.options.adapter == "full" and (output / "pipeline").exists():
             raise RefusedInputError(f"{output / 'pipeline'} exists: move it away, or choose another output_dir")
+        if self.options.init_lora is not None:
+            check_lora_file(parse_lora(self.options.init_lora).path)
         if not (folder := Path(self.train_data_dir)).is_dir():
             raise RefusedInputError(
                 f"train_data_dir: {printable(folder)} is not a folder: give the folder of the captioned images"

@@ -75,7 +75,22 @@ def inject_lora(
         rank_pattern=ranks,
         alpha_pattern={name: scale * r for name, r in ranks.items()},
     )
+    return add_adapter(unet, config, seed)
+
+
+def add_adapter(unet: UNet2DConditionModel, config: LoraConfig, seed: int = 0) -> dict[str, nn.Parameter]:
+    """Freeze a UNet, let peft add an adapter to it, and return the trainable parameters by name, in float32.
+
+    Args:
+        unet: Network to adapt, in place.
+        config: Layers, ranks and scales of the adapter.
+        seed: Seed of the initial values of A.
+
+    Raises:
+        ModelError: peft refuses the configuration, or the UNet has an adapter already.
+    """
     unet.requires_grad_(False)
+    targets = sorted(config.target_modules)[:10]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -57,6 +57,16 @@ def sgm_name(name: str, unet: UNet2DConditionModel) -> str | None:
     return None if original is None else original.replace(".", "_")
 
 
+def text_module(name: str) -> str:
+    """Return the name of a text encoder's module in LoRA files, which keep the prefix "text_model." of transformers 4.
+
+    Args:
+        name: Name of the module, with or without the prefix.
+    """
+    bare = name.removeprefix("text_model.")
+    return bare if bare.startswith("text_projection") else f"text_model.{bare}"
+
+
 def _layers(model: nn.Module) -> list[tuple[str, AdaptableLayer]]:
     """Return the linear and convolution layers of a model, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptableLayer)]

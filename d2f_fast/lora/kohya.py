@@ -3,6 +3,7 @@
     lora_unet_<layer>.lora_down.weight    A
     lora_unet_<layer>.lora_up.weight      B, with the scale folded in
     lora_unet_<layer>.alpha               rank of the layer, so that alpha / rank is 1
+    lora_te_text_model_<layer>…           of the text encoder; lora_te1_ and lora_te2_ for those of SDXL
 
 The layers of Stable Diffusion 1.x and 2.x have their diffusers names, those of SDXL the names of Stability's own code
 (sgm). With the other choice some of these programs lose layers, without an error.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from d2f_fast.lora.family import Family, family_of, has_sizes_condition
 from d2f_fast.lora.inject import FIRST_LAYER, LAST_LAYER
-from d2f_fast.lora.key_names import KOHYA_PREFIX, sgm_name
+from d2f_fast.lora.key_names import KOHYA_PREFIX, sgm_name, text_module
 
 # What the programs call each family, from which A1111 and Forge decide whether a file fits the loaded model.
 _KOHYA_VERSIONS: dict[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
@@ -27,6 +28,7 @@ _ARCHITECTURES: dict[Family, str] = {
     "sd2": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
+_TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.")
 _PREDICTION_TYPES = {"v_prediction": "v"}  # the other types have diffusers' names
 STABILITY = "https://github.com/Stability-AI/generative-models"
 
@@ -55,15 +57,24 @@ def kohya_layer_names(unet: UNet2DConditionModel, layers: Iterable[str]) -> dict
 
     Args:
         unet: UNet with the layers.
-        layers: Names of adapted layers in diffusers.
+        layers: Names of adapted layers: of the UNet as in diffusers, of the text encoders as "text_encoder.<module>"
+            and "text_encoder_2.<module>".
     """
-    names = {name: name.replace(".", "_") for name in layers}
+    text = {name: _text_name(name, has_sizes_condition(unet)) for name in layers if name.startswith(_TEXT_PREFIXES)}
+    names = {name: name.replace(".", "_") for name in layers if name not in text}
     if has_sizes_condition(unet):
         sgm = {name: sgm_name(name, unet) for name in names}
         # Names of both kinds in one file would make diffusers drop one of them.
         if None not in sgm.values():
             names = {name: str(found) for name, found in sgm.items()}
-    return {name: f"{KOHYA_PREFIX}{found}" for name, found in names.items()}
+    return {name: f"{KOHYA_PREFIX}{found}" for name, found in names.items()} | text
+
+
+def _text_name(name: str, is_sdxl: bool) -> str:
+    """Return the name of a layer of a text encoder in a kohya file."""
+    component, _, module = name.partition(".")
+    number = ("1" if component == "text_encoder" else "2") if is_sdxl else ""
+    return f"lora_te{number}_{text_module(module).replace('.', '_')}"
 
 
 def kohya_state_dict(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +108,7 @@ def kohya_header(
     ranks: list[int] = []
     kernel_ranks: list[int] = []
     for name, (down, _) in _matrices(tensors).items():
-        if name not in (FIRST_LAYER, LAST_LAYER):
+        if name not in (FIRST_LAYER, LAST_LAYER) and not name.startswith(_TEXT_PREFIXES):
             (kernel_ranks if down.shape[2:].numel() > 1 else ranks).append(down.shape[0])
     rank = mode(ranks or kernel_ranks or [down.shape[0] for down, _ in _matrices(tensors).values()])
     header = {
@@ -128,6 +139,6 @@ def _family_entries(family: Family, is_v_prediction: bool) -> dict[str, str]:
 
 
 def _matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B of each layer by its name in diffusers, from tensors with peft's keys."""
+    """Return A and B of each layer from tensors with peft's keys: those of the UNet by their name in diffusers."""
     down = {key.removesuffix(".lora_A.weight"): value for key, value in tensors.items() if ".lora_A." in key}
     return {name.removeprefix("unet."): (a, tensors[f"{name}.lora_B.weight"]) for name, a in down.items()}

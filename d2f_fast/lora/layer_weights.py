@@ -121,7 +121,7 @@ class KroneckerLayerWeights:
     def delta(self, weight: Tensor) -> Tensor:
         """Return the update as a matrix, float32; it does not depend on the weight."""
         first, second = (up if down is None else up @ down for up, down in self.factors)
-        return torch.kron(first, second) * self.scale
+        return _kron(first, second) * self.scale
 
     def as_lora(self) -> LoraLayerWeights:
         """Return the same update as two matrices, of the product of the ranks or, if that is smaller, of full rank."""
@@ -129,7 +129,7 @@ class KroneckerLayerWeights:
         rank = up1.shape[1] * up2.shape[1]
         if rank > min(self.shape):
             return _full_rank(self.delta(up1))
-        return LoraLayerWeights(torch.kron(down1, down2), torch.kron(up1, up2), self.scale * rank)
+        return LoraLayerWeights(_kron(down1, down2), _kron(up1, up2), self.scale * rank)
 
 
 class LayerWeights(Protocol):
@@ -227,7 +227,7 @@ def _with_core(a: Tensor, b: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two matrices of a convolution in Tucker form: core [r, s, height, width], a [r, out], b [s, in]."""
     if a.ndim != 2 or b.ndim != 2 or core.ndim != 4 or core.shape[:2] != (a.shape[0], b.shape[0]) or not core.numel():
         raise ValueError(f"the core {list(core.shape)} does not fit {list(a.shape)} and {list(b.shape)}")
-    return a.T.contiguous(), torch.einsum("rskl,si->rikl", core, b).flatten(1)
+    return a.T, torch.einsum("rskl,si->rikl", core, b).flatten(1)
 
 
 def _as_product(up: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -236,6 +236,12 @@ def _as_product(up: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor]:
         return up, down
     rows, columns = up.shape
     return (torch.eye(rows), up) if rows <= columns else (up, torch.eye(columns))
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    """Return the Kronecker product of two matrices; `torch.kron` fails for some strides of matrices with one row."""
+    rows, columns = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+    return (first[:, None, :, None] * second[None, :, None, :]).reshape(rows, columns)
 
 
 def _full_rank(delta: Tensor) -> LoraLayerWeights:

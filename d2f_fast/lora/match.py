@@ -1,7 +1,7 @@
 """Match the layers of a LoRA file with the modules of a pipeline, and say what is wrong where they do not fit."""
 
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError
 from d2f_fast.lora.file_keys import component_of, describe_network
@@ -43,20 +43,25 @@ def match_layers(lora: LoraFile, pipeline: DiffusionPipeline) -> dict[str, Adapt
     return found
 
 
-def canonical_names(pipeline: DiffusionPipeline) -> dict[int, str]:
-    """Return the name "unet.<module>", "text_encoder.<module>" or "text_encoder_2.<module>" of each module, by its id.
+def modules_by_canonical_name(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return every module by its name "unet.<module>", "text_encoder.<module>" or "text_encoder_2.<module>".
 
     The prefix "text_model.", which transformers has dropped from its module names, is left out.
 
     Args:
         pipeline: Stable Diffusion pipeline, with one or two text encoders.
     """
-    names: dict[int, str] = {}
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        model = getattr(pipeline, component, None)
-        for name, module in model.named_modules() if model is not None else ():
-            names[id(module)] = f"{component}.{name.removeprefix('text_model.')}"
-    return names
+    return {
+        f"{component}.{name.removeprefix('text_model.')}": module
+        for component in ("unet", "text_encoder", "text_encoder_2")
+        if (model := getattr(pipeline, component, None)) is not None
+        for name, module in model.named_modules()
+    }
+
+
+def canonical_names(pipeline: DiffusionPipeline) -> dict[int, str]:
+    """Return the names of `modules_by_canonical_name` by the id of the module."""
+    return {id(module): name for name, module in modules_by_canonical_name(pipeline).items()}
 
 
 def _why_missing(lora: LoraFile, missing: list[str], pipeline: DiffusionPipeline) -> str:

@@ -17,7 +17,8 @@ from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.family import family_of
 from d2f_fast.lora.inject import ADAPTER, lora_layers
-from d2f_fast.lora.key_names import unet_layer_names
+from d2f_fast.lora.key_names import KOHYA_PREFIX, text_module, unet_layer_names
+from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.scales import ADAPTER_METADATA
 
@@ -35,7 +36,8 @@ def check_peft_file(unet: UNet2DConditionModel, path: StrPath) -> None:
         ModelError: The output differs by more than rounding.
     """
     tensors, header = read_tensors(path)
-    metadata = json.loads(header[ADAPTER_METADATA])
+    tensors = {key: value for key, value in tensors.items() if key.startswith("unet.")}
+    metadata = {key: value for key, value in json.loads(header[ADAPTER_METADATA]).items() if key.startswith("unet.")}
     _refuse_difference(unet, path, reloaded_difference(unet, tensors, metadata=metadata))
 
 
@@ -66,17 +68,41 @@ def check_kohya_file(unet: UNet2DConditionModel, path: StrPath) -> None:
     read = ours
     if family_of(unet) is not None:
         tensors, _ = read_tensors(path)
+        tensors = {key: value for key, value in tensors.items() if key.startswith(KOHYA_PREFIX)}
         theirs, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet.config)
         if convert_unet_state_dict_to_peft(theirs).keys() == ours.keys():
             read, options = theirs, {"network_alphas": alphas}
     _refuse_difference(unet, path, reloaded_difference(unet, read, **options))
 
 
-def uniform_scale_metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
+def check_text_layers(path: StrPath, layers: Mapping[str, LoraLayerWeights]) -> None:
+    """Refuse a file of which other updates of the text encoders are read than were written.
+
+    Args:
+        path: File to check.
+        layers: Updates by their names "text_encoder.<module>" and "text_encoder_2.<module>".
+
+    Raises:
+        ModelError: A layer is missing or differs.
+    """
+    found = read_lora(path).layers
+    for name, layer in layers.items():
+        component, _, module = name.partition(".")
+        kohya = text_module(module).replace(".", "_")
+        prefixes = ("te_", "te1_") if component == "text_encoder" else ("te2_",)
+        names = (f"{component}.{text_module(module)}", *(f"lora_{prefix}{kohya}" for prefix in prefixes))
+        read = next((found[spelled].as_lora() for spelled in names if spelled in found), None)
+        pairs = () if read is None else ((read.down, layer.down), (read.up, layer.up))
+        if read is None or read.alpha != read.rank or not all(torch.equal(a, b) for a, b in pairs):
+            raise ModelError(f"{path} does not hold {name} as it was written: not shareable")
+
+
+def uniform_scale_metadata(ranks: Mapping[str, int], component: str = "unet") -> dict[str, Any]:
     """Return peft's configuration of an adapter whose layers all have alpha = rank, a scale of 1.
 
     Args:
-        ranks: Rank of each adapted layer of the UNet.
+        ranks: Rank of each adapted layer.
+        component: Component of the pipeline that the layers belong to.
     """
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     pattern = {name: r for name, r in ranks.items() if r != common}
@@ -87,7 +113,7 @@ def uniform_scale_metadata(ranks: Mapping[str, int]) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
-    return {f"unet.{key}": value for key, value in adapter.items()}
+    return {f"{component}.{key}": value for key, value in adapter.items()}
 
 
 @torch.no_grad()

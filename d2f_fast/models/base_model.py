@@ -23,6 +23,8 @@ from d2f_fast.models.options import ModelOptions
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
+    from d2f_fast.lora.start import StartingLora
+
 
 class BaseModel:
     """A diffusers text-to-image pipeline and its parts, with frozen weights.
@@ -43,6 +45,8 @@ class BaseModel:
         vae: Its autoencoder.
         flow: Map between flow time and the network's own time and output: an `Alignment` of a diffusion model, or a
             `NaiveFlow` where the network predicts the flow itself.
+        starting_lora: LoRA file that the adapter in the UNet started from, whose part of the text encoders is merged
+            into them; None where there is none.
 
     Raises:
         ModelError: The pipeline has no UNet2DConditionModel, or its scheduler cannot be aligned.
@@ -66,6 +70,7 @@ class BaseModel:
                 f"{type(pipeline.scheduler).__name__} serves only {self.flow.prediction_type}, and --prediction_type"
                 f" says {self.facts.prediction_type}: leave the option out, or give a folder with another scheduler"
             )
+        self.starting_lora: StartingLora | None = None
         for component in self._frozen():
             component.requires_grad_(False).eval()
 

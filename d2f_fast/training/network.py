@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from d2f_fast.config import TrainingConfig
-from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.config import DEFAULT_RANK, TrainingConfig
+from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.lora.inject import inject_lora
+from d2f_fast.lora.start import check_start, inject_start, merge_text_layers, read_start
 from d2f_fast.models.base_model import BaseModel
 
 T = TypeVar("T")
@@ -49,17 +50,17 @@ def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
 
 
 def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Parameter]:
-    """Put the UNet of a base model into training mode, with a new adapter or with all of its weights trainable.
+    """Put the UNet of a base model into training mode, with an adapter or with all of its weights trainable.
 
     Args:
-        model: base model on its device; its UNet is changed in place.
+        model: base model on its device; its UNet is changed in place, and with `init_lora` its text encoders, too.
         config: options of the run.
 
     Returns:
         The trainable parameters by name.
 
     Raises:
-        ModelError: no layer of the UNet has a name in `target_modules`.
+        ModelError: no layer of the UNet has a name in `target_modules`, or `init_lora` cannot be used.
     """
     unet = model.unet
     if config.gradient_checkpointing:
@@ -69,10 +70,13 @@ def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Pa
     if config.adapter == "full":
         unet.requires_grad_(True).float()
         trainable = dict(unet.named_parameters())
+    elif config.init_lora is not None:
+        trainable = _start_from_lora(model, config, config.init_lora)
+        use_fused_lora(unet)
     else:
         trainable = inject_lora(
             unet,
-            config.rank,
+            config.rank or DEFAULT_RANK,
             alpha=config.lora_alpha,
             conv_rank=config.conv_rank,
             first_last_layers=config.first_last_layers,
@@ -83,6 +87,23 @@ def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Pa
     if model.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # the format of cuDNN, which else converts at every layer
     return trainable
+
+
+def _start_from_lora(model: BaseModel, config: TrainingConfig, entry: str) -> dict[str, nn.Parameter]:
+    """Add LoRA layers that start with the effect of a file, and return their parameters by name."""
+    start = read_start(entry, model.pipeline)
+    options = {name: getattr(config, name) for name in ("rank", "conv_rank", "first_last_layers", "target_modules")}
+    check_start(start, model.unet, **options)
+    was_flow, is_flow = start.tags.get("d2f.prediction_type") == "flow_prediction", config.objective == "fm"
+    if was_flow and (not is_flow or start.tags.get("d2f.fm_form", "diffusers") != (config.fm_form or "diffusers")):
+        form = start.tags.get("d2f.fm_form", "diffusers")
+        raise ModelError(
+            f"init_lora {start.path} makes the network predict the flow (form {printable(form)}), and this run trains"
+            f" the objective {config.objective}: give --objective fm --fm_form {printable(form)}, or leave it out"
+        )
+    merge_text_layers(model.pipeline, start)
+    model.starting_lora = start
+    return inject_start(model.unet, start, alpha=config.lora_alpha, seed=config.seed)
 
 
 def enable_gradient_checkpointing(unet: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Save the result of a run: weights, a stock scheduler that samples them, and tags that describe them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -9,18 +10,24 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import CheckpointError, RefusedInputError
 from d2f_fast.files.atomic import atomic_folder
 from d2f_fast.files.json_file import write_json
+from d2f_fast.files.tensor_file import write_tensors
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.merge import merged_unet
-from d2f_fast.lora.write import save_lora
+from d2f_fast.lora.source import LORA_FILE
+from d2f_fast.lora.write import lora_state_dict, save_lora
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule
 from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.objective import Objective
+from d2f_fast.training.step import TrainingStep
+from d2f_fast.training.summary import summary_tags
 
 
-def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:
+def publish_lora(
+    model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path, steps: int, batch_size: int
+) -> Path:
     """Write the adapter in a model's UNet to the LoRA files that the options name, and check that they reload.
 
     Args:
@@ -28,6 +35,8 @@ def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig,
         objective: objective that it was trained on.
         config: options of the run.
         folder: output folder, made where it is missing.
+        steps: number of optimizer steps taken.
+        batch_size: number of images in each step, over all processes and passes.
 
     Returns:
         Path of the file; with two files, that of the one for diffusers.
@@ -39,13 +48,37 @@ def publish_lora(model: BaseModel, objective: Objective, config: TrainingConfig,
     """
     if config.adapter != "lora":
         raise RefusedInputError("adapter is full, so there is no LoRA to save: use save_pipeline")
+    start = model.starting_lora
     return save_lora(
         model.unet,
         folder,
-        tags_of(config, objective),
+        summary_tags(config, tags_of(config, objective), steps, batch_size, start),
         lora_format=config.lora_format,
         prediction_type=objective.flow.prediction_type,
+        text_layers=None if start is None else start.text_layers,
     )
+
+
+def write_checkpoint_lora(folder: Path, step: TrainingStep, steps: int, batch_size: int) -> None:
+    """Write the adapter, with its averaged weights where the run keeps them, as a LoRA file for diffusers.
+
+    The file is not read back, which would take longer than the checkpoint; the one at the end of the run is.
+
+    Args:
+        folder: folder of the checkpoint, to which `pytorch_lora_weights.safetensors` is added.
+        step: training step whose adapter is written.
+        steps: number of optimizer steps taken.
+        batch_size: number of images in each step, over all processes and passes.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+        RefusedInputError: the disk is full.
+    """
+    start = step.starting_lora
+    tags = summary_tags(step.config, tags_of(step.config, step.objective), steps, batch_size, start)
+    with nullcontext() if step.ema is None else step.ema.swapped():
+        tensors, header = lora_state_dict(step.unet, None if start is None else start.text_layers)
+    write_tensors(folder / LORA_FILE, tensors, header | tags)
 
 
 def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:

@@ -4,6 +4,7 @@ checkpoint-N/trainable.safetensors      the trained parameters by name
 checkpoint-N/ema.safetensors            their averages, where the run keeps them
 checkpoint-N/optimizer.safetensors      the state of AdamW
 checkpoint-N/state.json                 what a continuation must match, and the counters
+checkpoint-N/pytorch_lora_weights.safetensors    with a LoRA, its averaged weights, to sample with; not read again
 """
 
 import dataclasses
@@ -18,9 +19,10 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import CheckpointError
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_file import read_tensors, write_tensors
-from d2f_fast.models.facts import ModelFacts
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, refuse_used_folder
 from d2f_fast.training.optimizer_state import read_optimizer, write_optimizer
+from d2f_fast.training.publish import write_checkpoint_lora
 from d2f_fast.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class _State(TypedDict):
 
 
 def run_identity(
-    config: TrainingConfig, precision: str, base_model: str, facts: ModelFacts, global_batch_size: int
+    config: TrainingConfig, precision: str, base_model: str, model: BaseModel, global_batch_size: int
 ) -> dict[str, object]:
     """Return the settings that must match the checkpoint's, by name, as JSON holds them.
 
@@ -57,7 +59,7 @@ def run_identity(
         config: options of the run.
         precision: "bf16" or "no", the type of autocast.
         base_model: fingerprint of the base model.
-        facts: what the base model is taken for.
+        model: base model of the run: what it is taken for, and the LoRA that the run started from.
         global_batch_size: number of samples a step, over all processes and backward passes.
     """
     options = dataclasses.asdict(config)
@@ -65,7 +67,10 @@ def run_identity(
     if not config.lr_scheduler.startswith("constant"):  # the other schedules depend on where they end
         identity["max_train_steps"] = config.max_train_steps
     identity |= {"mixed_precision": precision, "base_model": base_model, "global_batch_size": global_batch_size}
+    facts, start = model.facts, model.starting_lora
     identity |= {"prediction_type": facts.prediction_type, "rescale_betas_zero_snr": facts.zero_snr}
+    if start is not None:  # its file may have moved, but must be the same
+        identity["init_lora"] = start.identity
     as_json: dict[str, object] = json.loads(json.dumps(identity))
     return as_json
 
@@ -90,7 +95,7 @@ def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], s
     """Write everything that a continuation needs into the folder of a checkpoint.
 
     Args:
-        folder: empty folder.
+        folder: empty folder, whose name ends with "-" and the number of steps taken.
         step: training step whose parameters, average, optimizer and counters are kept.
         identity: settings that a continuation must match.
         samples: number of samples in the dataset.
@@ -105,6 +110,10 @@ def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], s
     write_optimizer(folder / "optimizer.safetensors", step.optimizer, step.trainable)
     state: _State = {"identity": identity, "samples": samples, "skipped_steps": int(step.skipped)}
     write_json(folder / "state.json", state)
+    if step.config.adapter == "lora":
+        # `save_checkpoint` ends the folder's name with the number of steps.
+        steps, batch_size = int(folder.name.rpartition("-")[2]), int(str(identity["global_batch_size"]))
+        write_checkpoint_lora(folder, step, steps, batch_size)
 
 
 def load_state(

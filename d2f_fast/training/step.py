@@ -32,6 +32,8 @@ from d2f_fast.training.step_graphs import MAX_GRAPHS, StepGraphs
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+    from d2f_fast.lora.start import StartingLora
+
 # Loss of each sample, [b], from latents, noise, t, condition and mask of a micro-batch.
 LossPerSample = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None], Tensor]
 
@@ -55,6 +57,7 @@ class TrainingStep:
         skipped_in_a_row: number of such steps since the last finite one, int64 on the device.
         loss: loss of each sample of one micro-batch, [b]; the part that is compiled.
         graphs: captured steps; None where `cuda_graph` is off.
+        starting_lora: LoRA file that the adapter started from, which is named where it is saved; None for none.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class TrainingStep:
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.loss: LossPerSample = self._compiled() if config.compile else self._loss
         self.graphs = StepGraphs(self.run, self.warm_up) if config.cuda_graph else None
+        self.starting_lora: StartingLora | None = None
         if config.cuda_graph and num_processes > 1:
             torch.distributed.all_reduce(torch.zeros(1, device=device))  # connects, which a capture does not allow
 

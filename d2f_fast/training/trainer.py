@@ -120,6 +120,7 @@ class AlignedTrainer:
             self._precision,
             self.accelerator.num_processes,
         )
+        self._training_step.starting_lora = model.starting_lora
         self.optimizer = self._training_step.optimizer
         self._checkpoints = RunCheckpoints(self._training_step, writes=self.accelerator.is_main_process)
         self._agreement = Agreement(self.device, self.accelerator.num_processes)
@@ -136,7 +137,7 @@ class AlignedTrainer:
         """Return the trainer of a hub id, a pipeline folder, a `.safetensors` file, or a loaded diffusers pipeline.
 
         Args:
-            model: any of these; the UNet of a pipeline is trained in place.
+            model: any of these; the UNet of a pipeline is trained in place, and `init_lora` changes its text encoders.
             config: options of the run; None for the defaults.
             model_options: options of the base model; None for the defaults, which take all from the model itself.
 
@@ -295,7 +296,7 @@ class AlignedTrainer:
 
     def _identity(self) -> dict[str, object]:
         """Return the settings that a continuation must match."""
-        return run_identity(self.config, self._precision, self._base_model, self.model.facts, self.global_batch_size)
+        return run_identity(self.config, self._precision, self._base_model, self.model, self.global_batch_size)
 
     # The result
 
@@ -359,7 +360,8 @@ class AlignedTrainer:
     def save_lora(self, folder: str | Path) -> Path:
         """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""
         with self.averaged():
-            return publish_lora(self.model, self.objective, self.config, folder)
+            run = (self.global_step, self.global_batch_size)
+            return publish_lora(self.model, self.objective, self.config, folder, *run)
 
     def save_pipeline(self, folder: str | Path) -> Path:
         """Write the averaged model as a diffusers pipeline, and return its folder; see `publish_pipeline`."""

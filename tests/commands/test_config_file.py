@@ -56,10 +56,10 @@ def test_list_gives_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("rank: '7'", "rank must be a whole number, got '7': correct the value"),
-        ("rank: 7.0", "rank must be a whole number, got 7.0"),
-        ("rank: true", "rank must be a whole number, got True"),
-        ("rank: null", "rank must be a whole number, got None"),
+        ("seed: '7'", "seed must be a whole number, got '7': correct the value"),
+        ("seed: 7.0", "seed must be a whole number, got 7.0"),
+        ("seed: true", "seed must be a whole number, got True"),
+        ("seed: null", "seed must be a whole number, got None"),
         ("learning_rate: '1e-4'", "learning_rate must be a number, got '1e-4'"),
         ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
         ("flow_shift: 1" + "0" * 400, "flow_shift must be a number, got 1000"),

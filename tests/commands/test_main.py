@@ -118,6 +118,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
         ["train", "--train_data_dir", "no-such-folder"],
         ["train", "--train_data_dir", data, "--adapter", "full", "--output_dir", run],
         ["train", "--train_data_dir", data, "--rank", "0"],
+        ["train", "--train_data_dir", data, "--init_lora", "no-such-lora"],
         ["train", "--train_data_dir", data, "--config", config],
         ["sample", "--prompts", "a", "--height", "1"],
         ["sample", "--prompts", "a", "--lora", "no-such-lora:0.8"],

@@ -1,5 +1,6 @@
 """`d2f train` as a user types it: what it saves, what it prints, and what it refuses."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -48,6 +49,18 @@ def test_lora_format_chooses_the_saved_file(train, tmp_path, capsys):
     assert train(output, "--lora_format", "kohya") == 0
     assert capsys.readouterr().out.strip() == str(output / "run_kohya.safetensors")
     assert [path.name for path in output.glob("*.safetensors")] == ["run_kohya.safetensors"]
+
+
+def test_lora_that_a_run_started_from_is_recorded(train, tmp_path, capsys):
+    assert train(tmp_path / "first") == 0
+    kohya = tmp_path / "first" / "first_kohya.safetensors"
+    assert train(tmp_path / "second", "--init_lora", f"{kohya}:0.5") == 0
+    (row,) = json.loads((tmp_path / "second" / "metrics.json").read_text())["results"]
+    sha256 = hashlib.sha256(kohya.read_bytes()).hexdigest()
+    assert row["init_lora"] == {"file": str(kohya), "scale": 0.5, "sha256": sha256}
+    capsys.readouterr()
+    assert train(tmp_path / "third", "--init_lora", "nope:0.5") == 2
+    assert capsys.readouterr().err == "d2f: LoRA nope: there is no such file or folder; check the path\n"
 
 
 @pytest.mark.parametrize(

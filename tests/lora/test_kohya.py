@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from d2f_fast.lora.family import family_of
 from d2f_fast.lora.inject import CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, LINEAR_TARGETS
 from d2f_fast.lora.key_names import sgm_name
 from d2f_fast.lora.kohya import kohya_header, kohya_layer_names, kohya_state_dict
@@ -157,6 +158,14 @@ READERS: dict[str, Callable[[Any, dict[str, str]], Lookup]] = {
     "kohya": kohya,
 }
 # What a program drops of every file, whatever its names.
+# Layers of text encoders, and the names that each program looks up for them in a file of the family. ComfyUI, Forge and
+# A1111 know those of kohya's scripts, which name the modules of the text encoders of transformers 4.
+TEXT_LAYERS = tuple(
+    f"{component}.encoder.layers.{layer}.{leaf}"
+    for component in ("text_encoder", "text_encoder_2")
+    for layer in (0, 1)
+    for leaf in (*(f"self_attn.{one}_proj" for one in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+)
 DROPPED: dict[str, set[str]] = {"comfyui": set(), "forge": set(), "a1111": set(), "kohya": {FIRST_LAYER, LAST_LAYER}}
 
 
@@ -182,6 +191,31 @@ def test_every_program_maps_every_layer(network: Any, targets: str, reader: str)
     found = {name: lookup(key) for name, key in names.items()}
     assert {name for name, got in found.items() if got is None} == DROPPED[reader] & set(layers)
     assert all(got in (name, None) for name, got in found.items())
+    assert {key.partition(".")[0] for key in kohya_state_dict(network, tensors)} == set(names.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_program_maps_every_layer_of_the_text_encoders(network: Any) -> None:
+    """Check the prefix of the family, the prefix of transformers 4, and that the UNet's names stay as they are."""
+    count = 2 if family_of(network) == "sdxl" else 1
+    layers = [name for name in TEXT_LAYERS if count == 2 or name.startswith("text_encoder.")]
+    prefixes = {"text_encoder": "lora_te1_" if count == 2 else "lora_te_", "text_encoder_2": "lora_te2_"}
+    known = {}
+    for name in layers:
+        component, _, module = name.partition(".")
+        known[f"{prefixes[component]}text_model_{module.replace('.', '_')}"] = name
+    if count == 2:
+        layers.append("text_encoder_2.text_projection")
+        known["lora_te2_text_projection"] = layers[-1]
+    unet_layers = layers_of(network, "first and last")
+    names = kohya_layer_names(network, [*unet_layers, *layers])
+    assert {names[name]: name for name in layers} == known
+    assert {name: names[name] for name in unet_layers} == kohya_layer_names(network, unet_layers)
+    text = {f"{name}.lora_{half}.weight": torch.ones(9, 9) for name in layers for half in "AB"}
+    tensors = adapter_of(unet_layers) | text
+    assert kohya_header(network, tensors, "run", "epsilon") == kohya_header(
+        network, adapter_of(unet_layers), "run", "epsilon"
+    )
     assert {key.partition(".")[0] for key in kohya_state_dict(network, tensors)} == set(names.values())
 
 

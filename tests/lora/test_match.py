@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2f_fast.errors import ModelError
-from d2f_fast.lora.match import canonical_names, match_layers
+from d2f_fast.lora.match import canonical_names, match_layers, modules_by_canonical_name
 from d2f_fast.lora.read import LoraFile, read_lora
 
 TEXT = "encoder.layers.0.self_attn.q_proj"
@@ -41,6 +41,7 @@ def test_module_and_name_of_each_layer_are_found(tiny_xl: Any, tmp_path: Path) -
     found = match_layers(lora_of(tmp_path, shapes), tiny_xl)
     canonical = canonical_names(tiny_xl)
     assert {name: canonical[id(module)] for name, module in found.items()} == names
+    assert all(modules_by_canonical_name(tiny_xl)[names[name]] is module for name, module in found.items())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from d2f_fast.errors import CheckpointError, ModelError
+from d2f_fast.files import atomic
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora import reload, write
 from d2f_fast.lora.inject import inject_lora, lora_layers
+from d2f_fast.lora.layer_weights import LoraLayerWeights
+from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.source import LORA_FILE
+from d2f_fast.lora.start import inject_start, read_start
 from d2f_fast.lora.write import save_lora
+
+TEXT = "encoder.layers.0.self_attn.q_proj"
+# diffusers recognises the text encoder's keys of a kohya file by its out_proj alone, and gives all one alpha.
+TEXT_SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.out_proj": (16, 16), "mlp.fc1": (32, 16)}
+TEXT_LAYERS = {
+    f"text_encoder.encoder.layers.0.{name}": LoraLayerWeights(torch.randn(2, columns), torch.randn(rows, 2), 2.0)
+    for name, (rows, columns) in TEXT_SHAPES.items()
+}
 
 
 def stock_pipeline(tiny_folder: Path) -> Any:
@@ -110,7 +123,7 @@ def test_file_that_reloads_to_another_output_is_refused(
     before = save_lora(unet, tmp_path).read_bytes()
     state_dict = write.lora_state_dict
 
-    def wrong(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def wrong(unet: nn.Module, text_layers: None) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, header = state_dict(unet)
         return {key: value * factor if ".lora_B" in key else value for key, value in tensors.items()}, header
 
@@ -150,19 +163,73 @@ def test_format_chooses_the_files_that_are_written(tmp_path: Path, unet: Any, lo
         assert header["modelspec.title"] == "my.run" and header["modelspec.prediction_type"] == "v"
 
 
-def test_twenty_saves_of_one_adapter_are_equal_byte_for_byte(
-    tmp_path: Path, unet: Any, randomize: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_saves_of_one_adapter_are_equal_byte_for_byte(
+    count: int, tmp_path: Path, unet: Any, randomize: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject_lora(unet, 2, conv_rank=3, first_last_layers=True)
     randomize(unet)
     for check in ("check_peft_file", "check_kohya_file"):  # They only read, and would take most of the time.
         monkeypatch.setattr(write, check, lambda unet, path: None)
+    monkeypatch.setattr(atomic, "sync_to_disk", lambda path: None)  # It takes most of the rest.
+    tags = {f"d2f.{letter}": letter for letter in "zyxabc"}
     hashes = set()
-    for number in range(20):
-        save_lora(unet, tmp_path / str(number) / "run", {"d2f.b": "1", "d2f.a": "2"}, lora_format="both")
-        files = sorted((tmp_path / str(number) / "run").iterdir())
-        hashes.add(tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in files))
+    for number in range(count):
+        folder = tmp_path / str(number) / "run"
+        save_lora(unet, folder, tags, lora_format="both", text_layers=TEXT_LAYERS)
+        hashes.add(tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())))
     assert len(hashes) == 1 and len(hashes.pop()) == 2
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_text_encoders_are_written_beside_the_adapter(
+    form: Any, tmp_path: Path, tiny_folder: Path, unet: Any, randomize: Any
+) -> None:
+    """Check against diffusers' own loading of the file into a whole pipeline."""
+    inject_lora(unet, 2, target_modules=("to_q",))
+    randomize(unet)
+    path = save_lora(unet, tmp_path, lora_format=form, text_layers=TEXT_LAYERS)
+    ours, theirs = (StableDiffusionPipeline.from_pretrained(tiny_folder) for _ in range(2))
+    weight = next(module.weight for name, module in ours.text_encoder.named_modules() if name.endswith(TEXT))
+    expected = weight.detach() + TEXT_LAYERS[f"text_encoder.{TEXT}"].delta(weight.detach())
+    fuse_adapter(ours, path, 1.0)
+    torch.testing.assert_close(weight.detach(), expected)
+    theirs.load_lora_weights(path)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.text_encoder(tokens)[0], ours.text_encoder(tokens)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_file_that_lost_a_text_encoder_is_refused(tmp_path: Path, unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject_lora(unet, 2, target_modules=("to_q",))
+    state_dict = write.lora_state_dict
+    monkeypatch.setattr(write, "lora_state_dict", lambda unet, text_layers: state_dict(unet))
+    with pytest.raises(ModelError, match=rf"does not hold text_encoder\.{TEXT} as it was written: not shareable"):
+        save_lora(unet, tmp_path, text_layers=TEXT_LAYERS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_peft_to_kohya_to_peft_gives_the_same_tensors(
+    family: str, tmp_path: Path, make_family_unet: Any, randomize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that the kohya file, read and started from, is written again with the tensors of the first peft file."""
+    depth = {"transformer_layers_per_block": 1} if family == "sdxl" else {}
+    first, again = (make_family_unet(family, **depth) for _ in range(2))
+    inject_lora(first, 2, alpha=3.0, conv_rank=3, first_last_layers=True)
+    randomize(first)
+    for check in ("check_peft_file", "check_kohya_file"):
+        monkeypatch.setattr(write, check, lambda unet, path: None)
+    save_lora(first, tmp_path / "first", lora_format="both")
+    start = read_start(str(tmp_path / "first" / "first_kohya.safetensors"), SimpleNamespace(unet=again))
+    inject_start(again, start)
+    save_lora(again, tmp_path / "again")
+    before, _ = read_tensors(tmp_path / "first" / LORA_FILE)
+    after, _ = read_tensors(tmp_path / "again" / LORA_FILE)
+    assert before.keys() == after.keys()
+    error = max(float((after[key] - value).norm() / value.norm()) for key, value in before.items())
+    print(f"\n{family}: round trip error {error:.1e}")
+    assert error <= 1e-6
 
 
 def test_files_that_fail_their_check_leave_both_old_files(

@@ -13,6 +13,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.lora.source import LORA_FILE
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.sampling.generate import generate
@@ -41,7 +42,10 @@ def test_lora_file_describes_how_to_sample_it(
     weighting = "flow" if objective == "fm" else "native"
     options = make_config(tmp_path, objective=objective, flow_shift=2.5, sampling_shift=shift, loss_weighting=weighting)
     _, header = read_tensors(AlignedTrainer.from_pretrained(pipeline, options).save_lora(tmp_path / "lora"))
-    assert {name: value for name, value in header.items() if name.startswith("d2f.")} == {
+    assert header["d2f.steps"] == "0" and header["ss_total_batch_size"] == str(options.train_batch_size)
+    method = ("objective", "prediction_type", "fm_form", "zero_snr", "loss_weighting", "training_shift", "shift")
+    names = {f"d2f.{name}" for name in (*method, "recommended_sigmas")}
+    assert {name: value for name, value in header.items() if name in names} == {
         "d2f.objective": objective,
         "d2f.prediction_type": "flow_prediction" if objective == "fm" else scheduler.get("prediction_type", "epsilon"),
         **({"d2f.fm_form": "diffusers"} if objective == "fm" else {"d2f.zero_snr": "true" if scheduler else "false"}),
@@ -188,3 +192,25 @@ def test_sdxl_pipeline_with_the_saved_weights_gives_the_images_of_the_trainer(
     saved = StableDiffusionXLPipeline.from_pretrained(tmp_path / "saved", add_watermarker=False)
     saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
     assert np.abs(np.asarray(stock(saved), dtype=np.float64) - np.asarray(pictures, dtype=np.float64)).max() <= 1
+
+
+def test_checkpoint_holds_the_lora_of_the_averaged_weights(images: Any, make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer("run", max_train_steps=3, conv_rank=2, learning_rate=0.1, ema_decay=0.9)
+    trainer.fit(images())
+    before = {name: parameter.detach().clone() for name, parameter in trainer.trainable.items()}
+    (checkpoint, _), (saved, header) = (
+        read_tensors(file) for file in (tmp_path / "run/checkpoint-3" / LORA_FILE, trainer.save_lora(tmp_path / "lora"))
+    )
+    assert checkpoint.keys() == saved.keys() and all(torch.equal(checkpoint[key], saved[key]) for key in saved)
+    assert read_tensors(tmp_path / "run/checkpoint-3" / LORA_FILE)[1] == header
+    assert header["d2f.weights"] == "ema" and header["d2f.steps"] == "3"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.trainable.items())
+    shadow = trainer.ema.shadow
+    name = next(iter(shadow))
+    assert torch.equal(saved[f"unet.{name.replace('.default', '')}"], shadow[name])
+    assert not torch.equal(shadow[name], before[name])
+
+
+def test_full_finetuning_has_no_lora_in_its_checkpoint(images: Any, make_trainer: Any, tmp_path: Path) -> None:
+    make_trainer("full", adapter="full", max_train_steps=1, checkpointing_steps=1).fit(images())
+    assert not list((tmp_path / "full").rglob(LORA_FILE))

@@ -1,0 +1,203 @@
+"""Start the LoRA layers of a UNet from a LoRA file of any form, whose effect they then have before the first step.
+
+The part of the file that adapts text encoders is not trained. It is merged into them, and kept, so that it is written
+again with the trained part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mode
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from d2f_fast.errors import ModelError, printable
+from d2f_fast.files.hashes import file_sha256
+from d2f_fast.lora.inject import ADAPTER, CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, add_adapter, lora_layers
+from d2f_fast.lora.layer_weights import LoraLayerWeights
+from d2f_fast.lora.match import canonical_names, match_layers, modules_by_canonical_name
+from d2f_fast.lora.read import lora_tags, read_lora
+from d2f_fast.lora.source import parse_lora
+
+
+@dataclass(frozen=True)
+class StartingLora:
+    """LoRA file that a run starts from.
+
+    Attributes:
+        path: The file.
+        scale: Factor on the whole adapter; 1 applies it as it was trained.
+        sha256: Hash of the file.
+        unet_layers: Update of each layer of the UNet, by its name in diffusers, with every scale folded into `up`.
+        text_layers: The same for "text_encoder.<module>" and "text_encoder_2.<module>".
+        tags: Header entries of the file that begin with "d2f.".
+    """
+
+    path: Path
+    scale: float
+    sha256: str
+    unet_layers: dict[str, LoraLayerWeights]
+    text_layers: dict[str, LoraLayerWeights]
+    tags: dict[str, str]
+
+    @property
+    def identity(self) -> str:
+        """Return a short text that differs for another content or scale."""
+        return f"{self.sha256[:16]}:{self.scale:g}"
+
+
+def read_start(entry: str, pipeline: DiffusionPipeline) -> StartingLora:
+    """Read the LoRA file that a run starts from, for the pipeline that is trained.
+
+    Args:
+        entry: `PATH` or `PATH:SCALE` of the file, or of a folder that holds one.
+        pipeline: Pipeline without an adapter.
+
+    Raises:
+        ModelError: The file is not a LoRA of this model, has no layer of the UNet, or is a DoRA.
+        CheckpointError: The file is missing, damaged, or a pickle.
+    """
+    source = parse_lora(entry)
+    lora = read_lora(source.path)
+    modules = match_layers(lora, pipeline)
+    names = canonical_names(pipeline)
+    unet_layers: dict[str, LoraLayerWeights] = {}
+    text_layers: dict[str, LoraLayerWeights] = {}
+    for name, layer in lora.layers.items():
+        product = layer.as_lora()
+        if product.magnitude is not None:
+            raise ModelError(
+                f"LoRA {printable(lora.path)}: {lora.stems[name]} is a DoRA, which a plain LoRA cannot go on from:"
+                " merge it into the model first, and start from that model"
+            )
+        module, canonical = modules[name], names[id(modules[name])]
+        folded = _folded(product, source.scale, module.weight.shape)
+        if canonical.startswith("unet."):
+            unet_layers[canonical.removeprefix("unet.")] = folded
+        else:
+            text_layers[canonical] = folded
+    if not unet_layers:
+        raise ModelError(
+            f"LoRA {printable(lora.path)} adapts text encoders only, and training adapts the UNet: give a LoRA of the"
+            " UNet, or leave out init_lora"
+        )
+    tags = lora_tags(source.path)
+    return StartingLora(lora.path, source.scale, file_sha256(lora.path), unet_layers, text_layers, tags)
+
+
+@torch.no_grad()
+def inject_start(
+    unet: UNet2DConditionModel, start: StartingLora, *, alpha: float | None = None, seed: int = 0
+) -> dict[str, nn.Parameter]:
+    """Freeze a UNet and add float32 LoRA layers to it that have the ranks and the effect of a LoRA file.
+
+    Args:
+        unet: Network to adapt, in place.
+        start: LoRA that is started from.
+        alpha: The layers are scaled by alpha / r in training, where r is the most frequent rank; None is a scale of 1.
+            It does not change the effect.
+        seed: Seed of random numbers, of which none remains.
+
+    Returns:
+        The trainable parameters by name.
+    """
+    ranks = {name: layer.rank for name, layer in start.unet_layers.items()}
+    common = mode(ranks.values())
+    scale = 1.0 if alpha is None else alpha / common
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=scale * common,
+        target_modules=list(ranks),
+        rank_pattern=others,
+        alpha_pattern={name: scale * rank for name, rank in others.items()},
+    )
+    trainable = add_adapter(unet, config, seed)
+    for name, module in lora_layers(unet).items():
+        layer = start.unet_layers[name]
+        down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        down.copy_(layer.down.reshape(down.shape))
+        up.copy_(layer.up.reshape(up.shape) / scale)
+    return trainable
+
+
+@torch.no_grad()
+def merge_text_layers(pipeline: DiffusionPipeline, start: StartingLora) -> None:
+    """Add the part of a LoRA that adapts text encoders to their weights, in place.
+
+    Args:
+        pipeline: Pipeline for which the LoRA was read.
+        start: LoRA that is started from.
+    """
+    modules = modules_by_canonical_name(pipeline)
+    for name, layer in start.text_layers.items():
+        weight: Tensor = modules[name].weight  # type: ignore[assignment]
+        delta = layer.delta(weight.cpu()).reshape(weight.shape)
+        weight.copy_(weight.float() + delta.to(weight.device))
+
+
+def check_start(
+    start: StartingLora,
+    unet: UNet2DConditionModel,
+    *,
+    rank: int | None = None,
+    conv_rank: int = 0,
+    first_last_layers: bool = False,
+    target_modules: Sequence[str] | None = None,
+) -> None:
+    """Refuse options that state other layers or ranks than those of the file that is started from.
+
+    Args:
+        start: LoRA that is started from.
+        unet: UNet without an adapter.
+        rank: Rank of attention and feed-forward layers; None states none.
+        conv_rank: Rank of convolutions but the first and the last; 0 states none.
+        first_last_layers: Whether the first and the last layer are adapted; False states nothing.
+        target_modules: Endings of the names of the other layers; None states none.
+
+    Raises:
+        ModelError: An option contradicts the file.
+    """
+    ends = {name: layer.rank for name, layer in start.unet_layers.items() if name in (FIRST_LAYER, LAST_LAYER)}
+    kernels = {
+        n: layer.rank for n, layer in start.unet_layers.items() if n not in ends and _ends(n, CONVOLUTION_TARGETS)
+    }
+    others = {n: layer.rank for n, layer in start.unet_layers.items() if n not in ends and n not in kernels}
+    for option, stated, found in (("rank", rank or 0, others), ("conv_rank", conv_rank, kernels)):
+        if stated and set(found.values()) != {stated}:
+            ranks = ", ".join(map(str, sorted(set(found.values()))[:5])) or "no such layers"
+            raise _contradiction(start, option, str(stated), f"rank {ranks}" if found else ranks)
+    if first_last_layers and len(ends) < 2:
+        raise _contradiction(start, "first_last_layers", "set", f"{len(ends)} of the two layers")
+    if target_modules is not None:
+        wanted = {
+            name
+            for name, module in unet.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and _ends(name, target_modules)
+        }
+        if wanted != set(others):
+            count = f"{len(wanted & set(others))} of its {len(wanted)} layers, and {len(set(others) - wanted)} others"
+            raise _contradiction(start, "target_modules", " ".join(target_modules), count)
+
+
+def _contradiction(start: StartingLora, option: str, stated: str, found: str) -> ModelError:
+    """Return the error of an option that contradicts the file."""
+    return ModelError(
+        f"{option} is {printable(stated)}, and {printable(start.path)} has {found}: leave {option} out, so that the"
+        " file decides"
+    )
+
+
+def _ends(name: str, endings: Sequence[str]) -> bool:
+    """Return whether a module's name ends with one of the endings, at a dot."""
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+
+
+def _folded(layer: LoraLayerWeights, scale: float, shape: Sequence[int]) -> LoraLayerWeights:
+    """Return an update with its scale folded into `up`, and `down` in the shape of the weight's inputs."""
+    down = layer.down.reshape(layer.rank, *shape[1:])
+    up = (layer.up * (layer.alpha / layer.rank * scale)).reshape(-1, layer.rank, *(1 for _ in shape[2:]))
+    return LoraLayerWeights(down, up, float(layer.rank))

@@ -1,0 +1,35 @@
+"""Entries of a LoRA file's header that say how it was trained and how to sample with it."""
+
+from pathlib import Path
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.lora.start import StartingLora
+from d2f_fast.training.summary import summary_tags
+
+
+def test_summary_names_training_and_recommended_sampling() -> None:
+    config = TrainingConfig(learning_rate=2e-5, max_train_steps=9, lr_scheduler="cosine", seed=3, resolution=256)
+    tags = {"d2f.shift": "2.0", "d2f.recommended_sigmas": "17.6, 3, 1, 0.33, 0"}
+    start = StartingLora(Path("folder/old.safetensors"), 0.5, "ab" * 32, {}, {}, {})
+    assert summary_tags(config, tags, 7, 12, start) == tags | {
+        "d2f.steps": "7",
+        "d2f.batch_size": "12",
+        "d2f.learning_rate": "2e-05",
+        "d2f.resolution": "256",
+        "d2f.weights": "ema",
+        "d2f.recommended_steps": "4",
+        "d2f.recommended_spacing": "uniform",
+        "d2f.recommended_guidance": "3.0",
+        "d2f.init_lora": "old.safetensors abababababababab:0.5",
+        "ss_steps": "7",
+        "ss_max_train_steps": "9",
+        "ss_total_batch_size": "12",
+        "ss_learning_rate": "2e-05",
+        "ss_lr_scheduler": "cosine",
+        "ss_seed": "3",
+        "modelspec.usage_hint": (
+            "4 steps of the sampler Euler with the sigmas 17.6, 3, 1, 0.33, 0, guidance 3, shift 2.0"
+        ),
+    }
+    assert summary_tags(TrainingConfig(ema_decay=0), {}, 7, 12)["d2f.weights"] == "last"
+    assert "d2f.init_lora" not in summary_tags(config, tags, 7, 12)
