@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from d2f_fast.config import TrainingConfig
+from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
 
@@ -96,7 +96,10 @@ def _card(
         pipeline_tag="text-to-image",
         tags=["diff2flow", "flow-matching", "stable-diffusion", *(["lora"] if is_lora else [])],
     )
-    kind = f"LoRA of rank {config.rank}" if is_lora else "full finetuning"
+    kind = "full finetuning"
+    if is_lora:
+        rank = config.rank or (DEFAULT_RANK if config.init_lora is None else None)
+        kind = "LoRA that went on from another one" if rank is None else f"LoRA of rank {rank}"
     settings = {
         "base model": published or "a local model",
         "objective": tags["d2f.objective"],

@@ -23,7 +23,6 @@ def summary_tags(
         `tags` and the entries of this summary: "d2f.*" for programs, "ss_*" as kohya's scripts write them, and
         "modelspec.usage_hint" for people.
     """
-    sigmas = tags.get("d2f.recommended_sigmas", "")
     entries = {
         "d2f.steps": str(steps),
         "d2f.batch_size": str(batch_size),
@@ -39,11 +38,18 @@ def summary_tags(
         "ss_learning_rate": str(config.learning_rate),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_seed": str(config.seed),
-        "modelspec.usage_hint": (
-            f"{RECOMMENDED_STEPS} steps of the sampler Euler with the sigmas {sigmas}, guidance"
-            f" {RECOMMENDED_GUIDANCE:g}, shift {tags.get('d2f.shift', '1')}"
-        ),
+        "modelspec.usage_hint": f"{RECOMMENDED_STEPS} steps, guidance {RECOMMENDED_GUIDANCE:g}, {_sampler(tags)}",
     }
     if start is not None:
         entries["d2f.init_lora"] = f"{start.path.name} {start.identity}"
     return tags | entries
+
+
+def _sampler(tags: dict[str, str]) -> str:
+    """Return in words how to sample in other programs."""
+    if tags.get("d2f.fm_form") == "published":
+        return "with d2f_fast only: the network is fed the flow time itself"
+    shift = tags.get("d2f.shift", "1.0")
+    if tags.get("d2f.prediction_type") == "flow_prediction":
+        return f"sampler Euler with flow matching (ModelSamplingSD3 in ComfyUI), shift {shift}"
+    return f"sampler Euler with the sigmas {tags.get('d2f.recommended_sigmas', '')}"

@@ -87,3 +87,14 @@ def test_card_of_an_earlier_run_is_replaced_and_a_foreign_one_kept(folder: Path,
     (folder / CARD_FILE).write_text("# My own page\n")
     assert write_model_card(folder, "some/model", config, TAGS, RESULT) is None
     assert (folder / CARD_FILE).read_text() == "# My own page\n"
+
+
+def test_card_names_the_rank_of_the_lora(folder: Path, config: TrainingConfig) -> None:
+    ranks = {
+        "LoRA of rank 64": {},
+        "LoRA of rank 8": {"rank": 8},
+        "LoRA that went on from another one": {"init_lora": "x"},
+    }
+    for words, options in ranks.items():
+        path = write_model_card(folder, "BASE", replace(config, **options), TAGS, RESULT)
+        assert path is not None and f"| trained | {words} |" in path.read_text()

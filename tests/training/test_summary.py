@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from d2f_fast.config import TrainingConfig
 from d2f_fast.lora.start import StartingLora
 from d2f_fast.training.summary import summary_tags
@@ -27,9 +29,19 @@ def test_summary_names_training_and_recommended_sampling() -> None:
         "ss_learning_rate": "2e-05",
         "ss_lr_scheduler": "cosine",
         "ss_seed": "3",
-        "modelspec.usage_hint": (
-            "4 steps of the sampler Euler with the sigmas 17.6, 3, 1, 0.33, 0, guidance 3, shift 2.0"
-        ),
+        "modelspec.usage_hint": "4 steps, guidance 3, sampler Euler with the sigmas 17.6, 3, 1, 0.33, 0",
     }
     assert summary_tags(TrainingConfig(ema_decay=0), {}, 7, 12)["d2f.weights"] == "last"
     assert "d2f.init_lora" not in summary_tags(config, tags, 7, 12)
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("diffusers", "sampler Euler with flow matching (ModelSamplingSD3 in ComfyUI), shift 2.0"),
+        ("published", "with d2f_fast only: the network is fed the flow time itself"),
+    ],
+)
+def test_usage_hint_of_a_flow_model_names_its_own_sampling(form: str, words: str) -> None:
+    tags = {"d2f.shift": "2.0", "d2f.prediction_type": "flow_prediction", "d2f.fm_form": form}
+    assert summary_tags(TrainingConfig(), tags, 1, 1)["modelspec.usage_hint"] == f"4 steps, guidance 3, {words}"
