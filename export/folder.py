@@ -31,6 +31,7 @@ from d2f_fast.files.atomic import recover_folder
 from d2f_fast.files.json_file import write_json
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
+from d2f_fast.models.reflection_padding import set_reflection_padding
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -83,6 +84,10 @@ class ExportJob:
         self.options = options
         self.model = load_model(options.model, options.model_options)
         self.adapters = [fuse_adapter(self.model.pipeline, path, scale) for path, scale in options.adapters]
+        adapters = [path for path, _ in options.adapters]
+        self.flow, self.shift, reflects = sampling_of(self.model, options.model, adapters, options.shift)
+        if reflects and options.vae_reflection_padding is None:
+            set_reflection_padding(self.model.vae, True)
         self.components = self._components()
         unet = self.model.unet.config
         if "sampler" in options.component_names and unet.in_channels != unet.out_channels:
@@ -90,8 +95,6 @@ class ExportJob:
                 f"the network takes {unet.in_channels} channels and returns {unet.out_channels} (depth or inpainting),"
                 " and the sampler graph has no image to condition on: leave sampler out of components"
             )
-        adapters = [path for path, _ in options.adapters]
-        self.flow, self.shift = sampling_of(self.model, options.model, adapters, options.shift)
         self.tables = {steps: step_table(self.flow, steps, self.shift) for steps in options.step_counts}
         self.sizes = self._static_sizes()
 

@@ -36,6 +36,8 @@ class SourceOptions:
         vae_custom_scale: Factor on the autoencoder's latents. None takes it from its configuration.
         vae_custom_shift: Number that is subtracted from the autoencoder's latents before the factor. None takes it from
             its configuration.
+        vae_reflection_padding: Pad the autoencoder's convolutions by reflection, as fine-tunes for EQ-VAE need;
+            --no_vae_reflection_padding pads with zeros. None takes it from the model or the LoRA.
         variant: Variant of the weight files of a folder or hub id, such as fp16. None takes the files without one.
         revision: Branch, tag or commit of a hub id. None takes the main branch.
     """
@@ -48,6 +50,7 @@ class SourceOptions:
     tokenizer_name_or_path: str | None = None
     vae_custom_scale: float | None = None
     vae_custom_shift: float | None = None
+    vae_reflection_padding: bool | None = None
     variant: str | None = None
     revision: str | None = None
 
@@ -256,7 +259,7 @@ def parse(arguments: list[str], program: str) -> ExportOptions:
     Raises:
         SystemExit: an option is unknown or has a wrong type (code 2), or help was asked for (code 0).
     """
-    arguments = spell_out_flags(arguments, ["rescale_betas_zero_snr"])
+    arguments = spell_out_flags(arguments, ["rescale_betas_zero_snr", "vae_reflection_padding"])
     groups = tyro.cli(_Groups, prog=program, args=arguments, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
     held = [getattr(groups, group.name) for group in fields(groups)]
     return ExportOptions(**{option.name: getattr(group, option.name) for group in held for option in fields(group)})

@@ -15,10 +15,17 @@ from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 
 class Sampling(NamedTuple):
-    """How a network is sampled: the flow that reads its output, and the shift of the sampler's steps."""
+    """How a network is sampled.
+
+    Attributes:
+        flow: flow that reads its output.
+        shift: factor on (1 - t) / t at each step.
+        vae_reflection_padding: whether the files of its training ask for an autoencoder that pads by reflection.
+    """
 
     flow: Flow
     shift: float
+    vae_reflection_padding: bool
 
 
 def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), shift: float | None = None) -> Sampling:
@@ -49,7 +56,7 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
             f"{source}: the network is fed the flow time itself (fm_form published), which no stock sampler of the"
             " exported folder does: sample it with d2f sample"
         )
-    return Sampling(flow, shift)
+    return Sampling(flow, shift, tags.get("d2f.vae_reflection_padding") == "true")
 
 
 def _folder_tags(folder: Path) -> dict[str, str]:

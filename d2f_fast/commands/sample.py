@@ -143,12 +143,15 @@ class Sample:
 
         from d2f_fast.lora.merge import fuse_adapter
         from d2f_fast.models.load import load_model
+        from d2f_fast.models.reflection_padding import set_reflection_padding
         from d2f_fast.sampling.generate import generate
 
         pipe, facts = load_model(self.model, options=self.model_options)
         for path, scale in map(parse_lora, self.lora):
             fuse_adapter(pipe, path, scale)
         of_training = self._of_training()
+        if of_training.pop("vae_reflection_padding", False):
+            facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipe.vae, True))
         print(f"d2f: Model: {facts}", file=sys.stderr)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         return generate(
@@ -166,7 +169,7 @@ class Sample:
         )
 
     def _of_training(self) -> dict[str, Any]:
-        """Return prediction type, form and shift: those given, else those in the tags of the LoRA file or model."""
+        """Return prediction type, form, shift and padding: those given, else those in the tags of LoRA file or model."""
         from d2f_fast.files.json_file import read_json
         from d2f_fast.lora.read import common_tags
 
@@ -181,8 +184,11 @@ class Sample:
             if self.shift is None and "d2f.shift" in tags:
                 chosen["shift"] = float(tags["d2f.shift"])
             # The other types are the base model's, whose own configuration says which one it is.
-            if chosen["prediction_type"] is None and tags.get("d2f.prediction_type") == "flow_prediction":
+            kinds = (None, "flow_prediction")
+            if chosen["prediction_type"] in kinds and tags.get("d2f.prediction_type") == "flow_prediction":
                 chosen |= {"prediction_type": "flow_prediction", "fm_form": tags.get("d2f.fm_form")}
+            if self.model_options.vae_reflection_padding is None:
+                chosen["vae_reflection_padding"] = tags.get("d2f.vae_reflection_padding") == "true"
         except (AttributeError, TypeError, ValueError) as error:
             raise RefusedInputError(f"{source} holds no usable d2f.shift ({error}): give --shift") from error
         return {name: value for name, value in chosen.items() if value is not None}

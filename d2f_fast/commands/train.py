@@ -115,7 +115,7 @@ class Train:
         from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
         from d2f_fast.training.publish import tags_of
 
-        tags = tags_of(trainer.config, trainer.objective)
+        tags = tags_of(trainer.config, trainer.objective, trainer.model.facts.vae_reflection_padding)
         for line in recipe(output, tags):
             print(f"d2f: {line}", file=sys.stderr)
         if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, tags, result) is None:

@@ -9,6 +9,7 @@ from diffusers import EulerDiscreteScheduler
 from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import family_of
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.reflection_padding import set_reflection_padding
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -38,6 +39,7 @@ class ModelFacts:
         prediction_source: Where the prediction type was read.
         zero_snr: Whether the last timestep is pure noise.
         zero_snr_source: Where that was read.
+        vae_reflection_padding: Whether the convolutions of the autoencoder pad by reflection.
     """
 
     family: str
@@ -45,18 +47,20 @@ class ModelFacts:
     prediction_source: str
     zero_snr: bool
     zero_snr_source: str
+    vae_reflection_padding: bool = False
 
     def __str__(self) -> str:
         """Return the line that a run prints."""
+        padding = ", autoencoder padded by reflection (stock pipelines ignore this)" * self.vae_reflection_padding
         prediction = _PREDICTION_NAMES.get(self.prediction_type, self.prediction_type)
         if self.prediction_type == "flow_prediction":  # It has no noise table, and starts from pure noise.
-            return f"{self.family}, {prediction} ({self.prediction_source})"
+            return f"{self.family}, {prediction} ({self.prediction_source}){padding}"
         zero_snr = "zero terminal SNR" if self.zero_snr else "no zero terminal SNR"
-        return f"{self.family}, {prediction} ({self.prediction_source}), {zero_snr} ({self.zero_snr_source})"
+        return f"{self.family}, {prediction} ({self.prediction_source}), {zero_snr} ({self.zero_snr_source}){padding}"
 
 
 def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: str | ModelFacts) -> ModelFacts:
-    """Make a pipeline's scheduler agree with the options, and return what the model is then taken for.
+    """Make a pipeline's scheduler and padding agree with the options, and return what the model is then taken for.
 
     Args:
         pipeline: Pipeline of any model. Its scheduler is replaced where an option differs from its configuration.
@@ -65,6 +69,7 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
             the facts themselves, for a model without a scheduler configuration of its own.
     """
     changes: dict[str, Any] = {}
+    vae = getattr(pipeline, "vae", None)
     if options.prediction_type is not None:
         changes["prediction_type"] = options.prediction_type
     if options.rescale_betas_zero_snr is not None:
@@ -81,6 +86,7 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
         found.zero_snr_source
         if options.rescale_betas_zero_snr is None
         else given.format(f"{'' if options.rescale_betas_zero_snr else 'no_'}rescale_betas_zero_snr"),
+        vae is not None and set_reflection_padding(vae, options.vae_reflection_padding),
     )
 
 

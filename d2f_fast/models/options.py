@@ -36,6 +36,10 @@ class ModelOptions:
         variant: Variant of the weight files of a folder or hub id, such as fp16. The weights are held in float32 all
             the same. The default None takes the files without a variant.
         revision: Branch, tag or commit of a hub id. The default None takes the main branch.
+        vae_reflection_padding: Pad the convolutions of the autoencoder by reflection in place of zeros, as fine-tunes
+            for EQ-VAE need. The setting is saved with the result, but programs other than this package ignore it there.
+            --no_vae_reflection_padding pads with zeros. The default None takes what the autoencoder's configuration
+            says, which for stock autoencoders is zeros.
 
     Raises:
         RefusedInputError: An option has a value that it does not take.
@@ -49,6 +53,7 @@ class ModelOptions:
     vae_custom_shift: float | None = option("model", None, _check_finite)
     variant: str | None = option("model", None)
     revision: str | None = option("model", None)
+    vae_reflection_padding: bool | None = option("model", None)
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not take."""

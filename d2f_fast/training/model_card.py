@@ -38,6 +38,8 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
         lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {steps})`')
     elif (folder / LORA_FILE).is_file():
         shifted = "" if shift == "1.0" else f", shift={shift}"
+        if predicts_flow:  # A single file of the base model does not say so.
+            shifted = f', prediction_type="flow_prediction", shift={shift}'
         lines.append(
             f'diffusers: `pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")`, then'
             f" `pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config{shifted})`"

@@ -52,14 +52,16 @@ def publish_lora(
     return save_lora(
         model.unet,
         folder,
-        summary_tags(config, tags_of(config, objective), steps, batch_size, start),
+        summary_tags(config, tags_of(config, objective, model.facts.vae_reflection_padding), steps, batch_size, start),
         lora_format=config.lora_format,
         prediction_type=objective.flow.prediction_type,
         text_layers=None if start is None else start.text_layers,
     )
 
 
-def write_checkpoint_lora(folder: Path, step: TrainingStep, steps: int, batch_size: int) -> None:
+def write_checkpoint_lora(
+    folder: Path, step: TrainingStep, steps: int, batch_size: int, vae_reflection_padding: bool
+) -> None:
     """Write the adapter, with its averaged weights where the run keeps them, as a LoRA file for diffusers.
 
     The file is not read back, which would take longer than the checkpoint; the one at the end of the run is.
@@ -69,13 +71,16 @@ def write_checkpoint_lora(folder: Path, step: TrainingStep, steps: int, batch_si
         step: training step whose adapter is written.
         steps: number of optimizer steps taken.
         batch_size: number of images in each step, over all processes and passes.
+        vae_reflection_padding: whether the autoencoder pads by reflection.
 
     Raises:
         CheckpointError: a weight is not finite.
         RefusedInputError: the disk is full.
     """
     start = step.starting_lora
-    tags = summary_tags(step.config, tags_of(step.config, step.objective), steps, batch_size, start)
+    tags = summary_tags(
+        step.config, tags_of(step.config, step.objective, vae_reflection_padding), steps, batch_size, start
+    )
     with nullcontext() if step.ema is None else step.ema.swapped():
         tensors, header = lora_state_dict(step.unet, None if start is None else start.text_layers)
     write_tensors(folder / LORA_FILE, tensors, header | tags)
@@ -106,7 +111,7 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
     saved = type(pipeline)(**parts)
     with atomic_folder(folder) as temporary:
         save_pipeline_folder(saved, temporary)
-        write_json(temporary / "d2f.json", tags_of(config, objective))
+        write_json(temporary / "d2f.json", tags_of(config, objective, model.facts.vae_reflection_padding))
     return Path(folder)
 
 
@@ -148,12 +153,13 @@ def saved_scheduler(
     )
 
 
-def tags_of(config: TrainingConfig, objective: Objective) -> dict[str, str]:
+def tags_of(config: TrainingConfig, objective: Objective, vae_reflection_padding: bool) -> dict[str, str]:
     """Return the entries of a file's header that describe the result and how to sample it.
 
     Args:
         config: options of the run.
         objective: objective that the network was trained on.
+        vae_reflection_padding: whether the autoencoder pads by reflection.
     """
     flow = objective.flow
     tags = {
@@ -168,4 +174,6 @@ def tags_of(config: TrainingConfig, objective: Objective) -> dict[str, str]:
         tags["d2f.fm_form"] = flow.form
     elif isinstance(flow, Alignment):
         tags["d2f.zero_snr"] = str(flow.schedule.zero_terminal_snr).lower()
+    if vae_reflection_padding:
+        tags["d2f.vae_reflection_padding"] = "true"
     return tags

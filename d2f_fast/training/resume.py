@@ -69,6 +69,7 @@ def run_identity(
     identity |= {"mixed_precision": precision, "base_model": base_model, "global_batch_size": global_batch_size}
     facts, start = model.facts, model.starting_lora
     identity |= {"prediction_type": facts.prediction_type, "rescale_betas_zero_snr": facts.zero_snr}
+    identity["vae_reflection_padding"] = facts.vae_reflection_padding
     if start is not None:  # its file may have moved, but must be the same
         identity["init_lora"] = start.identity
     as_json: dict[str, object] = json.loads(json.dumps(identity))
@@ -113,7 +114,7 @@ def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], s
     if step.config.adapter == "lora":
         # `save_checkpoint` ends the folder's name with the number of steps.
         steps, batch_size = int(folder.name.rpartition("-")[2]), int(str(identity["global_batch_size"]))
-        write_checkpoint_lora(folder, step, steps, batch_size)
+        write_checkpoint_lora(folder, step, steps, batch_size, identity.get("vae_reflection_padding") is True)
 
 
 def load_state(

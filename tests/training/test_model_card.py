@@ -48,7 +48,7 @@ def test_recipe_has_a_line_for_each_program(folder: Path) -> None:
 
 def test_recipe_of_a_flow_model_has_the_shift_and_no_line_for_a1111(folder: Path) -> None:
     _, diffusers, comfyui = recipe(folder, FLOW_TAGS)
-    assert "from_config(pipe.scheduler.config, shift=3.0)" in diffusers
+    assert 'from_config(pipe.scheduler.config, prediction_type="flow_prediction", shift=3.0)' in diffusers
     assert "ModelSamplingSD3 (shift 3.0) and KSampler (euler, simple)" in comfyui
 
 
