@@ -169,7 +169,7 @@ class Sample:
         )
 
     def _of_training(self) -> dict[str, Any]:
-        """Return prediction type, form, shift and padding: those given, else those in the tags of LoRA file or model."""
+        """Return prediction type, form, shift and padding: those given, else those in the tags of the LoRA or model."""
         from d2f_fast.files.json_file import read_json
         from d2f_fast.lora.read import common_tags
 

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from d2f_fast.commands.main import main
+from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.write import save_lora
 from d2f_fast.models.save import stock_flow_scheduler
@@ -94,6 +95,18 @@ def test_shift_and_prediction_type_are_those_of_the_models_flow_scheduler(tiny_f
     expected = generated_by_hand(tiny_folder, prediction_type="flow_prediction", shift=3.0)
     for i, image in enumerate(expected):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"00{i}.png")), np.asarray(image))
+
+
+def test_reflection_padding_is_an_option_and_is_taken_from_the_tags_of_a_lora(tiny_folder, lora, tmp_path):
+    tensors, header = read_tensors(lora / "pytorch_lora_weights.safetensors")
+    tagged = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, tagged, header | {"d2f.vae_reflection_padding": "true"})
+    images = []
+    for path, options in ((lora, []), (lora, ["--vae_reflection_padding"]), (tagged, [])):
+        command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--lora", str(path)]
+        assert main([*command, "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out"), *options]) == 0
+        images.append(np.asarray(Image.open(tmp_path / "out" / "000.png")))
+    assert np.array_equal(images[1], images[2]) and not np.array_equal(images[0], images[1])
 
 
 def test_images_of_a_trained_lora_are_the_same_each_time(train, tiny_folder, tmp_path, capsys):

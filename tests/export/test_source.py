@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     UNet2DConditionModel,
 )
@@ -55,3 +56,20 @@ def test_autoencoder_of_another_model_is_refused(tiny_folder, tmp_path):
         export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "empty"), output="out"))
     with pytest.raises(RefusedInputError, match=r"autoencoder .*/none does not exist: give a hub id, a folder or"):
         export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "none"), output="out"))
+
+
+@pytest.mark.slow
+def test_autoencoder_is_exported_with_reflection_padding(tiny_folder, tmp_path):
+    options = {"model": str(tiny_folder), "output": str(tmp_path), "components": "vae_encoder,vae_decoder"}
+    report = export_folder(ExportOptions(**options, vae_reflection_padding=True))
+    assert max(row["rms"] for row in report["parity"]) <= 5e-6
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 24)).astype(np.float32)
+    (latents,) = open_session(tmp_path / "vae_encoder/model.onnx").run(["latent_parameters"], {"sample": image})
+    vae = AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae")
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.padding != (0, 0):
+            module.padding_mode = "reflect"
+    with torch.no_grad():
+        want = vae.encode(torch.from_numpy(image)).latent_dist.parameters
+    np.testing.assert_allclose(latents, want, atol=1e-5)
+    assert json.loads((tmp_path / "vae_decoder/config.json").read_text())["reflection_padding"] is True

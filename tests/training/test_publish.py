@@ -16,6 +16,7 @@ from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.lora.source import LORA_FILE
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.generate import generate
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.trainer import AlignedTrainer
@@ -154,6 +155,18 @@ def test_published_form_is_read_back_and_continued(images: Any, make_trainer: An
     )  # fmt: skip
     assert np.abs(np.asarray(made, dtype=np.float64) - expected).max() <= 1
     assert AlignedTrainer(loaded, TrainingConfig(output_dir=str(tmp_path), resolution=16)).config.fm_form == "published"
+
+
+def test_reflection_padding_of_the_autoencoder_is_kept_in_what_is_saved(
+    tiny_folder: Path, make_config: Any, make_batch: Any, tmp_path: Path
+) -> None:
+    options = ModelOptions(vae_reflection_padding=True)
+    trainer = AlignedTrainer.from_pretrained(tiny_folder, make_config(tmp_path / "run", checkpointing_steps=0), options)
+    trainer.step(make_batch())
+    assert read_tensors(trainer.save_lora(tmp_path / "lora"))[1]["d2f.vae_reflection_padding"] == "true"
+    folder = trainer.save_pipeline(tmp_path / "saved")
+    assert json.loads((folder / "d2f.json").read_text())["d2f.vae_reflection_padding"] == "true"
+    assert BaseModel.load(folder).facts.vae_reflection_padding
 
 
 def test_sdxl_pipeline_with_the_saved_weights_gives_the_images_of_the_trainer(
