@@ -37,6 +37,14 @@ def test_d2f_commands_of_a_page_parse(page: str, monkeypatch: pytest.MonkeyPatch
         parse(shlex.split(line))
 
 
+def test_d2f_commands_of_the_table_of_conversions_parse() -> None:
+    page = (ROOT / "docs/convert.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`d2f ((?:convert|inspect) [\w/.:]+ [^`]+)`", page)
+    assert len(commands) == 8
+    for line in commands:
+        parse(shlex.split(line))
+
+
 # Recipes
 
 

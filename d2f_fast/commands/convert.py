@@ -164,8 +164,10 @@ class Convert:
         from d2f_fast.models.load import load_model
 
         dtype = None if self.dtype is None else _torch_dtype(self.dtype)
-        if form == "single_file" and not self.lora:
+        if form == "single_file" and (Path(source.name).is_dir() or not self.lora):
             model = convert.read_model(source.name, self.model_options)
+            if self.lora:
+                model = convert.with_lora(model, [parse_lora(entry) for entry in self.lora], dtype)
         else:
             kept = convert.stored_dtype(source.name)
             loaded = load_model(source.name, kept if not self.lora else _torch_dtype("fp32"), self.model_options)

@@ -12,13 +12,20 @@ from functools import partial
 from d2f_fast import __version__
 from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.demo import Demo
+from d2f_fast.commands.inspect import Inspect
 from d2f_fast.commands.options import Command, description, parse_options
 from d2f_fast.commands.sample import Sample
 from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.stopping import run_until_stopped, unless_stopped
 
-COMMANDS: Mapping[str, type[Command]] = {"demo": Demo, "train": Train, "sample": Sample, "convert": Convert}
+COMMANDS: Mapping[str, type[Command]] = {
+    "demo": Demo,
+    "train": Train,
+    "sample": Sample,
+    "convert": Convert,
+    "inspect": Inspect,
+}
 
 
 def help_text() -> str:

@@ -4,27 +4,31 @@ A folder is converted one tensor at a time; a single file is loaded as a whole.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2f_fast.errors import CheckpointError, ModelError, printable
-from d2f_fast.files.atomic import atomic_folder
+from d2f_fast.files.atomic import StrPath, atomic_folder
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_stream import LazyTensor, lazy_tensors, write_tensor_stream
 from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import Family, family_of_config
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
-from d2f_fast.lora.read import TAG_PREFIX
+from d2f_fast.lora.layer_weights import LayerWeights
+from d2f_fast.lora.match import canonical_names, match_layers
+from d2f_fast.lora.read import TAG_PREFIX, read_lora
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.names import PICKLE_SUFFIXES
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.save import save_pipeline_folder
+from d2f_fast.models.skeleton import skeleton_of_folder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -127,6 +131,39 @@ def weights_of_pipeline(pipeline: "DiffusionPipeline", source: str, tags: Mappin
         for name in ("unet", "vae", "scheduler")
     }
     return ModelWeights(source, components, configs, dict(tags))
+
+
+def with_lora(
+    model: ModelWeights, loras: Sequence[tuple[StrPath, float]], dtype: torch.dtype | None = None
+) -> ModelWeights:
+    """Return a model of a folder with LoRA files merged into it, each weight when it is written.
+
+    Args:
+        model: Model that was read from a folder.
+        loras: LoRA files or folders, each with the factor on its update; they are merged in this order.
+        dtype: Type of the result; None keeps that of each tensor. The sums are computed in float32 and rounded once.
+
+    Raises:
+        ModelError: A LoRA is not of this model.
+        CheckpointError: A LoRA file is missing, damaged, or a pickle.
+    """
+    networks = skeleton_of_folder(Path(model.source))
+    names = canonical_names(networks)
+    changes: dict[tuple[str, str], list[tuple[LayerWeights, float]]] = {}
+    for source, scale in loras:
+        lora = read_lora(source)
+        for name, module in match_layers(lora, networks).items():
+            component, _, layer = names[id(module)].partition(".")
+            key = f"{layer}.weight"
+            if component != "unet" and key not in model.components[component]:
+                key = f"text_model.{key}"
+            changes.setdefault((component, key), []).append((lora.layers[name], scale))
+    components = {name: dict(tensors) for name, tensors in model.components.items()}
+    for (component, key), updates in changes.items():
+        tensor = components[component][key]
+        merged = LazyTensor(tensor.shape, torch.float32, partial(_merged_weight, tensor, updates))
+        components[component][key] = merged.to(dtype or tensor.dtype)
+    return replace(model, components=components)
 
 
 def write_single_file(model: ModelWeights, path: Path, dtype: torch.dtype | None = None) -> list[str]:
@@ -278,6 +315,15 @@ def _named_as_in_diffusers(component: str, tensors: Mapping[str, LazyTensor]) ->
     kept = {key: tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
     prefixes = ("text_model.", "text_projection.")
     return {key if key.startswith(prefixes) else f"text_model.{key}": tensor for key, tensor in kept.items()}
+
+
+@torch.no_grad()
+def _merged_weight(tensor: LazyTensor, updates: Sequence[tuple[LayerWeights, float]]) -> Tensor:
+    """Return a weight with the updates of several LoRA, in float32."""
+    weight = tensor.load().float()
+    for layer, scale in updates:
+        weight = weight + scale * layer.delta(weight).reshape(weight.shape)
+    return weight
 
 
 def _losses(model: ModelWeights, family: Family) -> list[str]:

@@ -111,7 +111,9 @@ def test_lora_are_merged_into_the_model(narrow_pipeline: Any, loras: Any, conver
     got, want = load_file(tmp_path / "merged" / UNET_FILE), expected.unet.state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
     single = load_file(tmp_path / "merged.safetensors")
-    assert torch.equal(single["model.diffusion_model.input_blocks.0.0.weight"], want["conv_in.weight"])
+    query = "transformer_blocks.0.attn2.to_q.weight"
+    for original, name in (("0.0.weight", "conv_in.weight"), (f"1.1.{query}", f"down_blocks.0.attentions.0.{query}")):
+        assert torch.equal(single[f"model.diffusion_model.input_blocks.{original}"], want[name])
 
 
 def test_peft_and_kohya_files_are_converted_into_each_other(loras: Any, convert: Any, tmp_path: Path) -> None:

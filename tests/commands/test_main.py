@@ -13,7 +13,13 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.lock import locked_folder
 
 HEAVY_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "typeguard", "yaml")
-ARGUMENTS = {"demo": [], "train": ["--train_data_dir", "x"], "sample": ["--prompts", "x"], "convert": ["x"]}
+ARGUMENTS = {
+    "demo": [],
+    "train": ["--train_data_dir", "x"],
+    "sample": ["--prompts", "x"],
+    "convert": ["x"],
+    "inspect": [],
+}
 
 
 def imported_by(code: str) -> set[str]:
@@ -51,11 +57,11 @@ def test_unknown_command_is_refused(arguments, got, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_dry_run_prints_the_resolved_options_and_writes_nothing(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    option = () if name == "convert" else ("--output_dir",)
+    positional = {"convert": "output", "inspect": "path"}.get(name)
+    option = () if positional else ("--output_dir",)
     assert main([name, *ARGUMENTS[name], *option, "none", "--dry_run"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    output = printed["output"] if name == "convert" else printed.get("options", printed)["output_dir"]
-    assert output == "none" and printed["dry_run"] is True
+    assert printed.get("options", printed)[positional or "output_dir"] == "none" and printed["dry_run"] is True
     assert not list(tmp_path.iterdir())
 
 

@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.errors import CheckpointError, ModelError, RefusedInputError
+from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.models.convert import (
     read_model,
     stored_dtype,
     tags_of_model,
     weights_of_pipeline,
+    with_lora,
     write_folder,
     write_single_file,
 )
@@ -148,6 +150,31 @@ def test_tags_of_the_folder_are_kept(narrow_pipeline: Any, tmp_path: Path) -> No
     write_folder(pipeline, tmp_path / "again", torch.float16, tags)
     assert tags_of_model(str(tmp_path / "again")) == tags
     assert stored_dtype(str(tmp_path / "again")) == torch.float16
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_lora_are_merged_into_each_component_and_rounded_once(
+    family: str, narrow_pipeline: Any, tmp_path: Path
+) -> None:
+    folder = narrow_pipeline(family)
+    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    pipeline: Any = kind.from_pretrained(folder)
+    names = {"lora_te1" if family == "sdxl" else "lora_te": 12} | ({"lora_te2": 16} if family == "sdxl" else {})
+    tensors = {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3)}
+    tensors |= {"lora_unet_conv_in.lora_up.weight": torch.randn(8, 2, 1, 1)}
+    for prefix, width in names.items():
+        name = f"{prefix}_text_model_encoder_layers_1_self_attn_q_proj"
+        tensors |= {f"{name}.lora_down.weight": torch.randn(2, width)}
+        tensors |= {f"{name}.lora_up.weight": torch.randn(width, 2)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    loras = [(tmp_path / "lora.safetensors", 0.7), (tmp_path / "lora.safetensors", -0.2)]
+    merged = with_lora(read_model(str(folder)), loras, torch.float16)
+    for path, scale in loras:
+        fuse_adapter(pipeline, path, scale)
+    for component in merged.components:
+        want = weights_of_pipeline(pipeline, "", {}).components[component]
+        for key, tensor in merged.components[component].items():
+            assert torch.equal(tensor.to(torch.float16).load(), want[key].to(torch.float16).load()), key
 
 
 def test_what_a_single_file_cannot_hold_is_said(narrow_pipeline: Any, tmp_path: Path) -> None:
