@@ -164,7 +164,7 @@ class Convert:
         from d2f_fast.models.load import load_model
 
         dtype = None if self.dtype is None else _torch_dtype(self.dtype)
-        if form == "single_file" and (Path(source.name).is_dir() or not self.lora):
+        if form == "single_file" and (not self.lora or convert.can_stream(source.name, self.model_options)):
             model = convert.read_model(source.name, self.model_options)
             if self.lora:
                 model = convert.with_lora(model, [parse_lora(entry) for entry in self.lora], dtype)
@@ -216,7 +216,9 @@ class Convert:
         from d2f_fast.models.convert import read_model
 
         assert self.extract_lora_from is not None and self.rank is not None
-        base, tuned = read_model(self.extract_lora_from), read_model(source.name, self.model_options)
+        same = ModelOptions(tokenizer_name_or_path=self.model_options.tokenizer_name_or_path)
+        base = read_model(self.extract_lora_from, same if Path(self.extract_lora_from).is_file() else None)
+        tuned = read_model(source.name, self.model_options)
         networks = self._networks(tuned.family, tuned)
         found = extract_lora(base.components, tuned.components, self.rank)
         if found.left_out:

@@ -94,7 +94,7 @@ def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
     """
     folder = Path(model)
     options = options or ModelOptions()
-    if not folder.is_dir():
+    if not can_stream(model, options):
         return weights_of_pipeline(load_pipeline(model, stored_dtype(model), options), model, tags_of_model(model))
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict):
@@ -111,6 +111,17 @@ def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
     configs["scheduler"] = {**configs["scheduler"], **stated}
     components = {name: _named_as_in_diffusers(name, _component_tensors(folder / name)) for name in parts}
     return ModelWeights(model, components, configs, tags_of_model(model))
+
+
+def can_stream(model: str, options: ModelOptions) -> bool:
+    """Return whether a model is a folder whose tensors can be read one at a time, none of them replaced.
+
+    Args:
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        options: Options of the model.
+    """
+    replaced = {name for name, value in asdict(options).items() if value is not None} - {*_STATED}
+    return Path(model).is_dir() and not replaced
 
 
 def weights_of_pipeline(pipeline: "DiffusionPipeline", source: str, tags: Mapping[str, str]) -> ModelWeights:

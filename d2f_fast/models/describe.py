@@ -10,7 +10,8 @@ from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import TensorInfo, read_tensor_header
 from d2f_fast.lora.family import family_of_config
-from d2f_fast.models.kind import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
+from d2f_fast.models.kind import ORIGINAL_PREFIXES
+from d2f_fast.models.names import PICKLE_SUFFIXES
 
 _FAMILIES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", None: "a UNet of another family"}
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

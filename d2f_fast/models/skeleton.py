@@ -13,38 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.lora.family import Family
-
-# What decides the names of a UNet's layers, and the shapes of those that tell the families apart.
-_CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-_FOUR_LEVELS: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": (_CROSS, _CROSS, _CROSS, _PLAIN),
-    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-}
-_UNETS: dict[Family, dict[str, Any]] = {
-    "sd1": {**_FOUR_LEVELS, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd2": {
-        **_FOUR_LEVELS,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": (_PLAIN, _CROSS, _CROSS),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 2, 10),
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
-_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+from d2f_fast.models.single_file import family_table
 
 
 @dataclass(frozen=True)
@@ -68,8 +37,8 @@ def skeleton_of_family(family: Family) -> Skeleton:
     Args:
         family: Family of the model.
     """
-    text = _CLIP_H if family == "sd2" else _CLIP_L
-    return _build(_UNETS[family], text, _CLIP_G | {"projection_dim": 1280} if family == "sdxl" else None)
+    table = family_table(family)
+    return _build(table["unet"], table["text_encoder"], table.get("text_encoder_2"))
 
 
 def skeleton_of_folder(folder: Path) -> Skeleton:

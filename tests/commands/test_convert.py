@@ -1,5 +1,6 @@
 """`d2f convert`: each way of converting, and what is refused."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from d2f_fast.commands.main import main
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
+from d2f_fast.models import single_file
+from d2f_fast.models.convert import read_model
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -90,6 +93,30 @@ def test_folder_becomes_a_single_file(narrow_pipeline: Any, convert: Any, tmp_pa
     tensors = load_file(out)
     assert tensors["v_pred"].shape == (0,)
     assert tensors["model.diffusion_model.out.2.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_folder_to_file_to_folder_keeps_every_weight(
+    family: Any, narrow_pipeline: Any, tiny_folder: Path, convert: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = narrow_pipeline(family)
+    parts = [path.parent.name for path in folder.glob("*/config.json")]
+    table = single_file.family_table(family)
+    table |= {name: json.loads((folder / name / "config.json").read_text()) for name in parts}
+    monkeypatch.setattr(single_file, "family_table", lambda _: copy.deepcopy(table))
+    convert(folder, tmp_path / "file.safetensors")
+    result = convert(
+        *(tmp_path / "file.safetensors", tmp_path / "back"),
+        *("--tokenizer_name_or_path", tiny_folder / "tokenizer"),
+    )
+    assert (result["to"], result["prediction_type"]) == ("diffusers", "v_prediction" if family == "sd2" else "epsilon")
+    scheduler = json.loads((tmp_path / "back" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == result["prediction_type"]
+    base, back = read_model(str(folder)), read_model(str(tmp_path / "back"))
+    assert base.components.keys() == back.components.keys()
+    for name, tensors in base.components.items():
+        assert tensors.keys() == back.components[name].keys()
+        assert [key for key in tensors if not torch.equal(tensors[key].load(), back.components[name][key].load())] == []
 
 
 def test_options_state_what_the_folder_does_not(narrow_pipeline: Any, convert: Any, tmp_path: Path) -> None:
