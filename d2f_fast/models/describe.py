@@ -74,11 +74,11 @@ def describe_model_file(path: Path) -> dict[str, Any]:
         for name, prefixes in _FILE_PARTS.items()
     }
     foreign = [key for key in header.tensors if not key.startswith(ORIGINAL_PREFIXES) and not _OTHER_KEYS.match(key)]
-    average = sum(key.startswith("model_ema.") and key.count(".") > 1 for key in header.tensors)
+    average = sum(key.startswith("model_ema.diffusion_model") for key in header.tensors)
     odd = []
     if foreign:
         odd.append(f"{len(foreign)} of {len(header.tensors)} keys are foreign, such as {printable(foreign[0])}")
-    if average > 10:
+    if average:
         odd.append(
             "it holds a moving average of the weights (model_ema) beside them, which no program that samples reads"
         )
