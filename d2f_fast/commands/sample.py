@@ -142,14 +142,17 @@ class Sample:
         import torch
 
         from d2f_fast.lora.merge import fuse_adapter
+        from d2f_fast.lora.read import read_lora
         from d2f_fast.models.load import load_model
         from d2f_fast.models.reflection_padding import set_reflection_padding
         from d2f_fast.sampling.generate import generate
 
-        pipe, facts = load_model(self.model, options=self.model_options)
-        for path, scale in map(parse_lora, self.lora):
-            fuse_adapter(pipe, path, scale)
+        # Files that cannot be used are refused before the model is loaded, which takes longer.
+        adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, self.lora)]
         of_training = self._of_training()
+        pipe, facts = load_model(self.model, options=self.model_options)
+        for lora, scale in adapters:
+            fuse_adapter(pipe, lora, scale)
         if of_training.pop("vae_reflection_padding", False):
             facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipe.vae, True))
         print(f"d2f: Model: {facts}", file=sys.stderr)

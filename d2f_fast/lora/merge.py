@@ -70,19 +70,19 @@ def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def fuse_adapter(pipeline: DiffusionPipeline, source: StrPath, scale: float) -> MergedLora:
+def fuse_adapter(pipeline: DiffusionPipeline, source: StrPath | LoraFile, scale: float) -> MergedLora:
     """Add a LoRA file to the weights of a pipeline's UNet and text encoders: W += scale * update.
 
     Args:
         pipeline: Pipeline in float32. No adapter is left in it, only the sums.
-        source: `.safetensors` file in any form that `read` understands, or a folder that holds one.
+        source: `.safetensors` file in any form that `read` understands, a folder that holds one, or one that was read.
         scale: Factor on the whole adapter; for DoRA on the difference between the adapted weight and the weight.
 
     Raises:
         ModelError: The file is not a LoRA of this model, changes nothing, or is not finite; no weight was changed.
         CheckpointError: The file is missing, damaged, or a pickle.
     """
-    lora = read_lora(source)
+    lora = source if isinstance(source, LoraFile) else read_lora(source)
     modules = match_layers(lora, pipeline)
     # The updates are computed twice: those of SDXL, kept, would take as much memory as its weights.
     squares = {name: _delta(lora, name, modules[name]).square().sum().item() for name in lora.layers}
