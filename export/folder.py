@@ -60,7 +60,7 @@ def _export(options: ExportOptions, output: Path) -> Report:
         options = options_of_export(options, output)
     else:
         check_output(output, options.overwrite)
-    check_memory_to_load(options.model)
+    check_memory_to_load(options.model, options.variant)
     job = ExportJob(options)
     print(f"Model: {job.model.facts}", file=sys.stderr)
     if options.verify_only:

@@ -23,19 +23,20 @@ def available_memory_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def check_memory_to_load(model: str) -> None:
+def check_memory_to_load(model: str, variant: str | None = None) -> None:
     """Refuse a local model whose float32 weights do not fit into memory, before they are read.
 
     The size of a model on the hub is unknown at this point, so it is not refused.
 
     Args:
         model: path of a pipeline folder or a .safetensors file, or a hub id.
+        variant: variant of the weight files, such as "fp16"; None for the files without one.
 
     Raises:
         RefusedInputError: the weights need more memory than is free.
     """
     path, free = Path(model), available_memory_bytes()
-    files = _loaded_files(path) if path.is_dir() else [path] if path.is_file() else []
+    files = _loaded_files(path, variant) if path.is_dir() else [path] if path.is_file() else []
     parameters = 0
     for file in files:
         try:
@@ -49,15 +50,17 @@ def check_memory_to_load(model: str) -> None:
         )
 
 
-def _loaded_files(folder: Path) -> list[Path]:
-    """Return the weight files that loading a pipeline folder reads: no variants (fp16, non_ema), no safety checker."""
+def _loaded_files(folder: Path, variant: str | None) -> list[Path]:
+    """Return the weight files that loading a pipeline folder reads: one variant alone, and no safety checker."""
+    ending = "" if variant is None else f".{variant}"
     try:
         index = json.loads((folder / "model_index.json").read_bytes())
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
         found = []
         for part in set(parts) - {"safety_checker"}:
-            for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-                shards = folder / part / f"{name}.index.json"
+            for stem in ("diffusion_pytorch_model", "model"):
+                name = f"{stem}{ending}.safetensors"
+                shards = folder / part / f"{stem}.safetensors.index{ending}.json"
                 if (folder / part / name).is_file():
                     found.append(folder / part / name)
                 elif shards.is_file():

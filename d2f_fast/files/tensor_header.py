@@ -13,8 +13,8 @@ from typing import Any
 from d2f_fast.errors import CheckpointError, printable
 from d2f_fast.files.atomic import StrPath
 
-# safetensors itself refuses longer headers; that of SDXL is below 1 MB.
-MAX_HEADER_BYTES = 100_000_000
+# That of SDXL is below 1 MB, and a thumbnail adds a few. safetensors allows 100 MB, which take a minute to read.
+MAX_HEADER_BYTES = 16 * 2**20
 BYTES_OF_DTYPE = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1},

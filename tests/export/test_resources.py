@@ -33,6 +33,11 @@ def test_model_larger_than_the_memory_is_refused_before_it_is_loaded(tmp_path, m
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 6 * 10**6)
     resources.check_memory_to_load(str(tmp_path / "model"))
     resources.check_memory_to_load("a/hub-id")
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2 * 10**6 - 1)
+    with pytest.raises(RefusedInputError, match="model takes"):
+        resources.check_memory_to_load(str(tmp_path / "model"), "fp16")  # half a million parameters
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2 * 10**6)
+    resources.check_memory_to_load(str(tmp_path / "model"), "fp16")
 
 
 def test_export_needs_memory_for_two_copies_of_the_largest_graph_and_disk_for_all(tmp_path, monkeypatch):

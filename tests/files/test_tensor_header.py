@@ -61,3 +61,8 @@ def test_missing_file_pickle_and_long_header_are_refused(tmp_path: Path) -> None
         (tmp_path / "b.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match="its header would be"):
             read_tensor_header(tmp_path / "b.safetensors")
+    with (tmp_path / "c.safetensors").open("wb") as file:  # 100 MB that no disk holds
+        file.write((100_000_000).to_bytes(8, "little"))
+        file.truncate(200_000_000)
+    with pytest.raises(CheckpointError, match="its header would be 100000000 bytes long"):
+        read_tensor_header(tmp_path / "c.safetensors")
