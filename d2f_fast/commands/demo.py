@@ -32,15 +32,13 @@ class Demo:
             RefusedInputError: The seed is out of range, or the output folder cannot be made or is in use.
         """
         from d2f_fast.files.lock import locked_folder
-        from d2f_fast.stopping import StopRequestedError
 
         check_options(self)
         with locked_folder(self.output_dir):  # Before the slow imports, so that a refusal comes at once.
             silence_libraries()
             from d2f_fast.demo.run import run_demo
-            from d2f_fast.training.signals import InterruptedRunError
+            from d2f_fast.training.signals import stop_signals
 
-            try:
+            # The training runs of the demo are not kept, so that a signal in one of them ends the demo at once.
+            with stop_signals(lambda: False, announce=False):
                 return {"output": str(run_demo(self.output_dir, self.seed))}
-            except InterruptedRunError as stop:
-                raise StopRequestedError(stop.number) from stop  # The demo's training runs are not kept.

@@ -18,6 +18,7 @@ from d2f_fast.config import (
     option,
 )
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.files.lock import locked_folder
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE, check_model_name
@@ -95,13 +96,18 @@ class Sample:
         Raises:
             RefusedInputError: An option, the model, the LoRA file or the output folder cannot be used.
         """
-        output, started = Path(self.output_dir), time.monotonic()
+        output = Path(self.output_dir)
         self._refuse_early(output)
-        from d2f_fast.files.atomic import atomic_path, make_folder
+        with locked_folder(output):  # Two commands would mix their images.
+            return self._generate(output)
+
+    def _generate(self, output: Path) -> dict[str, Any]:
+        """Generate the images, and write them into a folder that no other command uses."""
+        started = time.monotonic()
+        from d2f_fast.files.atomic import atomic_path
         from d2f_fast.files.run_record import write_run_record
 
         images = self._with_diffusers() if self.onnx is None else self._with_onnx(self.onnx)
-        make_folder(output)
         files = [str(output / f"{i:03d}.png") for i in range(len(images))]
         for file, image in zip(files, images, strict=True):
             with atomic_path(file) as temporary:

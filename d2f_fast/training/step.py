@@ -87,6 +87,7 @@ class TrainingStep:
             capturable=on_gpu,
         )
         self.optimizer._warned_capturable_if_run_uncaptured = True
+        self._whole = True
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.loss: LossPerSample = self._compiled() if config.compile else self._loss
@@ -141,6 +142,10 @@ class TrainingStep:
         summed = self._num_processes > 1 and not dry
         self._update(total, summed=summed)
         return total / (inputs.global_size if summed else max(len(inputs.latents), 1))
+
+    def is_whole(self) -> bool:
+        """Return whether a step that failed has left weights and average as they were; a captured one does not say."""
+        return self._whole and self.graphs is None
 
     def warm_up(self, inputs: StepInputs) -> None:
         """Run a step that changes no weight and no counter, but leaves compiled code, plans and optimizer state behind.
@@ -220,6 +225,7 @@ class TrainingStep:
             sum_over_processes(flat)
             parts = torch.split(flat, [tensor.numel() for tensor in together])
             torch._foreach_copy_(together, [part.view_as(tensor) for part, tensor in zip(parts, together, strict=True)])
+        self._whole = False
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
         not_finite = ~torch.isfinite(norm + loss)
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -229,6 +235,7 @@ class TrainingStep:
             self.ema.step(skip=not_finite)
         self.skipped += not_finite
         self.skipped_in_a_row.add_(1).mul_(not_finite)
+        self._whole = True
 
 
 def keep_compiled_code() -> None:

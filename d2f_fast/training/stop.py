@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -47,21 +48,29 @@ class Stop:
         if number:
             raise self._interrupted(number, steps_taken, self._agreed_problem())
 
-    def where_a_process_is_lost(self, step: Callable[[], Tensor], steps_taken: int) -> Tensor:
-        """Return the result of a step; save and stop the run if another process has ended in the middle of it.
+    def where_a_step_fails(self, step: Callable[[], Tensor], steps_taken: int, is_whole: Callable[[], bool]) -> Tensor:
+        """Return the result of a step; where it fails, as for lack of memory, save the steps before it.
 
         Args:
-            step: function that takes the step, and changes nothing where another process is lost.
+            step: function that takes the step.
             steps_taken: number of steps taken before.
+            is_whole: function that returns whether a failed step has left the weights as they were before.
 
         Raises:
             InterruptedRunError: this process has received a signal, and the other one has ended already.
             LostProcessError: another process has ended.
+            Exception: the step failed with this exception, whose note says whether the steps before are saved.
         """
         try:
             return step()
         except LostProcessError as error:
             return self._stop_alone(error, steps_taken)
+        except Exception as error:
+            if steps_taken and self._writes and is_whole():
+                with suppress(Exception):  # After some errors a GPU computes nothing any more.
+                    problem = self._save()
+                    error.add_note(f"d2f: step {steps_taken} is {f'not saved ({problem})' if problem else 'saved'}")
+            raise
 
     def _stop_failed(self, failure: Exception | None, texts: list[str], steps_taken: int) -> None:
         """Save the run, and raise the failure, or the refusal of the first process that failed."""

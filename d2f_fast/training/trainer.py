@@ -208,7 +208,8 @@ class AlignedTrainer:
                     stop.where_agreed(failure, self.global_step)
                     if batch is None:
                         break
-                    loss = stop.where_a_process_is_lost(partial(self.step, batch), self.global_step)
+                    whole = self._training_step.is_whole
+                    loss = stop.where_a_step_fails(partial(self.step, batch), self.global_step, whole)
                     failure = self._log_and_save(log, batch, loss)
         skipped = int(self._training_step.skipped)
         return RunResult(steps=self.global_step, loss=log.last_loss, skipped_steps=skipped, seconds=log.seconds)

@@ -133,6 +133,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
         ["demo", "--seed", "-1"],
         ["demo", "--output_dir", file],
         ["demo", "--output_dir", locked],
+        ["sample", "--prompts", "a", "--output_dir", locked],
         ["train", "--train_data_dir", data, "--output_dir", locked],
         ["train", "--train_data_dir", data, "--output_dir", done],
         ["train", "--train_data_dir", data, "--output_dir", done, "--resume_from_checkpoint", "latest"],

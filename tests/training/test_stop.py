@@ -96,4 +96,4 @@ def test_process_left_alone_saves_what_it_can(received: int | None, writes: bool
     with pytest.raises(error, match=sentence):
         stop.where_agreed(None, 4)
     with pytest.raises(error, match=sentence):
-        stop.where_a_process_is_lost(lose, 4)
+        stop.where_a_step_fails(lose, 4, lambda: True)

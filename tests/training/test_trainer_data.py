@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from d2f_fast.data import cache
 from d2f_fast.data.image_folder import CaptionedImages
@@ -133,6 +134,29 @@ def test_run_is_saved_whatever_stops_its_batches(images: Any, make_trainer: Any,
     assert caught.value.__notes__ == ["d2f: step 2 is saved"]
     found = find_checkpoint(trainer.config.output_dir, "latest")
     assert found is not None and verify_checkpoint(found) == 2
+
+
+@pytest.mark.parametrize("where", ["loss", "update"])
+def test_step_that_fails_keeps_the_steps_before_it(images: Any, make_trainer: Any, where: str) -> None:
+    trainer = make_trainer(checkpointing_steps=0)
+    part = {"loss": trainer._training_step, "update": trainer.optimizer}[where]
+    name = {"loss": "loss", "update": "step"}[where]
+    compute = getattr(part, name)
+
+    def fail(*arguments: Any) -> Any:
+        if trainer.global_step == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(*arguments)
+
+    setattr(part, name, fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.fit(images())
+    found = find_checkpoint(trainer.config.output_dir, "latest")
+    if where == "update":  # the weights may be those of half a step
+        assert found is None
+    else:
+        assert caught.value.__notes__ == ["d2f: step 2 is saved"]
+        assert found is not None and verify_checkpoint(found) == 2
 
 
 @pytest.mark.parametrize("cache_latents", [True, False])
