@@ -6,6 +6,7 @@ Run as a script, this file is the process that gets killed: it imports torch onc
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.training.agreement import LostProcessError
 from d2f_fast.training.checkpoint import find_checkpoint, verify_checkpoint
 from d2f_fast.training.signals import InterruptedRunError
 from d2f_fast.training.trainer import AlignedTrainer
@@ -175,21 +178,51 @@ def train_as_process(model: Path, root: Path) -> dict[str, Any]:
 
 
 def stop_as_process(model: Path, root: Path) -> dict[str, Any]:
-    """Train as one of two processes, of which the second alone gets SIGTERM, in its third step."""
-    trainer = AlignedTrainer.from_pretrained(
-        model, config(root, train_batch_size=1, logging_steps=2, max_train_steps=9)
-    )
+    """Train as one of two processes, of which the second alone meets each reason to stop, in its third step."""
+    second, stopped = os.environ["RANK"] == "1", {}
+
+    def signalled(batch: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def unreadable(index: int) -> None:
+        raise AssertionError("decoder")
+
+    for reason in ("signal", "image"):
+        options = {"train_batch_size": 1, "logging_steps": 50, "max_train_steps": 60, "dataloader_num_workers": 0}
+        trainer = AlignedTrainer.from_pretrained(model, config(root / reason, **options, cache_latents=False))
+        images = Images(9)
+        part, name, act = (trainer, "step", signalled) if reason == "signal" else (Images, "__getitem__", unreadable)
+        original = getattr(part, name)
+
+        def acting(*arguments: Any, trainer: Any = trainer, act: Any = act, original: Any = original) -> Any:
+            if trainer.global_step == 2 and second:
+                act(arguments[-1])
+            return original(*arguments)
+
+        setattr(part, name, acting)
+        try:
+            trainer.fit(images)
+        except (InterruptedRunError, RefusedInputError) as error:
+            stopped[reason] = [trainer.global_step, str(error)]
+        setattr(part, name, original)
+    return stopped
+
+
+def lose_a_process(model: Path, root: Path) -> dict[str, Any]:
+    """Train as one of two processes, of which the second is killed in its third step."""
+    trainer = AlignedTrainer.from_pretrained(model, config(root, train_batch_size=1, max_train_steps=9))
     step = trainer.step
 
-    def stopped(batch: Any) -> Tensor:
+    def killed(batch: Any) -> Tensor:
         if trainer.global_step == 2 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+            print("{}", flush=True)
+            os._exit(0)
         return step(batch)
 
-    trainer.step = stopped  # type: ignore[method-assign]
-    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after step 4: saved"):
+    trainer.step = killed  # type: ignore[method-assign]
+    with pytest.raises(LostProcessError) as caught:
         trainer.fit(Images(9))
-    return {"step": trainer.global_step}
+    return {"message": str(caught.value)}
 
 
 def results_of_two(script: str, *arguments: Path) -> list[Any]:
@@ -201,10 +234,23 @@ def results_of_two(script: str, *arguments: Path) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together(tiny_folder: Path, tmp_path: Path) -> None:
-    assert results_of_two("stop_as_process", tiny_folder, tmp_path) == [{"step": 4}, {"step": 4}]
+def test_two_processes_stop_together_between_two_logged_steps(tiny_folder: Path, tmp_path: Path) -> None:
+    first, second = results_of_two("stop_as_process", tiny_folder, tmp_path)
+    assert first["signal"] == second["signal"] == [3, "stopped by SIGTERM after step 3: saved"]
+    (sample,) = re.findall(r"sample \d", second["image"][1])
+    sentence = f"{sample} cannot be used (AssertionError: decoder): replace it; step 2 is saved"
+    assert second["image"] == [2, sentence] and first["image"] == [2, f"process 1: {sentence}"]
+    for reason, step in (("signal", 3), ("image", 2)):
+        found = find_checkpoint(tmp_path / reason, "latest")
+        assert found is not None and verify_checkpoint(found) == step
+
+
+@pytest.mark.slow
+def test_process_whose_partner_is_killed_saves_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    first, second = results_of_two("lose_a_process", tiny_folder, tmp_path)
+    assert (first, second) == ({"message": "another process of this run has ended; step 2 is saved"}, {})
     found = find_checkpoint(tmp_path, "latest")
-    assert found is not None and verify_checkpoint(found) == 4
+    assert found is not None and verify_checkpoint(found) == 2
 
 
 @pytest.mark.slow
