@@ -188,7 +188,7 @@ class AlignedTrainer:
         """
         check_dataset(dataset)
         batch: Batch | None = None
-        main = self.accelerator.is_main_process
+        main, whole = self.accelerator.is_main_process, self._training_step.is_whole
         with stop_signals(self.has_unsaved_steps, announce=main) as signals:
             stop = Stop(self._agreement, signals, self._save_unsaved_steps, main)
             with ExitStack() as stack:
@@ -208,7 +208,6 @@ class AlignedTrainer:
                     stop.where_agreed(failure, self.global_step)
                     if batch is None:
                         break
-                    whole = self._training_step.is_whole
                     loss = stop.where_a_step_fails(partial(self.step, batch), self.global_step, whole)
                     failure = self._log_and_save(log, batch, loss)
         skipped = int(self._training_step.skipped)
