@@ -5,9 +5,9 @@ diffusion state, so that `scale_model_input` is the identity and `init_noise_sig
 that never scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args, overload
+from typing import Literal, Self, cast, get_args, overload
 
 import torch
 from diffusers import DDPMScheduler
@@ -23,8 +23,22 @@ from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.formulas import combine
 from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
 
+# Options that a scheduler reads from the configuration of another one, whether they were given there or are defaults.
+_NOISE_TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
 # A first sigma that exceeds sigma_max by more than this fraction is no rounding error, but asks for a start at t = 0.
 _SIGMA_TOLERANCE = 1e-3
+
+# Some pipelines feed the network whole timesteps, which then differ from those of the schedule by less than 1.
+_TIMESTEP_TOLERANCE = 1.0
 
 
 @dataclass
@@ -82,6 +96,9 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if method not in get_args(Method):
             raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+        # Another scheduler that is made of this configuration replaces what is listed here by its own defaults.
+        defaults = self.config.get("_use_default_values", ())
+        self.register_to_config(_use_default_values=[name for name in defaults if name not in _NOISE_TABLE])
         self.order = 1 if method == "euler" else 2
         flow: Flow
         if prediction_type == "flow_prediction":
@@ -131,9 +148,11 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ModelError: the configuration has no noise table, and does not belong to a flow-matching scheduler.
         """
-        # Values that the other scheduler took by default are kept: diffusers would replace them with this class's
-        # defaults, which give another noise table.
-        config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        config = dict(config)
+        # diffusers drops the values that the other scheduler took by default. Those that describe the model are kept,
+        # because the defaults of this class give another noise table.
+        defaults = cast(Sequence[str], config.get("_use_default_values", ()))
+        config["_use_default_values"] = [name for name in defaults if name not in (*_NOISE_TABLE, "shift")]
         if predicts_flow(config):
             config["prediction_type"] = "flow_prediction"
         elif "beta_schedule" not in config | kwargs:
@@ -239,7 +258,8 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: output of the network, after guidance, same shape as `sample`.
-            timestep: ignored: steps are counted, because two nodes may have the same timestep.
+            timestep: timestep that the network was fed. The first one of a run says where the run starts, unless
+                `set_begin_index` said so; later ones are ignored, because two nodes may have the same timestep.
             sample: diffusion state that the network was given.
             generator: ignored: the sampler is deterministic.
             return_dict: return an output object; False for a tuple of the same two tensors.
@@ -248,11 +268,11 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             The diffusion state after the step, and the latents that the output implies, in the type of `sample`.
 
         Raises:
-            ValueError: `set_timesteps` was not called, or the schedule has ended.
+            ValueError: `set_timesteps` was not called, the schedule has ended, or the first timestep is not in it.
         """
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
-        index = self._begin_index or 0 if self._step_index is None else self._step_index
+        index = self._first_index(timestep) if self._step_index is None else self._step_index
         if index >= len(self._stage_times):
             raise ValueError(
                 f"the schedule of {len(self._stage_times)} evaluations has ended: call set_timesteps again"
@@ -268,6 +288,18 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         latents = flow.predicted_latents(model_output, sample, t).to(sample.dtype)
         moved = moved.to(sample.dtype)
         return Diff2FlowSchedulerOutput(moved, latents) if return_dict else (moved, latents)
+
+    def _first_index(self, timestep: Tensor | float) -> int:
+        """Return the index of a run's first evaluation: the one that was set, or else that of the timestep."""
+        if self._begin_index is not None:
+            return self._begin_index
+        first = torch.as_tensor(timestep).detach().cpu().flatten()[0]
+        distances = (self.timesteps.cpu() - first).abs()
+        nearest: list[int] = (distances == distances.min()).nonzero().flatten().tolist()
+        if not distances.min() < _TIMESTEP_TOLERANCE:
+            raise ValueError(f"timestep {float(first)} is not in the schedule {self.timesteps.tolist()}")
+        # Of a Heun step's two equal timesteps the run starts at the one that begins a step.
+        return next((index for index in nearest if index % self.order == 0), nearest[0])
 
     def _two_stage(self, index: int, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
         """Return the state after one of the two evaluations of a midpoint or Heun step.
@@ -292,16 +324,29 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples: clean latents, [B, C, H, W].
             noise: Gaussian noise, same shape.
-            timesteps: diffusion timesteps, [B] or [1]; ignored within a run, which `set_begin_index` starts.
+            timesteps: diffusion timesteps, [B] or [1]; ignored within a run, which `set_begin_index` starts. Those
+                of the schedule stand for its nodes.
         """
         index = self._begin_index if self._step_index is None else self._step_index
         if self._begin_index is not None and index is not None and index < len(self._stage_times):
             t = self._stage_times[index].expand(1)
         else:
-            t = self.flow.flow_time(timesteps.detach().cpu())
+            t = self._flow_times(timesteps.detach().cpu(), index or 0)
         t = t.to(original_samples.device).expand(original_samples.shape[0])
         n = self.flow.state_scale(t)
         return combine(t / n, original_samples, (1 - t) / n, noise)
+
+    def _flow_times(self, timesteps: Tensor, first: int) -> Tensor:
+        """Return the flow times of timesteps: those of the nodes from index `first` on that have them, or the table's.
+
+        The two differ below t_min, where the node t = 0 has the timestep of t_min.
+        """
+        times = self.flow.flow_time(timesteps)
+        if self.num_inference_steps is None or first >= len(self._stage_times):
+            return times
+        equal = timesteps.reshape(-1, 1) == self.timesteps[first:].cpu()
+        nodes = self._stage_times[first:][equal.int().argmax(1)]
+        return torch.where(equal.any(1), nodes, times.reshape(-1))
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
