@@ -82,7 +82,7 @@ def forward() -> Callable[[Any], Tensor]:
     return output
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomize() -> Callable[[nn.Module], None]:
     """Make every layer's B as random as its A, as training does."""
 

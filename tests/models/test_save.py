@@ -17,7 +17,8 @@ from d2f_fast import load_miniature
 from d2f_fast.models.save import save_pipeline_folder
 
 CLIENT = Path(__file__).with_name("pipeline_client.py")
-OTHER_INTERPRETER = os.environ.get("D2F_TRANSFORMERS_4_PYTHON")
+# tests/older_environments.py makes the environments and prints this variable.
+OLDER_PYTHONS = [name for name in os.environ.get("D2F_OLDER_PYTHONS", "").split(os.pathsep) if name]
 
 
 @pytest.fixture(scope="session")
@@ -83,10 +84,10 @@ def test_saved_folder_generates_the_same_images(saved_miniature: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(OTHER_INTERPRETER is None, reason="D2F_TRANSFORMERS_4_PYTHON names no interpreter")
-def test_older_transformers_generates_the_same_latents(saved_miniature: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("python", OLDER_PYTHONS)
+def test_older_libraries_generate_the_same_latents(python: str, saved_miniature: Path, tmp_path: Path) -> None:
     ours = latents_in_a_process(sys.executable, saved_miniature, tmp_path)
-    theirs = latents_in_a_process(str(OTHER_INTERPRETER), saved_miniature, tmp_path)
+    theirs = latents_in_a_process(python, saved_miniature, tmp_path)
     error = np.linalg.norm(theirs - ours) / np.linalg.norm(ours)
-    print(f"\nrelative difference of the latents: {error:.1e}")
+    print(f"\n{python}: relative difference of the latents {error:.1e}")
     assert error <= 1e-5
