@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.tensor_stream import LazyTensor, write_tensor_stream
-from d2f_fast.lora.family import Family, family_of_text_width, has_sizes_condition
+from d2f_fast.lora.family import Family, family_of_text_width
 from d2f_fast.lora.file_keys import component_of
 from d2f_fast.lora.key_names import module_names
 from d2f_fast.lora.kohya import kohya_header, kohya_state_dict
@@ -127,7 +127,7 @@ def write_lora_form(
                 " its folder as --base_model"
             )
         entries |= kohya_header(networks.unet, tensors, title, prediction_type)
-        tensors = _kohya_tensors(tensors, networks.unet)
+        tensors = kohya_state_dict(networks.unet, tensors)
     else:
         entries[ADAPTER_METADATA] = json.dumps(_peft_metadata(layers), sort_keys=True)
     lazy = {
@@ -147,21 +147,6 @@ def _as_lora(lora: LoraFile, name: str, layer: LayerWeights) -> LoraLayerWeights
             " merge it into the model, with --lora"
         )
     return folded(found)
-
-
-def _kohya_tensors(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """Return the tensors of a kohya file, from those with peft's keys."""
-    kohya = kohya_state_dict(unet, {key: value for key, value in tensors.items() if key.startswith("unet.")})
-    prefixes = {"text_encoder": "lora_te1" if has_sizes_condition(unet) else "lora_te", "text_encoder_2": "lora_te2"}
-    for key, down in tensors.items():
-        component, _, rest = key.partition(".")
-        if component in prefixes and rest.endswith(".lora_A.weight"):
-            layer = rest.removesuffix(".lora_A.weight")
-            name = f"{prefixes[component]}_{layer.replace('.', '_')}"
-            kohya[f"{name}.lora_down.weight"] = down
-            kohya[f"{name}.lora_up.weight"] = tensors[f"{component}.{layer}.lora_B.weight"]
-            kohya[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
-    return kohya
 
 
 def _peft_metadata(layers: Layers) -> dict[str, object]:
