@@ -123,13 +123,19 @@ def test_unknown_option_is_refused(capsys):
     assert stop.value.code == 2
 
 
+def _error(capsys):
+    """Return the one line of an error; only the line that says what the model is taken for may stand before it."""
+    *before, line = capsys.readouterr().err.splitlines()
+    assert len(before) <= 1 and all(earlier.startswith("Model: ") for earlier in before)
+    return line
+
+
 def _refused(arguments, folder, capsys):
     """Return the one line of a refused export, after checking that it left `folder` as it was."""
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
     assert sorted(folder.rglob("*")) == before
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return _error(capsys)
 
 
 def test_folder_with_files_is_refused_without_overwrite(tiny_folder, tmp_path, capsys):
@@ -203,7 +209,7 @@ def test_wrong_graph_is_exit_code_1_and_leaves_nothing(tiny_folder, tmp_path, mo
     monkeypatch.setattr(folder_module.verify, "relative_errors", lambda *_: (0.5, 0.5))
     arguments = ["--model", str(tiny_folder), "--components", "vae_encoder", "--output", str(tmp_path / "out")]
     assert main(arguments) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = _error(capsys)
     assert "vae_encoder/model.onnx differs from torch by 5.0e-01" in line
     assert list(tmp_path.iterdir()) == []
 
