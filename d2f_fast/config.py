@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.option_pairs import check_pairs
 
 ObjectiveName = Literal["diff2flow", "fm", "diffusion"]
 LossWeighting = Literal["flow", "native", "min_snr"]
@@ -36,18 +37,11 @@ OptionGroup = Literal[
     "image",
     "sampling",
 ]
-SNR_GAMMA = 5.0
+DEFAULT_SNR_GAMMA = 5.0
 DEFAULT_RANK = 64
+DEFAULT_LORA_FORMAT: LoraFormat = "both"
 
 T = TypeVar("T")
-
-# Options that must keep their default with an objective, by (objective, option), and what to do in their place.
-_FIXED_BY_OBJECTIVE = {
-    ("fm", "loss_weighting"): "leave it out",
-    ("diffusion", "loss_weighting"): "leave it out, the loss is weighted as that of the base model",
-    ("diffusion", "timestep_sampling"): "leave it out, whole timesteps are sampled evenly",
-    ("diffusion", "flow_shift"): "leave it out, or give --sampling_shift to save a shift for sampling",
-}
 
 
 def check_number(name: str, value: float | None, least: float) -> None:
@@ -70,13 +64,13 @@ def check_positive(name: str, value: float | None) -> None:
         raise RefusedInputError(f"{name} must be positive and finite, got {value}")
 
 
-def check_finite(name: str, value: float) -> None:
-    """Refuse a value that is infinite or not a number.
+def check_finite(name: str, value: float | None) -> None:
+    """Refuse a value that is infinite or not a number; None is accepted.
 
     Raises:
         RefusedInputError: The value is infinite or not a number.
     """
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise RefusedInputError(f"{name} must be finite, got {value}")
 
 
@@ -180,17 +174,19 @@ class TrainingConfig:
             default None takes the form of a base model that predicts the flow, and "diffusers" for all others.
         loss_weighting: Weight of the squared velocity error at each time. "flow" weights all times equally, "native"
             weights them as the loss of the base model does, and "min_snr" weights nearly clean images less. The
-            objectives "fm" and "diffusion" take only the default.
-        snr_gamma: Signal-to-noise ratio α²/σ² above which "min_snr" lowers the weight, a positive number. With another
-            --loss_weighting, a value other than the default is refused.
+            default None means "min_snr" where --snr_gamma is given, else "native" for the objective "diffusion", and
+            "flow" for the others. "fm" takes only "flow"; "diffusion" takes "native" and "min_snr", which then is the
+            Min-SNR weight of diffusers' scripts.
+        snr_gamma: Signal-to-noise ratio α²/σ² above which "min_snr" lowers the weight, a positive number. Giving it
+            turns that weighting on. The default None means 5 with --loss_weighting min_snr, and no such weight without.
         timestep_sampling: Distribution of the training times. "uniform" samples the flow time t (0 is noise, 1 is data)
             evenly, "logit_normal" and "mode" (the heavy-tailed one of the SD3 paper, with its scale of 1.29) prefer
             the middle, and "u_shaped" prefers both ends. The objective "diffusion" samples whole timesteps evenly, and
             takes only the default.
         logit_mean: Mean of the logit of 1 - t, which is log((1 - t) / t), for "logit_normal" only. Positive values
-            train more on noisy images; the default 0 is centred.
+            train more on noisy images; the default None means 0, which is centred.
         logit_std: Standard deviation of the same logit, a positive number, for "logit_normal" only. Larger values
-            train more on very clean and very noisy images.
+            train more on very clean and very noisy images. The default None means 1.
         flow_shift: Factor on the ratio of noise to image, (1 - t) / t, in training, as shift in the SD3 paper. Values
             above 1 train more on noisy images; 1 turns it off. The objective "diffusion" takes only 1.
         sampling_shift: The same factor for sampling, which is saved with the result as a recommendation, and which
@@ -202,7 +198,7 @@ class TrainingConfig:
             Options below that state other layers or ranks are refused. The default None starts a new LoRA.
         rank: Rank of the LoRA layers in attention and feed-forward layers. A larger rank learns more, and makes a
             larger file. The default None means that of --init_lora, or else 64. With --adapter full, this option and
-            the four below have no effect.
+            the four below are refused.
         lora_alpha: Strength of the LoRA layers, whose output is multiplied by lora_alpha / rank. The default None means
             a factor of 1.
         conv_rank: Rank of LoRA layers that are added to the convolutions of residual blocks, shortcuts, down- and
@@ -214,7 +210,7 @@ class TrainingConfig:
             feed-forward layers.
         resolution: Side of the square training images, in pixels. The shorter side of each image is resized to it, and
             the longer side is cropped. It must be a multiple of the model's downsampling, which is 8 for Stable
-            Diffusion.
+            Diffusion. The default None means the model's own size, such as 512 for SD1.5 and 1024 for SDXL.
         center_crop: Crop the middle of each image, which is the default. --no_center_crop crops a random position, and
             needs --no_cache_latents.
         random_flip: Mirror each image left to right with a probability of one half. The cache then keeps both
@@ -232,9 +228,9 @@ class TrainingConfig:
         learning_rate: Learning rate of the AdamW optimizer, after warm-up and before any decay.
         lr_scheduler: Schedule of the learning rate, as diffusers' get_scheduler with its defaults: "cosine" falls to 0
             along half a wave, "cosine_with_restarts" has one cycle, "polynomial" has power 1 and ends at 1e-7. The
-            default "constant" keeps the rate and ignores --lr_warmup_steps; all others use it.
+            default "constant" keeps the rate, and "constant_with_warmup" keeps it after a warm-up.
         lr_warmup_steps: Number of optimizer steps in which the learning rate rises linearly from 0. The default 0 turns
-            warm-up off, and "constant" ignores the option.
+            warm-up off. "constant" takes no warm-up, and "constant_with_warmup" needs one.
         adam_beta1: Decay of AdamW's running mean of the gradient, in [0, 1).
         adam_beta2: Decay of AdamW's running mean of the squared gradient, in [0, 1).
         adam_epsilon: Small number that AdamW adds to its denominator, so that it never divides by zero.
@@ -259,7 +255,8 @@ class TrainingConfig:
             The checkpoint before the newest one stays until a finite step has followed the newest.
         lora_format: Which LoRA files are written at the end. "diffusers" writes pytorch_lora_weights.safetensors for
             diffusers, "kohya" writes a file for ComfyUI, A1111, Forge and kohya's scripts, named after output_dir
-            (my_run_kohya.safetensors), and "both" writes the two. It has no effect with --adapter full.
+            (my_run_kohya.safetensors), and "both" writes the two. The default None means "both". With --adapter full
+            the option is refused.
         resume_from_checkpoint: Checkpoint to continue from, given as "latest", as a name such as checkpoint-500, or as
             a path. The default None starts a new run.
         logging_steps: Number of optimizer steps between two entries of the log, at least 1. The last step is always
@@ -279,11 +276,11 @@ class TrainingConfig:
     output_dir: str = option("checkpoints and logs", "d2f-output")
     objective: ObjectiveName | None = option("method", None)
     fm_form: FlowForm | None = option("method", None)
-    loss_weighting: LossWeighting = option("method", "flow")
-    snr_gamma: float = option("method", SNR_GAMMA, check_positive)
+    loss_weighting: LossWeighting | None = option("method", None)
+    snr_gamma: float | None = option("method", None, check_positive)
     timestep_sampling: TimestepSampling = option("method", "uniform")
-    logit_mean: float = option("method", 0.0, check_finite)
-    logit_std: float = option("method", 1.0, check_positive)
+    logit_mean: float | None = option("method", None, check_finite)
+    logit_std: float | None = option("method", None, check_positive)
     flow_shift: float = option("method", 1.0, check_positive)
     sampling_shift: float | None = option("method", None, check_positive)
     adapter: Literal["lora", "full"] = option("model", "lora")
@@ -293,7 +290,7 @@ class TrainingConfig:
     conv_rank: int = option("model", 0, at_least(0))
     first_last_layers: bool = option("model", False)
     target_modules: tuple[str, ...] | None = option("model", None)
-    resolution: int = option("data", 512, at_least(8))
+    resolution: int | None = option("data", None, at_least(8))
     center_crop: bool = option("data", True)
     random_flip: bool = option("data", False)
     cache_dir: str | None = option("data", None)
@@ -317,7 +314,7 @@ class TrainingConfig:
     cuda_graph: bool = option("memory and speed", False)
     checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0))
     checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1))
-    lora_format: LoraFormat = option("checkpoints and logs", "both")
+    lora_format: LoraFormat | None = option("checkpoints and logs", None)
     resume_from_checkpoint: str | None = option("checkpoints and logs", None)
     logging_steps: int = option("checkpoints and logs", 10, at_least(1))
     report_to: Tracker = option("checkpoints and logs", "none")
@@ -327,53 +324,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Refuse values that an option does not take, and options that contradict each other."""
         check_options(self)
-        check_method(self)
-        if self.init_lora is not None and self.adapter == "full":
-            raise RefusedInputError(
-                "init_lora needs --adapter lora: leave it out, or merge the LoRA into the model first"
-            )
-        if self.cache_latents and not self.center_crop:
-            raise RefusedInputError(
-                "cache_latents needs center_crop, because a random crop differs each time: add --no_cache_latents, or"
-                " leave --no_center_crop out"
-            )
+        check_pairs(self)
 
     @property
     def recommended_shift(self) -> float:
         """Return the shift that is saved for sampling: `sampling_shift`, or else `flow_shift`."""
         return self.flow_shift if self.sampling_shift is None else self.sampling_shift
-
-
-def check_method(config: TrainingConfig) -> None:
-    """Refuse options of the method that contradict each other, or that would have no effect.
-
-    Args:
-        config: Options of a run. An `objective` of None is checked again when the base model has settled it.
-
-    Raises:
-        RefusedInputError: An option does not go with another; the message says what to leave out.
-    """
-    defaults = {declared.name: declared.default for declared in fields(config)}
-    for (objective, name), cure in _FIXED_BY_OBJECTIVE.items():
-        value = getattr(config, name)
-        if config.objective == objective and value != defaults[name]:
-            raise RefusedInputError(
-                f"{name} must be {defaults[name]} with the objective {objective}, got {value}: {cure}"
-            )
-    if config.fm_form is not None and config.objective not in ("fm", None):
-        raise RefusedInputError(
-            f"fm_form {config.fm_form} does not go with the objective {config.objective}: add --objective fm, or leave"
-            " fm_form out"
-        )
-    for name in ("logit_mean", "logit_std"):
-        if getattr(config, name) != defaults[name] and config.timestep_sampling != "logit_normal":
-            raise RefusedInputError(
-                f"{name} works only with timestep_sampling logit_normal, got {config.timestep_sampling}: add"
-                f" --timestep_sampling logit_normal, or leave {name} out"
-            )
-    if config.snr_gamma != SNR_GAMMA and config.loss_weighting != "min_snr":
-        # The diffusers scripts turn the weighting on by giving this option, so it must not pass without effect.
-        raise RefusedInputError(
-            f"snr_gamma works only with loss_weighting min_snr, got {config.loss_weighting}: add"
-            " --loss_weighting min_snr, or leave snr_gamma out"
-        )

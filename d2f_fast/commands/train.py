@@ -86,6 +86,9 @@ class Train:
             print(f"d2f: {trainer.paths}", file=sys.stderr)
             print(f"d2f: Model: {facts}", file=sys.stderr)
             print(f"d2f: {method_line(trainer.config, trainer.model.flow)}", file=sys.stderr)
+            side, given = trainer.config.resolution, self.options.resolution is not None
+            source = "option --resolution" if given else "the model's own size"
+            print(f"d2f: trained at {side} x {side} pixels ({source})", file=sys.stderr)
             print(
                 f"d2f: {len(dataset)} images, {trainer.global_batch_size} per step: {steps} steps are"
                 f" {epochs:.4g} epochs",

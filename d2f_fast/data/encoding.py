@@ -61,16 +61,19 @@ class BatchEncoder:
         config: Options of the run.
 
     Raises:
-        RefusedInputError: The cache's folder cannot be made, or latents of random crops are to be cached.
+        RefusedInputError: The cache's folder cannot be made, latents of random crops are to be cached, or neither the
+            options nor the model say the resolution.
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
         self._model, self._config = model, config
+        self._resolution = config.resolution or model.resolution
         folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
         self._latents = None
         if config.cache_latents:
             vae = model.fingerprint("vae")
-            self._latents = LatentCache(folder, model=vae, resolution=config.resolution, center_crop=config.center_crop)
+            crop = config.center_crop
+            self._latents = LatentCache(folder, model=vae, resolution=self._resolution, center_crop=crop)
         texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         self._texts = EmbeddingCache(folder, model=texts)
         self._identities: dict[int, ImageIdentity] = {}
@@ -130,7 +133,7 @@ class BatchEncoder:
             loaded.found_texts,
             lambda missing: _encode_one_by_one(self._model.encode_prompts, [[loaded.captions[i]] for i in missing]),
         )
-        side = self._config.resolution
+        side = self._resolution
         return {
             "mean": posterior["mean"],
             "std": posterior["std"],
@@ -175,13 +178,13 @@ class BatchEncoder:
         """Return the training pixels of a sample with the options of the run."""
         config = self._config
         return augmented_pixels(
-            sample, augmentation, config.resolution, random_flip=config.random_flip, center_crop=config.center_crop
+            sample, augmentation, self._resolution, random_flip=config.random_flip, center_crop=config.center_crop
         )
 
     def _empty_slice(self, plan: BatchPlan) -> Batch:
         """Return the batch of a process that the last, small batch of an epoch leaves without a sample."""
         unet = self._model.unet.config
-        side = self._config.resolution // self._model.downsampling
+        side = self._resolution // self._model.downsampling
         return {
             "latents": torch.empty(0, unet.in_channels, side, side),
             "encoder_hidden_states": torch.empty(0, 1, unet.cross_attention_dim),

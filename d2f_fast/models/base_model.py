@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from d2f_fast.errors import ModelError
+from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
@@ -116,6 +116,19 @@ class BaseModel:
     def downsampling(self) -> int:
         """Return the number of pixels along each side of one latent."""
         return 1 << (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Return the side of the images that the model was made for, in pixels; the shorter one where they differ.
+
+        Raises:
+            RefusedInputError: The configuration of the UNet does not say it.
+        """
+        side = self.unet.config.get("sample_size")
+        sides = side if isinstance(side, list | tuple) else [side]
+        if not sides or not all(isinstance(each, int) and each > 0 for each in sides):
+            raise RefusedInputError(f"resolution: the UNet's configuration has sample_size {side}: give --resolution")
+        return min(sides) * self.downsampling
 
     def to(self, device: torch.device | str) -> "BaseModel":
         """Move every component and the flow's table to a device, and return this model."""

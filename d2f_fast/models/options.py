@@ -5,12 +5,6 @@ from dataclasses import dataclass
 from d2f_fast.config import PredictionType, check_finite, check_options, check_positive, option
 
 
-def _check_finite(name: str, value: float | None) -> None:
-    """Refuse a value that is infinite or not a number; None is accepted."""
-    if value is not None:
-        check_finite(name, value)
-
-
 @dataclass(frozen=True)
 class ModelOptions:
     """Hold the options of the base model that training, sampling and the export share.
@@ -50,7 +44,7 @@ class ModelOptions:
     tokenizer_name_or_path: str | None = option("model", None)
     pretrained_vae_model_name_or_path: str | None = option("model", None)
     vae_custom_scale: float | None = option("model", None, check_positive)
-    vae_custom_shift: float | None = option("model", None, _check_finite)
+    vae_custom_shift: float | None = option("model", None, check_finite)
     variant: str | None = option("model", None)
     revision: str | None = option("model", None)
     vae_reflection_padding: bool | None = option("model", None)

@@ -29,7 +29,7 @@ def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
 
     Raises:
         ModelError: the UNet takes an input that text-to-image training does not give, or is float16.
-        RefusedInputError: the autoencoder has no latents of the training resolution.
+        RefusedInputError: the autoencoder has no latents of the training resolution, or nothing says what it is.
     """
     unet, latents = model.unet.config, model.vae.config.latent_channels
     if unet.in_channels != latents:
@@ -45,8 +45,8 @@ def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
             )
     if any(parameter.dtype == torch.float16 for parameter in model.unet.parameters()):
         raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")
-    if config.resolution % model.downsampling:
-        raise RefusedInputError(f"resolution must be a multiple of {model.downsampling}, got {config.resolution}")
+    if (resolution := config.resolution or model.resolution) % model.downsampling:
+        raise RefusedInputError(f"resolution must be a multiple of {model.downsampling}, got {resolution}")
 
 
 def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Parameter]:

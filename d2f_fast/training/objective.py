@@ -12,9 +12,17 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from d2f_fast.config import FlowForm, LossWeighting, ObjectiveName, TimestepSampling, TrainingConfig
+from d2f_fast.config import (
+    DEFAULT_SNR_GAMMA,
+    FlowForm,
+    LossWeighting,
+    ObjectiveName,
+    TimestepSampling,
+    TrainingConfig,
+)
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.flow import Flow
+from d2f_fast.flow.formulas import readout_coefficients
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.time_sampling import sample_times
 from d2f_fast.ops import Reduction, align, aligned_loss
@@ -27,7 +35,8 @@ class Objective:
     Args:
         name: "diff2flow", "fm" or "diffusion".
         base_flow: flow of the base model, on the network's device: an `Alignment`, or a `NaiveFlow` for "fm" only.
-        weighting: weighting of the velocity error for "diff2flow" and "fm"; "diffusion" always uses the network's own.
+        weighting: weighting of the velocity error for "diff2flow" and "fm". "diffusion" has the network's own, which
+            "min_snr" multiplies by the Min-SNR weight of diffusers' training scripts.
         snr_gamma: positive bound on the signal-to-noise ratio in the weighting "min_snr".
         timestep_sampling: density of 1 - t; "diffusion" samples its integer timesteps uniformly instead.
         logit_mean: mean of the normal variable of "logit_normal".
@@ -43,7 +52,7 @@ class Objective:
     name: ObjectiveName
     base_flow: Flow
     weighting: LossWeighting = "flow"
-    snr_gamma: float = 5.0
+    snr_gamma: float = DEFAULT_SNR_GAMMA
     timestep_sampling: TimestepSampling = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -105,21 +114,61 @@ class Objective:
         reduction: Reduction = "mean",
     ) -> Tensor:
         """Return the loss of the network's output; arguments and result are those of `aligned_loss`."""
-        weighting: LossWeighting = "native" if self.name == "diffusion" else self.weighting
-        return aligned_loss(
-            model_output, latents, noise, t, self.flow, weighting, mask, reduction=reduction, snr_gamma=self.snr_gamma
-        )
+        if self.name != "diffusion":
+            return aligned_loss(
+                *(model_output, latents, noise, t, self.flow, self.weighting, mask),
+                reduction=reduction,
+                snr_gamma=self.snr_gamma,
+            )
+        if self.weighting != "min_snr":
+            return aligned_loss(model_output, latents, noise, t, self.flow, "native", mask, reduction)
+        each = aligned_loss(model_output, latents, noise, t, self.flow, "native", mask, "none")
+        each = each * min_snr_weight(t, self.flow, self.snr_gamma)
+        return each.mean() if reduction == "mean" else each
+
+
+def min_snr_weight(t: Tensor, flow: Flow, gamma: float) -> Tensor:
+    """Return the Min-SNR weight of the network's own loss, as diffusers' training scripts have it.
+
+        min(SNR, gamma) / SNR for ε-, / (SNR + 1) for v-, and / 1 for x0-prediction
+
+    All three weight the error of x̂0 alike. Min-SNR, arXiv 2303.09556, section 3.4.
+
+    Args:
+        t: flow time, [B] float32 or float64.
+        flow: flow of a diffusion model.
+        gamma: positive bound on the signal-to-noise ratio.
+
+    Returns:
+        The weight of each sample, [B].
+    """
+    alpha, sigma = readout_coefficients(t, flow.t_min, flow.t_max)
+    signal, noise = alpha.square(), sigma.square()
+    if flow.prediction_type == "epsilon":  # without a division by the SNR, which is 0 at zero terminal SNR
+        return gamma * noise / torch.maximum(signal, gamma * noise)
+    bounded = torch.minimum(signal, gamma * noise)
+    return bounded if flow.prediction_type == "v_prediction" else bounded / noise
+
+
+def _own_weighting(objective: ObjectiveName, config: TrainingConfig) -> LossWeighting:
+    """Return the weighting of the options, or else the one that the objective has where none is given."""
+    if config.loss_weighting is not None:
+        return config.loss_weighting
+    if config.snr_gamma is not None:
+        return "min_snr"
+    return "native" if objective == "diffusion" else "flow"
 
 
 def settle_method(config: TrainingConfig, base_flow: Flow) -> TrainingConfig:
-    """Return the options with the objective and the form that the base model settles where they are left open.
+    """Return the options with the objective and what depends on it, as the base model settles where they are open.
 
     Args:
         config: options of a run.
         base_flow: flow of the base model.
 
     Returns:
-        The same options, with an objective, and with a form where the objective is "fm".
+        The same options, with an objective, a form where the objective is "fm", a weighting, and the parameters of the
+        weighting and of the density of times where these have any.
 
     Raises:
         RefusedInputError: the base model predicts the flow, and the options ask for another objective or form, or for
@@ -144,7 +193,17 @@ def settle_method(config: TrainingConfig, base_flow: Flow) -> TrainingConfig:
                 " leave --fm_form out"
             )
         objective, form = "fm", own
-    return dataclasses.replace(config, objective=objective, fm_form=form if objective == "fm" else config.fm_form)
+    config = dataclasses.replace(config, objective=objective, fm_form=form if objective == "fm" else config.fm_form)
+    # Equal runs get equal options, whether a value was given or is the default: a continuation compares them.
+    weighting = _own_weighting(objective, config)
+    normal = config.timestep_sampling == "logit_normal"
+    return dataclasses.replace(
+        config,
+        loss_weighting=weighting,
+        snr_gamma=config.snr_gamma or (DEFAULT_SNR_GAMMA if weighting == "min_snr" else None),
+        logit_mean=config.logit_mean or (0.0 if normal else None),
+        logit_std=config.logit_std or (1.0 if normal else None),
+    )
 
 
 def make_objective(config: TrainingConfig, base_flow: Flow) -> Objective:
@@ -157,11 +216,11 @@ def make_objective(config: TrainingConfig, base_flow: Flow) -> Objective:
     return Objective(
         config.objective or "diff2flow",
         base_flow,
-        config.loss_weighting,
-        config.snr_gamma,
+        _own_weighting(config.objective or "diff2flow", config),
+        config.snr_gamma or DEFAULT_SNR_GAMMA,
         config.timestep_sampling,
-        config.logit_mean,
-        config.logit_std,
+        config.logit_mean or 0.0,
+        config.logit_std or 1.0,
         config.flow_shift,
         config.fm_form or "diffusers",
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import nn
 
-from d2f_fast.config import TrainingConfig
+from d2f_fast.config import DEFAULT_LORA_FORMAT, TrainingConfig
 from d2f_fast.errors import CheckpointError, RefusedInputError
 from d2f_fast.files.atomic import atomic_folder
 from d2f_fast.files.json_file import write_json
@@ -53,7 +53,7 @@ def publish_lora(
         model.unet,
         folder,
         summary_tags(config, tags_of(config, objective, model.facts.vae_reflection_padding), steps, batch_size, start),
-        lora_format=config.lora_format,
+        lora_format=config.lora_format or DEFAULT_LORA_FORMAT,
         prediction_type=objective.flow.prediction_type,
         text_layers=None if start is None else start.text_layers,
     )
@@ -165,7 +165,7 @@ def tags_of(config: TrainingConfig, objective: Objective, vae_reflection_padding
     tags = {
         "d2f.objective": objective.name,
         "d2f.prediction_type": flow.prediction_type,
-        "d2f.loss_weighting": config.loss_weighting,
+        "d2f.loss_weighting": objective.weighting,
         "d2f.training_shift": str(config.flow_shift),
         "d2f.shift": str(config.recommended_shift),
         "d2f.recommended_sigmas": ", ".join(f"{sigma:.4g}" for sigma in flow.sigmas(4, config.recommended_shift)),

@@ -76,7 +76,7 @@ class AlignedTrainer:
 
     Attributes:
         unet: network, with its adapter in place.
-        config: options of the run, with the objective that the base model settles where it was left open.
+        config: options of the run, with what the base model settles where it was left open: objective and resolution.
         objective: objective that the network is trained on.
         trainable: trained parameters by name.
         ema: average of the trained parameters; None where `ema_decay` is 0.
@@ -89,6 +89,7 @@ class AlignedTrainer:
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
+        config = dataclasses.replace(config, resolution=config.resolution or model.resolution)
         self.config = config = settle_method(config, model.flow)
         self._precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         self.accelerator = start_accelerator(config, self._precision)

@@ -90,7 +90,8 @@ def test_lora_that_a_run_started_from_is_recorded(train, tmp_path, capsys):
                     "loss_weighting must be flow with the objective fm, got native: leave it out",
                 ),
                 ("lr_scheduler", "foo", "lr_scheduler"),
-                ("snr_gamma", "3", "snr_gamma works only with loss_weighting min_snr, got flow"),
+                ("snr_gamma", "5 --loss_weighting flow", "snr_gamma works only with loss_weighting min_snr, got flow"),
+                ("lr_warmup_steps", "4", "lr_warmup_steps has no effect with lr_scheduler constant, got 4: add"),
             )
         ),
     ],
@@ -181,3 +182,33 @@ def test_model_that_predicts_the_flow_settles_the_objective_without_an_option(tr
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("d2f: objective diff2flow needs a base model that predicts noise, v or clean latents; this")
     assert error.endswith("there is no diffusion prediction to align: leave --objective out")
+
+
+@pytest.mark.parametrize(
+    ("options", "weighting"),
+    [
+        (["--snr_gamma", "5"], "min_snr"),
+        (["--snr_gamma", "5", "--objective", "diffusion"], "min_snr"),
+        (["--objective", "diffusion"], "native"),
+    ],
+    ids=["flow", "diffusion", "diffusion without it"],
+)
+def test_giving_snr_gamma_turns_min_snr_on(train, tmp_path, options, weighting):
+    assert train(tmp_path / "run", *options) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["loss_weighting"], saved["snr_gamma"]) == (weighting, 5.0 if weighting == "min_snr" else None)
+    _, tags = read_tensors(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert tags["d2f.loss_weighting"] == weighting
+
+
+def test_resolution_is_that_of_the_model_unless_it_is_given(images, tiny_folder, tmp_path, capsys):
+    command = ["train", "--train_data_dir", str(images), "--pretrained_model_name_or_path", str(tiny_folder)]
+    options = ["--max_train_steps", "1", "--rank", "2", "--train_batch_size", "1"]
+    assert main([*command, *options, "--output_dir", str(tmp_path / "run")]) == 0
+    config = json.loads((tiny_folder / "unet" / "config.json").read_text())
+    vae = json.loads((tiny_folder / "vae" / "config.json").read_text())
+    side = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    assert f"trained at {side} x {side} pixels (the model's own size)\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["resolution"] == side
+    assert main([*command, *options, "--output_dir", str(tmp_path / "given"), "--resolution", "8"]) == 0
+    assert "trained at 8 x 8 pixels (option --resolution)\n" in capsys.readouterr().err

@@ -38,6 +38,8 @@ def make_config() -> Callable[..., TrainingConfig]:
             "checkpointing_steps": 3,
             "learning_rate": 1e-2,
         }
+        if options.get("adapter") == "full":  # These are options of the LoRA.
+            del defaults["rank"], defaults["target_modules"]
         return TrainingConfig(output_dir=str(output_dir), **{**defaults, **options})
 
     return make

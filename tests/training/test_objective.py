@@ -11,7 +11,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.naive_flow import NaiveFlow
-from d2f_fast.training.objective import Objective, method_line, settle_method
+from d2f_fast.training.objective import Objective, method_line, min_snr_weight, settle_method
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 TIMESTEPS = torch.tensor([0, 1, 40, 261, 500, 760, 998, 999])
@@ -41,8 +41,8 @@ def diffusion_target(scheduler, latents, noise):
 def test_diffusion_objective_is_the_loss_of_the_diffusers_scripts(prediction_type, zero_snr):
     scheduler = DDPMScheduler(**SD, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
     alignment = Alignment.from_scheduler(scheduler)
-    # Weighting and density belong to the flow objectives; a diffusion run must not change with them.
-    objective = Objective("diffusion", alignment, weighting="min_snr", flow_shift=3.0)
+    # The flow's weighting and density belong to the other objectives; a diffusion run must not change with them.
+    objective = Objective("diffusion", alignment, weighting="flow", flow_shift=3.0)
     latents, noise, output = operands()
     t = alignment.flow_time(TIMESTEPS)
     sample, timestep = objective.inputs(latents, noise, t)
@@ -208,3 +208,37 @@ def test_unusable_objectives_are_refused():
         Objective("fm", alignment, weighting="min_snr").loss(output, latents, noise, t)
     with pytest.raises(ValueError, match="timestep_sampling must be one of"):
         Objective("diff2flow", alignment, timestep_sampling="cubic").sample_times(2)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
+@pytest.mark.parametrize("snr_gamma", [1.0, 5.0])
+def test_diffusion_with_min_snr_is_the_loss_of_diffusers_script(prediction_type, snr_gamma, zero_snr):
+    scheduler = DDPMScheduler(**SD, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
+    alignment = Alignment.from_scheduler(scheduler)
+    latents, noise, output = operands()
+    # The lines of examples/text_to_image/train_text_to_image.py, in float64.
+    wide_latents, wide_noise = latents.double(), noise.double()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    target = wide_noise if prediction_type == "epsilon" else scheduler.get_velocity(wide_latents, wide_noise, TIMESTEPS)
+    snr = compute_snr(scheduler, TIMESTEPS).double()
+    weights = torch.stack([snr, snr_gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    weights = weights / snr if prediction_type == "epsilon" else weights / (snr + 1)
+    each = mse_loss(output.double(), target, reduction="none").mean(dim=[1, 2, 3]) * weights
+    objective = Objective("diffusion", alignment, weighting="min_snr", snr_gamma=snr_gamma)
+    t = alignment.flow_time(TIMESTEPS)
+    got = objective.loss(output, latents, noise, t, reduction="none")
+    torch.testing.assert_close(got, each.float(), rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(objective.loss(output, latents, noise, t), each.mean().float(), rtol=2e-5, atol=0)
+
+
+def test_min_snr_weighs_the_error_of_the_clean_latents_alike_for_every_prediction():
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+    alpha, sigma = t / (t**2 + (1 - t) ** 2).sqrt(), (1 - t) / (t**2 + (1 - t) ** 2).sqrt()
+    # x̂0 = (sample - sigma ε) / alpha = alpha sample - sigma v
+    per_error = {"epsilon": (sigma / alpha) ** 2, "v_prediction": sigma**2, "sample": torch.ones_like(t)}
+    for prediction_type, factor in per_error.items():
+        flow = Alignment.from_scheduler(DDPMScheduler(**SD, prediction_type=prediction_type))
+        want = (alpha / sigma).square().clamp(max=5) * factor
+        torch.testing.assert_close(min_snr_weight(t, flow, 5.0), want, rtol=1e-12, atol=0)
