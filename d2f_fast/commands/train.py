@@ -19,6 +19,7 @@ from d2f_fast.models.names import MINIATURE, check_model_name
 from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
+    from d2f_fast.data.image_folder import CaptionedImages
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
 
 
@@ -71,7 +72,6 @@ class Train:
         started = time.monotonic()
         silence_libraries()
         from d2f_fast.data.image_folder import CaptionedImages
-        from d2f_fast.data.order import steps_per_epoch
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.objective import method_line
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
@@ -81,19 +81,9 @@ class Train:
         trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, self.options, self.model_options)
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
-            steps = self.options.max_train_steps
-            epochs = steps / steps_per_epoch(len(dataset), trainer.global_batch_size)
-            print(f"d2f: {trainer.paths}", file=sys.stderr)
-            print(f"d2f: Model: {facts}", file=sys.stderr)
-            print(f"d2f: {method_line(trainer.config, trainer.model.flow)}", file=sys.stderr)
-            side, given = trainer.config.resolution, self.options.resolution is not None
-            source = "option --resolution" if given else "the model's own size"
-            print(f"d2f: trained at {side} x {side} pixels ({source})", file=sys.stderr)
-            print(
-                f"d2f: {len(dataset)} images, {trainer.global_batch_size} per step: {steps} steps are"
-                f" {epochs:.4g} epochs",
-                file=sys.stderr,
-            )
+            for line in (trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow)):
+                print(f"d2f: {line}", file=sys.stderr)
+            self._say_what_is_trained_on(trainer, dataset)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
         with stop_signals(trainer.has_unsaved_steps, announce=trainer.accelerator.is_main_process) as signals:
             result = trainer.fit(dataset)
@@ -112,6 +102,29 @@ class Train:
             name = signal.Signals(number).name
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
+
+    def _say_what_is_trained_on(self, trainer: "AlignedTrainer", dataset: "CaptionedImages") -> None:
+        """Print the size and the number of the images, how often each is repeated, and whether captions are cut."""
+        from d2f_fast.data.long_captions import find_long_captions
+        from d2f_fast.data.order import steps_per_epoch
+
+        side = trainer.config.resolution
+        source = "the model's own size" if self.options.resolution is None else "option --resolution"
+        lines = [f"trained at {side} x {side} pixels ({source})"]
+        if dataset.repeats:
+            repeats = [f"{printable(folder)} {times} times" for folder, times in list(dataset.repeats.items())[:8]]
+            more = f" and {len(dataset.repeats) - 8} more folders" if len(dataset.repeats) > 8 else ""
+            lines.append(
+                f"{dataset.files} image files count as {len(dataset)} images, because the numbers of folders repeat"
+                f" them: {', '.join(repeats)}{more}"
+            )
+        size, steps = trainer.global_batch_size, self.options.max_train_steps
+        epochs = steps / steps_per_epoch(len(dataset), size)
+        lines.append(f"{len(dataset)} images, {size} per step: {steps} steps are {epochs:.4g} epochs")
+        if (long := find_long_captions(dataset, trainer.model.tokenizers)) is not None:
+            lines.append(str(long))
+        for line in lines:
+            print(f"d2f: {line}", file=sys.stderr)
 
     def _say_how_to_sample(self, output: Path, trainer: "AlignedTrainer", result: "RunResult") -> None:
         """Print how to generate images with the result, and write the same into its model card."""

@@ -1,7 +1,6 @@
 """Describe a data set or a cache from names, sizes and headers alone. No image is decoded, and no torch is imported."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 
 from PIL import Image
 
+from d2f_fast.data.file_names import MAX_REPEATS, METADATA_FILE, is_image, repeats_of, unread_images
 from d2f_fast.errors import CheckpointError, printable
 from d2f_fast.files.tensor_header import read_tensor_header
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-METADATA_FILE = "metadata.jsonl"
 CACHE_FORMAT = "d2f_fast.data.cache"
 _MOST_HEADERS = 10_000
 
@@ -25,7 +23,8 @@ def describe_data_set(folder: Path, caption_extension: str = ".txt") -> dict[str
         folder: Folder of the images.
         caption_extension: Extension of the caption files.
     """
-    images = sorted(_images(folder))
+    files = sorted(_files(folder))
+    images = [path for path in files if is_image(path.name)]
     sizes, unreadable = _sizes(images)
     listed = (folder / METADATA_FILE).is_file()
     odd = [f"{len(unreadable)} images cannot be read, such as {printable(unreadable[0])}"] if unreadable else []
@@ -33,7 +32,16 @@ def describe_data_set(folder: Path, caption_extension: str = ".txt") -> dict[str
         captions, oddities = _listed_captions(folder, images)
     else:
         captions, oddities = _caption_files(images, caption_extension)
-    repeats = sorted({part for image in images for part in image.parent.parts if re.match(r"\d+_", part)})
+        names = (path.relative_to(folder).as_posix() for path in files)
+        unread = unread_images(names, lambda name: (folder / name).with_suffix(caption_extension).is_file())
+        if unread:
+            odd.append(
+                f"{len(unread)} captioned images are of formats that are not read, such as {printable(unread[0])}"
+            )
+    found = {repeats_of(path.relative_to(folder).as_posix()) for path in images}
+    repeats = sorted(printable(each.folder) for each in found if each.folder)
+    if not listed and (many := sorted(each.folder for each in found if each.times > MAX_REPEATS)):
+        odd.append(f"{printable(many[0])} asks for more than {MAX_REPEATS} repeats, which is refused: rename it")
     return {
         "kind": f"data set, captions in {METADATA_FILE if listed else f'*{caption_extension} files'}",
         "images": len(images),
@@ -84,11 +92,11 @@ def describe_cache(folder: Path) -> dict[str, Any]:
     }
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """Yield the images at any depth that training would find."""
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files at any depth that are not hidden."""
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file():
+        if not hidden and path.is_file():
             yield path
 
 

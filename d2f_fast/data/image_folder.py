@@ -2,29 +2,33 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypedDict
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from d2f_fast.data.captions import Captions, read_caption_file
+from d2f_fast.data.file_names import (
+    IMAGE_EXTENSIONS,
+    MAX_REPEATS,
+    METADATA_FILE,
+    UNREAD_EXTENSIONS,
+    Repeats,
+    is_image,
+    repeats_of,
+    unread_images,
+)
 from d2f_fast.data.images import read_image
 from d2f_fast.errors import DatasetError, printable
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-METADATA_FILE = "metadata.jsonl"
 MAX_LINE_BYTES = 1 << 20
-MAX_REPEATS = 10_000
 EXPECTED_LAYOUTS = (
     f'expected {METADATA_FILE} with lines like {{"file_name": "a.png", "text": "a caption"}}, or images '
     f"({', '.join(IMAGE_EXTENSIONS)}) that each have a caption file beside them (a.png and a.txt), in the folder or in "
     "sub-folders; a sub-folder named 10_name repeats its images 10 times"
 )
-
-_REPEATS = re.compile(r"([0-9]+)_")
 
 
 class Sample(TypedDict):
@@ -46,9 +50,9 @@ class CaptionedImages(Dataset[Sample]):
 
     There are two layouts. Either a `metadata.jsonl` names an image and its caption or captions on each line, or images
     have a caption file of the same name beside them, at any depth. In the second, the innermost sub-folder named
-    `<number>_<name>` gives the number of times that its images are repeated; 0 leaves them out. Hidden files and
-    folders are not read, nor are images that `metadata.jsonl` does not list. The samples are in the order of the
-    metadata lines, or of the sorted paths.
+    `<number>_<name>` gives the number of times that its images are repeated, at most 200; 0 leaves them out. Hidden
+    files and folders are not read, nor are images that `metadata.jsonl` does not list. The samples are in the order of
+    the metadata lines, or of the sorted paths.
 
     Args:
         folder: Folder of the images.
@@ -58,10 +62,15 @@ class CaptionedImages(Dataset[Sample]):
         caption_extension: Extension of the caption files. The whole text of a file, without white space at either end,
             is the caption.
 
+    Attributes:
+        folder: Folder of the images.
+        files: Number of image files that the samples come from; repeats are not counted.
+        repeats: Number of repeats of each sub-folder named `<number>_<name>` with images, by its path in the folder.
+
     Raises:
-        DatasetError: The folder has neither layout; a caption is missing, empty or over 10,000 characters; a file is
-            missing or outside the folder; a metadata line is not JSON or lacks a key. When a sample is read: its image
-            does not decode.
+        DatasetError: The folder has neither layout; a caption is missing, empty or over 10,000 characters; a captioned
+            image is of a format that is not read; a folder asks for more than 200 repeats; a file is missing or outside
+            the folder; a metadata line is not JSON or lacks a key. When a sample is read: its image does not decode.
     """
 
     def __init__(
@@ -79,7 +88,13 @@ class CaptionedImages(Dataset[Sample]):
             samples = _read_metadata(self.folder, image_key, caption_column)
         else:
             samples = _read_caption_files(self.folder, "." + caption_extension.removeprefix("."))
-        self._samples = [(name, captions) for name, captions, repeats in samples for _ in range(repeats)]
+        self.files, self.repeats = 0, dict[str, int]()
+        self._samples: list[tuple[str, Captions]] = []
+        for name, captions, repeats in samples:
+            self.files += 1
+            self._samples += [(name, captions)] * repeats.times
+            if repeats.folder:
+                self.repeats[repeats.folder] = repeats.times
         if not self._samples:
             raise DatasetError(f"{printable(self.folder)} has no captioned images: {EXPECTED_LAYOUTS}")
 
@@ -103,8 +118,8 @@ class CaptionedImages(Dataset[Sample]):
         return self.captions(index).text
 
 
-def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[tuple[str, Captions, int]]:
-    """Yield the image name, the captions and the number of repeats of each line."""
+def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[tuple[str, Captions, Repeats]]:
+    """Yield the image name and the captions of each line, which is not repeated."""
     path = folder / METADATA_FILE
     try:
         lines = path.open("rb")
@@ -130,37 +145,51 @@ def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[t
                 raise DatasetError(f"{where}: {name[:200]!r} leaves the folder: give a path relative to the folder")
             if not os.path.isfile(folder / name):
                 raise DatasetError(f"{where}: no such file as {name[:200]!r}: add the image or remove the line")
-            if not name.lower().endswith(IMAGE_EXTENSIONS):
-                raise DatasetError(f"{where}: {name[:200]!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
-            yield name, Captions.check(entry.get(caption_key), f'{where}: "{caption_key}"'), 1
+            if not is_image(name):
+                raise DatasetError(
+                    f"{where}: {name[:200]!r} is not one of {', '.join(IMAGE_EXTENSIONS)}: convert it to PNG"
+                )
+            yield name, Captions.check(entry.get(caption_key), f'{where}: "{caption_key}"'), Repeats("", 1)
 
 
-def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Captions, int]]:
-    """Yield the image name, the caption and the number of repeats of each image below `folder`."""
-    images = [(name, os.path.splitext(name)[0] + extension) for name in sorted(_find_images(folder))]
-    if not any(os.path.isfile(folder / caption) for _, caption in images):
+def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Captions, Repeats]]:
+    """Yield the image name, the caption and the repeats of each image below `folder`."""
+
+    def caption_file(name: str) -> Path:
+        return folder / (os.path.splitext(name)[0] + extension)
+
+    names = sorted(_find_images(folder))
+    if unread := unread_images(names, lambda name: caption_file(name).is_file()):
+        shown = ", ".join(map(printable, unread[:8])) + (f" and {len(unread) - 8} more" if len(unread) > 8 else "")
+        raise DatasetError(
+            f"{printable(folder)}: captioned images of formats that are not read: {shown}: convert them to PNG, or"
+            " remove their captions"
+        )
+    images = [name for name in names if is_image(name)]
+    if not any(caption_file(name).is_file() for name in images):
         raise DatasetError(f"{printable(folder)} has no captioned images: {EXPECTED_LAYOUTS}")
-    for name, caption in images:
-        repeats = 1
-        for part in Path(name).parts[:-1]:
-            if match := _REPEATS.match(part):
-                repeats = int(match[1])
-        if repeats > MAX_REPEATS:
+    for name in images:
+        repeats = repeats_of(name)
+        if repeats.times > MAX_REPEATS:
+            own = printable(PurePosixPath(repeats.folder).name)
             raise DatasetError(
-                f"{printable(folder / name)}: a folder named <number>_<name> repeats its images, at most {MAX_REPEATS} "
-                "times: rename the folder"
+                f"{printable(folder / repeats.folder)}: the number at the start of the name asks for that many repeats"
+                f" of each image, at most {MAX_REPEATS}: rename the folder, such as to 1_{own}"
             )
-        if repeats == 0:
+        if repeats.times == 0:
             continue
-        if not os.path.isfile(folder / caption):
+        if not caption_file(name).is_file():
             raise DatasetError(
-                f"{printable(folder / name)} has no caption: write it into {printable(folder / caption)}"
+                f"{printable(folder / name)} has no caption: write it into {printable(caption_file(name))}"
             )
-        yield name, read_caption_file(folder / caption), repeats
+        yield name, read_caption_file(caption_file(name)), repeats
 
 
 def _find_images(folder: Path) -> Iterator[str]:
-    """Yield the names of the images at any depth, relative to `folder` and with forward slashes."""
+    """Yield the names of the images at any depth, relative to `folder` and with forward slashes.
+
+    Images of formats that are not read are among them.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise DatasetError(
@@ -173,7 +202,7 @@ def _find_images(folder: Path) -> Iterator[str]:
             if os.path.islink(linked := os.path.join(parent, name)):
                 raise DatasetError(f"{printable(linked)} is a link to a folder: replace it by the folder, or remove it")
         for name in files:
-            if name.startswith(".") or not name.lower().endswith(IMAGE_EXTENSIONS):
+            if name.startswith(".") or not name.lower().endswith(IMAGE_EXTENSIONS + UNREAD_EXTENSIONS):
                 continue
             path = Path(parent, name)
             if not path.is_file():

@@ -22,6 +22,7 @@ from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
 
     from d2f_fast.lora.start import StartingLora
 
@@ -128,7 +129,14 @@ class BaseModel:
         sides = side if isinstance(side, list | tuple) else [side]
         if not sides or not all(isinstance(each, int) and each > 0 for each in sides):
             raise RefusedInputError(f"resolution: the UNet's configuration has sample_size {side}: give --resolution")
-        return min(sides) * self.downsampling
+        shorter: int = min(sides)
+        return shorter * self.downsampling
+
+    @property
+    def tokenizers(self) -> list["PreTrainedTokenizerBase"]:
+        """Return the tokenizers of the text encoders: one, or two for SDXL."""
+        named = (getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [tokenizer for tokenizer in named if tokenizer is not None]
 
     def to(self, device: torch.device | str) -> "BaseModel":
         """Move every component and the flow's table to a device, and return this model."""

@@ -1,5 +1,6 @@
-"""Check that a base model can be trained, and prepare its network for training."""
+"""Check that a base model can be trained, settle the options with it, and prepare its network for training."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +17,23 @@ from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.start import check_start, inject_start, merge_text_layers, read_start
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.training.objective import settle_method
 
 T = TypeVar("T")
+
+
+def settle_options(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
+    """Return the options with what the base model settles where they are left open: resolution and objective.
+
+    Args:
+        config: options of a run.
+        model: base model.
+
+    Raises:
+        RefusedInputError: the options do not fit the base model, or nothing says the resolution.
+    """
+    resolution = config.resolution or model.resolution
+    return settle_method(dataclasses.replace(config, resolution=resolution), model.flow)
 
 
 def check_trainable(model: BaseModel, config: TrainingConfig) -> None:

@@ -35,8 +35,8 @@ from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
-from d2f_fast.training.network import check_trainable, inputs_in_float32, prepare_network
-from d2f_fast.training.objective import make_objective, settle_method
+from d2f_fast.training.network import check_trainable, inputs_in_float32, prepare_network, settle_options
+from d2f_fast.training.objective import make_objective
 from d2f_fast.training.publish import publish_lora, publish_pipeline
 from d2f_fast.training.resume import run_identity
 from d2f_fast.training.run_checkpoints import NonFiniteRunError, RunCheckpoints
@@ -89,8 +89,7 @@ class AlignedTrainer:
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
-        config = dataclasses.replace(config, resolution=config.resolution or model.resolution)
-        self.config = config = settle_method(config, model.flow)
+        self.config = config = settle_options(config, model)
         self._precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         self.accelerator = start_accelerator(config, self._precision)
         self.device = self.accelerator.device

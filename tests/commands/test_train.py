@@ -212,3 +212,18 @@ def test_resolution_is_that_of_the_model_unless_it_is_given(images, tiny_folder,
     assert json.loads((tmp_path / "run" / "config.json").read_text())["resolution"] == side
     assert main([*command, *options, "--output_dir", str(tmp_path / "given"), "--resolution", "8"]) == 0
     assert "trained at 8 x 8 pixels (option --resolution)\n" in capsys.readouterr().err
+
+
+def test_repeats_and_cut_captions_are_said_before_the_training(train, images, tmp_path, capsys):
+    (images / "10_cat").mkdir()
+    for suffix in (".png", ".txt"):
+        (images / f"0{suffix}").rename(images / "10_cat" / f"0{suffix}")
+    (images / "2.txt").write_text("a b " * 500)
+    assert train(tmp_path / "run") == 0
+    error = capsys.readouterr().err
+    assert (
+        "d2f: 3 image files count as 12 images, because the numbers of folders repeat them: 10_cat 10 times\n"
+        "d2f: 12 images, 2 per step: 2 steps are 0.3333 epochs\n"
+        "d2f: 1 of 2 captions is longer than the "
+    ) in error
+    assert f"which does not see the rest; the first is that of {images / '2.png'}\n" in error

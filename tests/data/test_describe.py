@@ -49,6 +49,17 @@ def test_missing_empty_and_other_captions_are_named(images: Path) -> None:
     assert "1 captions are empty" in odd
 
 
+def test_unread_formats_and_too_many_repeats_are_named(images: Path) -> None:
+    (images / "2024_trip").mkdir()
+    for name in ("2024_trip/d.png", "e.tif"):
+        Image.new("RGB", (512, 512)).save(images / name)
+        (images / name).with_suffix(".txt").write_text("a cat")
+    found = describe_data_set(images)
+    assert (found["images"], found["repeats"]) == (4, "2024_trip, 5_cat")
+    assert "1 captioned images are of formats that are not read, such as e.tif" in found["odd"]
+    assert "2024_trip asks for more than 200 repeats, which is refused: rename it" in found["odd"]
+
+
 def test_lines_of_the_metadata_file_are_compared_with_the_images(images: Path) -> None:
     lines = [{"file_name": "a.png", "text": "x"}, {"file_name": "gone.png", "text": "x"}, {"file_name": "b.JPG"}]
     (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nno JSON\n")

@@ -62,7 +62,7 @@ def test_metadata_with_byte_order_mark_and_windows_line_ends_is_read(tmp_path):
 
 
 def test_caption_files_are_read_beside_images_of_every_extension_at_any_depth(tmp_path):
-    names = ["a.png", "b.jpg", "c.jpeg", "sub/d.webp", "sub/sub/e.BMP"]
+    names = ["a.png", "b.jpg", "c.jpeg", "f.jpe", "sub/d.webp", "sub/sub/e.BMP"]
     for name in reversed(names):
         captioned(tmp_path / name, f" caption of {name}\n")
     captioned(tmp_path / ".hidden" / "f.png")
@@ -70,8 +70,13 @@ def test_caption_files_are_read_beside_images_of_every_extension_at_any_depth(tm
     (tmp_path / "notes.md").write_text("not an image")
     dataset = CaptionedImages(tmp_path)
     assert [dataset.path(i).relative_to(tmp_path).as_posix() for i in range(len(dataset))] == names
-    assert [dataset.text(i) for i in range(5)] == [f"caption of {name}" for name in names]
-    assert {dataset[i]["image"].size for i in range(5)} == {(7, 9)}
+    assert [dataset.text(i) for i in range(6)] == [f"caption of {name}" for name in names]
+    assert {dataset[i]["image"].size for i in range(6)} == {(7, 9)}
+
+
+def test_jpeg_files_of_windows_are_read(tmp_path):
+    captioned(tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
+    assert CaptionedImages(tmp_path)[0]["image"].format == "JPEG"
 
 
 def test_other_caption_extension_is_read_with_and_without_its_dot(tmp_path):
@@ -186,9 +191,48 @@ def test_longest_caption_in_the_widest_characters_is_read(tmp_path):
     assert CaptionedImages(tmp_path).text(0) == "\U0001f600" * 10_000
 
 
-def test_too_many_repeats_are_refused(tmp_path):
-    captioned(tmp_path / "20000_dog" / "a.png")
-    assert "repeats its images, at most 10000 times: rename the folder" in refusal(tmp_path)
+@pytest.mark.parametrize("folder", ["2024_holiday", "201_dog", "9" * 40 + "_dog"])
+def test_more_than_200_repeats_are_refused_with_the_cure(tmp_path, folder):
+    captioned(tmp_path / folder / "a.png")
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / folder}: the number at the start of the name asks for that many repeats")
+    assert message.endswith(f"at most 200: rename the folder, such as to 1_{folder}")
+    (tmp_path / folder).rename(tmp_path / f"1_{folder}")
+    assert len(CaptionedImages(tmp_path)) == 1
+
+
+def test_files_and_repeats_are_counted(tmp_path):
+    for name in ["200_dog/a.png", "200_dog/b.png", "2_cat/deep/c.png", "2_cat/deep/4_tom/d.png", "e.png"]:
+        captioned(tmp_path / name)
+    dataset = CaptionedImages(tmp_path)
+    assert (dataset.files, len(dataset)) == (5, 2 * 200 + 2 + 4 + 1)
+    assert dataset.repeats == {"200_dog": 200, "2_cat": 2, "2_cat/deep/4_tom": 4}
+
+
+@pytest.mark.parametrize("others", [["b.tif"], ["b.tif", "sub/c.AVIF", "d.gif", "e.heic"]], ids=len)
+def test_captioned_images_of_formats_that_are_not_read_are_named_and_refused(tmp_path, others):
+    captioned(tmp_path / "a.png")
+    for name in others:
+        captioned((tmp_path / name).with_suffix(".png")).rename(tmp_path / name)
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: captioned images of formats that are not read: {', '.join(sorted(others))}: convert them to PNG,"
+        " or remove their captions"
+    )
+
+
+def test_long_list_of_unread_images_is_cut(tmp_path):
+    for i in range(11):
+        (tmp_path / f"{i:02}.tif").write_bytes(b"")
+        (tmp_path / f"{i:02}.txt").write_text("a cat")
+    assert ", 07.tif and 3 more: convert them to PNG" in refusal(tmp_path)
+
+
+def test_image_of_an_unread_format_without_a_caption_or_beside_its_png_is_passed_over(tmp_path):
+    captioned(tmp_path / "a.png")
+    for name in ("a.tif", "preview.gif", "0_off/b.tif", "0_off/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert len(CaptionedImages(tmp_path)) == 1
 
 
 def test_links_to_folders_broken_links_and_pipes_are_refused(tmp_path):

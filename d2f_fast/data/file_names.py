@@ -1,0 +1,62 @@
+"""Say what the names of files and folders mean in a folder of captioned images. Imports no torch."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+METADATA_FILE = "metadata.jsonl"
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
+# Formats that are not read. A captioned image of such a name is refused, because it would be missed in silence.
+UNREAD_EXTENSIONS = (
+    *(".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".apng", ".svg", ".psd", ".tga"),
+    *(".ico", ".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+)
+MAX_REPEATS = 200
+
+_REPEATS = re.compile(r"([0-9]+)_")
+
+
+class Repeats(NamedTuple):
+    """Number of times that an image is repeated.
+
+    Attributes:
+        folder: Innermost sub-folder named `<number>_<name>`, relative to the data set; "" where there is none.
+        times: Its number, or 1.
+    """
+
+    folder: str
+    times: int
+
+
+def repeats_of(name: str) -> Repeats:
+    """Return how often an image is repeated, by the names of its folders.
+
+    Args:
+        name: Name of the image relative to the data set's folder, with forward slashes.
+    """
+    for parent in PurePosixPath(name).parents:
+        # Digits beyond any sensible number are not converted: Python refuses to convert thousands of them.
+        if match := _REPEATS.match(parent.name):
+            return Repeats(str(parent), int(match[1]) if len(match[1]) < 10 else MAX_REPEATS + 1)
+    return Repeats("", 1)
+
+
+def is_image(name: str) -> bool:
+    """Return whether the extension of a file name is that of an image that is read."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def unread_images(names: Iterable[str], is_captioned: Callable[[str], bool]) -> list[str]:
+    """Return the captioned images of formats that are not read, except those that also exist in a format that is.
+
+    Args:
+        names: Names of all files, relative to the data set's folder, with forward slashes.
+        is_captioned: Function that says whether an image has a caption file.
+    """
+    names = list(names)
+    read = {name.rpartition(".")[0] for name in names if is_image(name)}
+    others = (name for name in names if name.lower().endswith(UNREAD_EXTENSIONS))
+    return [
+        name for name in others if name.rpartition(".")[0] not in read and repeats_of(name).times and is_captioned(name)
+    ]
