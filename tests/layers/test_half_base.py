@@ -19,7 +19,10 @@ from d2f_fast.training.trainer import AlignedTrainer
 @pytest.fixture
 def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., AlignedTrainer]:
     def trainer(output: str = "run", **options: Any) -> AlignedTrainer:
-        config = TrainingConfig(output_dir=str(tmp_path / output), resolution=16, rank=2, learning_rate=1e-2, **options)
+        rank = None if options.get("adapter") == "full" else 2
+        config = TrainingConfig(
+            output_dir=str(tmp_path / output), resolution=16, rank=rank, learning_rate=1e-2, **options
+        )
         return AlignedTrainer.from_pretrained(tiny_folder, config)
 
     return trainer

@@ -112,9 +112,10 @@ def test_one_mask_serves_every_micro_batch(
     "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 )
 def test_learning_rates_are_those_of_the_schedule_stepped_along(name: str) -> None:
-    config = TrainingConfig(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=12, learning_rate=3e-4)
+    warmup = 0 if name == "constant" else 3
+    config = TrainingConfig(lr_scheduler=name, lr_warmup_steps=warmup, max_train_steps=12, learning_rate=3e-4)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=3e-4)
-    schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=12)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=12)
     learning_rate, expected = learning_rates(config), []
     for _ in range(12):
         expected.append(schedule.get_last_lr()[0])
