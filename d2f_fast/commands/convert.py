@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 OutputForm = Literal["diffusers", "single_file", "peft", "kohya"]
 _MODEL_FORMS, _LORA_FORMS = ("diffusers", "single_file"), ("peft", "kohya")
+# All that may be in a folder which --overwrite replaces: the files and folders of a diffusers model.
+_MODEL_ENTRIES = {
+    *("model_index.json", "d2f.json", "README.md", "unet", "vae", "scheduler", "tokenizer", "tokenizer_2"),
+    *("text_encoder", "text_encoder_2", "safety_checker", "feature_extractor", "image_encoder"),
+}
 
 
 class Input(NamedTuple):
@@ -61,7 +66,8 @@ class Convert:
         base_model: Diffusers folder of the model that a LoRA belongs to. It is needed only where the LoRA does not show
             that it is of Stable Diffusion 1.x, 2.x or SDXL, or if its layers are not those of the published model.
         model_options: Options of the model.
-        overwrite: Replace an output that exists. It is off by default, so that such an output is refused.
+        overwrite: Replace an output that exists. It is off by default, so that such an output is refused. A folder that
+            holds anything but a model is never replaced.
         dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
         json: Print the result as one line of JSON, in place of the path of the output. It is off by default.
     """
@@ -154,6 +160,11 @@ class Convert:
             raise RefusedInputError(f"{printable(output)} exists: add --overwrite, or choose another output")
         if output.exists() and output.is_dir() != (form == "diffusers"):
             raise RefusedInputError(f"{printable(output)} is of another kind than the output: choose another output")
+        if output.is_dir() and (foreign := sorted({entry.name for entry in output.iterdir()} - _MODEL_ENTRIES)):
+            raise RefusedInputError(
+                f"{printable(output)} holds {printable(foreign[0])}, which is no part of a model and would be lost:"
+                " choose another output"
+            )
         return output
 
     def _convert_model(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:

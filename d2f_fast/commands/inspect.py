@@ -112,6 +112,7 @@ def describe_unknown(path: Path) -> dict[str, Any]:
     from d2f_fast.files.tensor_header import read_tensor_header
 
     header = read_tensor_header(path)
+    examples = ", ".join(map(printable, list(header.tensors)[:3]))
     return {
         "kind": "safetensors file of another kind",
         "tensors": len(header.tensors),
@@ -119,7 +120,7 @@ def describe_unknown(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "entries": {name: value[:200] for name, value in header.entries.items()},
         "needs": [],
-        "odd": ["its keys are of no model and no LoRA, such as " + ", ".join(map(printable, list(header.tensors)[:3]))],
+        "odd": [f"its keys are of no model and no LoRA, such as {examples}" if examples else "it holds no tensors"],
     }
 
 

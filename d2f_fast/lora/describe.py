@@ -99,7 +99,7 @@ def _scales(ranks: Mapping[str, int], alphas: Mapping[str, float], entries: Mapp
     """Return the factors that alpha / rank gives, with the number of layers."""
     if not alphas:
         return "lora_alpha in the header" if "lora_adapter_metadata" in entries else "1, as the file has no alpha"
-    return _counts(round(alphas[name] / rank, 4) for name, rank in ranks.items() if name in alphas)
+    return _counts(round(alphas[name] / rank, 4) for name, rank in ranks.items() if rank and name in alphas)
 
 
 def _needs(family: str | None, entries: Mapping[str, str]) -> list[str]:
@@ -124,6 +124,8 @@ def _oddities(
     halves = [name for name, parts in layers.items() if ("down" in parts) != ("up" in parts)]
     if halves:
         odd.append(f"{len(halves)} layers lack one of their two matrices, such as {printable(halves[0])}")
+    if bad := [name for name, parts in layers.items() if {"down", "up"} <= parts.keys() and not _has_rank(parts)]:
+        odd.append(f"{len(bad)} layers have matrices without a common rank, such as {printable(bad[0])}")
     if alphas and len(alphas) < len(layers):
         odd.append(f"{len(layers) - len(alphas)} of {len(layers)} layers have no alpha")
     elif not alphas and any(key.startswith("lora_") for key in header.tensors):
@@ -139,6 +141,12 @@ def _oddities(
     if len({info.dtype for parts in layers.values() for part, (_, info) in parts.items() if part != "alpha"}) > 1:
         odd.append("its matrices are of several types")
     return odd
+
+
+def _has_rank(parts: Mapping[str, tuple[str, TensorInfo]]) -> bool:
+    """Return whether the two matrices of a layer have a common rank above 0."""
+    down, up = _shape(parts), parts["up"][1].shape
+    return len(down) > 1 and len(up) > 1 and down[0] == up[1] > 0
 
 
 def _is_told(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Say how to generate images with the result of a run: in its model card, and in the lines that the run prints."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     is_lora = not (folder / "pipeline").is_dir()
     sigmas, shift = tags["d2f.recommended_sigmas"], tags["d2f.shift"]
     predicts_flow = tags["d2f.prediction_type"] == "flow_prediction"
-    model = f"--model BASE --lora {name}" if is_lora else f"--model {name}/pipeline"
+    model = f"--model BASE --lora {shlex.quote(name)}" if is_lora else f"--model {shlex.quote(f'{name}/pipeline')}"
     lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps 4`"]
     if tags.get("d2f.fm_form") == "published":
         return lines  # No other program feeds the network the flow time itself.

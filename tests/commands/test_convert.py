@@ -273,6 +273,28 @@ def test_existing_output_is_refused_unless_it_may_be_overwritten(
     assert "is of another kind than the output" in refused(loras[0], tmp_path / "folder.safetensors", "--overwrite")
 
 
+@pytest.mark.parametrize("name", ["photos", "photos/..", "unknown"])
+def test_folder_that_holds_anything_but_a_model_is_never_replaced(
+    name: str, narrow_pipeline: Any, refused: Any, tmp_path: Path
+) -> None:
+    model = Path(narrow_pipeline("sd1"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_text("mine")
+    shutil.copytree(model, tmp_path / "unknown")
+    (tmp_path / "unknown/notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    line = refused(model, tmp_path / name, "--overwrite")
+    assert "would be lost: choose another output" in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_model_folder_is_overwritten(narrow_pipeline: Any, convert: Any, tmp_path: Path) -> None:
+    shutil.copytree(narrow_pipeline("sd1"), tmp_path / "model")
+    (tmp_path / "model/unet/old").touch()
+    convert(narrow_pipeline("sd1"), tmp_path / "model", "--overwrite")
+    assert (tmp_path / "model/model_index.json").is_file() and not (tmp_path / "model/unet/old").exists()
+
+
 def test_help_fits_100_columns(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stopped:

@@ -38,6 +38,8 @@ def test_lora_data_set_and_unknown_file_are_described(adapted: Any, images: Path
     save_file({"weight": torch.ones(3)}, tmp_path / "a.safetensors")
     found = inspect(tmp_path / "a.safetensors")
     assert found["kind"] == "safetensors file of another kind" and found["output"] == str(tmp_path / "a.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    assert inspect(tmp_path / "empty.safetensors")["odd"] == ["it holds no tensors"]
 
 
 def test_run_is_described_with_its_results(train: Any, tmp_path: Path, inspect: Any, capsys: Any) -> None:

@@ -97,6 +97,15 @@ def test_what_programs_trip_over_is_named(change: Any, odd: str, described: Any)
     assert any(text.startswith(odd) for text in described(tensors)["odd"])
 
 
+@pytest.mark.parametrize(("down", "up"), [((0, 768), (8, 0)), ((2, 768), (8, 3)), ((2 * 768,), (8, 2))])
+def test_matrices_without_a_common_rank_are_named(down: Any, up: Any, described: Any) -> None:
+    tensors = kohya({TO_K: (8, 768)})
+    tensors |= {f"{TO_K}.lora_down.weight": torch.ones(down), f"{TO_K}.lora_up.weight": torch.ones(up)}
+    assert any(
+        line.startswith("1 layers have matrices without a common rank, such as") for line in described(tensors)["odd"]
+    )
+
+
 def test_describing_imports_no_torch() -> None:
     code = "import sys, d2f_fast.lora.describe; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -1,5 +1,6 @@
 """Tests of the model card and of the lines that say how to sample a result."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def test_recipe_has_a_line_for_each_program(folder: Path) -> None:
     assert "`owls_kohya.safetensors` in models/loras" in comfyui
     assert "ManualSigmas (`17.61, 3, 1, 0.3333, 0`)" in comfyui
     assert "`<lora:owls_kohya:1>`" in a1111
+
+
+def test_recipe_quotes_a_name_with_spaces_for_the_shell(folder: Path) -> None:
+    assert shlex.split(recipe(folder, TAGS, "my owls")[0].split("`")[1])[3:6] == ["BASE", "--lora", "my owls"]
+    (folder / "pipeline").mkdir()
+    assert shlex.split(recipe(folder, TAGS, "my owls")[0].split("`")[1])[2:4] == ["--model", "my owls/pipeline"]
 
 
 def test_recipe_of_a_flow_model_has_the_shift_and_no_line_for_a1111(folder: Path) -> None:
