@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -149,6 +149,11 @@ class Convert:
                 raise RefusedInputError("extract_lora_from: give a finetuned model as input, --rank, and no --lora")
         elif not source.is_lora and self.rank is not None:
             raise RefusedInputError("rank: the input is a model, whose LoRA is found with --extract_lora_from BASE")
+        given = [name for name, value in asdict(self.model_options).items() if value is not None]
+        if source.is_lora and given:
+            raise RefusedInputError(f"{given[0]}: the input is a LoRA, and this is an option of models: leave it out")
+        if self.base_model is not None and not source.is_lora:
+            raise RefusedInputError("base_model: the input is a model, and this is an option of LoRA: leave it out")
         return form
 
     def _output_path(self, source: Input, form: OutputForm) -> Path:
@@ -185,7 +190,7 @@ class Convert:
             for path, scale in map(parse_lora, self.lora):
                 fuse_adapter(loaded.pipeline, path, scale)
             print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
-            tags = convert.tags_of_model(source.name)
+            tags = convert.tags_of_model(source.name, self.model_options)
             dtype = dtype or kept
             if form == "diffusers":
                 convert.write_folder(loaded.pipeline, output, dtype, tags, overwrite=self.overwrite)
@@ -227,9 +232,12 @@ class Convert:
         from d2f_fast.models.convert import read_model
 
         assert self.extract_lora_from is not None and self.rank is not None
-        same = ModelOptions(tokenizer_name_or_path=self.model_options.tokenizer_name_or_path)
-        base = read_model(self.extract_lora_from, same if Path(self.extract_lora_from).is_file() else None)
-        tuned = read_model(source.name, self.model_options)
+        base_is_file, options = Path(self.extract_lora_from).is_file(), self.model_options
+        same = ModelOptions(tokenizer_name_or_path=options.tokenizer_name_or_path)
+        base = read_model(self.extract_lora_from, same if base_is_file else None)
+        if base_is_file and not Path(source.name).is_file():
+            options = replace(options, tokenizer_name_or_path=None)  # Only the base needs it.
+        tuned = read_model(source.name, options)
         networks = self._networks(tuned.family, tuned)
         found = extract_lora(base.components, tuned.components, self.rank)
         if found.left_out:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 TAGS_FILE = "d2f.json"
 # Options that state what the scheduler's configuration may be wrong about.
 _STATED = ("prediction_type", "rescale_betas_zero_snr")
+# Tags that are wrong once another prediction type or schedule is stated.
+_TAGS_OF_PREDICTION = ("d2f.prediction_type", "d2f.fm_form", "d2f.zero_snr", "d2f.recommended_sigmas")
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _WEIGHT_FILE = re.compile(r"(?:diffusion_pytorch_model|model)(\.\w+)?(?:-\d+-of-(\d+))?\.safetensors")
 # What a single file does not say, so that every program takes it from the family.
@@ -95,7 +97,9 @@ def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
     folder = Path(model)
     options = options or ModelOptions()
     if not can_stream(model, options):
-        return weights_of_pipeline(load_pipeline(model, stored_dtype(model), options), model, tags_of_model(model))
+        return weights_of_pipeline(
+            load_pipeline(model, stored_dtype(model), options), model, tags_of_model(model, options)
+        )
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict):
         raise ModelError(f"{folder / 'model_index.json'} is not a JSON object: restore it from the base model")
@@ -110,7 +114,7 @@ def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
     stated = {name: value for name, value in asdict(options).items() if value is not None and name in _STATED}
     configs["scheduler"] = {**configs["scheduler"], **stated}
     components = {name: _named_as_in_diffusers(name, _component_tensors(folder / name)) for name in parts}
-    return ModelWeights(model, components, configs, tags_of_model(model))
+    return ModelWeights(model, components, configs, tags_of_model(model, options))
 
 
 def can_stream(model: str, options: ModelOptions) -> bool:
@@ -267,11 +271,13 @@ def stored_dtype(model: str) -> torch.dtype:
     return largest if largest.itemsize > 1 else torch.float16
 
 
-def tags_of_model(model: str) -> dict[str, str]:
+def tags_of_model(model: str, options: ModelOptions | None = None) -> dict[str, str]:
     """Return the entries of a model that begin with "d2f.", from its `d2f.json` or the header of its file.
 
     Args:
         model: Pipeline folder, hub id, or `.safetensors` file.
+        options: Options of the model. Tags that those on its prediction and its schedule contradict are left out. The
+            default None leaves none out.
 
     Raises:
         CheckpointError: The file is missing, damaged, or a pickle.
@@ -283,7 +289,14 @@ def tags_of_model(model: str) -> dict[str, str]:
         found = read_json(path / TAGS_FILE) if (path / TAGS_FILE).is_file() else {}
     if not isinstance(found, dict):
         raise ModelError(f"{path / TAGS_FILE} is not a JSON object: remove it")
-    return {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
+    tags = {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
+    options = options or ModelOptions()
+    stated = {"d2f.prediction_type": options.prediction_type}
+    if options.rescale_betas_zero_snr is not None:
+        stated["d2f.zero_snr"] = str(options.rescale_betas_zero_snr).lower()
+    if any(value not in (None, tags.get(name)) for name, value in stated.items()):
+        tags = {name: value for name, value in tags.items() if name not in _TAGS_OF_PREDICTION}
+    return tags
 
 
 def _refuse_infinite(path: Path, component: str, module: nn.Module) -> None:

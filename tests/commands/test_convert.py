@@ -18,7 +18,7 @@ from d2f_fast.commands.main import main
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
 from d2f_fast.models import single_file
-from d2f_fast.models.convert import read_model
+from d2f_fast.models.convert import read_model, tags_of_model
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -127,6 +127,32 @@ def test_options_state_what_the_folder_does_not(narrow_pipeline: Any, convert: A
         assert file.metadata()["modelspec.prediction_type"] == "v"
 
 
+@pytest.mark.parametrize("output", ["stated.safetensors", "stated"])
+def test_tags_that_the_options_contradict_are_left_out(
+    output: str, narrow_pipeline: Any, convert: Any, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(narrow_pipeline("sd1"), tmp_path / "model"))
+    tags = {"d2f.prediction_type": "v_prediction", "d2f.zero_snr": "true", "d2f.shift": "2.0"}
+    (model / "d2f.json").write_text(json.dumps(tags))
+    convert(model, tmp_path / output, "--prediction_type", "epsilon", "--no_rescale_betas_zero_snr")
+    assert tags_of_model(str(tmp_path / output)) == {"d2f.shift": "2.0"}
+
+
+def test_tokenizer_is_taken_for_a_base_that_is_a_file(
+    finetuned: Path, narrow_pipeline: Any, tiny_folder: Path, convert: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = narrow_pipeline("sd1")
+    table = single_file.family_table("sd1")
+    table |= {name: json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")}
+    monkeypatch.setattr(single_file, "family_table", lambda _: copy.deepcopy(table))
+    convert(folder, tmp_path / "base.safetensors")
+    result = convert(
+        *(finetuned, tmp_path / "lora.safetensors", "--extract_lora_from", tmp_path / "base.safetensors"),
+        *("--rank", 4, "--tokenizer_name_or_path", tiny_folder / "tokenizer"),
+    )
+    assert result["layers"] == 2
+
+
 def test_lora_are_merged_into_the_model(narrow_pipeline: Any, loras: Any, convert: Any, tmp_path: Path) -> None:
     folder = narrow_pipeline("sd1")
     merge = ("--lora", f"{loras[0]}:0.8", f"{loras[1]}:-0.5")
@@ -227,6 +253,8 @@ def test_unknown_model_is_named_by_its_folder(tiny_folder: Path, refused: Any, c
         (("{model}", "out", "--to", "single_file"), "output: a single file must end in .safetensors"),
         (("{model}", "out.safetensors", "--to", "diffusers"), "output: a diffusers folder has no ending"),
         (("{model}", "out", "--rank", "4"), "rank: the input is a model"),
+        (("{lora}", "out", "--vae_custom_scale", "2"), "vae_custom_scale: the input is a LoRA"),
+        (("{model}", "out", "--base_model", "{model}"), "base_model: the input is a model"),
         (("{model}", "out", "--extract_lora_from", "{model}"), "extract_lora_from: give a finetuned model as input"),
         (("{model}", "out", "--extract_lora_from", "{model}", "--rank", "2"), "the two models are equal"),
         (("{lora}", "out", "--rank", "0"), "rank must be at least 1"),
