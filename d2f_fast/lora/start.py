@@ -75,6 +75,11 @@ def read_start(entry: str, pipeline: DiffusionPipeline) -> StartingLora:
             )
         module, canonical = modules[name], names[id(modules[name])]
         folded = _folded(product, source.scale, module.weight.shape)
+        if not (folded.down.norm() * folded.up.norm()).isfinite():
+            raise ModelError(
+                f"LoRA {printable(lora.path)}: {lora.stems[name]} holds numbers that are too large: take an"
+                " earlier save of the LoRA"
+            )
         if canonical.startswith("unet."):
             unet_layers[canonical.removeprefix("unet.")] = folded
         else:

@@ -291,7 +291,7 @@ def tags_of_model(model: str, options: ModelOptions | None = None) -> dict[str, 
         raise ModelError(f"{path / TAGS_FILE} is not a JSON object: remove it")
     tags = {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
     options = options or ModelOptions()
-    stated = {"d2f.prediction_type": options.prediction_type}
+    stated: dict[str, str | None] = {"d2f.prediction_type": options.prediction_type}
     if options.rescale_betas_zero_snr is not None:
         stated["d2f.zero_snr"] = str(options.rescale_betas_zero_snr).lower()
     if any(value not in (None, tags.get(name)) for name, value in stated.items()):

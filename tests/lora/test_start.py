@@ -108,6 +108,17 @@ def test_dora_is_refused_by_name(pipeline: Any, tmp_path: Path, write_form: Any)
         read_start(str(path), pipeline)
 
 
+def test_numbers_that_overflow_together_are_refused(pipeline: Any, tmp_path: Path) -> None:
+    key = "unet.conv_in"
+    tensors = {
+        f"{key}.lora_A.weight": torch.full((1, 4, 3, 3), 1e30),
+        f"{key}.lora_B.weight": torch.full((8, 1, 1, 1), 1e30),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"unet\.conv_in holds numbers that are too large"):
+        read_start(str(tmp_path / "a.safetensors"), pipeline)
+
+
 def test_identity_differs_for_another_scale_and_content(pipeline: Any, tmp_path: Path, write_form: Any) -> None:
     path, _ = write_form("peft", pipeline.unet, tmp_path)
     one, half = (read_start(f"{path}{scale}", pipeline).identity for scale in ("", ":0.5"))
