@@ -74,6 +74,19 @@ def check_finite(name: str, value: float | None) -> None:
         raise RefusedInputError(f"{name} must be finite, got {value}")
 
 
+def check_guidance(name: str, value: float) -> None:
+    """Refuse a guidance scale that has another meaning in other programs than in diffusers' pipelines.
+
+    Raises:
+        RefusedInputError: The value is below 0, between 0 and 1, infinite or not a number.
+    """
+    check_finite(name, value)
+    if value < 1 and value != 0:
+        raise RefusedInputError(
+            f"{name} must be 1 or 0, which use the prompt alone in half of the evaluations, or above 1, got {value}"
+        )
+
+
 def check_fraction(name: str, value: float) -> None:
     """Refuse a value outside [0, 1).
 

@@ -13,8 +13,10 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
+from d2f_fast.config import check_guidance
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.exported_files import is_finite, latent_sides, read_object, read_tables, read_tokenizer
+from d2f_fast.export.exported_files import latent_sides, read_object, read_tables, read_tokenizer
+from d2f_fast.export.noise import standard_normal
 from d2f_fast.export.sessions import Array, GraphSessions, Provider
 
 Form = Literal["loop", "folder", "unrolled"]
@@ -97,13 +99,14 @@ class OnnxPipeline:
         Args:
             prompts: one text or several; a static export takes exactly its batch.
             steps: number of network evaluations; the export must have a table for it.
-            guidance_scale: strength of classifier-free guidance; 1 turns it off, which halves the work. The Loop always
-                evaluates both halves, so at 1 the network is run step by step, as in the folder form; graphs of a
-                static or unrolled export evaluate both halves even then. An export without guidance takes only 1.
+            guidance_scale: strength of classifier-free guidance; 1 and 0 turn it off, which halves the work, and other
+                values below 1 are refused. The Loop always evaluates both halves, so without guidance the network is
+                run step by step, as in the folder form; graphs of a static or unrolled export evaluate both halves even
+                then. An export without guidance takes only 1 and 0.
             negative_prompt: text to steer away from; empty for none.
             height: height in pixels; None for the model's own, or the export's where it is static.
             width: width in pixels; None likewise.
-            seed: seed of the noise, 0 or above.
+            seed: seed of the noise, 0 or above; torch's generator of the CPU samples the same noise with it.
             noise: standard normal noise [B, C, H / f, W / f] float32 to use in place of the seed's; None for the
                 seed's.
             image: image to start from, resized to height and width; None to start from noise alone.
@@ -128,7 +131,8 @@ class OnnxPipeline:
         state = latents.astype(np.float32)
         condition, negative = self.encode_prompts(prompts, height, width), None
         # A network of fixed sizes takes both halves, whatever the scale.
-        if guidance_scale != 1 or (self.report["guidance"] and (self.report["static"] or self.form == "unrolled")):
+        guidance_scale = max(guidance_scale, 1.0)  # 0 is the prompt alone too, which 1 gives in every graph.
+        if guidance_scale > 1 or (self.report["guidance"] and (self.report["static"] or self.form == "unrolled")):
             negative = self.encode_prompts([negative_prompt] * len(prompts), height, width, negative=True)
         left = {name: np.asarray(table[name][first_step:], np.float32) for name in _TABLE_INPUTS}
         if self.form == "folder" or (self.report["guidance"] and negative is None):
@@ -244,8 +248,7 @@ class OnnxPipeline:
         """Refuse arguments that the graphs cannot serve, before a graph is opened."""
         if not prompts:
             raise RefusedInputError("prompts is empty: give at least one")
-        if not is_finite(guidance_scale):
-            raise RefusedInputError(f"guidance_scale must be finite, got {guidance_scale}")
+        check_guidance("guidance_scale", guidance_scale)
         if seed < 0:
             raise RefusedInputError(f"seed must be 0 or above, got {seed}")
         if self._static_sizes and len(prompts) != self._static_sizes[0]:
@@ -254,7 +257,7 @@ class OnnxPipeline:
                 f" {self.report['static']}), got {len(prompts)} prompts"
             )
         takes_any = self.form == "folder" and not self._static_sizes
-        if not self.report["guidance"] and guidance_scale != 1 and not takes_any:
+        if not self.report["guidance"] and guidance_scale > 1 and not takes_any:
             raise RefusedInputError(
                 f"this sampler was exported without guidance: guidance_scale must be 1, got {guidance_scale}"
             )
@@ -285,7 +288,7 @@ class OnnxPipeline:
         channels, factor = self._unet_config["out_channels"], self.downsampling
         shape = (count, channels, height // factor, width // factor)
         if noise is None:
-            return np.random.default_rng(seed).standard_normal(shape, np.float32)
+            return standard_normal(shape, seed)
         if noise.shape != shape:
             raise RefusedInputError(f"noise must be of shape {list(shape)}, got {list(noise.shape)}")
         return noise.astype(np.float32)

@@ -11,7 +11,7 @@ from d2f_fast.config import (
     Method,
     Spacing,
     at_least,
-    check_finite,
+    check_guidance,
     check_options,
     check_positive,
     check_seed,
@@ -50,8 +50,8 @@ class Sample:
             takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise, never TensorRT.
         num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
             "midpoint" and "heun" twice. With --onnx only the numbers that were exported are accepted.
-        guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1 turns
-            guidance off, which halves the time.
+        guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1
+            and 0 turn guidance off, which halves the time. Other values below 1 are refused.
         negative_prompt: Prompt to steer away from, the same for all images. The default is empty, for none.
         method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
         flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time. "trailing" takes the times of
@@ -78,7 +78,7 @@ class Sample:
     onnx: str | None = option("model", None)
     onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("model", "auto")
     num_inference_steps: int = option("sampling", 4, at_least(1))
-    guidance_scale: float = option("sampling", 3.0, check_finite)
+    guidance_scale: float = option("sampling", 3.0, check_guidance)
     negative_prompt: str = option("image", "")
     method: Method = option("sampling", "euler")
     flow_spacing: Spacing = option("sampling", "uniform")

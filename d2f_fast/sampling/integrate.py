@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from d2f_fast.config import Method
+from d2f_fast.config import Method, check_guidance
 from d2f_fast.flow.flow import Flow
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def unet_velocity(
         unet: conditional UNet of diffusers.
         flow: `Alignment` or `NaiveFlow` that reads the UNet's output, on the UNet's device.
         encoder_hidden_states: text condition, [B, L, D].
-        negative_hidden_states: text condition to steer away from, [B, L, D]; needed unless `guidance_scale` is 1.
-        guidance_scale: scale of classifier-free guidance; 1 turns it off.
+        negative_hidden_states: text condition to steer away from, [B, L, D]; needed for a `guidance_scale` above 1.
+        guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, and other values below 1 are refused.
         added_cond_kwargs: further conditions of SDXL's UNet; with guidance they hold the negative ones first, then the
             positive ones. None for a UNet without them.
 
@@ -89,9 +89,11 @@ def unet_velocity(
         A function of the flow state [B, ...] and the flow time, [] float32, for `sample_flow`.
 
     Raises:
-        ValueError: `guidance_scale` is not 1 and there are no `negative_hidden_states`.
+        RefusedInputError: `guidance_scale` is below 0, or between 0 and 1.
+        ValueError: `guidance_scale` is above 1 and there are no `negative_hidden_states`.
     """
-    guided = guidance_scale != 1.0
+    check_guidance("guidance_scale", guidance_scale)
+    guided = guidance_scale > 1
     if guided and negative_hidden_states is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs negative_hidden_states")
     condition = torch.cat([negative_hidden_states, encoder_hidden_states]) if guided else encoder_hidden_states  # type: ignore[list-item]

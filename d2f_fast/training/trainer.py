@@ -328,7 +328,7 @@ class AlignedTrainer:
         Args:
             prompts: one prompt, or several.
             num_inference_steps: integration steps, at least 1; "midpoint" and "heun" evaluate the network twice a step.
-            guidance_scale: scale of classifier-free guidance; 1 turns it off.
+            guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, other values below 1 are refused.
             negative_prompt: prompt to steer away from; "" for the model's own empty prompt.
             height, width: size of the images in pixels; None for the training resolution.
             generator: source of the noise, on the device or the CPU; None for torch's global generator.

@@ -18,6 +18,7 @@ from d2f_fast.commands.main import main
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.sessions import PROVIDERS
+from d2f_fast.sampling.generate import generate
 from d2f_fast.sampling.integrate import unet_velocity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,15 @@ def test_image_to_image_continues_from_the_noised_image(form, strength, left, ex
     assert np.abs(got - want.clamp(0, 1).numpy()).max() <= 1 / 255
 
 
+@pytest.mark.parametrize("form", ["loop", "folder"])
+def test_seed_gives_the_images_of_torch(form, exported_miniature):
+    options = {"guidance_scale": 3.0, "negative_prompt": ""}
+    generator = torch.Generator().manual_seed(7)
+    want = generate(load_miniature(), PROMPTS, num_inference_steps=4, generator=generator, **options)
+    got = OnnxPipeline(exported_miniature[0], form)(PROMPTS, steps=4, seed=7, **options)
+    assert np.abs(np.stack(got).astype(int) - np.stack(want)).max() <= 1
+
+
 def test_sample_command_generates_with_an_export_folder(exported, tmp_path, capsys):
     command = ["sample", "--prompts", "ab", "cd", "--onnx", str(exported[0]), "--output_dir", str(tmp_path / "a")]
     assert main([*command, "--json"]) == 0
@@ -169,12 +179,15 @@ def test_static_export_generates_exactly_its_batch(exported_static):
             pipeline("ab", steps=2)
 
 
+@pytest.mark.parametrize("guidance_scale", [0, 1])
 @pytest.mark.parametrize("form", ["loop", "folder"])
-def test_guidance_scale_1_leaves_the_negative_prompt_out(form, exported, monkeypatch):
+def test_guidance_scale_of_0_or_1_leaves_the_negative_prompt_out(form, guidance_scale, exported, monkeypatch):
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
-    given = {"steps": 2, "noise": noise, "guidance_scale": 1}
+    given = {"steps": 2, "noise": noise, "guidance_scale": guidance_scale}
     # The unrolled form evaluates both prompts and must generate the same image.
-    want = np.asarray(OnnxPipeline(exported[0], "unrolled")(["ab"], **given)[0], np.int16)
+    unrolled = OnnxPipeline(exported[0], "unrolled")
+    want = np.asarray(unrolled(["ab"], **given | {"guidance_scale": 1})[0], np.int16)
+    assert np.abs(np.asarray(unrolled(["ab"], **given)[0], np.int16) - want).max() == 0
     pipeline = OnnxPipeline(exported[0], form)
     texts, encode = [], pipeline._encode
     monkeypatch.setattr(pipeline, "_encode", lambda *given: (texts.append(given[2]), encode(*given))[1])
@@ -189,6 +202,8 @@ def test_invalid_arguments_are_refused(exported, exported_half):
         pipeline([])
     with pytest.raises(RefusedInputError, match="guidance_scale must be finite, got nan"):
         pipeline(["ab"], guidance_scale=float("nan"))
+    with pytest.raises(RefusedInputError, match=r"guidance_scale must be 1 or 0, .* or above 1, got 0\.5"):
+        pipeline(["ab"], guidance_scale=0.5)
     with pytest.raises(RefusedInputError, match="seed must be 0 or above, got -1"):
         pipeline(["ab"], seed=-1)
     with pytest.raises(RefusedInputError, match="height 0 is not a multiple of 4"):

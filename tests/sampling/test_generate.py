@@ -82,8 +82,8 @@ def test_single_prompt_may_be_a_string(pipe: StableDiffusionPipeline) -> None:
     assert one.tobytes() == listed.tobytes()
 
 
-@pytest.mark.parametrize(("guidance_scale", "batch"), [(1.0, 2), (3.0, 4)])
-def test_guidance_scale_of_1_evaluates_the_prompts_alone(
+@pytest.mark.parametrize(("guidance_scale", "batch"), [(0, 2), (1.0, 2), (3.0, 4)])
+def test_guidance_scale_of_0_or_1_evaluates_the_prompts_alone(
     pipe: StableDiffusionPipeline, guidance_scale: float, batch: int
 ) -> None:
     batches: list[int] = []
@@ -171,6 +171,8 @@ def test_sdxl_images_equal_its_own_call_with_the_flow_scheduler(tiny_xl: Any, ne
         ({"height": 17}, "height must be a positive multiple of 8, got 17"),
         ({"width": 12}, "width must be a positive multiple of 8, got 12"),
         ({"height": 0}, "height must be a positive multiple of 8, got 0"),
+        ({"guidance_scale": 0.5}, "guidance_scale must be 1 or 0, which use the prompt alone .* or above 1, got 0.5"),
+        ({"guidance_scale": -1}, "guidance_scale must be 1 or 0, .* got -1"),
         ({"num_inference_steps": 0}, "steps must be at least 1, got 0"),
         ({"shift": -1.0}, "shift must be positive, got -1.0"),
         ({"method": "rk4"}, r"method must be one of \('euler', 'midpoint', 'heun'\), got 'rk4'"),
