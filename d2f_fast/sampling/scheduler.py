@@ -337,16 +337,13 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         return combine(t / n, original_samples, (1 - t) / n, noise)
 
     def _flow_times(self, timesteps: Tensor, first: int) -> Tensor:
-        """Return the flow times of timesteps: those of the nodes from index `first` on that have them, or the table's.
-
-        The two differ below t_min, where the node t = 0 has the timestep of t_min.
-        """
+        """Return the flow times of timesteps: those of equal nodes from index `first` on, or else of the table."""
+        # The two differ below t_min, where the node t = 0 has the timestep of t_min.
         times = self.flow.flow_time(timesteps)
         if self.num_inference_steps is None or first >= len(self._stage_times):
             return times
         equal = timesteps.reshape(-1, 1) == self.timesteps[first:].cpu()
-        nodes = self._stage_times[first:][equal.int().argmax(1)]
-        return torch.where(equal.any(1), nodes, times.reshape(-1))
+        return torch.where(equal.any(1), self._stage_times[first:][equal.int().argmax(1)], times.reshape(-1))
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
