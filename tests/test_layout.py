@@ -72,6 +72,7 @@ TESTS_OF_NO_MODULE = {
     "tests/export/test_optimum.py": "It loads an export in optimum-onnx.",
     "tests/kernels/test_objective.py": "It tests the kernels align and velocity_loss together.",
     "tests/layers/test_lora_on_a_gpu.py": "It holds the checks of the LoRA layers that only a GPU can run.",
+    "tests/lora/test_other_versions.py": "It loads LoRA files in environments with other versions of diffusers.",
     "tests/sampling/test_comfyui.py": "It checks the graphs in docs/comfyui/, and restates ComfyUI's sampler.",
     "tests/test_benchmarks.py": "It tests benchmarks/.",
     "tests/test_docs.py": "It runs the examples of docs/.",

@@ -128,7 +128,7 @@ def test_rank_of_two_matrices_is_at_most_the_full_one() -> None:
             "the core .* does not fit",
         ),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_shapes_that_do_not_fit_are_refused(make: Any, parts: dict[str, tuple[int, ...]], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
