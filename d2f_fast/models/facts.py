@@ -2,10 +2,12 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from diffusers import EulerDiscreteScheduler
 
+from d2f_fast.config import PredictionType
+from d2f_fast.errors import ModelError, printable
 from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import family_of
 from d2f_fast.models.options import ModelOptions
@@ -67,6 +69,9 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
         options: Options of the base model; those that are given come before everything else.
         source: Name of the place that the scheduler's configuration comes from, such as "scheduler_config.json"; or
             the facts themselves, for a model without a scheduler configuration of its own.
+
+    Raises:
+        ModelError: The prediction type that the model's files name is none.
     """
     changes: dict[str, Any] = {}
     vae = getattr(pipeline, "vae", None)
@@ -75,6 +80,7 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
     if options.rescale_betas_zero_snr is not None:
         changes["rescale_betas_zero_snr"] = options.rescale_betas_zero_snr
     found = _facts_of_scheduler(pipeline, source) if isinstance(source, str) else source
+    check_prediction_type(options.prediction_type or found.prediction_type, found.prediction_source)
     if changes:
         pipeline.scheduler = same_schedule(pipeline.scheduler, type(pipeline.scheduler), **changes)
     given = "option --{}"
@@ -88,6 +94,24 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
         else given.format(f"{'' if options.rescale_betas_zero_snr else 'no_'}rescale_betas_zero_snr"),
         vae is not None and set_reflection_padding(vae, options.vae_reflection_padding),
     )
+
+
+def check_prediction_type(value: object, source: str) -> None:
+    """Refuse a word that names no prediction type.
+
+    Args:
+        value: Word of a model's own files.
+        source: Name of the file, or of the place in it.
+
+    Raises:
+        ModelError: The word is not one of diffusers'.
+    """
+    known = get_args(PredictionType)
+    if value not in known:
+        raise ModelError(
+            f"{source}: prediction_type must be {', '.join(known[:-1])} or {known[-1]}, got {printable(str(value))}:"
+            " state it with --prediction_type"
+        )
 
 
 def same_schedule(scheduler: "SchedulerMixin", kind: type["SchedulerMixin"], **changes: Any) -> "SchedulerMixin":

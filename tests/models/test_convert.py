@@ -24,6 +24,8 @@ from d2f_fast.models.convert import (
     write_folder,
     write_single_file,
 )
+from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.options import ModelOptions
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 ARCHITECTURES = {
@@ -213,6 +215,18 @@ def test_pickled_weights_are_refused(narrow_pipeline: Any, tmp_path: Path) -> No
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(ModelError, match="vae holds a pickle, which can run code: give the model as safetensors"):
         read_model(str(folder))
+
+
+def test_unknown_prediction_type_is_refused_with_its_file(narrow_pipeline: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(narrow_pipeline("sd1"), tmp_path / "model"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "banana"}))
+    sentence = r"scheduler_config\.json: prediction_type must be epsilon, .* or flow_prediction, got banana"
+    for read in (read_model, load_pipeline):
+        with pytest.raises(ModelError, match=sentence):
+            read(str(folder))
+    stated = ModelOptions(prediction_type="v_prediction")
+    assert read_model(str(folder), stated).prediction_type == "v_prediction"
 
 
 def test_existing_folder_is_kept_unless_it_may_be_replaced(narrow_pipeline: Any, tmp_path: Path) -> None:
