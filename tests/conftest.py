@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def _one_thread() -> Iterator[None]:
 def _children_are_no_workers() -> None:
     """Hide from the processes that tests start that this one is a worker: a benchmark among them would not measure."""
     os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_are_received() -> None:
+    """Receive SIGINT also where a shell started the tests in the background, and so had it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
             raise ModelError(f"{folder / name}: its configuration is not a JSON object: restore it from the base model")
     stated = {name: value for name, value in asdict(options).items() if value is not None and name in _STATED}
     configs["scheduler"] = {**configs["scheduler"], **stated}
-    check_prediction_type(configs["scheduler"].get("prediction_type", "epsilon"), f"{folder}/scheduler_config.json")
+    check_prediction_type(configs["scheduler"].get("prediction_type", "epsilon"), f"{folder}: scheduler_config.json")
     components = {name: _named_as_in_diffusers(name, _component_tensors(folder / name)) for name in parts}
     return ModelWeights(model, components, configs, tags_of_model(model, options))
 

@@ -66,7 +66,10 @@ def load_model(
         pipeline = _load_folder(str(model), dtype, options)
     prepare_autoencoder(pipeline, options, dtype)
     _refuse_infinite_weights(model, pipeline)
-    return LoadedModel(pipeline, state_facts(pipeline, options, source))
+    try:
+        return LoadedModel(pipeline, state_facts(pipeline, options, source))
+    except ModelError as error:
+        raise ModelError(f"{printable(model)}: {error}") from error
 
 
 def _load_single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> tuple[DiffusionPipeline, ModelFacts]:

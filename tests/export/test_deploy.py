@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import save_file
 
 from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import parse
+from d2f_fast.lora.source import LORA_FILE
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
 
@@ -35,7 +38,9 @@ def test_python_examples_run_and_generate_the_image_of_the_pipeline(beside_the_e
     for block in blocks:
         exec(block, names)
     image = np.asarray(Image.open("owl.png"), np.int16)
-    (want,) = OnnxPipeline("d2f-onnx")(["an owl on a blue background"], steps=4, guidance_scale=3.0, seed=0)
+    (want,) = OnnxPipeline("d2f-onnx")(
+        ["an owl on a blue background"], steps=4, guidance_scale=3.0, noise=names["noise"]
+    )
     assert image.shape == (32, 32, 3) and image.std() > 10
     assert np.abs(image - np.asarray(want, np.int16)).max() <= 1
     # The page shows the engine command that the report holds.
@@ -53,7 +58,10 @@ def test_sigmas_of_the_optimum_example_are_four_steps(exported_miniature):
     assert scheduler.sigmas.tolist() == pytest.approx(table["sigmas"], rel=1e-5)
 
 
-def test_commands_parse():
+def test_commands_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()  # the run of the page, whose LoRA must exist
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3)}, f"run/{LORA_FILE}")
     commands = [line for block in _blocks("bash") for line in block.splitlines()]
     assert len(commands) == 4
     for line in commands:

@@ -71,7 +71,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown prediction type": (
         set_scheduler(prediction_type="score"),
-        "{folder}: prediction_type must be one of ('epsilon', 'v_prediction', 'sample'), got 'score'",
+        "{folder}: scheduler_config.json: prediction_type must be epsilon, v_prediction, sample or flow_prediction, got"
+        " score: state it with --prediction_type",
     ),
     "ε at zero terminal SNR": (
         set_scheduler(rescale_betas_zero_snr=True),

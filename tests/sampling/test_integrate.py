@@ -127,7 +127,7 @@ def test_default_times_are_uniform_and_the_state_keeps_its_type():
         assert sample_flow(lambda x, t: growth(x.float(), t), start.bfloat16(), method=method).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 7.5, 0.5])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5, 2.5])
 @pytest.mark.parametrize(
     ("prediction_type", "zero_snr"),
     [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False)],
