@@ -244,9 +244,11 @@ _FOUR_LEVELS: dict[str, Any] = {
     "block_out_channels": (8, 16, 32, 32),
     "down_block_types": (_CROSS, _CROSS, _CROSS, _PLAIN),
     "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    "norm_num_groups": 4,
 }
+# The configurations of the three families, of which only the channels are fewer.
 _NARROW_UNETS: dict[str, dict[str, Any]] = {
-    "sd1": {**_FOUR_LEVELS, "cross_attention_dim": 768, "attention_head_dim": 4},
+    "sd1": {**_FOUR_LEVELS, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sd2": {
         **_FOUR_LEVELS,
         "cross_attention_dim": 1024,
@@ -257,6 +259,7 @@ _NARROW_UNETS: dict[str, dict[str, Any]] = {
         "block_out_channels": (8, 16, 32),
         "down_block_types": (_PLAIN, _CROSS, _CROSS),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
         "cross_attention_dim": 2048,
         "attention_head_dim": (1, 2, 4),
         "use_linear_projection": True,
@@ -266,6 +269,12 @@ _NARROW_UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+
+
+@pytest.fixture(scope="session")
+def narrow_unets() -> dict[str, dict[str, Any]]:
+    """Return the configuration of a narrow UNet by its family: "sd1", "sd2" and "sdxl"."""
+    return _NARROW_UNETS
 
 
 @pytest.fixture(scope="session")
@@ -301,7 +310,7 @@ def _save_narrow(folder: Path, family: str, tiny_folder: Path) -> None:
     text |= {"hidden_act": "gelu" if family == "sd2" else "quick_gelu"}
     tokenizer = CLIPTokenizer.from_pretrained(tiny_folder / "tokenizer")
     parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel(**_NARROW_UNETS[family], norm_num_groups=4, sample_size=64),
+        "unet": UNet2DConditionModel(**_NARROW_UNETS[family], sample_size=64),
         "vae": AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,

@@ -107,7 +107,7 @@ class Convert:
 
     def _input(self) -> Input:
         """Return the input, or refuse one that is neither a model nor a LoRA."""
-        from d2f_fast.models.kind import kind_of
+        from d2f_fast.commands.kind import kind_of
         from d2f_fast.models.names import PICKLE_SUFFIXES
 
         path, scale = parse_lora(self.input)

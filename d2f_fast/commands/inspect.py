@@ -48,11 +48,11 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         RefusedInputError: Nothing that is known here is in it, or a file is damaged or a pickle.
     """
+    from d2f_fast.commands.kind import kind_of
     from d2f_fast.data.describe import describe_cache, describe_data_set
     from d2f_fast.lora.describe import describe_lora
     from d2f_fast.lora.source import check_lora_file
     from d2f_fast.models.describe import describe_model_file, describe_model_folder
-    from d2f_fast.models.kind import kind_of
 
     kind = kind_of(path)
     if kind == "model folder":

@@ -9,10 +9,9 @@ from typing import Any
 
 from d2f_fast.errors import printable
 from d2f_fast.files.tensor_header import TensorHeader, TensorInfo, read_tensor_header
-from d2f_fast.lora.family import family_of_text_width
+from d2f_fast.lora.family import FAMILY_NAMES, Family, family_of_text_width
 from d2f_fast.lora.file_keys import component_of, describe_format, describe_network, split_key
 
-FAMILY_NAMES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL"}
 _KINDS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "magnitude": "DoRA", "mid": "LoCon with a core"}
 _NUMBER_FORMATS = {"F32": "<f", "F16": "<e", "F64": "<d", "I64": "<q", "I32": "<i"}
 _Layers = dict[str, dict[str, tuple[str, TensorInfo]]]
@@ -36,7 +35,7 @@ def describe_lora(path: Path) -> dict[str, Any]:
     components = Counter(component_of(name) for name in layers)
     return {
         "kind": ", ".join(kinds) or "LoRA",
-        "family": f"{FAMILY_NAMES.get(family or '', 'not known')} ({source})",
+        "family": f"{FAMILY_NAMES[family] if family else 'not known'} ({source})",
         "names": _names(header, layers),
         "layers": ", ".join(f"{count} of {component}" for component, count in sorted(components.items())),
         "rank": _counts(ranks.values()),
@@ -68,15 +67,16 @@ def _shape(parts: Mapping[str, tuple[str, TensorInfo]]) -> tuple[int, ...]:
     return parts["down"][1].shape
 
 
-def _family(layers: _Layers, entries: Mapping[str, str]) -> tuple[str | None, str]:
+def _family(layers: _Layers, entries: Mapping[str, str]) -> tuple[Family | None, str]:
     """Return the family of the model that a LoRA is for, and where that was read."""
     for name, parts in layers.items():
         if re.search(r"attn2[._]to_[kv]$", name) and component_of(name) == "unet" and "down" in parts:
             width = _shape(parts)[1] if len(_shape(parts)) > 1 else 0
             return family_of_text_width(width), f"its layers take text of width {width}"
+    starts: dict[str, Family] = {"sdxl": "sdxl", "stable-diffusion-xl": "sdxl", "sd_v2": "sd2", "sd_v1": "sd1"}
     for entry in ("ss_base_model_version", "modelspec.architecture"):
         text = entries.get(entry, "")
-        for start, family in {"sdxl": "sdxl", "stable-diffusion-xl": "sdxl", "sd_v2": "sd2", "sd_v1": "sd1"}.items():
+        for start, family in starts.items():
             if text.startswith(start):
                 return family, f"header {entry}"
     return None, "no layer takes text, and the header names none"
@@ -102,7 +102,7 @@ def _scales(ranks: Mapping[str, int], alphas: Mapping[str, float], entries: Mapp
     return _counts(round(alphas[name] / rank, 4) for name, rank in ranks.items() if rank and name in alphas)
 
 
-def _needs(family: str | None, entries: Mapping[str, str]) -> list[str]:
+def _needs(family: Family | None, entries: Mapping[str, str]) -> list[str]:
     """Return what a LoRA is used with."""
     base = f"a model of {FAMILY_NAMES[family]}" if family else "the model that it was trained for"
     prediction = entries.get("d2f.prediction_type") or entries.get("modelspec.prediction_type")

@@ -7,6 +7,11 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 Family = Literal["sd1", "sd2", "sdxl"]
+# What messages call each family, and a network of none of them.
+FAMILY_NAMES: dict[Family | None, str] = {
+    **{"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL"},
+    None: "a UNet of another family",
+}
 
 # Width of the text condition, which no finetune of a family changes.
 _FAMILY_OF_TEXT_WIDTH: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}

@@ -9,11 +9,9 @@ from typing import Any
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import TensorInfo, read_tensor_header
-from d2f_fast.lora.family import family_of_config
-from d2f_fast.models.kind import ORIGINAL_PREFIXES
-from d2f_fast.models.names import PICKLE_SUFFIXES
+from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
+from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
 
-_FAMILIES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", None: "a UNet of another family"}
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Numbers of the training code and markers, which original files hold beside the weights.
 _OTHER_KEYS = re.compile(
@@ -45,7 +43,7 @@ def describe_model_folder(folder: Path) -> dict[str, Any]:
     tensors = {name: _component(path) for name, path in parts.items()}
     return {
         "kind": f"diffusers folder ({index.get('_class_name', 'no class')})",
-        "family": _FAMILIES[family_of_config(unet)],
+        "family": FAMILY_NAMES[family_of_config(unet)],
         "prediction type": _stated(scheduler, "prediction_type", "epsilon"),
         "zero terminal SNR": _stated(scheduler, "rescale_betas_zero_snr", False),
         "scheduler": scheduler.get("_class_name", "not named"),

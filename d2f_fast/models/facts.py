@@ -9,14 +9,13 @@ from diffusers import EulerDiscreteScheduler
 from d2f_fast.config import PredictionType
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.flow.naive_flow import predicts_flow
-from d2f_fast.lora.family import family_of
+from d2f_fast.lora.family import FAMILY_NAMES, family_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
-FAMILY_NAMES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", None: "a UNet of another family"}
 _PREDICTION_NAMES = {
     "epsilon": "ε-prediction",
     "v_prediction": "v-prediction",

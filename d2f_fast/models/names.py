@@ -7,6 +7,8 @@ from d2f_fast.errors import ModelError, printable
 # `load_pipeline` loads the embedded miniature by this name; a folder of the same name is "./miniature".
 MINIATURE = "miniature"
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+# Beginnings of the keys in a single file with a whole model, or with its UNet alone.
+ORIGINAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 
 
 def check_model_name(model: str | Path, variant: str | None = None, revision: str | None = None) -> None:

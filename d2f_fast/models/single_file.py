@@ -15,9 +15,9 @@ import torch
 
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
-from d2f_fast.lora.family import Family
+from d2f_fast.lora.family import FAMILY_NAMES, Family
 from d2f_fast.models.clip_tokenizer import clip_tokenizer
-from d2f_fast.models.facts import FAMILY_NAMES, ModelFacts, same_schedule
+from d2f_fast.models.facts import ModelFacts, same_schedule
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.single_file_weights import check_weights
 

@@ -16,6 +16,16 @@ from d2f_fast.export.verify import relative_errors
 from d2f_fast.flow.naive_flow import NaiveFlow
 
 
+def _check_steps(folder, feed, unet, scheduler):
+    """Assert that the sampler graph takes the steps of a stock scheduler, which has its timesteps."""
+    state, text = torch.from_numpy(feed["latents"]), torch.from_numpy(feed["encoder_hidden_states"])
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            state = scheduler.step(unet(state, t, text).sample, t, state).prev_sample
+    got = onnxruntime.InferenceSession(folder / "unet/sampler.onnx").run(None, feed)[0]
+    assert relative_errors(got, state.numpy())[0] <= 1e-5
+
+
 def _feed(table, batch=1, height=8, width=12, guided=True):
     random = np.random.default_rng(0)
     feed = {
@@ -78,14 +88,8 @@ def test_steps_equal_those_of_ddim_between_the_same_nodes(exported, alignment, t
     table = {"timesteps": alignment.timestep(nodes[:-1]), "coef_x": a, "coef_out": b}
     feed = _feed(step_table(alignment, 4)) | {name: value.float().numpy() for name, value in table.items()}
     feed["guidance_scale"] = np.asarray(1, np.float32)
-    state = torch.from_numpy(feed["latents"])
     scheduler.final_alpha_cumprod = torch.tensor(1.0)
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            output = unet(state, t, torch.from_numpy(feed["encoder_hidden_states"])).sample
-            state = scheduler.step(output, t, state).prev_sample
-    got = onnxruntime.InferenceSession(folder / "unet/sampler.onnx").run(None, feed)[0]
-    assert relative_errors(got, state.numpy())[0] <= 1e-5
+    _check_steps(folder, feed, unet, scheduler)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -97,13 +101,7 @@ def test_steps_of_a_flow_network_are_euler_steps_in_sigma(exported, tiny_folder,
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3])
     assert table.sigmas == pytest.approx(scheduler.sigmas.tolist())
-    state = torch.from_numpy(feed["latents"])
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            output = unet(state, t, torch.from_numpy(feed["encoder_hidden_states"])).sample
-            state = scheduler.step(output, t, state).prev_sample
-    got = onnxruntime.InferenceSession(folder / "unet/sampler.onnx").run(None, feed)[0]
-    assert relative_errors(got, state.numpy())[0] <= 1e-5
+    _check_steps(folder, feed, unet, scheduler)
 
 
 def test_loop_adds_few_nodes_and_little_load_time_to_the_network(exported):

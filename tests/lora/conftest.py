@@ -13,45 +13,14 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-_CROSS, _PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-_FOUR_LEVELS = {
-    "block_out_channels": (8, 16, 32, 32),
-    "down_block_types": (_CROSS, _CROSS, _CROSS, _PLAIN),
-    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    "norm_num_groups": 4,
-}
-# The configurations of the three families, of which only the channels are fewer.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "sd1": {**_FOUR_LEVELS, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd2": {
-        **_FOUR_LEVELS,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (1, 2, 4, 4),
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "block_out_channels": (8, 16, 32),
-        "down_block_types": (_PLAIN, _CROSS, _CROSS),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (1, 2, 4),
-        "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 2, 10),
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-
 
 @pytest.fixture(scope="session")
-def make_family_unet() -> Callable[..., UNet2DConditionModel]:
+def make_family_unet(narrow_unets: dict[str, dict[str, Any]]) -> Callable[..., UNet2DConditionModel]:
     """Return the function `make(family, **changes)`: a narrow UNet with the blocks of SD1.5, SD2.1 or SDXL."""
 
     def make(family: str, **changes: Any) -> UNet2DConditionModel:
         torch.manual_seed(0)
-        return UNet2DConditionModel(**_FAMILIES[family] | changes).eval()
+        return UNet2DConditionModel(**narrow_unets[family] | changes).eval()
 
     return make
 

@@ -4,16 +4,13 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from d2f_fast.data.file_names import METADATA_FILE, is_image
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
 from d2f_fast.lora.file_keys import split_key
-from d2f_fast.models.names import PICKLE_SUFFIXES
+from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
 
 Kind = Literal["model folder", "model file", "LoRA", "cache", "run", "data set", "unknown file"]
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-# Beginnings of the keys in a single file with a whole model, or with its UNet alone.
-ORIGINAL_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 
 
 def kind_of(path: Path) -> Kind:
@@ -57,7 +54,7 @@ def _kind_of_folder(folder: Path) -> Kind:
         return "LoRA"
     if any(re.fullmatch("[0-9a-f]{2}", name) for name in names) and any(folder.glob("[0-9a-f][0-9a-f]/*.safetensors")):
         return "cache"
-    if "metadata.jsonl" in names or any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*")):
+    if METADATA_FILE in names or any(is_image(path.name) for path in folder.rglob("*")):
         return "data set"
     raise RefusedInputError(
         f"{printable(folder)} holds neither a model, a LoRA, a cache, a run nor images: check the path"

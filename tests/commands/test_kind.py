@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from d2f_fast.commands.kind import kind_of
 from d2f_fast.errors import ModelError, RefusedInputError
-from d2f_fast.models.kind import kind_of
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_pickle_and_folder_of_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_looking_imports_no_torch() -> None:
-    code = "import sys, d2f_fast.models.kind; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+    code = "import sys, d2f_fast.commands.kind; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
