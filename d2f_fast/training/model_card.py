@@ -70,7 +70,7 @@ def write_model_card(
             path of this machine.
         config: Options of the run.
         tags: Entries of the result's header; see `tags_of`.
-        result: Number of "steps" and last "loss" of the run.
+        result: Number of "steps" of the run, and of "images_per_step", over all processes and passes.
 
     Returns:
         The file, or None where the folder holds a README.md that no run wrote, which is kept.
@@ -109,7 +109,7 @@ def _card(
         "prediction type": tags["d2f.prediction_type"],
         "trained": kind,
         "steps": result["steps"],
-        "images per step": config.train_batch_size * config.gradient_accumulation_steps,
+        "images per step": result["images_per_step"],
         "resolution": f"{config.resolution} px",
         "learning rate": config.learning_rate,
         "shift in training": tags["d2f.training_shift"],

@@ -18,7 +18,7 @@ TAGS = {
     "d2f.recommended_sigmas": "17.61, 3, 1, 0.3333, 0",
 }
 FLOW_TAGS = {**TAGS, "d2f.objective": "fm", "d2f.prediction_type": "flow_prediction", "d2f.shift": "3.0"}
-RESULT = {"steps": 7, "loss": 0.5}
+RESULT = {"steps": 7, "images_per_step": 32}
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_card_is_read_by_the_hub_and_names_no_path_of_this_machine(folder: Path,
     assert {"lora", "flow-matching"} <= set(data["tags"])
     assert str(folder.parent) not in card.content
     assert all(line in card.content for line in recipe(folder, TAGS, "owls"))
-    assert "| steps | 7 |" in card.content
+    assert "| steps | 7 |" in card.content and "| images per step | 32 |" in card.content
     local = write_model_card(folder, str(folder / "base"), config, TAGS, RESULT)
     assert local is not None
     assert str(folder) not in local.read_text() and "| base model | a local model |" in local.read_text()
