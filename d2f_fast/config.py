@@ -87,6 +87,19 @@ def check_guidance(name: str, value: float) -> None:
         )
 
 
+def check_steps(method: Method, steps: int) -> None:
+    """Refuse a single sampling step of a method that would then be the Euler method, because its last step is.
+
+    Raises:
+        RefusedInputError: The method is not "euler", and there is one step.
+    """
+    if method != "euler" and steps == 1:
+        raise RefusedInputError(
+            f"method {method} needs at least 2 num_inference_steps, because its last step is an Euler step: give more"
+            " steps, or leave method out"
+        )
+
+
 def check_fraction(name: str, value: float) -> None:
     """Refuse a value outside [0, 1).
 

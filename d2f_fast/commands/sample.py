@@ -15,6 +15,7 @@ from d2f_fast.config import (
     check_options,
     check_positive,
     check_seed,
+    check_steps,
     option,
 )
 from d2f_fast.errors import RefusedInputError, printable
@@ -49,7 +50,8 @@ class Sample:
         onnx_provider: Provider of ONNX Runtime that --onnx runs on; without --onnx it has no effect. The default "auto"
             takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise, never TensorRT.
         num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
-            "midpoint" and "heun" twice. With --onnx only the numbers that were exported are accepted.
+            "midpoint" and "heun" twice in every step but the last one, so that they need 2 steps. With --onnx only the
+            numbers that were exported are accepted.
         guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1
             and 0 turn guidance off, which halves the time. Other values below 1 are refused.
         negative_prompt: Prompt to steer away from, the same for all images. The default is empty, for none.
@@ -124,6 +126,7 @@ class Sample:
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         check_options(self)
+        check_steps(self.method, self.num_inference_steps)
         check_model_name(self.model, self.model_options.variant, self.model_options.revision)
         if self.onnx is not None:
             if not Path(self.onnx).is_dir():

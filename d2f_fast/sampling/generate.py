@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from PIL import Image
 
-from d2f_fast.config import FlowForm, Method, PredictionType, Spacing, check_guidance
+from d2f_fast.config import FlowForm, Method, PredictionType, Spacing, check_guidance, check_steps
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
@@ -44,8 +44,8 @@ def generate(
     Args:
         pipeline: Stable Diffusion or SDXL pipeline, or one that is called like them, on its device.
         prompts: one prompt, or several; one image is generated for each.
-        num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" evaluate the network twice
-            a step.
+        num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun", which need 2, evaluate the
+            network twice in every step but the last one.
         guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, and other values below 1 are refused.
         negative_prompt: prompt to steer away from, the same for all images; "" for the pipeline's own empty prompt.
         height: height of the images in pixels; None for the pipeline's own.
@@ -67,6 +67,7 @@ def generate(
             shift or the scheduler's configuration cannot be used.
     """
     check_guidance("guidance_scale", guidance_scale)
+    check_steps(method, num_inference_steps)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     height, width = _image_size(pipeline, height, width)
     given = {"shift": shift, "prediction_type": prediction_type, "fm_form": fm_form}

@@ -1,8 +1,8 @@
 """`Diff2FlowScheduler`: sample along flow time in any stock diffusers pipeline.
 
 This is the only file in diffusers' time direction: `timesteps` fall from the noise to the data. The state is the
-diffusion state, so that `scale_model_input` is the identity and `init_noise_sigma` is 1, which also serves pipelines
-that never scale.
+diffusion state, so that `init_noise_sigma` is 1, and `scale_model_input` returns the state itself except within a
+midpoint or Heun step. Pipelines that never scale are served, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.formulas import combine
 from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
+from d2f_fast.sampling.two_stage import TwoStageSteps
 
 # Options that a scheduler reads from the configuration of another one, whether they were given there or are defaults.
 _NOISE_TABLE = (
@@ -67,7 +68,8 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: whether the base model was trained with zero terminal SNR.
         flow_spacing: "uniform" steps in flow time, or "trailing", the flow times of DDIM's trailing timesteps.
         shift: positive factor on the sampling sigmas (1 - t) / t; 1 leaves them as they are.
-        method: integration method: "euler", or "midpoint" and "heun", which call the network twice a step.
+        method: integration method: "euler", or "midpoint" and "heun", which call the network twice in every step but
+            the last one. That is an Euler step.
         fm_form: form of "flow_prediction": "diffusers", or "published" for networks that are fed t itself; see
             `NaiveFlow`. The other prediction types ignore it.
 
@@ -122,7 +124,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         self._stage_times = torch.empty(0)
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._start: tuple[Tensor, Tensor] | None = None
+        self._two_stage: TwoStageSteps | None = None
 
     @overload
     @classmethod
@@ -231,20 +233,25 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             nodes[0] = 0
         self.num_inference_steps = len(nodes) - 1
         self._nodes = nodes.float()
-        if self.order == 1:
+        if self.order == 2:
+            self._two_stage = TwoStageSteps(flow, self.config["method"], nodes)
+            self._stage_times = self._two_stage.times
+        else:
             self._stage_times = nodes[:-1].float()
             # As host floats they make a step one fused multiply-add, with nothing to copy to the device.
             coefficients = flow.euler_coefficients(nodes[:-1], nodes[1:])
             self._euler = list(zip(*(c.tolist() for c in coefficients), strict=True))
-        else:
-            second = (nodes[:-1] + nodes[1:]) / 2 if self.config["method"] == "midpoint" else nodes[1:]
-            self._stage_times = torch.stack([nodes[:-1], second], 1).flatten().float()
         self.timesteps = flow.timestep(self._stage_times).to(device)
-        self._step_index = self._begin_index = self._start = None
+        self._step_index = self._begin_index = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """Return the sample itself: the state is what the network takes."""
-        return sample
+        """Return what the network takes: the state itself, except for the second evaluation of a step.
+
+        Args:
+            sample: diffusion state, or several copies of it along the batch, as guidance needs them.
+            timestep: ignored.
+        """
+        return sample if self._two_stage is None else self._two_stage.network_input(self._step_index or 0, sample)
 
     def step(
         self,
@@ -260,7 +267,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             model_output: output of the network, after guidance, same shape as `sample`.
             timestep: timestep that the network was fed. The first one of a run says where the run starts, unless
                 `set_begin_index` said so; later ones are ignored, because two nodes may have the same timestep.
-            sample: diffusion state that the network was given.
+            sample: diffusion state, before `scale_model_input`.
             generator: ignored: the sampler is deterministic.
             return_dict: return an output object; False for a tuple of the same two tensors.
 
@@ -277,15 +284,14 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"the schedule of {len(self._stage_times)} evaluations has ended: call set_timesteps again"
             )
-        # t stays on the host, because CPU scalars multiply tensors of any device without a copy.
-        flow, t = self.flow, self._stage_times[index]
-        if self.order == 1:
+        if self._two_stage is None:
             a, b = self._euler[index]
-            moved = a * sample.float() + b * model_output.float()
+            moved, given = a * sample.float() + b * model_output.float(), sample
         else:
-            moved = self._two_stage(index, model_output.float(), sample.float(), t)
+            moved, given = self._two_stage.step(index, model_output.float(), sample.float())
         self._step_index = index + 1
-        latents = flow.predicted_latents(model_output, sample, t).to(sample.dtype)
+        # The flow time stays on the host, because CPU scalars multiply tensors of any device without a copy.
+        latents = self.flow.predicted_latents(model_output, given, self._stage_times[index]).to(sample.dtype)
         moved = moved.to(sample.dtype)
         return Diff2FlowSchedulerOutput(moved, latents) if return_dict else (moved, latents)
 
@@ -301,23 +307,6 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         # Of a Heun step's two equal timesteps the run starts at the one that begins a step.
         return next((index for index in nearest if index % self.order == 0), nearest[0])
 
-    def _two_stage(self, index: int, model_output: Tensor, sample: Tensor, t: Tensor) -> Tensor:
-        """Return the state after one of the two evaluations of a midpoint or Heun step.
-
-        The first evaluation keeps its state and slope for the second one.
-        """
-        flow, method = self.flow, self.config["method"]
-        t_start, t_end = self._nodes[index // 2 : index // 2 + 2]
-        velocity = flow.velocity(model_output, sample, t)
-        if index % 2 == 0 or self._start is None:
-            x_t = flow.to_flow(sample, t)
-            self._start = (x_t, velocity)
-            t_next = self._stage_times[index + 1] if index % 2 == 0 else t_end
-            return flow.to_sample(x_t + (t_next - t) * velocity, t_next)
-        (x_t, first), self._start = self._start, None
-        slope = velocity if method == "midpoint" else (first + velocity) / 2
-        return flow.to_sample(x_t + (t_end - t_start) * slope, t_end)
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the diffusion state of latents at the current node of a run, or at `timesteps` outside a run.
 
@@ -329,10 +318,10 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         """
         index = self._begin_index if self._step_index is None else self._step_index
         if self._begin_index is not None and index is not None and index < len(self._stage_times):
-            t = self._stage_times[index].expand(1)
+            t = self._stage_times[index] if self._two_stage is None else self._two_stage.state_time(index)
         else:
             t = self._flow_times(timesteps.detach().cpu(), index or 0)
-        t = t.to(original_samples.device).expand(original_samples.shape[0])
+        t = t.to(original_samples.device).expand(len(original_samples))
         n = self.flow.state_scale(t)
         return combine(t / n, original_samples, (1 - t) / n, noise)
 

@@ -327,7 +327,7 @@ class AlignedTrainer:
 
         Args:
             prompts: one prompt, or several.
-            num_inference_steps: integration steps, at least 1; "midpoint" and "heun" evaluate the network twice a step.
+            num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" need 2.
             guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, other values below 1 are refused.
             negative_prompt: prompt to steer away from; "" for the model's own empty prompt.
             height, width: size of the images in pixels; None for the training resolution.

@@ -148,6 +148,7 @@ def test_sampling_takes_prediction_type_and_shift_from_the_trained_files(train, 
     ("options", "sentence"),
     [
         (["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
+        (["--method", "heun", "--num_inference_steps", "1"], "method heun needs at least 2 num_inference_steps"),
         (["--seed", "-1"], "seed must be in [0, 2**63), got -1"),
         (["--shift", "-1"], "shift must be positive and finite, got -1.0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite, got nan"),

@@ -173,6 +173,7 @@ def test_sdxl_images_equal_its_own_call_with_the_flow_scheduler(tiny_xl: Any, ne
         ({"height": 0}, "height must be a positive multiple of 8, got 0"),
         ({"guidance_scale": 0.5}, "guidance_scale must be 1 or 0, which use the prompt alone .* or above 1, got 0.5"),
         ({"guidance_scale": -1}, "guidance_scale must be 1 or 0, .* got -1"),
+        ({"num_inference_steps": 1, "method": "heun"}, "method heun needs at least 2 num_inference_steps"),
         ({"num_inference_steps": 0}, "steps must be at least 1, got 0"),
         ({"shift": -1.0}, "shift must be positive, got -1.0"),
         ({"method": "rk4"}, r"method must be one of \('euler', 'midpoint', 'heun'\), got 'rk4'"),

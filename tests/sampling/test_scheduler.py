@@ -47,6 +47,13 @@ def run(scheduler, sample, network=dummy):
     return sample
 
 
+def sample_with_euler_end(velocity, x_t, times, method):
+    """Integrate with a method, and take the last step by Euler, as schedulers of diffusers with `order` 2 do."""
+    if method != "euler" and len(times) > 2:
+        x_t, times = sample_flow(velocity, x_t, times=times[:-1], method=method), times[-2:]
+    return sample_flow(velocity, x_t, times=times)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 @pytest.mark.parametrize(
     ("prediction_type", "zero_snr"),
@@ -88,8 +95,8 @@ def test_stock_pipeline_equals_stock_euler_at_the_same_sigmas(pipe, prediction_t
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow_prediction"])
-@pytest.mark.parametrize(("method", "evaluations"), [("euler", 4), ("midpoint", 8), ("heun", 8)])
-def test_every_method_in_the_stock_pipeline_equals_sample_flow(
+@pytest.mark.parametrize(("method", "evaluations"), [("euler", 4), ("midpoint", 7), ("heun", 7)])
+def test_every_method_in_the_stock_pipeline_equals_sample_flow_with_an_euler_end(
     pipe, method, evaluations, prediction_type, guidance_scale
 ):
     noise = torch.randn(2, 4, 8, 8)
@@ -103,7 +110,7 @@ def test_every_method_in_the_stock_pipeline_equals_sample_flow(
     with torch.no_grad():
         positive, negative = pipe.encode_prompt(PROMPTS["prompt"], "cpu", 1, True, PROMPTS["negative_prompt"])
         velocity = unet_velocity(pipe.unet, flow, positive, negative, guidance_scale)
-        expected = sample_flow(velocity, noise, times=flow.times(4, shift=1.5), method=method)
+        expected = sample_with_euler_end(velocity, noise, flow.times(4, shift=1.5), method)
     assert_close(got, expected)
 
 
@@ -137,7 +144,7 @@ def test_image_to_image_starts_from_the_diffusion_state_at_its_first_node(pipe, 
     with torch.no_grad():
         positive, negative = img2img.encode_prompt(PROMPTS["prompt"], "cpu", 1, True, PROMPTS["negative_prompt"])
         velocity = unet_velocity(img2img.unet, scheduler.flow, positive, negative, 3.0)
-        expected = sample_flow(velocity, start * 0.5**0.5, times=torch.tensor([0.5, 0.75, 1.0]), method=method)
+        expected = sample_with_euler_end(velocity, start * 0.5**0.5, torch.tensor([0.5, 0.75, 1.0]), method)
     assert_close(got, expected)
 
 
@@ -231,7 +238,7 @@ def test_repeated_run_and_run_after_an_interrupted_one_are_equal(method):
     noise = torch.randn(2, 4, 8, 8)
     scheduler.set_timesteps(3)
     first = run(scheduler, noise)
-    assert scheduler.step_index == 3 * scheduler.order
+    assert scheduler.step_index == len(scheduler.timesteps)
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(scheduler.order)
     scheduler.step(noise, scheduler.timesteps[0], noise)
@@ -332,7 +339,7 @@ def test_steps_before_and_after_a_schedule_are_refused():
     scheduler, sample = Diff2FlowScheduler(**SD), torch.zeros(1, 4, 8, 8)
     with pytest.raises(ValueError, match="call set_timesteps before step"):
         scheduler.step(sample, 999, sample)
-    for method, evaluations in (("euler", 2), ("heun", 4)):
+    for method, evaluations in (("euler", 2), ("heun", 3)):
         scheduler = Diff2FlowScheduler(**SD, method=method)
         scheduler.set_timesteps(2)
         run(scheduler, sample)

@@ -1,10 +1,11 @@
 """`Diff2FlowScheduler` in runs that start late or end early, against diffusers' own schedulers and whole runs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
 from d2f_fast.config import Method
@@ -63,3 +64,33 @@ def test_first_timestep_outside_the_schedule_is_refused() -> None:
     scheduler.set_timesteps(timesteps=[800, 400])
     with pytest.raises(ValueError, match=r"timestep 600.0 is not in the schedule \[800.0, 400.0\]"):
         scheduler.step(sample, 600, sample)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("euler", torch.float32), ("midpoint", torch.float32), ("heun", torch.float32), ("heun", torch.bfloat16)],
+    ids=str,
+)
+def test_divided_run_of_sdxl_equals_the_whole_one(tiny_xl: Any, method: Method, dtype: torch.dtype) -> None:
+    """The two parts run in two pipelines, as the base and the refiner of SDXL do, each with a scheduler of its own."""
+    tiny_xl.to(dtype)
+    refiner = StableDiffusionXLImg2ImgPipeline(**tiny_xl.components, add_watermarker=False)
+    tiny_xl.scheduler, refiner.scheduler = (
+        Diff2FlowScheduler.from_config(tiny_xl.scheduler.config, method=method) for _ in range(2)
+    )
+    for pipeline in (tiny_xl, refiner):
+        pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, dtype=dtype)
+    calls = []
+    tiny_xl.unet.register_forward_hook(lambda *_: calls.append(1))
+
+    def images(pipeline: Any, steps: int, **options: Any) -> Tensor:
+        calls.clear()
+        return pipeline("ab", num_inference_steps=steps, guidance_scale=3.0, output_type="latent", **options).images
+
+    for steps in (4, 5):
+        whole = images(tiny_xl, steps, latents=noise)
+        assert len(calls) == (steps if method == "euler" else 2 * steps - 1)
+        for end in (0.3, 0.7):  # Of the midpoint steps two end here, and two are in the middle.
+            part = images(tiny_xl, steps, latents=noise, denoising_end=end)
+            assert torch.equal(images(refiner, steps, image=part, denoising_start=end), whole)
