@@ -210,6 +210,36 @@ def flow_xl(tiny_xl: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def write_pairs() -> Callable[..., Path]:
+    """Return a function that writes a shard of random pairs with the prompts "a", "b" and so on, and returns its path.
+
+    `change(record)` returns the record in place of the one that it is given.
+    """
+    from d2f_fast.data.pair_shards import PairRecord, write_shard
+
+    def write(
+        path: Path,
+        count: int = 6,
+        shape: tuple[int, ...] = (4, 8, 8),
+        dtype: str = "float16",
+        change: Callable[[PairRecord], PairRecord] = lambda record: record,
+        meta: dict[str, object] | None = None,
+    ) -> Path:
+        generator = np.random.default_rng(sum(path.name.encode()))
+
+        def records() -> Iterator[PairRecord]:
+            for i in range(count):
+                latents, noise = (generator.standard_normal(shape).astype(dtype) for _ in range(2))
+                yield change(PairRecord(f"{path.stem}{i:03d}", latents, noise, "abcdefgh"[i % 8], meta or {"index": i}))
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_shard(path, records(), count)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def adapted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
     """A UNet with an active LoRA on every kind of layer, alpha = 2 r, scaled by 0.7; and its files by form."""
     from diffusers import StableDiffusionPipeline

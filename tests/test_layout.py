@@ -38,6 +38,7 @@ LAYERS = (
     {"d2f_fast.models.*", "d2f_fast.miniature"},
     {"d2f_fast.data.*", "d2f_fast.evaluation.*"},
     {"d2f_fast.training.*"},
+    {"d2f_fast.tasks.*"},
     {"d2f_fast.export.*"},
     {"d2f_fast.demo.*", "d2f_fast.miniature.*"},
     {"d2f_fast.commands.*", "d2f_fast.__main__"},
