@@ -14,6 +14,7 @@ from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.demo import Demo
 from d2f_fast.commands.inspect import Inspect
 from d2f_fast.commands.options import Command, description, parse_options
+from d2f_fast.commands.pairs import Pairs
 from d2f_fast.commands.sample import Sample
 from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError, printable
@@ -23,6 +24,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "demo": Demo,
     "train": Train,
     "sample": Sample,
+    "pairs": Pairs,
     "convert": Convert,
     "inspect": Inspect,
 }

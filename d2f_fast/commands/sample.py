@@ -150,21 +150,12 @@ class Sample:
         silence_libraries()
         import torch
 
-        from d2f_fast.lora.merge import fuse_adapter
-        from d2f_fast.lora.read import read_lora
-        from d2f_fast.models.load import load_model
-        from d2f_fast.models.reflection_padding import set_reflection_padding
+        from d2f_fast.commands.load_model import load_with_lora
         from d2f_fast.sampling.generate import generate
 
-        # Files that cannot be used are refused before the model is loaded, which takes longer.
-        adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, self.lora)]
-        of_training = self._of_training()
-        pipe, facts = load_model(self.model, options=self.model_options)
-        for lora, scale in adapters:
-            fuse_adapter(pipe, lora, scale)
-        if of_training.pop("vae_reflection_padding", False):
-            facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipe.vae, True))
-        print(f"d2f: Model: {facts}", file=sys.stderr)
+        loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
+        print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
+        pipe = loaded.pipeline
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         return generate(
             pipe,
@@ -177,33 +168,8 @@ class Sample:
             generator=torch.Generator().manual_seed(self.seed),
             method=self.method,
             flow_spacing=self.flow_spacing,
-            **of_training,
+            **loaded.scheduler_options,
         )
-
-    def _of_training(self) -> dict[str, Any]:
-        """Return prediction type, form, shift and padding: those given, else those in the tags of the LoRA or model."""
-        from d2f_fast.files.json_file import read_json
-        from d2f_fast.lora.read import common_tags
-
-        source = ", ".join(self.lora) or Path(self.model) / "d2f.json"
-        if self.lora:
-            tags = common_tags([parse_lora(entry).path for entry in self.lora], self.shift)
-        else:
-            tags = read_json(source) if Path(source).is_file() else {}
-        chosen: dict[str, Any] = {"prediction_type": self.model_options.prediction_type, "shift": self.shift}
-        try:
-            tags = dict(tags)
-            if self.shift is None and "d2f.shift" in tags:
-                chosen["shift"] = float(tags["d2f.shift"])
-            # The other types are the base model's, whose own configuration says which one it is.
-            kinds = (None, "flow_prediction")
-            if chosen["prediction_type"] in kinds and tags.get("d2f.prediction_type") == "flow_prediction":
-                chosen |= {"prediction_type": "flow_prediction", "fm_form": tags.get("d2f.fm_form")}
-            if self.model_options.vae_reflection_padding is None:
-                chosen["vae_reflection_padding"] = tags.get("d2f.vae_reflection_padding") == "true"
-        except (AttributeError, TypeError, ValueError) as error:
-            raise RefusedInputError(f"{source} holds no usable d2f.shift ({error}): give --shift") from error
-        return {name: value for name, value in chosen.items() if value is not None}
 
     def _with_onnx(self, folder: str) -> "list[Image]":
         """Generate the images with ONNX Runtime, from an exported folder."""

@@ -67,6 +67,35 @@ def read_caption_file(path: Path) -> Captions:
         raise DatasetError(f"{printable(path)} cannot be read ({error.strerror}): check the file") from error
 
 
+def read_prompts(path: Path) -> list[str]:
+    """Read a UTF-8 text file with one prompt on each line.
+
+    Args:
+        path: Text file. Empty lines, white space at either end of a line and a byte order mark are passed over.
+
+    Raises:
+        DatasetError: The file cannot be read, is not UTF-8, holds no prompt, or a line is no usable prompt.
+    """
+    prompts = []
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(_MAX_CAPTION_BYTES + 1):
+                number += 1
+                where = f"{printable(path)}, line {number}"
+                if len(line) > _MAX_CAPTION_BYTES:
+                    _refuse_long(where)
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    prompts.append(_check_caption(text, where))
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{where} is not UTF-8 text: save the file as UTF-8") from error
+    except OSError as error:
+        raise DatasetError(f"{printable(path)} cannot be read ({error.strerror}): check the file") from error
+    if not prompts:
+        raise DatasetError(f"{printable(path)} holds no prompts: write one on each line")
+    return prompts
+
+
 def _check_caption(caption: object, where: str) -> str:
     """Return one caption without the white space around it, or refuse it."""
     if not isinstance(caption, str) or not caption.strip():

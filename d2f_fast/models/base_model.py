@@ -242,6 +242,13 @@ class BaseModel:
                 digest.update(read.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return short fingerprints of the "unet" and the "vae", of a part of each weight, to recognise the model.
+
+        They are those of the model without a LoRA, and so are taken before one is merged or injected.
+        """
+        return {name: self.fingerprint(name, most=4096)[:16] for name in ("unet", "vae")}
+
     def _frozen(self) -> list[nn.Module]:
         """Return the components that are never trained."""
         parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]

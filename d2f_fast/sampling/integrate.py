@@ -71,7 +71,7 @@ def unet_velocity(
     flow: Flow,
     encoder_hidden_states: Tensor,
     negative_hidden_states: Tensor | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
     added_cond_kwargs: Mapping[str, Tensor] | None = None,
 ) -> Velocity:
     """Return the velocity of a conditional diffusers UNet, with classifier-free guidance in one batched call.
@@ -81,7 +81,8 @@ def unet_velocity(
         flow: `Alignment` or `NaiveFlow` that reads the UNet's output, on the UNet's device.
         encoder_hidden_states: text condition, [B, L, D].
         negative_hidden_states: text condition to steer away from, [B, L, D]; needed for a `guidance_scale` above 1.
-        guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, and other values below 1 are refused.
+        guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, and other values below 1 are refused. A
+            tensor [B, 1, ...] gives each sample a scale of its own, at least 1, and always guides.
         added_cond_kwargs: further conditions of SDXL's UNet; with guidance they hold the negative ones first, then the
             positive ones. None for a UNet without them.
 
@@ -92,8 +93,10 @@ def unet_velocity(
         RefusedInputError: `guidance_scale` is below 0, or between 0 and 1.
         ValueError: `guidance_scale` is above 1 and there are no `negative_hidden_states`.
     """
-    check_guidance("guidance_scale", guidance_scale)
-    guided = guidance_scale > 1
+    guided = isinstance(guidance_scale, Tensor)
+    if not isinstance(guidance_scale, Tensor):
+        check_guidance("guidance_scale", guidance_scale)
+        guided = guidance_scale > 1
     if guided and negative_hidden_states is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs negative_hidden_states")
     condition = torch.cat([negative_hidden_states, encoder_hidden_states]) if guided else encoder_hidden_states  # type: ignore[list-item]

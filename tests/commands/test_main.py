@@ -17,6 +17,7 @@ ARGUMENTS = {
     "demo": [],
     "train": ["--train_data_dir", "x"],
     "sample": ["--prompts", "x"],
+    "pairs": ["--prompts_file", "x"],
     "convert": ["x"],
     "inspect": [],
 }
@@ -122,6 +123,8 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
     locked, done = str(tmp_path / "locked"), str(tmp_path / "done")
     refused = [
         ["train", "--train_data_dir", "no-such-folder"],
+        ["pairs"],
+        ["pairs", "--prompts_file", "no-such-file"],
         ["train", "--train_data_dir", data, "--adapter", "full", "--output_dir", run],
         ["train", "--train_data_dir", data, "--rank", "0"],
         ["train", "--train_data_dir", data, "--init_lora", "no-such-lora"],
@@ -135,6 +138,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
         ["demo", "--output_dir", locked],
         ["sample", "--prompts", "a", "--output_dir", locked],
         ["train", "--train_data_dir", data, "--output_dir", locked],
+        ["pairs", "--train_data_dir", data, "--output_dir", locked],
         ["train", "--train_data_dir", data, "--output_dir", done],
         ["train", "--train_data_dir", data, "--output_dir", done, "--resume_from_checkpoint", "latest"],
     ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2f_fast.data.captions import Captions
+from d2f_fast.data.captions import Captions, read_prompts
 from d2f_fast.errors import DatasetError
 
 
@@ -41,3 +41,26 @@ def test_unusable_caption_is_refused_by_name(text, problem):
     with pytest.raises(DatasetError) as caught:
         Captions.check(text, "a.txt")
     assert str(caught.value) == f"a.txt {problem}"
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff a cat \r\n\n\tb\nlast".encode())
+    assert read_prompts(path) == ["a cat", "b", "last"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b" \n\n", "prompts.txt holds no prompts: write one on each line"),
+        (b"a\nb\xff\n", "prompts.txt, line 2 is not UTF-8 text"),
+        (b"a\n" + b"x" * 10_001, "prompts.txt, line 2 is a caption of more than 10000 characters"),
+        (b"a\n" + b"x" * 100_000, "prompts.txt, line 2 is a caption of more than 10000 characters"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_refused_with_their_line(content, sentence, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError) as caught:
+        read_prompts(path)
+    assert sentence in str(caught.value)

@@ -192,6 +192,15 @@ def test_guidance_is_one_batched_call_and_without_it_the_batch_is_unchanged():
     assert torch.equal(plain, unet_velocity(unet, alignment, positive)(x_t, t))
 
 
+def test_tensor_of_scales_guides_each_sample_with_its_own() -> None:
+    alignment = Alignment.from_scheduler(DDIMScheduler(**SD))
+    x_t, t, scales = torch.randn(3, 4, 8, 8), torch.tensor(0.4), [1.0, 2.5, 7.0]
+    unet, pair = DummyUNet(), conditions()
+    each = unet_velocity(unet, alignment, *pair, torch.tensor(scales).reshape(3, 1, 1, 1))(x_t, t)
+    for i, scale in enumerate(scales):
+        assert_close(each[i], unet_velocity(unet, alignment, *pair, scale)(x_t, t)[i], 1e-6)
+
+
 def test_half_precision_network_gets_its_own_type_and_the_state_stays_float32():
     unet = DummyUNet()
     unet.dtype = torch.bfloat16

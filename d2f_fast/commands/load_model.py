@@ -1,0 +1,95 @@
+"""Load a model with LoRA for sampling, and what their files say of the sampling. Torch is imported here."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.files.json_file import read_json
+from d2f_fast.lora.merge import MergedLora, fuse_adapter
+from d2f_fast.lora.read import common_tags, read_lora
+from d2f_fast.lora.source import parse_lora
+from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.facts import ModelFacts
+from d2f_fast.models.load import load_model
+from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.reflection_padding import set_reflection_padding
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class SampledModel(NamedTuple):
+    """A model with its LoRA merged.
+
+    Attributes:
+        pipeline: The pipeline, in float32 on the CPU.
+        facts: What the model is taken for.
+        scheduler_options: Prediction type, form and shift that replace those of the pipeline's scheduler, by the names
+            of `Diff2FlowScheduler`: those given, else those of the tags.
+        fingerprints: Hashes of the "unet" and the "vae" before the LoRA was merged; see `BaseModel.fingerprints`.
+        lora: Description of each LoRA.
+    """
+
+    pipeline: "DiffusionPipeline"
+    facts: ModelFacts
+    scheduler_options: dict[str, Any]
+    fingerprints: dict[str, str]
+    lora: list[MergedLora]
+
+
+def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> SampledModel:
+    """Load a model, and merge LoRA into it.
+
+    Args:
+        model: Hub id, pipeline folder, or `.safetensors` file.
+        lora: LoRA as PATH or PATH:SCALE.
+        options: Options of the model.
+        shift: Shift of the sampling; None takes that of the tags.
+
+    Raises:
+        RefusedInputError: The model or a LoRA cannot be used, or the tags of two LoRA contradict each other.
+    """
+    # Files that cannot be used are refused before the model is loaded, which takes longer.
+    adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, lora)]
+    of_training = options_of_training(model, lora, options, shift)
+    pipeline, facts = load_model(model, options=options)
+    fingerprints = BaseModel(pipeline, options, facts).fingerprints()
+    merged = [fuse_adapter(pipeline, adapter, scale) for adapter, scale in adapters]
+    if of_training.pop("vae_reflection_padding", False):
+        facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipeline.vae, True))
+    return SampledModel(pipeline, facts, of_training, fingerprints, merged)
+
+
+def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> dict[str, Any]:
+    """Return prediction type, form, shift and padding: those given, else those in the tags of the LoRA or model.
+
+    Args:
+        model: Model as it was given.
+        lora: LoRA as PATH or PATH:SCALE; where there are any, their tags count, and those of the model do not.
+        options: Options of the model.
+        shift: Shift that was given; None for none.
+
+    Raises:
+        RefusedInputError: The tags cannot be used, or contradict each other.
+    """
+    source = ", ".join(lora) or Path(model) / "d2f.json"
+    if lora:
+        tags = common_tags([parse_lora(entry).path for entry in lora], shift)
+    else:
+        tags = read_json(source) if Path(source).is_file() else {}
+    chosen: dict[str, Any] = {"prediction_type": options.prediction_type, "shift": shift}
+    try:
+        tags = dict(tags)
+        if shift is None and "d2f.shift" in tags:
+            chosen["shift"] = float(tags["d2f.shift"])
+        # The other types are the base model's, whose own configuration says which one it is.
+        kinds = (None, "flow_prediction")
+        if chosen["prediction_type"] in kinds and tags.get("d2f.prediction_type") == "flow_prediction":
+            chosen |= {"prediction_type": "flow_prediction", "fm_form": tags.get("d2f.fm_form")}
+        if options.vae_reflection_padding is None:
+            chosen["vae_reflection_padding"] = tags.get("d2f.vae_reflection_padding") == "true"
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RefusedInputError(f"{source} holds no usable d2f.shift ({error}): give --shift") from error
+    return {name: value for name, value in chosen.items() if value is not None}

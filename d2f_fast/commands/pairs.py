@@ -1,0 +1,247 @@
+"""`d2f pairs`: generate pairs of noise and latents, on which `d2f train --pairs` straightens a model's path."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from d2f_fast.config import Spacing, at_least, check_guidance, check_options, check_positive, check_seed, option
+from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.lora.source import check_lora_file, parse_lora
+from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.models.names import MINIATURE, check_model_name
+from d2f_fast.models.options import ModelOptions
+from d2f_fast.tasks.processes import Process, device_of, owned_folder
+
+if TYPE_CHECKING:
+    from d2f_fast.commands.load_model import SampledModel
+    from d2f_fast.tasks.pairs import PairPlan
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Generate pairs of noise and latents with a model, for `d2f train --pairs`.
+
+    Args:
+        prompts_file: UTF-8 text file with one prompt on each line; empty lines are passed over. The default None takes
+            the captions of --train_data_dir alone.
+        train_data_dir: Folder of captioned images, as for `d2f train`, whose captions are used as prompts, after those
+            of --prompts_file. The default None takes none.
+        image_column: Image column of metadata.jsonl in --train_data_dir, as for `d2f train`.
+        caption_column: Key of the captions in metadata.jsonl, as for `d2f train`.
+        caption_extension: Extension of the caption files, as for `d2f train`.
+        num_pairs: Number of pairs. The prompts are taken in turn, each time with other noise. The default None makes
+            one pair of each prompt.
+        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. The
+            default "miniature" is the small model inside this package.
+        lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE, as for `d2f sample`. The
+            default is none.
+        model_options: Options of the base model.
+        solver: How the path from noise to image is followed. "dpmsolver++" and "euler" evaluate the network once per
+            step, "midpoint" and "heun" twice. "euler" is the least accurate per evaluation.
+        num_inference_steps: Number of steps of each path. Guidance doubles the network's work at each of them.
+        guidance_scale: Strength of classifier-free guidance, which the trained model then has built in; 1 and 0 turn it
+            off, and other values below 1 are refused.
+        guidance_scale_max: Upper end of a range that begins at --guidance_scale, and from which each pair gets its own
+            strength. The default None gives all pairs the same.
+        negative_prompt: Prompt to steer away from, the same for all pairs. The default is empty, for none.
+        flow_spacing: Spacing of the steps, as for `d2f sample`.
+        shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. The default None takes the one
+            saved with the model or LoRA, or else 1, which turns it off.
+        seed: Seed of all noise, from 0 to 2**63 - 1. The same seed and options give the same pairs on one kind of
+            machine, whatever the number of processes.
+        height: Height of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
+            own.
+        width: Width of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
+            own.
+        save_images: Also store each image as a JPEG file in the shards. Training does not need it. It is off by
+            default.
+        dtype: Type of the stored numbers. "float16" takes half the space; the noise is rounded before it is used, so
+            that it stays exact.
+        pairs_per_shard: Number of pairs in each file. A stopped run loses the pairs of its unfinished file.
+        batch_size: Number of pairs that are generated at once.
+        mixed_precision: Precision of the network. "fp16" and "bf16" are faster on a GPU. The default "no" is float32.
+        output_dir: Folder that receives the shards, pairs.json and grid.png. A folder with unfinished pairs of the same
+            options is completed, and one with other options is refused.
+        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        json: Print the result (pairs, shards, evaluations of the network, seconds, path) as one line of JSON, in place
+            of the path of the folder. It is off by default.
+    """
+
+    prompts_file: str | None = option("data", None)
+    train_data_dir: str | None = option("data", None)
+    image_column: str = option("data", "image")
+    caption_column: str = option("data", "text")
+    caption_extension: str = option("data", ".txt")
+    num_pairs: int | None = option("data", None, at_least(1))
+    model: str = option("model", MINIATURE)
+    lora: tuple[str, ...] = option("model", ())
+    model_options: ModelOptions = field(default_factory=ModelOptions)
+    solver: Literal["dpmsolver++", "euler", "midpoint", "heun"] = option("sampling", "dpmsolver++")
+    num_inference_steps: int = option("sampling", 25, at_least(1))
+    guidance_scale: float = option("sampling", 3.0, check_guidance)
+    guidance_scale_max: float | None = option("sampling", None, at_least(1))
+    negative_prompt: str = option("sampling", "")
+    flow_spacing: Spacing = option("sampling", "uniform")
+    shift: float | None = option("sampling", None, check_positive)
+    seed: int = option("sampling", 0, check_seed)
+    height: int | None = option("image", None, at_least(8))
+    width: int | None = option("image", None, at_least(8))
+    save_images: bool = option("image", False)
+    dtype: Literal["float16", "float32"] = option("image", "float16")
+    pairs_per_shard: int = option("image", 512, at_least(1))
+    batch_size: int = option("memory and speed", 8, at_least(1))
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("memory and speed", "no")
+    output_dir: str = option("image", "d2f-pairs")
+    dry_run: bool = False
+    json: bool = False
+
+    def run(self) -> dict[str, Any]:
+        """Make the pairs that the folder lacks, and return what was made and where it was written.
+
+        Raises:
+            RefusedInputError: An option, the prompts, the model, a LoRA or the output folder cannot be used.
+        """
+        output = Path(self.output_dir)
+        self._refuse_early(output)
+        process = Process.from_environment()
+        with owned_folder(output, process):  # Before the slow imports, so that a refusal comes at once.
+            silence_libraries()
+            return self._make(output, process)
+
+    def _make(self, output: Path, process: Process) -> dict[str, Any]:
+        """Make the pairs in a folder that no other run uses."""
+        started = time.monotonic()
+        from d2f_fast.commands.load_model import load_with_lora
+        from d2f_fast.models.base_model import BaseModel
+        from d2f_fast.tasks.pair_folder import PairFolder, pair_record, settle_record
+        from d2f_fast.tasks.pairs import PairGenerator, evaluations
+
+        prompts = list(self._prompts())
+        loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
+        model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
+        plan, flow = self._plan(prompts, model, loaded)
+        origin: dict[str, object] = {
+            "model": loaded.fingerprints["unet"],
+            "vae": loaded.fingerprints["vae"],
+            "lora": [f"{each['sha256'][:16]}:{each['scale']:g}" for each in loaded.lora],
+        }
+        scheduler = {"flow_spacing": self.flow_spacing, **loaded.scheduler_options}
+        settle_record(output, pair_record(plan, origin, scheduler), process)
+        folder = PairFolder(output, plan, process)
+        device = device_of(int(os.environ.get("LOCAL_RANK", 0)))
+        generator = PairGenerator(model.to(device), flow.to(device), plan, origin)
+        space = folder.check_disk(generator.shape)
+        if process.is_main:
+            finished = plan.num_shards - len(folder.missing)
+            already = f", {finished} of them finished before" if finished else ""
+            by = f", by {process.count} processes" if process.count > 1 else ""
+            for line in (
+                f"Model: {loaded.facts}",
+                f"{plan.num_pairs} pairs of {len(prompts)} prompts in {plan.num_shards} shards{already}{by}; {space}",
+            ):
+                print(f"d2f: {line}", file=sys.stderr)
+        before = time.monotonic()
+        made = folder.fill(generator.shard)
+        rate = made / max(time.monotonic() - before, 1e-9)
+        grid = folder.write_grid(generator)
+        if process.is_main:
+            seen = f"; look at {grid}" if grid is not None else ""
+            print(f"d2f: {made} pairs made here, {rate:.3g} images a second{seen}", file=sys.stderr)
+        each = evaluations(plan.solver, self.num_inference_steps, plan.guidance_scale_max > 1)
+        return {
+            "pairs": plan.num_pairs,
+            "pairs_made": made,
+            "shards": plan.num_shards,
+            "evaluations": made * each,
+            "images_per_second": round(rate, 4),
+            "seconds": round(time.monotonic() - started, 3),
+            "output": str(output),
+        }
+
+    def _plan(self, prompts: list[str], model: Any, loaded: "SampledModel") -> "tuple[PairPlan, Any]":
+        """Return what is made, and the flow along which it is made."""
+        from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+        from d2f_fast.tasks.pairs import PairPlan
+
+        try:
+            scheduler = Diff2FlowScheduler.from_config(
+                loaded.pipeline.scheduler.config, flow_spacing=self.flow_spacing, **loaded.scheduler_options
+            )
+            shift = float(scheduler.config["shift"])
+            times = scheduler.flow.times(self.num_inference_steps, self.flow_spacing, shift)
+        except ValueError as error:
+            raise RefusedInputError(str(error)) from error
+        own = model.unet.config.sample_size
+        sides = own if isinstance(own, list | tuple) else (own, own)
+        height, width = (
+            given or int(side) * model.downsampling
+            for given, side in zip((self.height, self.width), sides, strict=True)
+        )
+        for name, size in (("height", height), ("width", width)):
+            if size % model.downsampling:
+                raise RefusedInputError(f"{name} must be a multiple of {model.downsampling}, got {size}")
+        plan = PairPlan(
+            prompts=prompts,
+            num_pairs=self.num_pairs or len(prompts),
+            pairs_per_shard=self.pairs_per_shard,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            times=times,
+            solver=self.solver,
+            guidance_scale=self.guidance_scale,
+            guidance_scale_max=self.guidance_scale if self.guidance_scale_max is None else self.guidance_scale_max,
+            negative_prompt=self.negative_prompt,
+            height=height,
+            width=width,
+            dtype=self.dtype,
+            precision=self.mixed_precision,
+            save_images=self.save_images,
+        )
+        return plan, scheduler.flow
+
+    def _prompts(self) -> Iterator[str]:
+        """Yield the prompts of the file, and then the captions of the data set.
+
+        Raises:
+            DatasetError: A prompt is too long or not UTF-8, a file holds none, or the data set cannot be used.
+        """
+        from d2f_fast.data.captions import read_prompts
+        from d2f_fast.data.image_folder import CaptionedImages
+
+        if self.prompts_file is not None:
+            yield from read_prompts(Path(self.prompts_file))
+        if self.train_data_dir is not None:
+            images = CaptionedImages(
+                self.train_data_dir, self.image_column, self.caption_column, self.caption_extension
+            )
+            for index in range(len(images)):
+                yield from images.captions(index).alternatives
+
+    def _refuse_early(self, output: Path) -> None:
+        """Refuse, before the slow imports and the sampling, what would be refused after them."""
+        from d2f_fast.files.atomic import make_folder
+
+        if self.prompts_file is None and self.train_data_dir is None:
+            raise RefusedInputError("give --prompts_file, --train_data_dir, or both: pairs need prompts")
+        check_options(self)
+        if self.guidance_scale_max is not None and not 1 <= self.guidance_scale < self.guidance_scale_max:
+            raise RefusedInputError(
+                f"guidance_scale_max must be above guidance_scale, and that at least 1, got {self.guidance_scale_max}"
+                f" and {self.guidance_scale}"
+            )
+        if self.prompts_file is not None and not Path(self.prompts_file).is_file():
+            raise RefusedInputError(f"prompts_file: {printable(self.prompts_file)} is no file: give a text file")
+        if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
+            raise RefusedInputError(
+                f"train_data_dir: {printable(self.train_data_dir)} is not a folder: give the folder of the captioned"
+                " images"
+            )
+        check_model_name(self.model, self.model_options.variant, self.model_options.revision)
+        for adapter in map(parse_lora, self.lora):
+            check_lora_file(adapter.path)
+        if output.exists():
+            make_folder(output)  # This refuses a file of that name.

@@ -1,0 +1,126 @@
+"""`d2f pairs` as a user types it: what it writes, how it goes on, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2f_fast.commands.main import main
+from d2f_fast.data.pairs import PairDataset
+from d2f_fast.files.atomic import make_folder
+from d2f_fast.models.base_model import BaseModel
+from d2f_fast.sampling.integrate import sample_flow, unet_velocity
+
+
+@pytest.fixture
+def make_pairs(tiny_folder: Path, images: Path, tmp_path: Path) -> Callable[..., int]:
+    """Return a function that makes pairs of the tiny model in a folder, and returns the exit code."""
+    (tmp_path / "prompts.txt").write_text("\ufeffab\n\n  c \n")
+
+    def run(output: Path, *more: str) -> int:
+        data = ["--prompts_file", str(tmp_path / "prompts.txt"), "--train_data_dir", str(images)]
+        options = ["--height", "16", "--width", "16", "--num_inference_steps", "2", "--solver", "euler"]
+        return main(["pairs", *data, "--model", str(tiny_folder), "--output_dir", str(output), *options, *more])
+
+    return run
+
+
+def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
+    make_pairs: Callable[..., int], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "pairs"
+    options = ("--num_pairs", "7", "--pairs_per_shard", "4", "--guidance_scale", "2", "--dtype", "float32", "--json")
+    assert make_pairs(output, *options) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["pairs"] == result["pairs_made"] == 7 and result["evaluations"] == 7 * 2 * 2
+    assert "7 pairs of 5 prompts in 2 shards; 0.1 MiB of disk needed" in captured.err
+    assert sorted(path.name for path in output.iterdir()) == ["000000.tar", "000001.tar", "grid.png", "pairs.json"]
+    dataset = PairDataset([output])
+    assert [dataset.prompt(i) for i in range(7)] == ["ab", "c", "abc", "abc", "abc", "ab", "c"]
+    model = BaseModel.load(tiny_folder)
+    meta = dataset.metas[0]
+    assert meta["model"] == model.fingerprints()["unet"] and meta["guidance_scale"] == 2.0 and meta["lora"] == []
+    pair = dataset[6]
+    with torch.no_grad():
+        condition, empty = (model.encode_prompts([text])["encoder_hidden_states"] for text in ("c", ""))
+        velocity = unet_velocity(model.unet, model.flow, condition, empty, 2.0)
+        expected = sample_flow(velocity, torch.from_numpy(pair.noise.copy())[None], 2)
+    assert isinstance(expected, torch.Tensor) and np.abs(expected[0].numpy() - pair.latents).max() < 1e-4
+    before = (output / "000000.tar").stat()
+    (output / "000001.tar").unlink()
+    assert make_pairs(output, *options) == 0
+    assert json.loads(capsys.readouterr().out)["pairs_made"] == 3
+    after = (output / "000000.tar").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert make_pairs(output, *options, "--shift", "2") == 2
+    assert "pairs.json: shift was null and is now 2.0: give the same options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give --prompts_file, --train_data_dir, or both: pairs need prompts"),
+        (["--prompts_file", "no.txt"], "prompts_file: no.txt is no file: give a text file"),
+        (["--train_data_dir", "none"], "train_data_dir: none is not a folder"),
+        (["--prompts_file", "a.txt", "--guidance_scale", "0.5"], "guidance_scale must be 1 or 0"),
+        (["--prompts_file", "a.txt", "--guidance_scale_max", "2"], "guidance_scale_max must be above guidance_scale"),
+        (["--prompts_file", "a.txt", "--guidance_scale", "0", "--guidance_scale_max", "2"], "and that at least 1, got"),
+        (["--prompts_file", "a.txt", "--model", "./m.ckpt"], "is a pickle"),
+        (["--prompts_file", "a.txt", "--lora", "no"], "LoRA no: there is no such file or folder"),
+        (["--prompts_file", "a.txt", "--num_pairs", "0"], "num_pairs must be at least 1, got 0"),
+        (["--prompts_file", "a.txt", "--output_dir", "a.txt"], "a.txt cannot be made a folder"),
+        (["--prompts_file", "a.txt", "--solver", "rk4"], "solver"),
+        (["--prompts_file", "empty.txt"], "empty.txt holds no prompts: write one on each line"),
+        (["--prompts_file", "latin.txt"], "latin.txt, line 2 is not UTF-8 text: save the file as UTF-8"),
+        (["--prompts_file", "a.txt", "--height", "17"], "height must be a multiple of 2, got 17"),
+        (
+            ["--prompts_file", "a.txt", "--flow_spacing", "trailing", "--num_inference_steps", "1500"],
+            "steps must be 1 to 1000 with trailing spacing",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_with_exit_code_2(
+    arguments: list[str],
+    sentence: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("ab")
+    Path("empty.txt").write_text("\n \n")
+    Path("latin.txt").write_bytes(b"a\n\xe9\n")
+    model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
+    try:
+        code = main(["pairs", *model, *arguments])
+    except SystemExit as exit_:  # raised by the option parser
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    error = capsys.readouterr().err
+    assert code == 2 and sentence in error
+    assert not Path("d2f-pairs").exists()
+
+
+def test_folder_in_use_is_refused(
+    make_pairs: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "pairs")
+    code = "import sys; from d2f_fast.files.lock import locked_folder as f\n"
+    code += "with f(sys.argv[1]): print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    try:
+        assert make_pairs(folder) == 2
+    finally:
+        other.communicate("\n")
+    assert f"is in use by process {other.pid}" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""A folder of pairs: what goes on, what is refused, and how processes divide it."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from d2f_fast.data.pair_shards import PairRecord
+from d2f_fast.data.pairs import PairDataset
+from d2f_fast.errors import RefusedInputError
+from d2f_fast.stopping import StopRequestedError
+from d2f_fast.tasks import pair_folder
+from d2f_fast.tasks.pair_folder import PairFolder, pair_record, settle_record
+from d2f_fast.tasks.pairs import PairGenerator, PairPlan
+from d2f_fast.tasks.processes import Process, owned_folder
+
+MakePlan = Callable[..., PairPlan]
+MakeGenerator = Callable[..., PairGenerator]
+SHAPE = (4, 8, 8)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fill(folder: Path, generator: PairGenerator, plan: PairPlan, process: Process = Process()) -> int:  # noqa: B008
+    """Make the pairs of one process as the command does, and return how many it made."""
+    with owned_folder(folder, process):
+        settle_record(folder, pair_record(plan, {"model": "m"}, {}), process)
+        filled = PairFolder(folder, plan, process)
+        made = filled.fill(generator.shard)
+        filled.write_grid(generator)
+        return made
+
+
+class Filled(NamedTuple):
+    """A finished folder, its plan, and a generator that makes the same."""
+
+    folder: Path
+    plan: PairPlan
+    generator: PairGenerator
+
+
+@pytest.fixture(scope="module")
+def filled(make_plan: MakePlan, make_generator: MakeGenerator, tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    folder = tmp_path_factory.mktemp("pairs") / "whole"
+    plan, generator = make_plan(), make_generator()
+    assert fill(folder, generator, plan) == 10
+    return Filled(folder, plan, generator)
+
+
+def test_folder_holds_the_shards_their_record_and_a_grid(filled: Filled) -> None:
+    assert sorted(contents(filled.folder)) == ["000000.tar", "000001.tar", "000002.tar", "grid.png", "pairs.json"]
+    assert len(PairDataset([filled.folder])) == 10
+
+
+def test_folder_of_two_processes_is_equal_byte_for_byte(filled: Filled, tmp_path: Path) -> None:
+    # Process 0 is the one that writes pairs.json, for which the other one waits.
+    assert fill(tmp_path / "two", filled.generator, filled.plan, Process(0, 2)) == 6
+    assert fill(tmp_path / "two", filled.generator, filled.plan, Process(1, 2)) == 4
+    assert contents(tmp_path / "two") == contents(filled.folder)
+
+
+def test_killed_run_goes_on_without_writing_finished_shards_again(filled: Filled, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for name in ("000001.tar", "pairs.json"):
+        (folder / name).write_bytes((filled.folder / name).read_bytes())
+    # What two killed processes leave: locks, and files under temporary names.
+    for name in (".lock", ".lock-process-1", ".tmp-12345678-000000.tar", ".tmp-1-grid.png", ".tmp-2-pairs.json"):
+        (folder / name).write_text("x")
+    (folder / ".tmp-2-pairs.json").unlink()
+    before = (folder / "000001.tar").stat()
+    assert fill(folder, filled.generator, filled.plan) == 6
+    assert contents(folder) == contents(filled.folder)
+    after = (folder / "000001.tar").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert fill(folder, filled.generator, filled.plan) == 0
+
+
+def test_process_leaves_unfinished_files_of_the_others_alone(filled: Filled, tmp_path: Path) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for number in (0, 1):
+        (folder / f".tmp-12345678-00000{number}.tar").touch()
+    PairFolder(folder, filled.plan, Process(1, 2))
+    assert os.listdir(folder) == [".tmp-12345678-000000.tar"]
+
+
+def test_stop_says_how_much_is_finished_and_leaves_no_half_shard(
+    filled: Filled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(number: int) -> Iterator[PairRecord]:
+        pairs = filled.generator.shard(number)
+        yield next(pairs)
+        if number == 1:
+            raise StopRequestedError(15)
+        yield from pairs
+
+    with pytest.raises(StopRequestedError):
+        PairFolder(tmp_path, filled.plan, Process()).fill(stopped)
+    assert "d2f: 1 of 3 shards are finished: the same command makes the others" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["000000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"guidance_scale": 4.0}, "guidance_scale was 3.0 and is now 4.0"),
+        ({"prompts": ("ab", "c", "dx")}, "prompts_sha256 was "),
+        ({"num_pairs": 11}, "num_pairs was 10 and is now 11"),
+        ({"solver": "heun"}, 'solver was "euler" and is now "heun"'),
+    ],
+    ids=str,
+)
+def test_folder_of_other_options_is_refused_with_the_key(
+    options: dict[str, Any], sentence: str, filled: Filled, make_plan: MakePlan
+) -> None:
+    record = pair_record(make_plan(**options), {"model": "m"}, {})
+    for process in (Process(), Process(1, 2)):
+        with pytest.raises(RefusedInputError) as caught:
+            settle_record(filled.folder, record, process)
+        assert sentence in str(caught.value) and "give the same options as before to go on" in str(caught.value)
+
+
+def test_other_model_is_refused_by_its_hash(filled: Filled) -> None:
+    with pytest.raises(RefusedInputError, match='model was "m" and is now "n"'):
+        settle_record(filled.folder, pair_record(filled.plan, {"model": "n"}, {}), Process())
+
+
+def test_shards_without_a_record_are_refused(filled: Filled, tmp_path: Path) -> None:
+    (tmp_path / "000000.tar").touch()
+    with pytest.raises(RefusedInputError, match=r"holds shards and no pairs\.json"):
+        settle_record(tmp_path, pair_record(filled.plan, {}, {}), Process())
+    (tmp_path / "pairs.json").write_text("[]")
+    with pytest.raises(RefusedInputError, match="does not describe pairs"):
+        settle_record(tmp_path, pair_record(filled.plan, {}, {}), Process())
+
+
+def test_process_whose_main_process_never_writes_gives_up(
+    filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair_folder, "_PATIENCE_SECONDS", 0.0)
+    with pytest.raises(RefusedInputError, match="start all processes together"):
+        settle_record(tmp_path, pair_record(filled.plan, {}, {}), Process(1, 2))
+
+
+@pytest.mark.parametrize("cut", [0, 700, 1024])
+def test_finished_shard_that_was_cut_is_refused(cut: int, filled: Filled, tmp_path: Path) -> None:
+    (tmp_path / "000002.tar").write_bytes((filled.folder / "000002.tar").read_bytes()[:cut])
+    with pytest.raises(RefusedInputError, match=r"000002\.tar is damaged: remove it, and run again"):
+        PairFolder(tmp_path, filled.plan, Process())
+
+
+def test_disk_that_is_too_small_is_refused_before_anything_is_made(
+    filled: Filled, make_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(num_pairs=400, pairs_per_shard=100)
+    folder = PairFolder(tmp_path, plan, Process())
+    said = folder.check_disk(SHAPE)
+    needed = float(said.split(" MiB")[0])
+    made = sum(path.stat().st_size for path in filled.folder.glob("*.tar")) / 10
+    assert 0.5 < needed * 2**20 / 400 / made < 1.2 and "free" in said
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr(pair_folder.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RefusedInputError, match=r"are needed, and 1\.0 MiB are free: make room, or give fewer"):
+        folder.check_disk(SHAPE)
