@@ -1,6 +1,7 @@
 """End a command at SIGTERM or SIGINT (Ctrl-C) with one line and an exit code, at any moment and without a traceback."""
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,6 +18,9 @@ REPEAT_SECONDS = 5.0
 # process, say. A command that has nothing to save does not wait longer than this.
 PATIENCE_SECONDS = 5.0
 
+# Exit code of a command whose output nobody reads any more, as in `d2f --help | head`: 128 plus the number of SIGPIPE.
+NO_READER_CODE = 141
+
 # Number of the signal whose exception was raised; None for none.
 _raised: int | None = None
 
@@ -28,13 +32,14 @@ class StopRequestedError(KeyboardInterrupt):
 
     Args:
         number: Number of the signal.
+        kept: What is kept, in words; empty where nothing is.
 
     Attributes:
         exit_code: 128 plus the number of the signal, as a shell gives it: 130 for SIGINT, 143 for SIGTERM.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, kept: str = "") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}{'; ' if kept else ''}{kept}")
         self.number, self.exit_code = number, 128 + number
 
 
@@ -159,10 +164,38 @@ def run_until_stopped(program: str, work: Callable[[], int], *, ends_process: bo
     except SystemExit as end:  # The parser of options raises it.
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
+    except BrokenPipeError:
+        if not ends_process or output_is_read():
+            raise
+        code = NO_READER_CODE
     finally:
         if ends_process:
-            sys.stdout.flush()
+            if not output_is_read() and code == 0:
+                code = NO_READER_CODE
             signals.exit_code = code
         else:
             signals.remove()
     return code
+
+
+def output_is_read() -> bool:
+    """Write out what was printed, and return whether it has a reader; what none reads is thrown away."""
+    is_read = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            # A test's replacement has no descriptor, and a stream that was closed before the start is None.
+            descriptor = stream.fileno()
+        except (AttributeError, OSError):
+            continue
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        # A print that failed leaves nothing to write, so that the pipe itself is asked.
+        lost = any(event & select.POLLERR for _, event in poll.poll(0))
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            lost = True
+        if lost:
+            is_read = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # Python writes the rest once more when it ends.
+    return is_read

@@ -194,6 +194,7 @@ class ExportJob:
 
     def _write_graphs(self, folder: Path) -> None:
         for component in self.components.values():
+            _say_part(f"exporting {component.name}/model.onnx")
             component.module.to(DTYPES[self._precision(component.name)])
             place = folder / component.name
             place.mkdir()
@@ -205,6 +206,7 @@ class ExportJob:
 
     def _write_samplers(self, folder: Path) -> None:
         for path, unroll in self._sampler_files(folder).items():
+            _say_part(f"writing unet/{path.name}")
             write_sampler(
                 path,
                 folder / "unet" / "model.onnx",
@@ -227,8 +229,12 @@ class ExportJob:
 
     def _cases(self) -> dict[str, list[verify.Case]]:
         """Return inputs of each graph with torch's outputs in float32; call it before any module is cast."""
-        cases = {name: verify.component_cases(c, self.sizes.get(name)) for name, c in self.components.items()}
+        cases = {}
+        for name, component in self.components.items():
+            _say_part(f"computing torch's results of {name}")
+            cases[name] = verify.component_cases(component, self.sizes.get(name))
         if "sampler" in self.options.component_names:
+            _say_part("computing torch's results of the sampler")
             sizes = self.sizes.get("unet")
             if sizes is not None and self.options.guidance:
                 sizes = sizes | {"batch": sizes["batch"] // 2}
@@ -253,9 +259,11 @@ class ExportJob:
         rows = []
         for name, found in cases.items():
             if name != "sampler":
+                _say_part(f"comparing {name}/model.onnx with torch")
                 rows += verify.compare(folder / name / "model.onnx", found)
                 continue
             for path, unroll in self._sampler_files(folder).items():
+                _say_part(f"comparing unet/{path.name} with torch")
                 fitting = [case for case in found if unroll in (0, len(case.inputs["timesteps"]))]
                 rows += verify.compare(path, fitting)
         return rows
@@ -296,3 +304,8 @@ class ExportJob:
             "versions": package_versions(),
             "files": list_files(folder),
         }
+
+
+def _say_part(part: str) -> None:
+    """Print which part of the export begins, because a part may take minutes."""
+    print(part, file=sys.stderr, flush=True)

@@ -11,8 +11,25 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.source import LoraSource, check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.unknown_options import refuse_unknown_options
 
 COMPONENTS = ("unet", "text_encoder", "vae_encoder", "vae_decoder", "sampler")
+# Options of optimum's exporter and of diffusers' conversion scripts, each with what to do in its place.
+_FOREIGN_OPTIONS = {
+    "model_path": "give --model",
+    "model_name_or_path": "give --model",
+    "pretrained_model_name_or_path": "give --model",
+    "output_path": "give --output",
+    "output_dir": "give --output",
+    "lora_scale": "give the scale with the file, as --lora FILE:0.8",
+    "fp16": "give --precision fp16",
+    "dtype": "give --precision",
+    "atol": "give --tolerance",
+    "task": "a pipeline is read from its folder: leave it out",
+    "device": "the export runs on the CPU: leave it out",
+    "batch_size": "give --static BATCHxHEIGHTxWIDTH to fix the sizes",
+    "no_dynamic_axes": "give --static BATCHxHEIGHTxWIDTH to fix the sizes",
+}
 TOLERANCES = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
 
 
@@ -257,8 +274,10 @@ def parse(arguments: list[str], program: str) -> ExportOptions:
         program: name that the help shows.
 
     Raises:
-        SystemExit: an option is unknown or has a wrong type (code 2), or help was asked for (code 0).
+        RefusedInputError: the program has no such option.
+        SystemExit: an option has a wrong type (code 2), or help was asked for (code 0).
     """
+    refuse_unknown_options(arguments, program, [option.name for option in fields(ExportOptions)], _FOREIGN_OPTIONS)
     arguments = spell_out_flags(arguments, ["rescale_betas_zero_snr", "vae_reflection_padding"])
     groups = tyro.cli(_Groups, prog=program, args=arguments, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
     held = [getattr(groups, group.name) for group in fields(groups)]

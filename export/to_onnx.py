@@ -1,7 +1,7 @@
 """Export a Stable Diffusion pipeline, aligned or not, to ONNX graphs: `python export/to_onnx.py --help`.
 
-Exit codes: 0 done, 1 a graph does not compute what torch computes, 2 refused input, 130 stopped by Ctrl-C, 143 by
-SIGTERM.
+Exit codes: 0 done, 1 a graph does not compute what torch computes, 2 refused input, 130 stopped by Ctrl-C, 141 the
+output has no reader, 143 stopped by SIGTERM.
 """
 
 import json
@@ -10,16 +10,16 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as `python export/to_onnx.py`: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from d2f_fast import __version__
-from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.options import ExportOptions, parse
-from d2f_fast.files.memory import peak_resident_bytes
-from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.stopping import run_until_stopped, unless_stopped
+
+if TYPE_CHECKING:
+    from d2f_fast.export.options import ExportOptions
 
 PROGRAM = "to_onnx.py"
 
@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> int:
     """Parse the options and export, and return the exit code."""
+    # These imports take a while, in which a signal is handled already.
+    from d2f_fast.errors import RefusedInputError
+    from d2f_fast.export.options import parse
+
     try:
         return _export(parse(given, PROGRAM))
     except RefusedInputError as error:
@@ -47,12 +51,15 @@ def _run(given: list[str]) -> int:
         return 2
 
 
-def _export(options: ExportOptions) -> int:
+def _export(options: "ExportOptions") -> int:
     """Export, print the result, and return the exit code."""
     started = time.monotonic()
+    from d2f_fast.models.library_messages import silence_libraries
+
     silence_libraries()
     from d2f_fast.export.folder import export_folder
     from d2f_fast.export.verify import VerificationError, table_of
+    from d2f_fast.files.memory import peak_resident_bytes
 
     try:
         report = unless_stopped(partial(export_folder, options))

@@ -28,7 +28,7 @@ TIME_LIMIT_S = 900  # stops a process that hangs; a loaded machine takes minutes
 # Imports go one way: a module imports from its own layer or from those above it in this list. A folder lies in one
 # layer, except the embedded miniature: its loader belongs to the models, and the rest of it to the demonstration.
 LAYERS = (
-    {"d2f_fast.errors", "d2f_fast.stopping"},
+    {"d2f_fast.errors", "d2f_fast.stopping", "d2f_fast.unknown_options"},
     {"d2f_fast.config", "d2f_fast.option_pairs", "d2f_fast.files.*", "d2f_fast.flow.*"},
     {"d2f_fast.kernels.*"},
     {"d2f_fast.ops"},
@@ -46,6 +46,7 @@ LAYERS = (
 # What export/ may import, itself or through what it imports.
 ROOMS_OF_EXPORT = (
     *("d2f_fast", "d2f_fast.errors", "d2f_fast.stopping", "d2f_fast.config", "d2f_fast.option_pairs"),
+    "d2f_fast.unknown_options",
     *("d2f_fast.export.*", "d2f_fast.miniature"),
     *(f"d2f_fast.{room}.*" for room in ("models", "flow", "lora", "files", "sampling")),
 )
@@ -53,6 +54,7 @@ ROOMS_OF_EXPORT = (
 
 # Each module of the package has a test file in the same place of tests/, except these.
 TESTED_ELSEWHERE = {
+    "d2f_fast.__main__": "tests/commands/test_main.py runs it, and tests/test_stopping.py stops it while it starts.",
     "d2f_fast.demo.report": "tests/demo/test_run.py reads the report of a whole demonstration.",
     "d2f_fast.demo.rows": "It selects rows for the comparisons and the summary, and is tested through both.",
     "d2f_fast.errors": "It holds the types of errors; the tests of the code that raises them check type and exit code.",

@@ -137,3 +137,70 @@ def test_handlers_from_before_return_when_the_process_goes_on():
 
     assert run_until_stopped("d2f", stopped, ends_process=False) == 143
     assert ([signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)], sys.unraisablehook) == before
+
+
+SLOW_IMPORT = """
+import importlib.abc, runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            print('begun', flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "imported", "program"),
+    [
+        ("runpy.run_module('d2f_fast', run_name='__main__')", "d2f_fast.commands.main", "d2f"),
+        ("runpy.run_module('d2f_fast.export.to_onnx', run_name='__main__')", "d2f_fast.export.options", "to_onnx.py"),
+    ],
+)
+def test_signal_during_the_first_imports_ends_the_command_in_one_line(start, imported, program):
+    command = [sys.executable, "-c", SLOW_IMPORT + start, imported]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, errors) == (130, f"{program}: stopped by SIGINT\n")
+
+
+@pytest.mark.parametrize("output", ["'x' * 10", "'x' * 10**6"])
+def test_command_whose_output_has_no_reader_ends_quietly(output):
+    work = f"""
+def work():
+    print('begun', flush=True)
+    sys.stdin.read()
+    print({output})
+    return 0
+"""
+    code = f"{START}{work}\nsys.exit(run_until_stopped('d2f', work, ends_process=True))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, "")
+
+
+def test_help_whose_output_has_no_reader_ends_quietly():
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    command = [sys.executable, "-m", "d2f_fast", "train", "--help"]
+    done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_broken_pipe_to_another_program_is_an_error_of_the_work():
+    def work() -> int:
+        raise BrokenPipeError("another program")
+
+    with pytest.raises(BrokenPipeError, match="another program"):
+        run_until_stopped("d2f", work, ends_process=False)

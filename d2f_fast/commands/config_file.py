@@ -12,6 +12,7 @@ import yaml
 
 from d2f_fast.config import words_of
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.unknown_options import advice
 
 MAX_CONFIG_BYTES = 1 << 15  # Every option with a long list of layers takes a third; this takes PyYAML 2 seconds.
 MAX_NESTING = 10
@@ -80,7 +81,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def option_value(name: str, value: Any, hints: Mapping[str, Any], path: Path, command: str) -> Any:
+def option_value(
+    name: str, value: Any, hints: Mapping[str, Any], path: Path, command: str, foreign: Mapping[str, str]
+) -> Any:
     """Return a value of a configuration file as its option takes it.
 
     Args:
@@ -89,13 +92,17 @@ def option_value(name: str, value: Any, hints: Mapping[str, Any], path: Path, co
         hints: types of the command's options, by name.
         path: the file, for messages.
         command: the command's name, for messages.
+        foreign: options of other programs and commands by name, each with what to do in its place.
 
     Raises:
         RefusedInputError: The command has no such option, or the value has another type than the option.
     """
     where = f"--config {printable(path)}: {printable(str(name)[:200])}"
     if name not in hints:
-        raise RefusedInputError(f"{where} is not an option of d2f {command}: d2f {command} --help lists them")
+        instead = advice(str(name), hints, foreign)
+        raise RefusedInputError(
+            f"{where} is not an option of d2f {command}: {instead} (d2f {command} --help lists all)"
+        )
     try:
         return _converted(value, hints[name])
     except (TypeError, OverflowError) as error:

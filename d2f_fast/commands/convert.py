@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from d2f_fast.config import at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
@@ -95,6 +96,12 @@ class Convert:
         source = self._input()
         form = self._form(source)
         output = self._output_path(source, form)
+        with locked_place(output.resolve()):  # Two commands would replace each other's output.
+            return self._convert(source, output, form)
+
+    def _convert(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
+        """Convert the input to an output that no other command writes."""
+        output = self._output_path(source, form)  # Another command may have written it meanwhile.
         silence_libraries()
         if self.extract_lora_from is not None:
             details = self._extract(source, output, form)

@@ -13,7 +13,8 @@ class Demo:
 
     Args:
         output_dir: Folder that receives report.html, images, LoRA files and metrics.json; files of an earlier demo are
-            replaced.
+            replaced. A demo that was stopped keeps its finished trainings and measurements there, and the same command
+            goes on from them.
         seed: Seed of training and sampling, from 0 to 2**63 - 1. The same seed gives the same report on one machine.
         dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
         json: Print {"output": the path of the report} as one line of JSON, in place of the path alone. It is off by
@@ -29,7 +30,8 @@ class Demo:
         """Run the demonstration, and return the path of the report.
 
         Raises:
-            RefusedInputError: The seed is out of range, or the output folder cannot be made or is in use.
+            RefusedInputError: The seed is out of range, or the output folder cannot be made, is in use, or holds parts
+                of an unfinished demo with other settings.
         """
         from d2f_fast.files.lock import locked_folder
 
@@ -39,6 +41,6 @@ class Demo:
             from d2f_fast.demo.run import run_demo
             from d2f_fast.training.signals import stop_signals
 
-            # The training runs of the demo are not kept, so that a signal in one of them ends the demo at once.
+            # The demo keeps whole trainings only, so that a signal in one of them ends the demo at once.
             with stop_signals(lambda: False, announce=False):
                 return {"output": str(run_demo(self.output_dir, self.seed))}

@@ -1,6 +1,7 @@
 """`d2f`: choose the command, and turn refusals into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 refused input, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+Exit codes: 0 done, 1 failed, 2 refused input, 130 stopped by Ctrl-C, 141 the output has no reader, 143 stopped by
+SIGTERM.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ from functools import partial
 from d2f_fast import __version__
 from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.demo import Demo
+from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
 from d2f_fast.commands.inspect import Inspect
-from d2f_fast.commands.options import Command, description, parse_options
+from d2f_fast.commands.options import Command, description, options_of, parse_options
 from d2f_fast.commands.pairs import Pairs
 from d2f_fast.commands.sample import Sample
 from d2f_fast.commands.train import Train
@@ -69,23 +71,35 @@ def parse(arguments: Sequence[str]) -> Command:
     if name is None or name not in COMMANDS:
         got = "nothing" if name is None else printable(name)
         raise RefusedInputError(f"give a command ({', '.join(COMMANDS)}), got {got}: see d2f --help")
-    return parse_options(COMMANDS[name], arguments[1:], name)
+    elsewhere = {
+        option.field.name: f"it is an option of d2f {other}"
+        for other, command in COMMANDS.items()
+        for option in options_of(command)
+    }
+    return parse_options(COMMANDS[name], arguments[1:], name, {**elsewhere, **FOREIGN_OPTIONS.get(name, {})})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and return the exit code.
+    """Run the command line inside a Python program, and return the exit code.
 
     Args:
-        arguments: words after `d2f`; None takes those of the process.
+        arguments: words after `d2f`; None takes those of the process, and ends it where a signal arrives afterwards.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    return run_until_stopped("d2f", partial(_run, given), ends_process=arguments is None)
+    return run_until_stopped("d2f", partial(run, given), ends_process=arguments is None)
 
 
-def _run(arguments: Sequence[str]) -> int:
-    """Run the command line up to its exit code; a signal may end it at any moment."""
-    if arguments and arguments[0] in ("-h", "--help", "--version"):
-        print(f"d2f {__version__}" if arguments[0] == "--version" else help_text().rstrip())
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line, and return the exit code; the caller handles signals.
+
+    Args:
+        arguments: words after `d2f`.
+    """
+    if "--version" in arguments[:2]:
+        print(f"d2f {__version__}")
+        return 0
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(help_text().rstrip())
         return 0
     try:
         command = parse(arguments)

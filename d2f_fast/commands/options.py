@@ -27,6 +27,7 @@ from typing import (
 
 from d2f_fast.config import OptionGroup, spell_out_flags
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.unknown_options import refuse_unknown_options
 
 CONFIG_HELP = (
     "YAML file with lines such as `seed: 1`, whose keys are options of this command. Options on the command line"
@@ -86,28 +87,35 @@ def options_of(command: type) -> Iterator[Option]:
             yield Option(field, hint, texts.get(field.name, ""))
 
 
-def parse_options(command: type[CommandType], arguments: Sequence[str], name: str) -> CommandType:
+def parse_options(
+    command: type[CommandType], arguments: Sequence[str], name: str, foreign: Mapping[str, str]
+) -> CommandType:
     """Make a command of what was typed after its name.
 
     Args:
         command: dataclass of the command.
         arguments: words after the command's name.
         name: the command's name as it is typed, such as "train".
+        foreign: options of other programs and commands by name, each with what to do in its place.
 
     Returns:
         The command with its options: those typed, else those of the file given by `--config`, else the defaults.
 
     Raises:
-        RefusedInputError: The configuration file cannot be used, or an option has a value that it does not take.
+        RefusedInputError: The command has no such option, the configuration file cannot be used, or an option has a
+            value that it does not take.
         SystemExit: The arguments cannot be parsed (2), or help was asked for (0).
     """
     options = list(options_of(command))
+    names = ("config", *(option.field.name for option in options))
+    refuse_unknown_options(arguments, f"d2f {name}", names, foreign)
     given: dict[str, Any] = {}
     if path := _config_path(arguments):
         from d2f_fast.commands.config_file import option_value, read_config
 
         hints = {option.field.name: option.hint for option in options}
-        given = {key: option_value(key, value, hints, path, name) for key, value in read_config(path).items()}
+        read = read_config(path)
+        given = {key: option_value(key, value, hints, path, name, foreign) for key, value in read.items()}
     # tyro takes most of the time of a start, so that `d2f --help` and a refused file do without.
     import tyro
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from d2f_fast.config import ObjectiveName, TrainingConfig
 from d2f_fast.demo.generation import single_threaded_operations
@@ -143,6 +144,32 @@ def train_in_parts(
                 trainer.fit(dataset)
         with trainer.averaged():
             measure(point)
+
+
+def averaged_weights(trainer: AlignedTrainer) -> dict[str, Tensor]:
+    """Return copies of a trainer's averaged weights by name."""
+    with trainer.averaged():
+        return {name: weight.detach().clone() for name, weight in trainer.trainable.items()}
+
+
+@torch.no_grad()
+def set_weights(trainer: AlignedTrainer, weights: Mapping[str, Tensor], steps: int) -> None:
+    """Make a trainer that of a finished run.
+
+    Args:
+        trainer: trainer of the same network.
+        weights: averaged weights of the run, of `averaged_weights`.
+        steps: training steps of the run.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    for name, weight in trainer.trainable.items():
+        weight.copy_(weights[name])
+        if trainer.ema is not None:
+            trainer.ema.shadow[name].copy_(weights[name])
+    trainer.global_step = steps
+    trainer.config = dataclasses.replace(trainer.config, max_train_steps=steps)
 
 
 def with_merged_unet(model: BaseModel) -> BaseModel:

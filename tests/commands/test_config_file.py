@@ -70,7 +70,7 @@ def test_list_gives_prompts(tmp_path):
         ("target_modules: to_q", "target_modules must be a list of text or null, got 'to_q'"),
         ("target_modules: [to_q, 3]", "target_modules must be a list of text or null, got ['to_q', 3]"),
         ("lora_alpha: {a: 1}", "lora_alpha must be a number or null, got {'a': 1}"),
-        ("rnak: 3", "rnak is not an option of d2f train: d2f train --help lists them"),
+        ("rnak: 3", "rnak is not an option of d2f train: the nearest is --rank (d2f train --help lists all)"),
         ("config: other.yaml", "config is not an option of d2f train"),
         ("3: 3", "3 is not an option of d2f train"),
     ],

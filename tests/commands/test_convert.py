@@ -3,7 +3,10 @@
 import copy
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.commands.main import main
+from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
 from d2f_fast.models import single_file
@@ -299,6 +303,18 @@ def test_existing_output_is_refused_unless_it_may_be_overwritten(
     assert read_lora(out).layers
     (tmp_path / "folder.safetensors").mkdir()
     assert "is of another kind than the output" in refused(loras[0], tmp_path / "folder.safetensors", "--overwrite")
+
+
+def test_output_that_another_process_writes_is_refused(loras: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "d2f_fast", "convert", str(loras[0]), str(tmp_path / "." / "out.safetensors")]
+    with locked_place(out):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"d2f: {out} is in use by process {os.getpid()}: wait until it ends, or name another output folder\n",
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["photos", "photos/..", "unknown"])

@@ -110,7 +110,6 @@ def test_second_configuration_file_is_refused(capsys):
     ("arguments", "words"),
     [
         (["train"], "--train_data_dir"),
-        ([*TRAIN, "--rnak", "3"], "--rnak"),
         ([*TRAIN, "--rank", "many"], "--rank"),
         ([*TRAIN, "--objective", "other"], "diff2flow"),
     ],

@@ -55,6 +55,8 @@ def test_script_exports_a_component(tiny_folder, tmp_path, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "out" and lines[1].startswith("vae_encoder/model.onnx")
+    parts = ["computing torch's results of vae_encoder", "exporting vae_encoder/model.onnx"]
+    assert done.stderr.splitlines()[-3:] == [*parts, "comparing vae_encoder/model.onnx with torch"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # Writing to a link, or verifying one, uses the folder that it leads to, and the link stays.
     (tmp_path / "link").symlink_to("out")
@@ -124,9 +126,9 @@ def test_unknown_option_is_refused(capsys):
 
 
 def _error(capsys):
-    """Return the one line of an error; only the line that says what the model is taken for may stand before it."""
+    """Return the one line of an error; only the model and the parts that began may be named before it."""
     *before, line = capsys.readouterr().err.splitlines()
-    assert len(before) <= 1 and all(earlier.startswith("Model: ") for earlier in before)
+    assert all(earlier.startswith(("Model: ", "computing ", "exporting ", "comparing ")) for earlier in before)
     return line
 
 

@@ -57,7 +57,7 @@ def start(model: Path, images: Path, output: Path, rank: int, world: int, port: 
             *("--max_train_steps", str(STEPS), "--logging_steps", "1", "--checkpointing_steps", "5", *options),
         ]
         try:
-            work = partial(command_line._run, arguments)
+            work = partial(command_line.run, arguments)
             code = run_until_stopped("d2f", work, ends_process=True)
         except BaseException:
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
