@@ -240,22 +240,32 @@ def write_pairs() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def adapted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
+def adapted(tiny_folder: Path, adapt: Callable[[Path], tuple[Any, dict[str, Path]]]) -> tuple[Any, dict[str, Path]]:
     """A UNet with an active LoRA on every kind of layer, alpha = 2 r, scaled by 0.7; and its files by form."""
+    return adapt(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def adapt(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[Any, dict[str, Path]]]:
+    """Return the function that gives the UNet of a pipeline's folder the LoRA of `adapted`."""
+    return lambda folder: _adapt(folder, tmp_path_factory.mktemp("adapter"))
+
+
+def _adapt(model: Path, folder: Path) -> tuple[Any, dict[str, Path]]:
+    """Return the UNet of the pipeline in `model` with an active LoRA, and the files of it, which are in `folder`."""
     from diffusers import StableDiffusionPipeline
     from safetensors.torch import save_file
 
     from d2f_fast.lora.inject import inject_lora, lora_layers
     from d2f_fast.lora.write import save_lora
 
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
     torch.manual_seed(5)
     inject_lora(pipeline.unet, 3, alpha=6, conv_rank=2, first_last_layers=True)
     with torch.no_grad():
         for name, parameter in pipeline.unet.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
-    folder = tmp_path_factory.mktemp("adapter")
     peft = save_lora(pipeline.unet, folder)
     kohya = {}
     for name, layer in lora_layers(pipeline.unet).items():

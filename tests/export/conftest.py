@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
@@ -30,13 +31,22 @@ def one_level_folder(
     tiny_folder: Path, one_level: dict[str, Any], shared_folder: Callable[[str, Callable[[Path], object]], Path]
 ) -> Path:
     """Save the tiny pipeline with a UNet of a single level, and return its folder."""
-    import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
     torch.manual_seed(0)
     pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | one_level)
     return shared_folder("one_level", lambda folder: pipeline.save_pretrained(folder / "pipeline")) / "pipeline"
+
+
+@pytest.fixture
+def tiny_xl(tiny_xl: Any, one_level: dict[str, Any]) -> Any:
+    """Return the tiny pipeline of SDXL's classes, with a UNet of a single level."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    tiny_xl.unet = UNet2DConditionModel.from_config(dict(tiny_xl.unet.config) | one_level)
+    return tiny_xl
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +65,9 @@ def export_once(shared_folder: Callable[[str, Callable[[Path], object]], Path]) 
 
 
 @pytest.fixture(scope="session")
-def exported(tiny_folder: Path, export_once: MakeFolder) -> tuple[Path, Report]:
-    """Export the tiny pipeline in float32 with every component and an unrolled sampler of 2 steps."""
-    return export_once("exported", model=str(tiny_folder), unroll=2)
+def exported(one_level_folder: Path, export_once: MakeFolder) -> tuple[Path, Report]:
+    """Export the one-level pipeline in float32 with every component and an unrolled sampler of 2 steps."""
+    return export_once("exported", model=str(one_level_folder), unroll=2)
 
 
 @pytest.fixture(scope="session")
@@ -73,22 +83,22 @@ def unrolled_miniature(export_once: MakeFolder) -> tuple[Path, Report]:
 
 
 @pytest.fixture(scope="session")
-def exported_unet(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
-    """Return a function that exports the UNet of the tiny pipeline, or what its options ask for."""
+def exported_unet(one_level_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
+    """Return a function that exports the UNet of the one-level pipeline, or what its options ask for."""
 
     def export(**options: Any) -> tuple[Path, Report]:
         folder = tmp_path_factory.mktemp("exported") / "graphs"
-        made = {"model": str(tiny_folder), "output": str(folder), "components": "unet", **options}
+        made = {"model": str(one_level_folder), "output": str(folder), "components": "unet", **options}
         return folder, export_folder(ExportOptions(**made))
 
     return export
 
 
 @pytest.fixture(scope="session")
-def exported_half(tiny_folder: Path, export_once: MakeFolder) -> tuple[Path, Report]:
-    """Export the tiny UNet in float16 and one size, with a sampler without guidance."""
+def exported_half(one_level_folder: Path, export_once: MakeFolder) -> tuple[Path, Report]:
+    """Export the one-level UNet in float16 and one size, with a sampler without guidance."""
     half = {"precision": "fp16", "static": "1x16x24", "guidance": False}
-    return export_once("exported_half", model=str(tiny_folder), components="unet,sampler", steps="1,3", **half)
+    return export_once("exported_half", model=str(one_level_folder), components="unet,sampler", steps="1,3", **half)
 
 
 @pytest.fixture(scope="session")

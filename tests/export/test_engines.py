@@ -34,8 +34,8 @@ def test_report_has_an_engine_command_for_every_graph(exported):
     assert "--maxShapes=sample:4x3x24x24 " in lines["vae_encoder/model.onnx"]
 
 
-def test_engine_commands_of_a_model_of_wide_images_are_wide(exported, tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "model")
+def test_engine_commands_of_a_model_of_wide_images_are_wide(exported, one_level_folder, tmp_path):
+    shutil.copytree(one_level_folder, tmp_path / "model")
     config = json.loads((tmp_path / "model/unet/config.json").read_text())
     (tmp_path / "model/unet/config.json").write_text(json.dumps(config | {"sample_size": [8, 12]}))
     lines = " ".join(engine_commands(exported[0], BaseModel.load(tmp_path / "model"), True, (1, 2, 4, 8)))
@@ -76,7 +76,7 @@ def _run_engine(path, profiles, feed, output_shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("target", ["ort", "tensorrt"])
-def test_engines_return_what_onnx_runtime_returns(target, exported_unet, tiny_folder):
+def test_engines_return_what_onnx_runtime_returns(target, exported_unet, one_level_folder):
     folder, report = exported_unet(target=target, components="unet,sampler", steps="2", unroll=2)
     sizes = {"height": [4, 8, 12], "width": [4, 8, 12], "batch": [1, 2, 4], "sequence": [8] * 3, "steps": [1, 2, 4]}
     random = np.random.default_rng(0)

@@ -13,8 +13,8 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.inference import OnnxPipeline
 
 
-def test_token_ids_are_those_of_transformers(exported, tiny_folder):
-    tokenizer = StableDiffusionPipeline.from_pretrained(tiny_folder).tokenizer
+def test_token_ids_are_those_of_transformers(exported, one_level_folder):
+    tokenizer = StableDiffusionPipeline.from_pretrained(one_level_folder).tokenizer
     texts = ["", "ab", "abcdefgh ijklm nop qr"]
     want = tokenizer(texts, padding="max_length", max_length=8, truncation=True).input_ids
     assert [entry.ids for entry in OnnxPipeline(exported[0]).tokenizers["tokenizer"].encode_batch(texts)] == want

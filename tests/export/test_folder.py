@@ -47,12 +47,12 @@ def test_every_component_is_equal_to_torch_at_sizes_that_were_not_traced(exporte
     assert 154 in {row["sizes"]["encoder_hidden_states"][1] for row in single if row["graph"].startswith("unet")}
 
 
-def test_fractional_timestep_changes_the_output(exported, tiny_folder):
+def test_fractional_timestep_changes_the_output(exported, one_level_folder):
     folder, _ = exported
     session = onnxruntime.InferenceSession(folder / "unet/model.onnx")
     (timestep,) = [value for value in session.get_inputs() if value.name == "timestep"]
     assert (timestep.type, timestep.shape) == ("tensor(float)", [])
-    unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
+    unet = StableDiffusionPipeline.from_pretrained(one_level_folder).unet
     sample, context = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 16)
 
     def at(t):
@@ -81,10 +81,10 @@ def test_half_precision_halves_the_file_and_keeps_times_in_float32(exported, exp
 
 @pytest.mark.parametrize("force_upcast", [True, False])
 def test_half_precision_leaves_an_autoencoder_that_overflows_in_float32(
-    force_upcast, tiny_folder, tmp_path, monkeypatch
+    force_upcast, one_level_folder, tmp_path, monkeypatch
 ):
     model = tmp_path / "model"
-    shutil.copytree(tiny_folder, model)
+    shutil.copytree(one_level_folder, model)
     config = json.loads((model / "vae/config.json").read_text())
     (model / "vae/config.json").write_text(json.dumps(config | {"force_upcast": force_upcast}))
     converted = {}
@@ -111,7 +111,7 @@ def test_bfloat16_is_a_valid_graph_of_opset_23(exported_unet, one_level_folder):
     assert types == {onnx.TensorProto.BFLOAT16}
 
 
-def test_invalid_graph_is_refused_even_where_graphs_are_not_run(tiny_folder, tmp_path, monkeypatch):
+def test_invalid_graph_is_refused_even_where_graphs_are_not_run(one_level_folder, tmp_path, monkeypatch):
     save = folder_module.graphs.save
 
     def save_wrong(model, path, external):
@@ -119,7 +119,7 @@ def test_invalid_graph_is_refused_even_where_graphs_are_not_run(tiny_folder, tmp
         save(model, path, external)
 
     monkeypatch.setattr(folder_module.graphs, "save", save_wrong)
-    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="text_encoder")
+    options = ExportOptions(model=str(one_level_folder), output=str(tmp_path / "out"), components="text_encoder")
     with pytest.raises(verify.VerificationError, match=r"text_encoder/model\.onnx is not a valid ONNX model"):
         export_folder(replace(options, skip_verify=True))
     assert list(tmp_path.iterdir()) == []
@@ -134,8 +134,8 @@ def test_static_export_has_numbers_for_sizes(exported_static):
     assert report["trtexec"][0].count("Shapes") == 0
 
 
-def test_graphs_of_another_model_fail_the_verification(exported, tiny_folder, tmp_path):
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+def test_graphs_of_another_model_fail_the_verification(exported, one_level_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(one_level_folder)
     with torch.no_grad():
         pipeline.unet.conv_out.bias += 1
     pipeline.save_pretrained(tmp_path / "other")
@@ -144,15 +144,15 @@ def test_graphs_of_another_model_fail_the_verification(exported, tiny_folder, tm
         export_folder(options)
 
 
-def test_failed_export_is_kept_where_asked(tiny_folder, tmp_path, monkeypatch):
+def test_failed_export_is_kept_where_asked(one_level_folder, tmp_path, monkeypatch):
     _broken_graphs(monkeypatch)
     options = ExportOptions(
-        model=str(tiny_folder), output=str(tmp_path / "out"), components="vae_encoder", keep_failed=True
+        model=str(one_level_folder), output=str(tmp_path / "out"), components="text_encoder", keep_failed=True
     )
     with pytest.raises(verify.VerificationError, match="the graphs are in"):
         export_folder(options)
     assert [path.name for path in tmp_path.iterdir()] == ["out-failed"]
-    assert (tmp_path / "out-failed/vae_encoder/model.onnx").is_file()
+    assert (tmp_path / "out-failed/text_encoder/model.onnx").is_file()
 
 
 def _rms(got, want):

@@ -69,11 +69,11 @@ def test_sdxl_pipeline_in_half_precision(tiny_xl, tmp_path):
 
 
 @pytest.fixture
-def marigold(tiny_folder, one_level, tmp_path):
+def marigold(one_level_folder, tmp_path):
     """Return a depth pipeline in Marigold's layout, and save it in model/."""
-    base = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    base = StableDiffusionPipeline.from_pretrained(one_level_folder)
     pipeline = MarigoldDepthPipeline(
-        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | one_level | {"in_channels": 8}),
+        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | {"in_channels": 8}),
         vae=base.vae,
         scheduler=DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction"),
         text_encoder=base.text_encoder,
@@ -130,11 +130,11 @@ def test_marigold_folder_returns_the_depth_of_diffusers(marigold, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_folder, tmp_path_factory):
+def trained(one_level_folder, tmp_path_factory):
     """Return a trainer after three steps, and the folder in which it saved lora/ and pipeline/."""
     folder = tmp_path_factory.mktemp("trained")
     config = TrainingConfig(output_dir=str(folder / "run"), resolution=16, rank=2, learning_rate=0.05)
-    trainer = AlignedTrainer.from_pretrained(tiny_folder, config)
+    trainer = AlignedTrainer.from_pretrained(one_level_folder, config)
     for _ in range(3):
         trainer.step({"latents": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 8, 16)})
     trainer.save_lora(folder / "lora")
@@ -142,9 +142,9 @@ def trained(tiny_folder, tmp_path_factory):
     return trainer, folder
 
 
-def test_exported_weights_are_those_that_the_trainer_saved(trained, tiny_folder):
+def test_exported_weights_are_those_that_the_trainer_saved(trained, one_level_folder):
     trainer, folder = trained
-    merged = ExportJob(ExportOptions(model=str(tiny_folder), lora=(str(folder / "lora"),)))
+    merged = ExportJob(ExportOptions(model=str(one_level_folder), lora=(str(folder / "lora"),)))
     saved = ExportJob(ExportOptions(model=str(folder / "pipeline")))
     assert merged.adapters[0]["relative_change"] > 0.01
     weights = saved.model.unet.state_dict()
@@ -186,28 +186,28 @@ def test_model_that_predicts_the_flow_is_sampled_by_euler_steps_with_its_own_shi
     np.testing.assert_allclose(got, state.numpy(), rtol=0, atol=1e-5 * state.abs().max().item())
 
 
-def test_lora_of_naive_flow_matching_is_sampled_as_it_was_trained(tiny_folder, tmp_path):
+def test_lora_of_naive_flow_matching_is_sampled_as_it_was_trained(one_level_folder, tmp_path):
     for form in ("diffusers", "published"):
         options = {"resolution": 16, "objective": "fm", "fm_form": form, "rank": 2, "sampling_shift": 2.0}
-        trainer = AlignedTrainer.from_pretrained(tiny_folder, TrainingConfig(output_dir=str(tmp_path), **options))
+        trainer = AlignedTrainer.from_pretrained(one_level_folder, TrainingConfig(output_dir=str(tmp_path), **options))
         trainer.step({"latents": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 8, 16)})
         trainer.save_lora(tmp_path / form)
     trainer.save_pipeline(tmp_path / "pipeline")
-    job = ExportJob(ExportOptions(model=str(tiny_folder), lora=(str(tmp_path / "diffusers"),)))
+    job = ExportJob(ExportOptions(model=str(one_level_folder), lora=(str(tmp_path / "diffusers"),)))
     assert job.flow.prediction_type == "flow_prediction" and job.shift == 2.0
     assert job.tables[2].times == pytest.approx([0.0, 1 / 3, 1.0])
-    stated = ExportJob(ExportOptions(model=str(tiny_folder), lora=(str(tmp_path / "diffusers"),), shift=1.0))
+    stated = ExportJob(ExportOptions(model=str(one_level_folder), lora=(str(tmp_path / "diffusers"),), shift=1.0))
     assert stated.shift == 1.0 and stated.tables[2].times == [0.0, 0.5, 1.0]
     for published in (
-        ExportOptions(model=str(tiny_folder), lora=(str(tmp_path / "published"),)),
+        ExportOptions(model=str(one_level_folder), lora=(str(tmp_path / "published"),)),
         ExportOptions(model=str(tmp_path / "pipeline")),
     ):
         with pytest.raises(RefusedInputError, match=r"fed the flow time itself \(fm_form published\), which no stock"):
             ExportJob(published)
 
 
-def test_damaged_tags_of_a_model_are_refused_with_their_file(tiny_folder, tmp_path):
-    model = shutil.copytree(tiny_folder, tmp_path / "model")
+def test_damaged_tags_of_a_model_are_refused_with_their_file(one_level_folder, tmp_path):
+    model = shutil.copytree(one_level_folder, tmp_path / "model")
     for text, sentence in (
         ("[1]", "d2f.json is not a JSON object"),
         ('{"d2f.shift": "x"}', "its shift cannot be used .*: give --shift"),
@@ -219,8 +219,8 @@ def test_damaged_tags_of_a_model_are_refused_with_their_file(tiny_folder, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_sd2_pipeline_with_v_prediction(precision, tiny_folder, tmp_path):
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+def test_sd2_pipeline_with_v_prediction(precision, one_level_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(one_level_folder)
     config = dict(pipeline.unet.config) | {"use_linear_projection": True, "upcast_attention": True}
     torch.manual_seed(2)
     pipeline.unet = UNet2DConditionModel.from_config(config)

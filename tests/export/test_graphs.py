@@ -55,8 +55,8 @@ def test_fused_operations_of_this_package_become_standard_nodes(tmp_path):
 
 
 @pytest.mark.slow
-def test_network_on_the_fused_path_becomes_standard_nodes(tiny_folder, tmp_path):
-    unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
+def test_network_on_the_fused_path_becomes_standard_nodes(one_level_folder, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(one_level_folder / "unet")
     inject_lora(unet, 2, alpha=4, first_last_layers=True)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():

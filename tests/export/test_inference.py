@@ -101,8 +101,8 @@ def test_gpu_generates_the_images_of_the_cpu(provider, form, unrolled_miniature)
 
 @pytest.mark.parametrize(("strength", "left"), [(0.5, 2), (0.1, 1), (1.0, 4)])
 @pytest.mark.parametrize("form", ["loop", "folder"])
-def test_image_to_image_continues_from_the_noised_image(form, strength, left, exported, tiny_folder):
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+def test_image_to_image_continues_from_the_noised_image(form, strength, left, exported, one_level_folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(one_level_folder)
     alignment = Alignment.from_scheduler(pipeline.scheduler)
     pixels = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
     noise = np.random.default_rng(2).standard_normal((1, 4, 8, 8), np.float32)
@@ -143,7 +143,7 @@ def test_sample_command_generates_with_an_export_folder(exported, tmp_path, caps
     ("options", "sentence"),
     [
         (["--num_inference_steps", "5"], "steps must be one of 1, 2, 4, 8, got 5: export with --steps for others"),
-        (["--height", "18"], "height 18 is not a multiple of 4"),
+        (["--height", "17"], "height 17 is not a multiple of 2"),
         (["--shift", "3"], "shift was settled when"),
         (["--lora", "run"], "lora was settled when"),
     ],
@@ -206,7 +206,7 @@ def test_invalid_arguments_are_refused(exported, exported_half):
         pipeline(["ab"], guidance_scale=0.5)
     with pytest.raises(RefusedInputError, match="seed must be 0 or above, got -1"):
         pipeline(["ab"], seed=-1)
-    with pytest.raises(RefusedInputError, match="height 0 is not a multiple of 4"):
+    with pytest.raises(RefusedInputError, match="height 0 is not a multiple of 2"):
         pipeline(["ab"], height=0)
     with pytest.raises(RefusedInputError, match="form must be one of loop, folder, unrolled, got 'lop'"):
         OnnxPipeline(exported[0], form="lop")

@@ -15,8 +15,8 @@ from d2f_fast.export.verify import relative_errors
 from d2f_fast.lora.source import LORA_FILE
 
 
-def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_unet, tiny_folder):
-    unet, files = adapted
+def test_export_with_lora_equals_the_active_adapter(adapt, exported, exported_unet, one_level_folder):
+    unet, files = adapt(one_level_folder)
     folder, report = exported_unet(
         lora=(f"{files['kohya']}:0.3", f"{files['peft']}:0.4")
     )  # 0.7 in all, the scale of the active adapter
@@ -31,7 +31,7 @@ def test_export_with_lora_equals_the_active_adapter(adapted, exported, exported_
     assert not [tensor.name for tensor in models[0].initializer if "lora" in tensor.name]
     adapters = [(entry["file"], entry["scale"]) for entry in report["adapters"]]
     assert adapters == [("kohya.safetensors", 0.3), (LORA_FILE, 0.4)]
-    again = ExportOptions(model=str(tiny_folder), output=str(folder), verify_only=True)
+    again = ExportOptions(model=str(one_level_folder), output=str(folder), verify_only=True)
     asked = rf"exported with --lora kohya\.safetensors:0\.3 --lora {re.escape(LORA_FILE)}:0\.4: give it again"
     with pytest.raises(RefusedInputError, match=asked):
         export_folder(again)

@@ -59,12 +59,14 @@ def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_full_disk_is_refused_in_one_line(tiny_folder, tmp_path, monkeypatch):
+def test_full_disk_is_refused_in_one_line(one_level_folder, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folder_module.graphs, "save", full)
     monkeypatch.setattr(folder_module.graphs, "convert", lambda *_: object())
     with pytest.raises(RefusedInputError, match=r"out: the disk is full, [\d.]+ MiB free; make room and run again"):
-        export_folder(ExportOptions(model=str(tiny_folder), output=str(tmp_path / "out"), components="vae_encoder"))
+        export_folder(
+            ExportOptions(model=str(one_level_folder), output=str(tmp_path / "out"), components="vae_encoder")
+        )
     assert list(tmp_path.iterdir()) == []

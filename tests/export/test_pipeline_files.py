@@ -13,17 +13,17 @@ from d2f_fast.export.source import load_model
 from d2f_fast.flow.naive_flow import NaiveFlow
 
 
-def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, tiny_folder):
+def test_scheduler_and_tokenizer_load_in_their_own_libraries(exported, one_level_folder):
     folder, _ = exported
     scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    source = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    source = StableDiffusionPipeline.from_pretrained(one_level_folder)
     assert torch.equal(scheduler.alphas_cumprod, source.scheduler.alphas_cumprod)
     assert scheduler.config.prediction_type == "epsilon"
     assert AutoTokenizer.from_pretrained(folder / "tokenizer")("ab c").input_ids == source.tokenizer("ab c").input_ids
 
 
-def test_network_that_predicts_the_flow_gets_a_stock_flow_scheduler(tiny_folder, tmp_path):
-    write_pipeline_files(tmp_path, load_model(str(tiny_folder), None).pipeline, NaiveFlow(), 3.0)
+def test_network_that_predicts_the_flow_gets_a_stock_flow_scheduler(one_level_folder, tmp_path):
+    write_pipeline_files(tmp_path, load_model(str(one_level_folder), None).pipeline, NaiveFlow(), 3.0)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
     scheduler = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "scheduler")
@@ -32,10 +32,10 @@ def test_network_that_predicts_the_flow_gets_a_stock_flow_scheduler(tiny_folder,
 
 
 @pytest.mark.parametrize("sampling", ["use_karras_sigmas", "use_exponential_sigmas", "interpolation_type"])
-def test_scheduler_steps_through_trained_times_whatever_the_models_settings(sampling, tiny_folder, tmp_path):
+def test_scheduler_steps_through_trained_times_whatever_the_models_settings(sampling, one_level_folder, tmp_path):
     model, folder = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(tiny_folder, model)
-    source = DDIMScheduler.from_pretrained(tiny_folder / "scheduler")
+    shutil.copytree(one_level_folder, model)
+    source = DDIMScheduler.from_pretrained(one_level_folder / "scheduler")
     own = {sampling: "log_linear" if sampling == "interpolation_type" else True, "final_sigmas_type": "sigma_min"}
     EulerDiscreteScheduler.from_config(source.config, **own).save_pretrained(model / "scheduler")
     folder.mkdir()

@@ -24,10 +24,10 @@ def test_every_graph_of_an_export_is_ready(exported):
     assert loops["unet/sampler.onnx"] == 1 and sum(loops.values()) == 1
 
 
-def test_opset_23_has_one_node_for_each_normalisation_and_attention(exported_unet, tiny_folder):
+def test_opset_23_has_one_node_for_each_normalisation_and_attention(exported_unet, one_level_folder):
     _, report = exported_unet(target="tensorrt", components="unet,sampler", steps="2", static="1x16x24")
     found = report["tensorrt"]["unet/model.onnx"]
-    unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
+    unet = StableDiffusionPipeline.from_pretrained(one_level_folder).unet
     attentions = sum(type(module).__name__ == "Attention" for module in unet.modules())
     norms = sum(isinstance(module, nn.GroupNorm) for module in unet.modules())
     assert (found["operators"]["Attention"], found["operators"]["GroupNormalization"]) == (attentions, norms)

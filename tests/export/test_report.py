@@ -25,7 +25,7 @@ def test_report_lists_every_file_and_its_hash(exported):
 
 @pytest.mark.parametrize(
     ("made", "model"),
-    [("exported", "tiny_folder"), ("exported_half", "tiny_folder"), ("exported_static", "one_level_folder")],
+    [("exported", "one_level_folder"), ("exported_half", "one_level_folder"), ("exported_static", "one_level_folder")],
 )
 def test_export_is_verified_again_with_its_own_options(made, model, request):
     folder, report = request.getfixturevalue(made)
@@ -36,25 +36,25 @@ def test_export_is_verified_again_with_its_own_options(made, model, request):
         export_folder(replace(options, tolerance=1e-9))
 
 
-def test_report_without_options_is_refused(exported, tiny_folder, tmp_path):
+def test_report_without_options_is_refused(exported, one_level_folder, tmp_path):
     shutil.copytree(exported[0], tmp_path / "copy")
     (tmp_path / "copy/export.json").write_text('{"files": {}}')
-    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    options = ExportOptions(model=str(one_level_folder), output=str(tmp_path / "copy"), verify_only=True)
     with pytest.raises(RefusedInputError, match=r"export\.json is not the report of an export: export again"):
         export_folder(options)
 
 
-def test_verification_without_the_autoencoder_of_the_export_is_refused(exported, tiny_folder, tmp_path):
+def test_verification_without_the_autoencoder_of_the_export_is_refused(exported, one_level_folder, tmp_path):
     shutil.copytree(exported[0], tmp_path / "copy")
     (tmp_path / "copy/export.json").write_text(json.dumps(exported[1] | {"vae": "taesd"}))
-    options = ExportOptions(model=str(tiny_folder), output=str(tmp_path / "copy"), verify_only=True)
+    options = ExportOptions(model=str(one_level_folder), output=str(tmp_path / "copy"), verify_only=True)
     with pytest.raises(
         RefusedInputError, match="copy was exported with --vae taesd: give it again to verify the export"
     ):
         export_folder(options)
 
 
-def test_verification_of_changed_files_is_refused(exported, tiny_folder, tmp_path):
+def test_verification_of_changed_files_is_refused(exported, one_level_folder, tmp_path):
     copy = tmp_path / "graphs"
     shutil.copytree(exported[0], copy)
     with (copy / "unet/model.onnx.data").open("r+b") as file:
@@ -62,10 +62,10 @@ def test_verification_of_changed_files_is_refused(exported, tiny_folder, tmp_pat
     with pytest.raises(
         RefusedInputError, match=r"model.onnx.data is missing or differs from what was exported: export again"
     ):
-        export_folder(ExportOptions(model=str(tiny_folder), output=str(copy), verify_only=True))
+        export_folder(ExportOptions(model=str(one_level_folder), output=str(copy), verify_only=True))
 
 
-def test_report_has_no_path_of_the_machine(exported, tiny_folder: Path):
+def test_report_has_no_path_of_the_machine(exported, one_level_folder: Path):
     text = (exported[0] / "export.json").read_text()
-    assert str(tiny_folder.parent) not in text
-    assert str(tiny_folder.parent).encode() not in (exported[0] / "unet/model.onnx").read_bytes()
+    assert str(one_level_folder.parent) not in text
+    assert str(one_level_folder.parent).encode() not in (exported[0] / "unet/model.onnx").read_bytes()

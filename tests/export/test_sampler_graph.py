@@ -50,8 +50,8 @@ def _python_loop(session, feed, table):
 
 
 @pytest.fixture(scope="module")
-def alignment(tiny_folder):
-    return Alignment.from_scheduler(DDIMScheduler.from_pretrained(tiny_folder, subfolder="scheduler"))
+def alignment(one_level_folder):
+    return Alignment.from_scheduler(DDIMScheduler.from_pretrained(one_level_folder, subfolder="scheduler"))
 
 
 def test_one_session_serves_every_number_of_steps(exported, alignment):
@@ -77,11 +77,11 @@ def test_unrolled_form_equals_the_loop(exported, alignment):
     assert relative_errors(unrolled, loop)[0] <= 1e-5
 
 
-def test_steps_equal_those_of_ddim_between_the_same_nodes(exported, alignment, tiny_folder):
+def test_steps_equal_those_of_ddim_between_the_same_nodes(exported, alignment, one_level_folder):
     # The start is a training timestep, which DDIM has too; there, flow Euler and DDIM (eta 0) take the same step.
     folder, _ = exported
-    unet = StableDiffusionPipeline.from_pretrained(tiny_folder).unet
-    scheduler = DDIMScheduler.from_pretrained(tiny_folder, subfolder="scheduler", timestep_spacing="trailing")
+    unet = StableDiffusionPipeline.from_pretrained(one_level_folder).unet
+    scheduler = DDIMScheduler.from_pretrained(one_level_folder, subfolder="scheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(4)
     nodes = torch.cat([alignment.flow_time(scheduler.timesteps.double()), torch.ones(1)]).double()
     a, b = alignment.euler_coefficients(nodes[:-1], nodes[1:])
@@ -93,11 +93,11 @@ def test_steps_equal_those_of_ddim_between_the_same_nodes(exported, alignment, t
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_steps_of_a_flow_network_are_euler_steps_in_sigma(exported, tiny_folder, shift):
+def test_steps_of_a_flow_network_are_euler_steps_in_sigma(exported, one_level_folder, shift):
     folder, _ = exported
     table = step_table(NaiveFlow(), 3, shift)
     feed = _feed(table) | {"guidance_scale": np.asarray(1, np.float32)}
-    unet = UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet")
+    unet = UNet2DConditionModel.from_pretrained(one_level_folder, subfolder="unet")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[1, 2 / 3, 1 / 3])
     assert table.sigmas == pytest.approx(scheduler.sigmas.tolist())

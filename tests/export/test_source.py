@@ -17,7 +17,7 @@ from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.verify import open_session
 
 
-def test_tiny_autoencoder_takes_the_place_of_the_models_own(tiny_folder, tmp_path):
+def test_tiny_autoencoder_takes_the_place_of_the_models_own(one_level_folder, tmp_path):
     torch.manual_seed(1)
     tiny = AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
@@ -27,7 +27,7 @@ def test_tiny_autoencoder_takes_the_place_of_the_models_own(tiny_folder, tmp_pat
     ).eval()
     tiny.save_pretrained(tmp_path / "taesd")
     folder = tmp_path / "out"
-    options = {"model": str(tiny_folder), "vae": str(tmp_path / "taesd"), "output": str(folder)}
+    options = {"model": str(one_level_folder), "vae": str(tmp_path / "taesd"), "output": str(folder)}
     report = export_folder(ExportOptions(**options, components="vae_encoder,vae_decoder"))
     assert max(row["rms"] for row in report["parity"]) <= 5e-6 and report["vae"] == "taesd"
     assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderTiny"]
@@ -40,32 +40,32 @@ def test_tiny_autoencoder_takes_the_place_of_the_models_own(tiny_folder, tmp_pat
         np.testing.assert_allclose(decoded, tiny.decode(want).sample, atol=1e-5)
 
 
-def test_autoencoder_of_another_model_is_refused(tiny_folder, tmp_path):
+def test_autoencoder_of_another_model_is_refused(one_level_folder, tmp_path):
     for options, sentence in (
         ({"latent_channels": 16}, "has 16 latent channels, the UNet has 4: give one made for this model"),
         ({}, "has 8 pixels per latent, the model's own has 2: give one made for this model"),
     ):
         AutoencoderTiny(**options).save_pretrained(tmp_path / "other")
         with pytest.raises(RefusedInputError, match=f"autoencoder .*other {sentence}"):
-            export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "other"), output="out"))
-    UNet2DConditionModel.from_pretrained(tiny_folder / "unet").save_pretrained(tmp_path / "unet")
+            export_folder(ExportOptions(model=str(one_level_folder), vae=str(tmp_path / "other"), output="out"))
+    UNet2DConditionModel.from_pretrained(one_level_folder / "unet").save_pretrained(tmp_path / "unet")
     with pytest.raises(RefusedInputError, match="unet is a UNet2DConditionModel: give an AutoencoderKL or an"):
-        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "unet"), output="out"))
+        export_folder(ExportOptions(model=str(one_level_folder), vae=str(tmp_path / "unet"), output="out"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(RefusedInputError, match=r"autoencoder .*/empty cannot be loaded \("):
-        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "empty"), output="out"))
+        export_folder(ExportOptions(model=str(one_level_folder), vae=str(tmp_path / "empty"), output="out"))
     with pytest.raises(RefusedInputError, match=r"autoencoder .*/none does not exist: give a hub id, a folder or"):
-        export_folder(ExportOptions(model=str(tiny_folder), vae=str(tmp_path / "none"), output="out"))
+        export_folder(ExportOptions(model=str(one_level_folder), vae=str(tmp_path / "none"), output="out"))
 
 
 @pytest.mark.slow
-def test_autoencoder_is_exported_with_reflection_padding(tiny_folder, tmp_path):
-    options = {"model": str(tiny_folder), "output": str(tmp_path), "components": "vae_encoder,vae_decoder"}
+def test_autoencoder_is_exported_with_reflection_padding(one_level_folder, tmp_path):
+    options = {"model": str(one_level_folder), "output": str(tmp_path), "components": "vae_encoder,vae_decoder"}
     report = export_folder(ExportOptions(**options, vae_reflection_padding=True))
     assert max(row["rms"] for row in report["parity"]) <= 5e-6
     image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 24)).astype(np.float32)
     (latents,) = open_session(tmp_path / "vae_encoder/model.onnx").run(["latent_parameters"], {"sample": image})
-    vae = AutoencoderKL.from_pretrained(tiny_folder, subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(one_level_folder, subfolder="vae")
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv2d) and module.padding != (0, 0):
             module.padding_mode = "reflect"

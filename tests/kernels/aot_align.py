@@ -1,8 +1,9 @@
 """Compile the alignment kernel for current GPUs, and print the reports as one JSON object."""
 
 import json
+import sys
 
-from aot import SHARED_MEMORY, compile_for
+from aot import compile_for
 
 from d2f_fast.kernels.align import BLOCK, NUM_WARPS, _align_kernel
 
@@ -34,7 +35,7 @@ def report(capability: int, dtype: str, flat: bool, aligned: bool = True) -> dic
 
 
 reports = {}
-for capability in SHARED_MEMORY:
+for capability in map(int, sys.argv[1].split(",")):
     for dtype in ("bf16", "fp16", "fp32"):
         reports[f"sm_{capability} {dtype}"] = report(capability, dtype, flat=True)
     reports[f"sm_{capability} naive, strided"] = report(capability, "bf16", flat=False, aligned=False)

@@ -2,9 +2,10 @@
 
 import inspect
 import json
+import sys
 from typing import Any
 
-from aot import SHARED_MEMORY, compile_for
+from aot import compile_for
 
 from d2f_fast.kernels.velocity_loss import BLOCK, NUM_WARPS, SUM_BLOCK, _error_kernel, _sum_kernel
 
@@ -50,7 +51,7 @@ def sum_report(capability: int, masked: bool) -> dict[str, int]:
 
 
 reports = {}
-for capability in SHARED_MEMORY:
+for capability in map(int, sys.argv[1].split(",")):
     for dtype, prediction_type in (("bf16", "epsilon"), ("fp16", "v_prediction"), ("fp32", "sample")):
         reports[f"sm_{capability} {dtype}"] = error_report(capability, dtype, prediction_type)
     reports[f"sm_{capability} bool mask"] = error_report(capability, "bf16", "flow_prediction", "u8")

@@ -142,7 +142,7 @@ def test_no_message_is_logged_where_all_layers_are_fused(unets: Any, caplog: pyt
         assert not caplog.messages
 
 
-@pytest.mark.parametrize("path", [None, "split"])
+@pytest.mark.parametrize("path", [None, pytest.param("split", marks=pytest.mark.slow)])
 def test_whole_network_compiles_to_one_graph(unets: Any, monkeypatch: pytest.MonkeyPatch, path: str | None) -> None:
     if path:
         monkeypatch.setenv(PATH_VARIABLE, path)

@@ -164,8 +164,8 @@ def check_compiled(
     return check
 
 
-def test_compiled_step_is_one_graph_equal_to_eager_for_50_times_and_seeds(aot_eager: None, check_compiled: Any) -> None:
-    check_compiled(50, 1e-6)
+def test_compiled_step_is_one_graph_equal_to_eager_for_any_time_and_seed(aot_eager: None, check_compiled: Any) -> None:
+    check_compiled(12, 1e-6)
 
 
 @pytest.mark.slow
@@ -178,8 +178,13 @@ def test_step_compiled_by_inductor_is_one_graph_equal_to_eager(
 
 
 def test_trainers_of_one_process_do_not_share_the_recompile_limit(
-    make_batch: Any, aot_eager: None, make_one_level_trainer: Any
+    make_batch: Any, monkeypatch: pytest.MonkeyPatch, make_one_level_trainer: Any
 ) -> None:
+    # The limit is that of the tracing, which is the same for every backend.
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda loss, fullgraph, options: compile(loss, fullgraph=fullgraph, backend="eager")
+    )
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(2):
             make_one_level_trainer(compile=True).step(make_batch(4))
