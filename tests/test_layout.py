@@ -81,6 +81,7 @@ TESTS_OF_NO_MODULE = {
     "tests/test_docs.py": "It runs the examples of docs/.",
     "tests/test_environment.py": "It tests environment.sh and the Makefile.",
     "tests/test_layout.py": "It tests the folders and the files around the code.",
+    "tests/training/test_full_size.py": "It trains models of Stable Diffusion's full size, saves and reloads them.",
     "tests/test_paper.py": "It compares the package with the published method from one end to the other.",
     "tests/test_readme.py": "It runs the examples of README.md.",
     "tests/training/test_killed_runs.py": "It stops, kills and divides whole runs.",

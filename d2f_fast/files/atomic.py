@@ -5,18 +5,20 @@ folder/                       does not exist, or is complete
 .old-PID-folder/              being replaced by process PID; put back if the process was killed between two renames
 """
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import RefusedInputError, printable
 
 StrPath = str | os.PathLike[str]
 
@@ -36,18 +38,23 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
         path: File to write or replace; its folder must exist.
 
     Raises:
-        RefusedInputError: The disk is full.
+        RefusedInputError: The file cannot be written, or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    in_block = True
     try:
         yield temporary
+        in_block = False
         sync_to_disk(temporary)
         os.replace(temporary, path)
         sync_to_disk(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # The folder may be the cause of the error.
+            temporary.unlink(missing_ok=True)
         refuse_full_disk(path, error)
+        if in_block and isinstance(error, OSError) and error.filename in (temporary, str(temporary)):
+            raise _not_writable(path, error) from error
         raise
 
 
@@ -94,6 +101,30 @@ def atomic_folder(folder: StrPath, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         _IN_PROGRESS.difference_update((temporary, replaced))
+
+
+def check_writable(path: StrPath) -> None:
+    """Refuse a file or folder that cannot be written, before the work whose result it is to be. Nothing is left there.
+
+    Args:
+        path: File or folder that will be written. Those above it may be missing.
+
+    Raises:
+        RefusedInputError: A file stands where a folder is needed, or nothing can be written there.
+    """
+    path = Path(path)
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    try:
+        # The rights alone do not say it: root has all of them, also where a file system takes no file.
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> RefusedInputError:
+    """Return the error of a path that cannot be written."""
+    return RefusedInputError(f"{printable(path)} cannot be written ({error.strerror}): name another")
 
 
 def recover_folder(folder: StrPath) -> None:

@@ -13,57 +13,77 @@ from torch import Tensor, nn
 
 
 class HalfBase:
-    """Switch a network's frozen weights between their exact float32 values and half precision.
+    """Switch a network's frozen weights between their exact values in float32 and half precision.
 
-    Each half-precision weight keeps its address, so that compiled and captured steps find it after a switch.
+    Each half-precision weight keeps its address while it is on one device, so that compiled and captured steps find it
+    after a switch. The exact weights wait on the CPU in the type and memory that they came in, such as float16 in a
+    mapped file.
 
     Args:
-        network: network whose frozen float32 weights are switched; they stay exact until `use`.
+        network: network whose frozen weights are switched; they stay as they are until `use`. Frozen weights that
+            autocast does not cast, those of norms, become float32.
         dtype: half-precision type that autocast rounds to.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         found = {id(p): p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
-        self._parameters = [p for p in found.values() if not p.requires_grad and p.dtype == torch.float32]
-        self._half = [torch.empty_like(parameter, dtype=dtype) for parameter in self._parameters]
-        self._exact: list[Tensor] | None = None
+        self._parameters = [p for p in found.values() if not p.requires_grad and p.is_floating_point()]
+        for parameter in network.parameters():
+            if id(parameter) not in found and not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        self._dtype, self._is_half = dtype, False
+        self._exact: list[Tensor | None] = [None] * len(self._parameters)
+        self._half: list[Tensor] | None = None
 
     def use(self) -> None:
         """Give the network its half-precision weights; the exact ones are kept on the CPU."""
-        if self._exact is not None:
+        if self._is_half:
             return
-        for half, parameter in zip(self._half, self._parameters, strict=True):
-            half.copy_(parameter.detach())
-        self._exact = [parameter.detach().to("cpu") for parameter in self._parameters]
-        self._hold(self._half)
+        halves = self._half or [torch.empty_like(parameter, dtype=self._dtype) for parameter in self._parameters]
+        for index, (parameter, half) in enumerate(zip(self._parameters, halves, strict=True)):
+            exact, kept = parameter.detach(), self._exact[index]
+            half.copy_(exact)
+            exact = exact.to("cpu")
+            # A kept weight may take less memory than the float32 one that was made of it, and serves until it changes.
+            if kept is None or not torch.equal(kept.float(), exact):
+                self._exact[index] = exact
+            parameter.data = half
+        self._is_half = True
 
     def restore(self) -> None:
-        """Give the network its exact weights back."""
-        if self._exact is not None:
-            self._hold([exact.to(half.device) for exact, half in zip(self._exact, self._half, strict=True)])
-            self._exact = None
+        """Give the network its exact weights back, in float32."""
+        if not self._is_half:
+            return
+        self._half = [parameter.detach() for parameter in self._parameters]  # The network may have been moved.
+        for parameter, exact in zip(self._parameters, self._exact, strict=True):
+            assert exact is not None
+            if exact.dtype != torch.float32 or exact.device != parameter.device:
+                exact = torch.empty_like(parameter, dtype=torch.float32).copy_(exact)
+            parameter.data = exact
+        self._is_half = False
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Return a context that runs its block with half-precision weights, and restores the exact ones."""
+    def in_use(self, *, restore: bool = True) -> Iterator[None]:
+        """Return a context that runs its block with half-precision weights, and restores the exact ones.
+
+        Args:
+            restore: whether the exact weights are restored; False leaves them on the CPU.
+        """
         self.use()
         try:
             yield
         finally:
-            self.restore()
+            if restore:
+                self.restore()
 
     @contextmanager
     def exact(self) -> Iterator[None]:
         """Return a context that runs its block with the exact weights."""
-        was_half = self._exact is not None
+        was_half = self._is_half
         self.restore()
         try:
             yield
         finally:
             if was_half:
                 self.use()
-
-    def _hold(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self._parameters, weights, strict=True):
-            parameter.data = weight

@@ -1,5 +1,6 @@
 """Describe a LoRA file from its header and its alphas alone: what it is for, and what is odd about it. No torch."""
 
+import math
 import re
 import struct
 from collections import Counter
@@ -13,7 +14,10 @@ from d2f_fast.lora.family import FAMILY_NAMES, Family, family_of_text_width
 from d2f_fast.lora.file_keys import component_of, describe_format, describe_network, split_key
 
 _KINDS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "magnitude": "DoRA", "mid": "LoCon with a core"}
-_NUMBER_FORMATS = {"F32": "<f", "F16": "<e", "F64": "<d", "I64": "<q", "I32": "<i"}
+_NUMBER_FORMATS = {
+    **{"F32": "<f", "F16": "<e", "F64": "<d", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b"},
+    **{"U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B"},
+}
 _Layers = dict[str, dict[str, tuple[str, TensorInfo]]]
 
 
@@ -138,6 +142,9 @@ def _oddities(
         odd.append("LoCon's core (mid): diffusers does not read it")
     if any(re.search(r"(conv_in|conv_out|input_blocks_0_0|_out_2)$", name) for name in layers):
         odd.append("it adapts the first or last convolution, which kohya's scripts leave out")
+    matrices = {key: info for parts in layers.values() for part, (key, info) in parts.items() if part != "alpha"}
+    if bad := [key for key, info in matrices.items() if "F" not in info.dtype]:
+        odd.append(f"{len(bad)} matrices are of type {matrices[bad[0]].dtype}, which no loader reads, such as {bad[0]}")
     if len({info.dtype for parts in layers.values() for part, (_, info) in parts.items() if part != "alpha"}) > 1:
         odd.append("its matrices are of several types")
     return odd
@@ -165,8 +172,12 @@ def _number(path: Path, part: tuple[str, TensorInfo] | None) -> float | None:
     with path.open("rb") as file:
         file.seek(info.start)
         data = file.read(info.size)
-    if info.dtype == "BF16":
-        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    if info.dtype in ("BF16", "F8_E5M2"):  # They are the first bytes of a float32 and of a float16.
+        return float(struct.unpack("<f" if info.dtype == "BF16" else "<e", bytes(info.size) + data)[0])
+    if info.dtype == "F8_E4M3":
+        exponent, fraction = data[0] >> 3 & 15, data[0] & 7
+        value = (8 + fraction) * 2.0 ** (exponent - 10) if exponent else fraction * 2.0**-9
+        return math.nan if data[0] & 127 == 127 else -value if data[0] >> 7 else value
     return float(struct.unpack(_NUMBER_FORMATS[info.dtype], data)[0]) if info.dtype in _NUMBER_FORMATS else None
 
 

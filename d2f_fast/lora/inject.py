@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from d2f_fast.errors import ModelError
+from d2f_fast.lora.float32_weights import float32_stand_ins
 
 ADAPTER = "default"
 LINEAR_TARGETS = (
@@ -94,7 +95,8 @@ def add_adapter(unet: UNet2DConditionModel, config: LoraConfig, seed: int = 0) -
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            unet.add_adapter(config, adapter_name=ADAPTER)
+            with float32_stand_ins(unet):
+                unet.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         raise ModelError(f"the UNet takes no LoRA on {targets}: {error}") from error
     for parameter in unet.parameters():

@@ -16,6 +16,7 @@ from d2f_fast.errors import ModelError
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.family import family_of
+from d2f_fast.lora.float32_weights import computing_in_float32, float32_stand_ins
 from d2f_fast.lora.inject import ADAPTER, lora_layers
 from d2f_fast.lora.key_names import KOHYA_PREFIX, text_module, unet_layer_names
 from d2f_fast.lora.layer_weights import LoraLayerWeights
@@ -130,15 +131,16 @@ def reloaded_difference(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor
     """
     was_training, trainable = unet.training, [p for p in unet.parameters() if p.requires_grad]
     unet.eval()
-    with warnings.catch_warnings():
+    with float32_stand_ins(unet), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns about a second adapter, which is intended here
         unet.load_lora_adapter(dict(tensors), prefix="unet", adapter_name=_RELOADED, **options)
     try:
         is_complete = all(_RELOADED in layer.lora_A for layer in lora_layers(unet).values())
-        unet.set_adapter(ADAPTER)
-        expected = _probe(unet)
-        unet.set_adapter(_RELOADED)
-        got = _probe(unet)
+        with computing_in_float32(unet):
+            unet.set_adapter(ADAPTER)
+            expected = _probe(unet)
+            unet.set_adapter(_RELOADED)
+            got = _probe(unet)
     finally:
         unet.set_adapter(ADAPTER)
         unet.delete_adapters(_RELOADED)
@@ -150,20 +152,19 @@ def reloaded_difference(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor
 
 def _refuse_difference(unet: UNet2DConditionModel, path: StrPath, difference: float) -> None:
     """Refuse a difference that rounding does not explain."""
-    # Only rounding is allowed: 1e-6 in float32; a pipeline in half precision also rounds the adapter it loads.
-    if not difference <= 8 * torch.finfo(unet.dtype).eps:
+    if not difference <= 8 * torch.finfo(torch.float32).eps:  # Only rounding is allowed: 1e-6.
         raise ModelError(
             f"{path} does not reload to the same output (relative difference {difference:.1e}): not shareable"
         )
 
 
 def _probe(unet: UNet2DConditionModel) -> Tensor:
-    """Return the output for one small, fixed, random input."""
+    """Return the output for one small, fixed, random input in float32."""
     config, generator = unet.config, torch.Generator().manual_seed(0)
     side = 2 ** (len(config.block_out_channels) - 1) * 2
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
+        return torch.randn(*shape, generator=generator).to(unet.device)
 
     extra = {}
     if config.addition_embed_type == "text_time":
@@ -173,4 +174,4 @@ def _probe(unet: UNet2DConditionModel) -> Tensor:
     condition = random(1, 8, config.cross_attention_dim)
     timestep = torch.tensor([math.pi * 100], device=unet.device)
     output: Tensor = unet(sample, timestep, encoder_hidden_states=condition, **extra, return_dict=False)[0]
-    return output.float()
+    return output

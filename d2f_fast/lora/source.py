@@ -37,9 +37,11 @@ def parse_lora(entry: str) -> LoraSource:
         entry: Text of the user. A path that exists as it stands is taken whole, so that its name may contain a colon.
 
     Raises:
-        ModelError: The scale is larger than 1000 or smaller than -1000.
+        ModelError: The scale is larger than 1000 or smaller than -1000, or what follows a file's name is no number.
     """
     path, _, scale = entry.rpartition(":")
+    if path.endswith(".safetensors") and not _NUMBER.fullmatch(scale) and not os.path.exists(entry):
+        raise ModelError(f"LoRA {printable(entry)}: {printable(scale)!r} is no number: give FILE or FILE:STRENGTH")
     if not path or not _NUMBER.fullmatch(scale) or os.path.exists(entry):
         return LoraSource(Path(entry), 1.0)
     if not abs(float(scale)) <= MAX_SCALE:
@@ -112,5 +114,5 @@ def _reason_for_no_file(folder: Path) -> str:
         checkpoint = folder / f"checkpoint-{newest}"
         return f"the run has not written its LoRA yet: give {printable(checkpoint)}, its newest checkpoint"
     if (folder / "model_index.json").exists() or (folder / "pipeline").exists():
-        return "the folder holds a whole model: give it to --model"
+        return "the folder holds a whole model, not a LoRA: give it as the model"
     return f"the folder holds no {LORA_FILE}: give the folder of a LoRA run, or a .safetensors file"

@@ -19,7 +19,7 @@ from d2f_fast.files.hashes import file_sha256
 from d2f_fast.lora.inject import ADAPTER, CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, add_adapter, lora_layers
 from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.match import canonical_names, match_layers, modules_by_canonical_name
-from d2f_fast.lora.read import lora_tags, read_lora
+from d2f_fast.lora.read import check_tags, lora_tags, read_lora
 from d2f_fast.lora.source import parse_lora
 
 
@@ -90,6 +90,7 @@ def read_start(entry: str, pipeline: DiffusionPipeline) -> StartingLora:
             " UNet, or leave out init_lora"
         )
     tags = lora_tags(source.path)
+    check_tags(f"LoRA {lora.path}", tags, shift=1.0)  # Its shift is not used.
     return StartingLora(lora.path, source.scale, file_sha256(lora.path), unet_layers, text_layers, tags)
 
 

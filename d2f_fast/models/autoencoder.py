@@ -19,14 +19,17 @@ from torch import Tensor, nn
 
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.tensor_header import read_tensor_header
-from d2f_fast.models.names import PICKLE_SUFFIXES
+from d2f_fast.models.folder import check_real_weights
+from d2f_fast.models.names import refuse_pickle
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.single_file_weights import check_autoencoder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
+_MOST_CHARACTERS = 200  # of the reason that diffusers gives, which may list every weight
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _KEY_OF_LATENTS = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight")
 
@@ -44,8 +47,7 @@ def load_autoencoder(source: str, dtype: torch.dtype, config: Mapping[str, Any])
         ModelError: The autoencoder cannot be loaded, is a pickle, or is of a class that the pipelines do not take.
     """
     path, where = Path(source), f"autoencoder {printable(source)}"
-    if path.suffix in PICKLE_SUFFIXES:
-        raise ModelError(f"{where} is a pickle, which can run code: give a safetensors file or a folder")
+    refuse_pickle(path)
     is_file = path.suffix == ".safetensors" and not path.is_dir()
     if not is_file and not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise ModelError(f"{where} does not exist: give a hub id, a folder or a .safetensors file")
@@ -57,7 +59,7 @@ def load_autoencoder(source: str, dtype: torch.dtype, config: Mapping[str, Any])
     except (OSError, ValueError, KeyError, NotImplementedError, SafetensorError, CheckpointError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).partition(". ")[0][:_MOST_CHARACTERS]
         raise ModelError(f"{where} cannot be loaded ({reason}): give an intact autoencoder") from error
     if type(found).__name__ not in _CLASSES:
         raise ModelError(f"{where} is a {type(found).__name__}: give an {_CLASSES[0]} or an {_CLASSES[1]}")
@@ -136,6 +138,44 @@ def set_scale_and_shift(autoencoder: "Autoencoder", scale: float | None, shift: 
     autoencoder.register_to_config(shift_factor=None, use_quant_conv=True, use_post_quant_conv=True)
 
 
+def autoencoder_tags(options: ModelOptions) -> dict[str, str]:
+    """Return the entries of a file's header that name the autoencoder of a run where it is not the model's own.
+
+    Args:
+        options: Options of the base model. Of a path only the last part is named.
+    """
+    source = options.pretrained_vae_model_name_or_path
+    name = None if source is None else Path(source).name if Path(source).exists() else source
+    stated = {"vae": name, "vae_scale": options.vae_custom_scale, "vae_shift": options.vae_custom_shift}
+    return {f"d2f.{entry}": str(value) for entry, value in stated.items() if value is not None}
+
+
+def other_autoencoder(tags: Mapping[str, str], options: ModelOptions) -> str | None:
+    """Return a sentence on the options of the autoencoder that a LoRA was trained with and that are not given now.
+
+    Args:
+        tags: Entries of the LoRA's header that begin with "d2f.".
+        options: Options of the base model.
+
+    Returns:
+        The sentence, or None where the options are the same.
+    """
+    given = autoencoder_tags(options)
+    names = {
+        "vae": "pretrained_vae_model_name_or_path",
+        "vae_scale": "vae_custom_scale",
+        "vae_shift": "vae_custom_shift",
+    }
+    missing = [
+        f"--{option} {printable(value[:200])}"
+        for entry, option in names.items()
+        if (value := tags.get(f"d2f.{entry}")) is not None and value != given.get(f"d2f.{entry}")
+    ]
+    if not missing:
+        return None
+    return f"the LoRA was trained with {' '.join(missing)}: give the same, unless the model itself has this autoencoder"
+
+
 def posterior_of(autoencoder: "Autoencoder", pixel_values: Tensor) -> dict[str, Tensor]:
     """Return mean and deviation of the latents of images; an autoencoder without a posterior has a deviation of 0.
 
@@ -157,6 +197,8 @@ def _load_file(path: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> Aut
         raise ModelError(f"autoencoder {printable(path)} holds no AutoencoderKL: give one, or a folder")
     table = {key: value for key, value in config.items() if not key.startswith("_")}
     table |= {"_class_name": "AutoencoderKL", "latent_channels": latents[1]}
+    check_real_weights(path, keys)
+    check_autoencoder(printable(path), {key: info.shape for key, info in keys.items()}, table)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(table), encoding="utf-8")
         return AutoencoderKL.from_single_file(str(path), config=folder, dtype=dtype)

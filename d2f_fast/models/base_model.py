@@ -48,6 +48,7 @@ class BaseModel:
             `NaiveFlow` where the network predicts the flow itself.
         starting_lora: LoRA file that the adapter in the UNet started from, whose part of the text encoders is merged
             into them; None where there is none.
+        unet_as_stored: Whether the UNet may hold half-precision weights that the run must first prepare.
 
     Raises:
         ModelError: The pipeline has no UNet2DConditionModel, or its scheduler cannot be aligned.
@@ -72,12 +73,18 @@ class BaseModel:
                 f" says {self.facts.prediction_type}: leave the option out, or give a folder with another scheduler"
             )
         self.starting_lora: StartingLora | None = None
+        self.unet_as_stored = False
         for component in self._frozen():
             component.requires_grad_(False).eval()
 
     @classmethod
     def load(
-        cls, model: str | Path, dtype: torch.dtype = torch.float32, options: ModelOptions | None = None
+        cls,
+        model: str | Path,
+        dtype: torch.dtype = torch.float32,
+        options: ModelOptions | None = None,
+        *,
+        unet_as_stored: bool = False,
     ) -> "BaseModel":
         """Load a base model.
 
@@ -86,16 +93,19 @@ class BaseModel:
                 miniature.
             dtype: Type of the weights.
             options: Options of the base model; None for the defaults.
+            unet_as_stored: Whether the UNet keeps its weights in half precision where its file has them so.
 
         Raises:
             ModelError: The model cannot be loaded, has no UNet2DConditionModel, or its scheduler cannot be aligned; the
                 message names the file.
         """
-        pipeline, facts = load_model(model, dtype, options)
+        pipeline, facts = load_model(model, dtype, options, unet_as_stored=unet_as_stored)
         try:
-            return cls(pipeline, options, facts)
+            loaded = cls(pipeline, options, facts)
         except ModelError as error:
             raise ModelError(f"{model}: {error}") from error
+        loaded.unet_as_stored = unet_as_stored
+        return loaded
 
     @property
     def alignment(self) -> Alignment:
@@ -239,6 +249,8 @@ class BaseModel:
             for key, tensor in module.state_dict().items():
                 digest.update(key.encode())
                 read = tensor.detach().reshape(-1)[:most].to("cpu")
+                if read.dtype in (torch.float16, torch.bfloat16):
+                    read = read.float()  # The type in which weights are held does not matter.
                 digest.update(read.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

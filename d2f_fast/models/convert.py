@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.atomic import StrPath, atomic_folder
 from d2f_fast.files.json_file import read_json, write_json
+from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.files.tensor_stream import LazyTensor, lazy_tensors, write_tensor_stream
 from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import Family, family_of_config
@@ -24,10 +25,12 @@ from d2f_fast.lora.layer_weights import LayerWeights
 from d2f_fast.lora.match import canonical_names, match_layers
 from d2f_fast.lora.read import TAG_PREFIX, read_lora
 from d2f_fast.models.facts import check_prediction_type
+from d2f_fast.models.folder import check_real_weights
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.names import PICKLE_SUFFIXES
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.original_layout import original_tensors
+from d2f_fast.models.reflection_padding import CONFIG_ENTRY
 from d2f_fast.models.save import save_pipeline_folder
 from d2f_fast.models.skeleton import skeleton_of_folder
 
@@ -64,8 +67,10 @@ class ModelWeights:
 
     @property
     def title(self) -> str:
-        """Return the name of the model, without its folder and ending."""
-        return Path(self.source).resolve().name.removesuffix(".safetensors")
+        """Return the name of the model, without its folder and ending; that of the run for the result of a run."""
+        path = Path(self.source).resolve()
+        name = path.parent.name if path.name == "pipeline" else path.name
+        return name.removesuffix(".safetensors")
 
     @property
     def family(self) -> Family | None:
@@ -330,6 +335,7 @@ def _component_tensors(folder: Path) -> dict[str, LazyTensor]:
         )
     tensors: dict[str, LazyTensor] = {}
     for path in files:
+        check_real_weights(path, read_tensor_header(path).tensors)
         tensors |= lazy_tensors(path)[0]
     return tensors
 
@@ -358,6 +364,8 @@ def _losses(model: ModelWeights, family: Family) -> list[str]:
     losses = []
     if scaling != _SCALING_FACTORS[family]:
         losses.append(f"the autoencoder's scaling factor {scaling}; other programs take {_SCALING_FACTORS[family]}")
+    if model.configs["vae"].get(CONFIG_ENTRY) or model.tags.get("d2f.vae_reflection_padding") == "true":
+        losses.append("the autoencoder's padding by reflection; other programs pad by zeros")
     if model.prediction_type not in ("epsilon", "v_prediction"):
         losses.append(f"the prediction type {model.prediction_type}, which no program reads: choose it there by hand")
     elif any(scheduler.get(name, value) != value for name, value in _SCHEDULE.items()):

@@ -9,6 +9,7 @@ from typing import Any
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import TensorInfo, read_tensor_header
+from d2f_fast.files.walk import bytes_below
 from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
 from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
 
@@ -50,7 +51,7 @@ def describe_model_folder(folder: Path) -> dict[str, Any]:
         "size of its images": _image_size(unet, folder),
         "parameters": {name: sum(info.elements for info in found.values()) for name, found in tensors.items()},
         "types": {name: _types(found.values()) for name, found in tensors.items()},
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "bytes": bytes_below(folder),
         "entries": _tags(folder),
         "needs": ["diffusers, or `d2f convert` for a single file that ComfyUI, A1111 and Forge read"],
         "odd": [*_folder_oddities(folder, index, unet), *_weight_oddities(parts, tensors)],
@@ -83,6 +84,7 @@ def describe_model_file(path: Path) -> dict[str, Any]:
     start = "cond_stage_model.transformer."
     if any(key.startswith(start) and not key.startswith(f"{start}text_model.") for key in header.tensors):
         odd.append("the keys of its text encoder lack text_model.: some programs then use a random one")
+    odd += _whole_numbers({key: info for key, info in header.tensors.items() if key.startswith(ORIGINAL_PREFIXES)})
     facts, problem = _facts(path)
     return {
         "kind": "single file in the original layout",
@@ -161,6 +163,15 @@ def _types(infos: Iterable[TensorInfo]) -> str:
     return ", ".join(counted) if len(counted) < 2 else ", ".join(f"{name} ({n}×)" for name, n in counted.most_common())
 
 
+def _whole_numbers(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return a sentence on weights that are stored as whole numbers, or nothing where there are none."""
+    found = [key for key, info in tensors.items() if "F" not in info.dtype and not key.endswith("position_ids")]
+    if not found:
+        return []
+    kind = tensors[found[0]].dtype
+    return [f"{len(found)} weights are of type {kind}, which no loader reads, such as {printable(found[0])}"]
+
+
 def _tags(folder: Path) -> dict[str, Any]:
     """Return how the model was trained and is to be sampled, where this package wrote it."""
     path = folder / "d2f.json"
@@ -194,6 +205,7 @@ def _weight_oddities(parts: Mapping[str, Path], tensors: Mapping[str, Mapping[st
             odd.append(f"{name}/ holds {f'only a pickle ({pickles[0]})' if pickles else 'no weights'}")
         elif pickles:
             odd.append(f"{name}/ holds a pickle, {pickles[0]}, beside the safetensors file: it is not read")
+        odd += _whole_numbers(tensors[name])
         keep = ("text_model.", "text_projection.")
         if name.startswith("text_encoder") and any(not key.startswith(keep) for key in tensors[name]):
             odd.append(

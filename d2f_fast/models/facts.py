@@ -41,6 +41,7 @@ class ModelFacts:
         zero_snr: Whether the last timestep is pure noise.
         zero_snr_source: Where that was read.
         vae_reflection_padding: Whether the convolutions of the autoencoder pad by reflection.
+        dynamic_shifting: Whether the model's own scheduler asks for a shift by the size of the image, which is ignored.
     """
 
     family: str
@@ -49,10 +50,12 @@ class ModelFacts:
     zero_snr: bool
     zero_snr_source: str
     vae_reflection_padding: bool = False
+    dynamic_shifting: bool = False
 
     def __str__(self) -> str:
         """Return the line that a run prints."""
         padding = ", autoencoder padded by reflection (stock pipelines ignore this)" * self.vae_reflection_padding
+        padding += ", its shift by image size (use_dynamic_shifting) is ignored" * self.dynamic_shifting
         prediction = _PREDICTION_NAMES.get(self.prediction_type, self.prediction_type)
         if self.prediction_type == "flow_prediction":  # It has no noise table, and starts from pure noise.
             return f"{self.family}, {prediction} ({self.prediction_source}){padding}"
@@ -92,6 +95,7 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
         if options.rescale_betas_zero_snr is None
         else given.format(f"{'' if options.rescale_betas_zero_snr else 'no_'}rescale_betas_zero_snr"),
         vae is not None and set_reflection_padding(vae, options.vae_reflection_padding),
+        bool(pipeline.scheduler.config.get("use_dynamic_shifting")),
     )
 
 

@@ -2,18 +2,22 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.json_file import read_json
-from d2f_fast.files.tensor_header import read_tensor_header
+from d2f_fast.files.tensor_header import TensorInfo, read_tensor_header
+from d2f_fast.lora.source import lora_path
 from d2f_fast.models.names import PICKLE_SUFFIXES
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<late>[\w-]+))?\.safetensors"
 )
+_WHOLE_NUMBERS = ("position_ids", "num_batches_tracked")
 _RESTORE = "restore it from the base model"
 
 
@@ -29,6 +33,12 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
+        if (folder / "pipeline" / "model_index.json").is_file():
+            raise ModelError(f"{folder} is the folder of a run: give {folder / 'pipeline'}, the model that it trained")
+        if lora_path(folder).is_file():
+            raise ModelError(
+                f"{folder} holds a LoRA, not a model: give the model that it belongs to, and {folder} as the LoRA"
+            )
         raise ModelError(f"{folder} has no model_index.json: give the folder of a diffusers pipeline")
     try:
         index = dict(json.loads(index_file.read_bytes()))
@@ -45,7 +55,7 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
             raise ModelError(f"{folder / name} holds no tokenizer: copy it from the base model")
     for path in sorted(folder.glob("*/*.safetensors")):
         try:
-            read_tensor_header(path)
+            check_real_weights(path, read_tensor_header(path).tensors)
         except CheckpointError as error:
             raise ModelError(str(error)) from error
     for path in sorted(folder.glob("*/*.safetensors.index*.json")):
@@ -53,6 +63,49 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
     encoders = [name for name in ("text_encoder", "text_encoder_2") if index.get(name, [None, None]) != [None, None]]
     for name in ("unet", "vae", *encoders):
         _check_weights(folder / name, variant)
+
+
+def check_real_weights(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a file of which a weight is stored as whole or complex numbers.
+
+    Args:
+        path: File, for the message.
+        tensors: Its weights, by key.
+
+    Raises:
+        ModelError: A weight is of such a type. Positions and counters, which are no weights, may be whole numbers.
+    """
+    for key, info in tensors.items():
+        if "F" not in info.dtype and not key.endswith(_WHOLE_NUMBERS):
+            raise ModelError(
+                f"{printable(path)}: {printable(key)} is of type {info.dtype}, which holds no weights: give a model in"
+                " float32, float16 or bfloat16"
+            )
+
+
+def unet_half_type(folder: Path, variant: str | None) -> torch.dtype | None:
+    """Return the half-precision type of all weights of a folder's UNet, or None if they are of another type or of two.
+
+    Args:
+        folder: Folder of a diffusers pipeline.
+        variant: Variant of the weight files; None for the files without one.
+
+    Raises:
+        CheckpointError: A file is damaged.
+    """
+    found = [(path, match) for path in (folder / "unet").iterdir() if (match := _WEIGHTS.fullmatch(path.name))]
+    files = [path for path, match in found if (match["variant"] or match["late"]) == variant]
+    return half_type(info for path in files for info in read_tensor_header(path).tensors.values())
+
+
+def half_type(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
+    """Return the half-precision type of all tensors, or None if they are of another type or of two.
+
+    Args:
+        tensors: Tensors as the headers of their files describe them.
+    """
+    types = {info.dtype for info in tensors}
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(types.pop()) if len(types) == 1 else None
 
 
 def cached_folder(model: str, revision: str | None, variant: str | None) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +15,7 @@ from d2f_fast.errors import ModelError, printable
 from d2f_fast.miniature import load_miniature
 from d2f_fast.models.autoencoder import check_fits, load_autoencoder, prepare_autoencoder
 from d2f_fast.models.facts import ModelFacts, state_facts
-from d2f_fast.models.folder import cached_folder, check_folder
+from d2f_fast.models.folder import cached_folder, check_folder, unet_half_type
 from d2f_fast.models.names import MINIATURE, check_model_name, is_single_file
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.single_file import family_table, load_single_file, read_single_file
@@ -36,7 +36,11 @@ def load_pipeline(
 
 
 def load_model(
-    model: str | Path, dtype: torch.dtype = torch.float32, options: ModelOptions | None = None
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    options: ModelOptions | None = None,
+    *,
+    unet_as_stored: bool = False,
 ) -> LoadedModel:
     """Load the diffusers pipeline of a model, without its safety checker, and say what the model is taken for.
 
@@ -44,6 +48,8 @@ def load_model(
         model: Hub id, pipeline folder, `.safetensors` file with every part, or "miniature" for the embedded miniature.
         dtype: Type of the weights, whatever their type in the files is.
         options: Options of the base model; None for the defaults, which take everything from the model's own files.
+        unet_as_stored: Whether the UNet keeps its weights in half precision where its file has them so. A weight that
+            keeps its type takes no memory beside the file, which is mapped.
 
     Raises:
         ModelError: The model is a pickle, a part of it is missing, unreadable or does not fit, or a weight is not
@@ -59,11 +65,11 @@ def load_model(
     pipeline: DiffusionPipeline
     source: str | ModelFacts = "scheduler_config.json"
     if is_single_file(model):
-        pipeline, source = _load_single_file(Path(model), dtype, options)
+        pipeline, source = _load_single_file(Path(model), dtype, options, unet_as_stored)
     elif model == MINIATURE:
         pipeline = load_miniature(dtype=dtype)
     else:
-        pipeline = _load_folder(str(model), dtype, options)
+        pipeline = _load_folder(str(model), dtype, options, unet_as_stored)
     prepare_autoencoder(pipeline, options, dtype)
     _refuse_infinite_weights(model, pipeline)
     try:
@@ -72,7 +78,9 @@ def load_model(
         raise ModelError(f"{printable(model)}: {error}") from error
 
 
-def _load_single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> tuple[DiffusionPipeline, ModelFacts]:
+def _load_single_file(
+    path: Path, dtype: torch.dtype, options: ModelOptions, unet_as_stored: bool
+) -> tuple[DiffusionPipeline, ModelFacts]:
     """Load the pipeline of a single file; one without an autoencoder takes the one that the options name."""
     file, vae = read_single_file(path), None
     if not file.has_vae and (source := options.pretrained_vae_model_name_or_path) is not None:
@@ -80,21 +88,25 @@ def _load_single_file(path: Path, dtype: torch.dtype, options: ModelOptions) -> 
         vae = load_autoencoder(source, dtype, table["vae"])
         check_fits(source, vae, table["unet"]["out_channels"], None)
     with _one_line_errors(path):
-        return load_single_file(file, dtype, options, vae)
+        return load_single_file(file, dtype, options, vae, unet_as_stored=unet_as_stored)
 
 
-def _load_folder(model: str, dtype: torch.dtype, options: ModelOptions) -> DiffusionPipeline:
+def _load_folder(model: str, dtype: torch.dtype, options: ModelOptions, unet_as_stored: bool) -> DiffusionPipeline:
     """Load the pipeline of a folder or a hub id."""
-    loading = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    loading: dict[str, Any] = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     loading |= {"variant": options.variant}
+    name = model
     if Path(model).is_dir():
         check_folder(Path(model), options.variant)
     elif HF_HUB_OFFLINE:
-        model = cached_folder(model, options.revision, options.variant)
-    else:
-        loading |= {"revision": options.revision}
-    with _one_line_errors(model):
-        return DiffusionPipeline.from_pretrained(model, **loading)
+        name = model = cached_folder(model, options.revision, options.variant)
+    with _one_line_errors(name):
+        if not Path(model).is_dir():
+            model = DiffusionPipeline.download(model, revision=options.revision, **loading)
+        types = {"default": dtype}
+        if unet_as_stored:
+            types["unet"] = unet_half_type(Path(model), options.variant) or dtype
+        return DiffusionPipeline.from_pretrained(model, dtype=types, **loading)
 
 
 @contextmanager

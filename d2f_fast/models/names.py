@@ -24,12 +24,9 @@ def check_model_name(model: str | Path, variant: str | None = None, revision: st
     """
     path, where = Path(model), printable(model)
     is_file = is_single_file(model)
-    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
-        raise ModelError(
-            f"{where} is a pickle, which can run code: convert it to safetensors first, where you trust it, for example"
-            f" with diffusers' python scripts/convert_original_stable_diffusion_to_diffusers.py --checkpoint_path"
-            f" {where} --dump_path {printable(path.with_suffix(''))} --to_safetensors"
-        )
+    refuse_pickle(path)
+    if ".safetensors:" in str(model) and not path.exists():
+        raise ModelError(f"{where}: no such file; a strength after the colon is only for a LoRA, and must be a number")
     is_path = path.is_absolute() or str(model).startswith(".")
     if is_file and not path.is_file():
         raise ModelError(f"{where}: no such file; check the path")
@@ -39,6 +36,23 @@ def check_model_name(model: str | Path, variant: str | None = None, revision: st
         raise ModelError(f"variant is {printable(variant)}, and {where} has no variants: leave variant out")
     if revision is not None and (is_file or model == MINIATURE or path.is_dir()):
         raise ModelError(f"revision is {printable(revision)}, and {where} is no hub id: leave revision out")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a file whose name is that of a pickle, and say how to convert it.
+
+    Args:
+        path: File that is named as a model or a LoRA; it need not exist.
+
+    Raises:
+        ModelError: The name ends as that of a pickle, and no folder has it.
+    """
+    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
+        raise ModelError(
+            f"{printable(path)} is a pickle, which can run code: convert it to safetensors first, where you trust it,"
+            f" for example with diffusers' python scripts/convert_original_stable_diffusion_to_diffusers.py"
+            f" --checkpoint_path {printable(path)} --dump_path {printable(path.with_suffix(''))} --to_safetensors"
+        )
 
 
 def is_single_file(model: str | Path) -> bool:

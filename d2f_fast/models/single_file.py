@@ -18,6 +18,7 @@ from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
 from d2f_fast.lora.family import FAMILY_NAMES, Family
 from d2f_fast.models.clip_tokenizer import clip_tokenizer
 from d2f_fast.models.facts import ModelFacts, same_schedule
+from d2f_fast.models.folder import check_real_weights, half_type
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.single_file_weights import check_weights
 
@@ -109,8 +110,8 @@ def read_single_file(path: Path) -> SingleFile:
             f"{where} is not in the original layout of Stable Diffusion: {len(foreign)} of its {len(keys)} keys are"
             f" unknown{example}; give a file of SD1.x, SD2.x or SDXL, or a pipeline folder"
         )
-    if not_real := [key for key, info in keys.items() if info.dtype in ("C64", "C128")]:
-        raise ModelError(f"{where}: {printable(not_real[0])} is complex: restore the file from an intact copy")
+    weights = (_UNET, _VAE, *(prefix for prefixes in _TEXT.values() for prefix in prefixes))
+    check_real_weights(path, {key: info for key, info in keys.items() if key.startswith(weights)})
     return SingleFile(path, header, _family(where, header))
 
 
@@ -186,6 +187,8 @@ def load_single_file(
     dtype: torch.dtype,
     options: ModelOptions,
     vae: "AutoencoderKL | AutoencoderTiny | None" = None,
+    *,
+    unet_as_stored: bool = False,
 ) -> tuple["DiffusionPipeline", ModelFacts]:
     """Load the pipeline of a single file, and return it with what the file says of its model.
 
@@ -194,11 +197,12 @@ def load_single_file(
         dtype: Type of the weights.
         options: Options of the base model, of which the tokenizer's is used here.
         vae: Autoencoder in place of the file's own; None takes that of the file.
+        unet_as_stored: Whether the UNet keeps its weights in half precision where the file has them so.
 
     Raises:
         ModelError: A part is missing, or there is no tokenizer.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
     if vae is None and not file.has_vae:
         raise ModelError(
@@ -219,6 +223,10 @@ def load_single_file(
     check_weights(printable(file.path), facts.family, shapes, table, _TEXT[file.family], with_vae=vae is None)
     with tempfile.TemporaryDirectory() as folder:
         _write_configs(Path(folder), table)
+        weights = (info for key, info in file.header.tensors.items() if key.startswith(_UNET))
+        if unet_as_stored and (stored := half_type(weights)) is not None:
+            config = {"config": folder, "subfolder": "unet"}
+            parts["unet"] = UNet2DConditionModel.from_single_file(str(file.path), dtype=stored, **config)
         pipeline = kind.from_single_file(str(file.path), config=folder, dtype=dtype, **parts)
     stated = {"prediction_type": facts.prediction_type, "rescale_betas_zero_snr": facts.zero_snr}
     pipeline.scheduler = same_schedule(pipeline.scheduler, type(pipeline.scheduler), **stated)

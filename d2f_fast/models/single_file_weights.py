@@ -72,6 +72,41 @@ def check_weights(
         ) from error
 
 
+def check_autoencoder(where: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+    """Refuse a file of an AutoencoderKL in which a weight is missing or has another shape.
+
+    Args:
+        where: Name of the file, for messages.
+        shapes: Shape of each tensor of the file by key, in the original layout or that of diffusers.
+        config: Configuration that the autoencoder will have.
+
+    Raises:
+        ModelError: A weight is missing or has another shape.
+    """
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(config)
+            is_original = not any(key.startswith("decoder.mid_block.") for key in tensors)
+            found = convert_ldm_vae_checkpoint(dict(tensors), config) if is_original else tensors
+    except (KeyError, IndexError) as error:
+        missing = printable(error.args[0] if error.args else error)
+        raise ModelError(f"autoencoder {where} holds no {missing}: give an intact file") from error
+    for key, tensor in vae.state_dict().items():
+        if key not in found:
+            raise ModelError(f"autoencoder {where} holds no weights for {key}: give an intact file")
+        if found[key].shape != tensor.shape and not _is_old_attention(key, found[key]):
+            raise ModelError(
+                f"autoencoder {where}: {key} has shape {list(found[key].shape)}, and that of the model's own"
+                f" autoencoder is {list(tensor.shape)}: give one made for this model, or a folder with a configuration"
+            )
+
+
+def _is_old_attention(key: str, tensor: Tensor) -> bool:
+    """Return whether a weight is that of an attention layer as a 1×1 convolution, which diffusers reshapes itself."""
+    return ".attentions." in key and tensor.shape[2:] == (1, 1)
+
+
 def _text_tensors(encoder: Any, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors of a text encoder under the names of the installed version of transformers."""
     if prefix.endswith(".model."):

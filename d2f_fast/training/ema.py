@@ -15,6 +15,8 @@ from torch import Tensor
 
 from d2f_fast.errors import CheckpointError
 
+_MOST_ELEMENTS = 2**26  # of the parameters that are averaged together, 256 MB in float32
+
 
 class EMA:
     """Exponential moving average of parameters, updated in place without waiting for the device.
@@ -43,6 +45,14 @@ class EMA:
         self.shadow = {
             name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self.parameters.items()
         }
+        # The differences of all parameters together would take as much memory as the parameters.
+        self._groups, size = list[list[str]](), _MOST_ELEMENTS
+        for name, tensor in self.shadow.items():
+            if size + tensor.numel() > _MOST_ELEMENTS:
+                self._groups.append([])
+                size = 0
+            self._groups[-1].append(name)
+            size += tensor.numel()
         self._updates = torch.zeros((), dtype=torch.int64, device=next(iter(self.shadow.values())).device)
 
     @torch.no_grad()
@@ -53,18 +63,18 @@ class EMA:
             skip: 0-dim tensor, bool or float, on the parameters' device. If it is true or not 0, no bit of the average
                 changes, even if parameters are NaN, and the step is not counted. None averages always.
         """
-        shadow = list(self.shadow.values())
-        difference = torch._foreach_sub(shadow, [parameter.float() for parameter in self.parameters.values()])
-        torch._foreach_mul_(difference, self._weight())
-        if skip is None:
-            self._updates += 1
-        else:
-            keep = skip == 0
-            # The differences are zeroed as integers, to +0.0, which changes nothing when it is subtracted. As floats,
-            # 0 * NaN is NaN, and 0 * -1 is -0.0, which turns a shadow of -0.0 into 0.0.
-            torch._foreach_mul_([tensor.view(torch.int32) for tensor in difference], keep.to(torch.int32))
-            self._updates += keep
-        torch._foreach_sub_(shadow, difference)
+        weight = self._weight()
+        keep = None if skip is None else skip == 0
+        for names in self._groups:
+            shadow = [self.shadow[name] for name in names]
+            difference = torch._foreach_sub(shadow, [self.parameters[name].float() for name in names])
+            torch._foreach_mul_(difference, weight)
+            if keep is not None:
+                # The differences are zeroed as integers, to +0.0, which changes nothing when it is subtracted. As
+                # floats, 0 * NaN is NaN, and 0 * -1 is -0.0, which turns a shadow of -0.0 into 0.0.
+                torch._foreach_mul_([tensor.view(torch.int32) for tensor in difference], keep.to(torch.int32))
+            torch._foreach_sub_(shadow, difference)
+        self._updates += 1 if keep is None else keep
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Check that a base model can be trained, settle the options with it, and prepare its network for training."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.layers.fused_lora import use_fused_lora
+from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.start import check_start, inject_start, merge_text_layers, read_start
 from d2f_fast.models.base_model import BaseModel
@@ -59,10 +61,36 @@ def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
                 f"the UNet has {name} {unet[name]}, an input that text-to-image training does not give: give a"
                 " text-to-image model"
             )
-    if any(parameter.dtype == torch.float16 for parameter in model.unet.parameters()):
+    is_float16 = any(parameter.dtype == torch.float16 for parameter in model.unet.parameters())
+    if is_float16 and not model.unet_as_stored:  # The run rounds stored weights itself.
         raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")
     if (resolution := config.resolution or model.resolution) % model.downsampling:
         raise RefusedInputError(f"resolution must be a multiple of {model.downsampling}, got {resolution}")
+
+
+def precision_of(config: TrainingConfig) -> str:
+    """Return the precision of a run, "no" or "bf16": that of the options, or else of `accelerate launch`."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def holds_half_base(config: TrainingConfig) -> bool:
+    """Return whether a run holds the frozen weights of its UNet in bfloat16."""
+    return config.adapter == "lora" and precision_of(config) == "bf16"
+
+
+def half_base_of(model: BaseModel, config: TrainingConfig) -> HalfBase | None:
+    """Return the switch between the exact and the rounded weights of a base model's UNet, or None without one.
+
+    Args:
+        model: base model without an adapter; a UNet in the type of its file is rounded at once.
+        config: options of the run.
+    """
+    if not holds_half_base(config) or not (model.unet_as_stored or model.unet.dtype == torch.float32):
+        return None
+    half_base = HalfBase(model.unet.requires_grad_(False), torch.bfloat16)
+    if model.unet_as_stored:
+        half_base.use()
+    return half_base
 
 
 def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Parameter]:

@@ -16,6 +16,7 @@ from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.source import LORA_FILE
 from d2f_fast.lora.write import lora_state_dict, save_lora
+from d2f_fast.models.autoencoder import autoencoder_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule
 from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
@@ -26,7 +27,13 @@ from d2f_fast.training.summary import summary_tags
 
 
 def publish_lora(
-    model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path, steps: int, batch_size: int
+    model: BaseModel,
+    objective: Objective,
+    config: TrainingConfig,
+    tags: dict[str, str],
+    folder: str | Path,
+    steps: int,
+    batch_size: int,
 ) -> Path:
     """Write the adapter in a model's UNet to the LoRA files that the options name, and check that they reload.
 
@@ -34,6 +41,7 @@ def publish_lora(
         model: base model whose UNet has the adapter.
         objective: objective that it was trained on.
         config: options of the run.
+        tags: entries of `tags_of`.
         folder: output folder, made where it is missing.
         steps: number of optimizer steps taken.
         batch_size: number of images in each step, over all processes and passes.
@@ -52,16 +60,14 @@ def publish_lora(
     return save_lora(
         model.unet,
         folder,
-        summary_tags(config, tags_of(config, objective, model.facts.vae_reflection_padding), steps, batch_size, start),
+        summary_tags(config, tags, steps, batch_size, start),
         lora_format=config.lora_format or DEFAULT_LORA_FORMAT,
         prediction_type=objective.flow.prediction_type,
         text_layers=None if start is None else start.text_layers,
     )
 
 
-def write_checkpoint_lora(
-    folder: Path, step: TrainingStep, steps: int, batch_size: int, vae_reflection_padding: bool
-) -> None:
+def write_checkpoint_lora(folder: Path, step: TrainingStep, steps: int, batch_size: int) -> None:
     """Write the adapter, with its averaged weights where the run keeps them, as a LoRA file for diffusers.
 
     The file is not read back, which would take longer than the checkpoint; the one at the end of the run is.
@@ -71,22 +77,21 @@ def write_checkpoint_lora(
         step: training step whose adapter is written.
         steps: number of optimizer steps taken.
         batch_size: number of images in each step, over all processes and passes.
-        vae_reflection_padding: whether the autoencoder pads by reflection.
 
     Raises:
         CheckpointError: a weight is not finite.
         RefusedInputError: the disk is full.
     """
     start = step.starting_lora
-    tags = summary_tags(
-        step.config, tags_of(step.config, step.objective, vae_reflection_padding), steps, batch_size, start
-    )
+    tags = summary_tags(step.config, step.tags, steps, batch_size, start)
     with nullcontext() if step.ema is None else step.ema.swapped():
         tensors, header = lora_state_dict(step.unet, None if start is None else start.text_layers)
     write_tensors(folder / LORA_FILE, tensors, header | tags)
 
 
-def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingConfig, folder: str | Path) -> Path:
+def publish_pipeline(
+    model: BaseModel, objective: Objective, config: TrainingConfig, tags: dict[str, str], folder: str | Path
+) -> Path:
     """Write a model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
 
     The folder also loads with transformers 4; see `save_pipeline_folder`.
@@ -95,6 +100,7 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
         model: base model with the trained UNet.
         objective: objective that it was trained on.
         config: options of the run.
+        tags: entries of `tags_of`.
         folder: output folder, which must not exist; it appears whole or not at all.
 
     Returns:
@@ -111,7 +117,7 @@ def publish_pipeline(model: BaseModel, objective: Objective, config: TrainingCon
     saved = type(pipeline)(**parts)
     with atomic_folder(folder) as temporary:
         save_pipeline_folder(saved, temporary)
-        write_json(temporary / "d2f.json", tags_of(config, objective, model.facts.vae_reflection_padding))
+        write_json(temporary / "d2f.json", tags)
     return Path(folder)
 
 
@@ -153,13 +159,13 @@ def saved_scheduler(
     )
 
 
-def tags_of(config: TrainingConfig, objective: Objective, vae_reflection_padding: bool) -> dict[str, str]:
+def tags_of(config: TrainingConfig, objective: Objective, model: BaseModel) -> dict[str, str]:
     """Return the entries of a file's header that describe the result and how to sample it.
 
     Args:
         config: options of the run.
         objective: objective that the network was trained on.
-        vae_reflection_padding: whether the autoencoder pads by reflection.
+        model: base model, whose autoencoder is named where it is not the model's own.
     """
     flow = objective.flow
     tags = {
@@ -174,6 +180,6 @@ def tags_of(config: TrainingConfig, objective: Objective, vae_reflection_padding
         tags["d2f.fm_form"] = flow.form
     elif isinstance(flow, Alignment):
         tags["d2f.zero_snr"] = str(flow.schedule.zero_terminal_snr).lower()
-    if vae_reflection_padding:
+    if model.facts.vae_reflection_padding:
         tags["d2f.vae_reflection_padding"] = "true"
-    return tags
+    return tags | autoencoder_tags(model.options)

@@ -114,7 +114,7 @@ def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], s
     if step.config.adapter == "lora":
         # `save_checkpoint` ends the folder's name with the number of steps.
         steps, batch_size = int(folder.name.rpartition("-")[2]), int(str(identity["global_batch_size"]))
-        write_checkpoint_lora(folder, step, steps, batch_size, identity.get("vae_reflection_padding") is True)
+        write_checkpoint_lora(folder, step, steps, batch_size)
 
 
 def load_state(

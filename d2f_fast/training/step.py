@@ -58,6 +58,7 @@ class TrainingStep:
         loss: loss of each sample of one micro-batch, [b]; the part that is compiled.
         graphs: captured steps; None where `cuda_graph` is off.
         starting_lora: LoRA file that the adapter started from, which is named where it is saved; None for none.
+        tags: entries of a file's header that describe the run, which checkpoints write.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class TrainingStep:
         self.loss: LossPerSample = self._compiled() if config.compile else self._loss
         self.graphs = StepGraphs(self.run, self.warm_up) if config.cuda_graph else None
         self.starting_lora: StartingLora | None = None
+        self.tags: dict[str, str] = {}
         if config.cuda_graph and num_processes > 1:
             torch.distributed.all_reduce(torch.zeros(1, device=device))  # connects, which a capture does not allow
 

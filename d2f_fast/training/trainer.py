@@ -5,7 +5,6 @@ batch (`data`) → inputs (`inputs`) → step (`step`) → log (`run_log`) → c
 
 import dataclasses
 import logging
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
@@ -27,7 +26,6 @@ from d2f_fast.files.atomic import make_folder
 from d2f_fast.files.json_file import write_json
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.generate import generate
@@ -35,9 +33,17 @@ from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
-from d2f_fast.training.network import check_trainable, inputs_in_float32, prepare_network, settle_options
+from d2f_fast.training.network import (
+    check_trainable,
+    half_base_of,
+    holds_half_base,
+    inputs_in_float32,
+    precision_of,
+    prepare_network,
+    settle_options,
+)
 from d2f_fast.training.objective import make_objective
-from d2f_fast.training.publish import publish_lora, publish_pipeline
+from d2f_fast.training.publish import publish_lora, publish_pipeline, tags_of
 from d2f_fast.training.resume import run_identity
 from d2f_fast.training.run_checkpoints import NonFiniteRunError, RunCheckpoints
 from d2f_fast.training.run_log import RunLog, check_tracker
@@ -75,9 +81,11 @@ class AlignedTrainer:
         config: options of the run.
 
     Attributes:
-        unet: network, with its adapter in place.
+        unet: network, with its adapter in place. A LoRA run in bfloat16 holds the frozen weights of a named model in
+            bfloat16; `averaged` holds the exact ones.
         config: options of the run, with what the base model settles where it was left open: objective and resolution.
         objective: objective that the network is trained on.
+        tags: entries of a file's header that describe the result and how to sample it.
         trainable: trained parameters by name.
         ema: average of the trained parameters; None where `ema_decay` is 0.
         optimizer: fused AdamW.
@@ -90,7 +98,7 @@ class AlignedTrainer:
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
         self.config = config = settle_options(config, model)
-        self._precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        self._precision = precision_of(config)
         self.accelerator = start_accelerator(config, self._precision)
         self.device = self.accelerator.device
         if config.cuda_graph and self.device.type != "cuda":
@@ -102,28 +110,20 @@ class AlignedTrainer:
         # They are read before the model moves: from a GPU each of them would be fetched on its own.
         unet = ("unet",) if config.adapter == "lora" else ()
         self._base_model = model.fingerprint(*unet, "vae", "text_encoder", "text_encoder_2", most=4096)[:16]
-        self.model = model.to(self.device)
-        self.unet = model.unet
+        self._half_base = half_base_of(model, config)  # before the model moves, so that only one copy of its UNet does
+        self.model, self.unet = model.to(self.device), model.unet
         self.objective = make_objective(config, model.flow)
         self.trainable = prepare_network(model, config)
-        half = config.adapter == "lora" and self._precision == "bf16"
-        self._half_base = HalfBase(self.unet, torch.bfloat16) if half else None
         self.ema = EMA(self.trainable, config.ema_decay) if config.ema_decay else None
         self._inputs = InputSampler(model, self.objective, config.seed, config.caption_dropout)
-        self._training_step = TrainingStep(
-            self.unet,
-            self.objective,
-            self.trainable,
-            self.ema,
-            config,
-            self.device,
-            self._precision,
-            self.accelerator.num_processes,
-        )
+        parts = self.unet, self.objective, self.trainable, self.ema
+        num_processes: int = self.accelerator.num_processes
+        self._training_step = TrainingStep(*parts, config, self.device, self._precision, num_processes)
         self._training_step.starting_lora = model.starting_lora
+        self._training_step.tags = self.tags = tags_of(config, self.objective, model)
         self.optimizer = self._training_step.optimizer
         self._checkpoints = RunCheckpoints(self._training_step, writes=self.accelerator.is_main_process)
-        self._agreement = Agreement(self.device, self.accelerator.num_processes)
+        self._agreement = Agreement(self.device, num_processes)
         self._learning_rate = learning_rates(config)
         self.global_step, self._samples = 0, 0
 
@@ -147,8 +147,9 @@ class AlignedTrainer:
         """
         config = config or TrainingConfig()
         check_tracker(config.report_to)  # before the model is loaded, which may take minutes
-        load = partial(BaseModel.load, model) if isinstance(model, str | Path) else partial(BaseModel, model)
-        return cls(load(options=model_options), config)
+        if not isinstance(model, str | Path):
+            return cls(BaseModel(model, model_options), config)
+        return cls(BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config)), config)
 
     @property
     def global_batch_size(self) -> int:
@@ -230,7 +231,8 @@ class AlignedTrainer:
         logger.info("%s", self.paths)
         log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
         if self._half_base is not None:
-            stack.enter_context(self._half_base.in_use())
+            # A given pipeline comes back as it was.
+            stack.enter_context(self._half_base.in_use(restore=not self.model.unet_as_stored))
         return log, stack.enter_context(closing(_encoded_batches(self, dataset)))
 
     def step(self, batch: Batch) -> Tensor:
@@ -301,9 +303,13 @@ class AlignedTrainer:
     # The result
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Hold the averaged weights and the exact frozen ones inside a `with` block, in evaluation mode."""
-        exact = nullcontext() if self._half_base is None else self._half_base.exact()
+    def averaged(self, *, exact_base: bool = True) -> Iterator[None]:
+        """Hold the averaged weights and the exact frozen ones inside a `with` block, in evaluation mode.
+
+        Args:
+            exact_base: whether the frozen weights are exact; False leaves them in the type of the training.
+        """
+        exact = nullcontext() if self._half_base is None or not exact_base else self._half_base.exact()
         average = nullcontext() if self.ema is None else self.ema.swapped()
         self.unet.eval()
         try:
@@ -359,14 +365,14 @@ class AlignedTrainer:
 
     def save_lora(self, folder: str | Path) -> Path:
         """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""
-        with self.averaged():
-            run = (self.global_step, self.global_batch_size)
-            return publish_lora(self.model, self.objective, self.config, folder, *run)
+        run = self.global_step, self.global_batch_size
+        with self.averaged(exact_base=False):
+            return publish_lora(self.model, self.objective, self.config, self.tags, folder, *run)
 
     def save_pipeline(self, folder: str | Path) -> Path:
         """Write the averaged model as a diffusers pipeline, and return its folder; see `publish_pipeline`."""
         with self.averaged():
-            return publish_pipeline(self.model, self.objective, self.config, folder)
+            return publish_pipeline(self.model, self.objective, self.config, self.tags, folder)
 
 
 def _encoded_batches(trainer: AlignedTrainer, dataset: ImageDataset) -> Generator[Batch]:

@@ -49,6 +49,23 @@ def test_family_is_seen_from_the_header_where_no_layer_takes_text(described: Any
     assert found["family"] == "SDXL (header ss_base_model_version)"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.float8_e4m3fn, 1.5), (torch.float8_e4m3fn, 0.001953125), (torch.float8_e4m3fn, 448.0),
+        (torch.float8_e5m2, 1.25), (torch.bfloat16, 1.5), (torch.uint8, 2.0), (torch.int16, 2.0),
+    ],
+)  # fmt: skip
+def test_alpha_of_any_type_is_read(dtype: torch.dtype, value: float, described: Any) -> None:
+    found = described(kohya({TO_K: (8, 768)}, alpha=0.0) | {f"{TO_K}.alpha": torch.tensor(value).to(dtype)})
+    assert found["scale"] == str(round(value / 2, 4))
+
+
+def test_whole_numbers_in_place_of_matrices_are_odd(described: Any) -> None:
+    found = described({key: value.to(torch.int8) for key, value in kohya({TO_K: (8, 768)}).items()})
+    assert f"2 matrices are of type I8, which no loader reads, such as {TO_K}.lora_down.weight" in found["odd"]
+
+
 def test_names_ranks_scales_and_types_are_counted(described: Any) -> None:
     tensors = kohya({TO_K: (8, 768), "lora_te_text_model_encoder_layers_0_mlp_fc1": (8, 4)}, rank=4, alpha=2.0)
     found = described({key: tensor.half() for key, tensor in tensors.items()}, **{"d2f.shift": "2.0", "ss_tag": "x"})

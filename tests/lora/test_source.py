@@ -50,6 +50,13 @@ def test_path_that_exists_is_taken_whole(tmp_path: Path, monkeypatch: pytest.Mon
     assert parse_lora("run:2:0.5") == (Path("run:2"), 0.5)
 
 
+def test_word_in_place_of_a_scale_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "y.safetensors:abc").touch()
+    assert parse_lora(str(tmp_path / "y.safetensors:abc")).scale == 1.0
+    with pytest.raises(ModelError, match=r"LoRA x\.safetensors:abc: 'abc' is no number: give FILE or FILE:STRENGTH"):
+        parse_lora("x.safetensors:abc")
+
+
 @pytest.mark.parametrize("scale", ["1001", "-1e9", "9" * 400])
 def test_scale_is_bounded(scale: str) -> None:
     with pytest.raises(ModelError, match="the scale must be at most 1000"):
@@ -107,7 +114,7 @@ def test_folder_without_a_lora_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"the folder holds no {LORA_FILE}: give the folder of a LoRA run"):
         check_lora_file(tmp_path)
     (tmp_path / "pipeline").mkdir()
-    with pytest.raises(ModelError, match="the folder holds a whole model: give it to --model"):
+    with pytest.raises(ModelError, match="the folder holds a whole model, not a LoRA: give it as the model"):
         check_lora_file(tmp_path)
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()

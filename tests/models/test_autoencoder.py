@@ -1,6 +1,8 @@
 """Autoencoders: another one in place of the model's own, and a scale and shift that every program respects."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, U
 from safetensors.torch import save_file
 
 from d2f_fast.errors import ModelError
-from d2f_fast.models.autoencoder import load_autoencoder, set_scale_and_shift
+from d2f_fast.models.autoencoder import autoencoder_tags, load_autoencoder, other_autoencoder, set_scale_and_shift
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.options import ModelOptions
@@ -144,6 +146,13 @@ def test_unusable_autoencoder_is_refused_in_one_line(tiny_folder: Path, tiny: Pa
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x04")
     save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    kl = AutoencoderKL.from_pretrained(tiny_folder / "vae").state_dict()
+    first = "decoder.conv_out.weight"
+    save_file({key: value for key, value in kl.items() if key != first}, tmp_path / "lacking.safetensors")
+    save_file(kl | {first: torch.zeros(3, 9, 3, 3)}, tmp_path / "other.safetensors")
+    save_file(kl | {first: kl[first].to(torch.int8)}, tmp_path / "int8.safetensors")
+    shutil.copytree(tiny_folder / "vae", tmp_path / "odd")
+    save_file(kl | {first: torch.zeros(3, 9, 3, 3)}, tmp_path / "odd" / "diffusion_pytorch_model.safetensors")
     for name, sentence in (
         ("wide", "wide has 16 latent channels, the UNet has 4: give one made for this model"),
         ("deep", "deep has 8 pixels per latent, the model's own has 2: give one made for this model"),
@@ -153,12 +162,31 @@ def test_unusable_autoencoder_is_refused_in_one_line(tiny_folder: Path, tiny: Pa
         ("none.safetensors", "none.safetensors cannot be loaded"),
         ("x.ckpt", "is a pickle, which can run code"),
         ("x.safetensors", "holds no AutoencoderKL"),
+        ("lacking.safetensors", rf"lacking.safetensors holds no weights for {first}: give an intact file"),
+        ("other.safetensors", rf"{first} has shape \[3, 9, 3, 3\], and that of the model's own autoencoder is \[3, 8"),
+        ("int8.safetensors", f"int8.safetensors: {first} is of type I8, which holds no weights"),
+        ("odd", r"odd cannot be loaded \(Cannot load because .*torch.Size.{,20}\): give an intact autoencoder"),
     ):
         with pytest.raises(ModelError, match=sentence) as caught:
             load_pipeline(tiny_folder, options=ModelOptions(pretrained_vae_model_name_or_path=str(tmp_path / name)))
         assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=r"AutoencoderTiny has no place for a shift of 0\.5"):
         load(tiny_folder, pretrained_vae_model_name_or_path=str(tiny), vae_custom_shift=0.5)
+
+
+def test_sampling_says_that_a_lora_was_trained_with_another_autoencoder(tiny: Path) -> None:
+    options = {"pretrained_vae_model_name_or_path": str(tiny), "vae_custom_scale": 0.1406, "vae_custom_shift": -0.5}
+    trained = ModelOptions(**options)  # type: ignore[arg-type]
+    tags = autoencoder_tags(trained)
+    assert tags == {"d2f.vae": tiny.name, "d2f.vae_scale": "0.1406", "d2f.vae_shift": "-0.5"}
+    assert autoencoder_tags(ModelOptions(pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix")) == {
+        "d2f.vae": "madebyollin/sdxl-vae-fp16-fix"
+    }
+    assert other_autoencoder(tags, trained) is None and other_autoencoder({}, ModelOptions()) is None
+    assert other_autoencoder(tags, replace(trained, vae_custom_scale=None)) == (
+        "the LoRA was trained with --vae_custom_scale 0.1406: give the same, unless the model itself has this"
+        " autoencoder"
+    )
 
 
 def test_single_file_without_an_autoencoder_takes_the_one_that_is_named(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,17 @@ def test_what_a_single_file_cannot_hold_is_said(narrow_pipeline: Any, tmp_path: 
     assert second.startswith("a single file cannot hold the noise schedule")
     model.configs["scheduler"] = {**model.configs["scheduler"], "prediction_type": "flow_prediction"}
     assert "prediction type flow_prediction" in write_single_file(model, tmp_path / "a.safetensors")[1]
+    padding = "a single file cannot hold the autoencoder's padding by reflection; other programs pad by zeros"
+    tagged = replace(model, tags={"d2f.vae_reflection_padding": "true"})
+    assert padding in write_single_file(tagged, tmp_path / "a.safetensors")
+    model.configs["vae"] = {**model.configs["vae"], "reflection_padding": True}
+    assert padding in write_single_file(model, tmp_path / "a.safetensors")
+
+
+def test_title_of_the_result_of_a_run_is_the_name_of_the_run(narrow_pipeline: Any, tmp_path: Path) -> None:
+    model = read_model(str(narrow_pipeline("sd1")))
+    assert replace(model, source=str(tmp_path / "owls" / "pipeline")).title == "owls"
+    assert replace(model, source=str(tmp_path / "owls.safetensors")).title == "owls"
 
 
 def test_weight_that_is_not_finite_or_too_large_leaves_no_file(narrow_pipeline: Any, tmp_path: Path) -> None:

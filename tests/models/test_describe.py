@@ -57,6 +57,12 @@ def test_what_programs_trip_over_in_a_folder_is_named(folder: Path) -> None:
     assert "the UNet takes 9 channels" in odd
 
 
+def test_whole_numbers_in_place_of_weights_are_odd(folder: Path) -> None:
+    save_file({"a": torch.ones(2, dtype=torch.int8)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    odd = describe_model_folder(folder)["odd"]
+    assert "1 weights are of type I8, which no loader reads, such as a" in odd
+
+
 def test_single_file_says_what_it_is_taken_for(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_single_file(read_model(str(folder)), path, torch.float16)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from d2f_fast.errors import ModelError
 from d2f_fast.models.base_model import BaseModel
@@ -92,6 +92,17 @@ def test_default_that_is_the_table_of_the_base_stays_in_another_class() -> None:
     moved = same_schedule(linear, EulerDiscreteScheduler, timestep_spacing="trailing")
     torch.testing.assert_close(moved.alphas_cumprod, linear.alphas_cumprod)
     assert moved.config.timestep_spacing == "trailing"
+
+
+def test_shift_by_image_size_that_is_ignored_is_named(pipeline: Any) -> None:
+    scheduler = pipeline.scheduler
+    try:
+        for dynamic in (True, False):
+            pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic)
+            line = str(BaseModel(pipeline).facts)
+            assert line.endswith(", its shift by image size (use_dynamic_shifting) is ignored") == dynamic
+    finally:
+        pipeline.scheduler = scheduler
 
 
 def test_family_is_that_of_the_network(pipeline: Any, tiny_xl: Any) -> None:

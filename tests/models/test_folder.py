@@ -12,12 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.errors import ModelError
+from d2f_fast.models.convert import read_model
 from d2f_fast.models.folder import check_folder
-from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.load import load_model, load_pipeline
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.network import check_trainable
 
 WEIGHTS = "diffusion_pytorch_model"
+
+
+def load(path: Path) -> list[tuple[str, torch.Tensor]]:
+    return list(load_file(path).items())
 
 
 def as_half_variant(folder: Path) -> None:
@@ -42,6 +47,46 @@ def test_half_precision_variant_loads_in_float32_and_can_be_trained(folder: Path
     check_trainable(model, TrainingConfig(resolution=16))
     with pytest.raises(ModelError, match="unet holds weights of the variant fp16 alone"):
         load_pipeline(folder, options=ModelOptions(variant="ema"))
+
+
+@pytest.mark.parametrize(("types", "expected"), [
+    (("float16",), torch.float16), (("bfloat16",), torch.bfloat16), (("float32",), torch.float32),
+    (("float16", "bfloat16"), torch.float32), (("float16", "float32"), torch.float32),
+])  # fmt: skip
+def test_unet_keeps_the_half_precision_type_of_its_file_where_wanted(
+    folder: Path, pipeline: Any, types: tuple[str, ...], expected: torch.dtype
+) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    stored = {key: value.to(getattr(torch, types[i % len(types)])) for i, (key, value) in enumerate(load(path))}
+    save_file(stored, path, metadata={"format": "pt"})
+    loaded: Any = load_model(folder, unet_as_stored=True).pipeline
+    assert {value.dtype for value in loaded.unet.parameters()} == {expected}
+    assert all(torch.equal(loaded.unet.state_dict()[key].float(), value.float()) for key, value in stored.items())
+    assert {value.dtype for value in loaded.vae.parameters()} == {torch.float32}
+    assert {value.dtype for value in load_pipeline(folder).unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_whole_numbers_are_refused_by_loading_and_conversion(folder: Path, component: str) -> None:
+    (path,) = (folder / component).glob("*.safetensors")
+    tensors = load_file(path)
+    first = min(tensors)
+    save_file(tensors | {first: tensors[first].to(torch.int8)}, path, metadata={"format": "pt"})
+    sentence = rf"{path}: {first} is of type I8, which holds no weights: give a model in float32, float16 or bfloat16"
+    for read in (load_pipeline, read_model):
+        with pytest.raises(ModelError, match=sentence):
+            read(str(folder))
+
+
+def test_folder_of_a_run_or_a_lora_is_refused_with_what_to_give(folder: Path, tmp_path: Path) -> None:
+    for name in ("full", "lora"):
+        (tmp_path / name).mkdir()
+    folder.rename(tmp_path / "full" / "pipeline")
+    with pytest.raises(ModelError, match=r"full is the folder of a run: give .*full/pipeline, the model that it train"):
+        load_pipeline(tmp_path / "full")
+    (tmp_path / "lora" / "lora_kohya.safetensors").touch()
+    with pytest.raises(ModelError, match=r"lora holds a LoRA, not a model: give the model that it belongs to, and"):
+        load_pipeline(tmp_path / "lora")
 
 
 def test_variant_that_a_folder_lacks_is_refused(folder: Path) -> None:

@@ -26,6 +26,7 @@ def test_missing_paths_and_void_options_are_refused(tmp_path: Path) -> None:
     for model, options, sentence in (
         ("./nowhere", {}, "nowhere does not exist: give a hub id, a pipeline folder or a .safetensors file"),
         (tmp_path / "none.safetensors", {}, "none.safetensors: no such file"),
+        ("x.safetensors:0.8", {}, "x.safetensors:0.8: no such file; a strength after the colon is only for a LoRA"),
         (file, {"variant": "fp16"}, "variant is fp16, and .* has no variants: leave variant out"),
         ("miniature", {"variant": "fp16"}, "variant is fp16, and miniature has no variants"),
         (tmp_path, {"revision": "main"}, "revision is main, and .* is no hub id: leave revision out"),

@@ -55,6 +55,21 @@ def test_single_file_gives_the_weights_that_it_was_made_from(
     assert pipeline.tokenizer("ab").input_ids == expected.tokenizer("ab").input_ids
 
 
+def test_unet_of_a_single_file_keeps_its_half_precision_type_where_wanted(
+    narrow: Any, write_file: Any, tokenizer: str
+) -> None:
+    def halve(tensors: dict[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            if key.startswith("model.diffusion_model."):
+                tensors[key] = value.half()
+
+    options = ModelOptions(tokenizer_name_or_path=tokenizer)
+    pipeline: Any = load_model(write_file("sdxl", halve), options=options, unet_as_stored=True).pipeline
+    expected = narrow("sdxl").unet.state_dict()
+    assert all(torch.equal(value, expected[key].half()) for key, value in pipeline.unet.state_dict().items())
+    assert {value.dtype for value in pipeline.text_encoder.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pipeline_of_a_single_file_generates_images(write_file: Any, tokenizer: str, family: str) -> None:
     pipeline: Any = load_pipeline(write_file(family), options=ModelOptions(tokenizer_name_or_path=tokenizer))

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from d2f_fast.errors import CheckpointError
 from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.training import ema as ema_module
 from d2f_fast.training.ema import EMA
 
 
@@ -49,6 +50,22 @@ def test_average_equals_that_of_diffusers(decay: float) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     rms = [(o - t).square().mean().sqrt() for o, t in zip(ema.shadow.values(), oracle.shadow_params, strict=True)]
     assert max(rms) <= 1e-7
+
+
+def test_average_of_few_parameters_at_a_time_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    averages = []
+    for most in (2**26, 100):
+        monkeypatch.setattr(ema_module, "_MOST_ELEMENTS", most)
+        parameters = make_parameters()
+        ema = EMA(parameters)
+        for step in range(3):
+            train_step(parameters, step)
+            ema.step(skip=torch.tensor(step == 1))
+        averages.append(bits(ema.state_dict()))
+        assert [sum(ema.shadow[name].numel() for name in names) for names in ema._groups] == (
+            [444] if most > 444 else [64, 288, 92]
+        )
+    assert averages[0] == averages[1]
 
 
 def test_late_weight_is_exact_where_one_minus_decay_in_float32_is_not() -> None:

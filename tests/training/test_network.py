@@ -45,6 +45,34 @@ def test_bfloat16_base_trains_and_float16_base_is_refused(
         assert len(trainer.sample(["ab", "c"], 2, guidance_scale=2.0)) == 2
 
 
+def test_named_model_of_half_precision_trains_as_its_float32_copy_without_holding_one(
+    make_config: Any, make_batch: Any, weights_of: Any, assert_equal: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None).to(torch.float16).save_pretrained(folder)
+    options = {"mixed_precision": "bf16", "conv_rank": 2, "lora_format": "diffusers"}
+    float32 = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+    named, given = (
+        AlignedTrainer.from_pretrained(model, make_config(tmp_path / "run", **options)) for model in (folder, float32)
+    )
+    frozen = [p for p in named.unet.parameters() if not p.requires_grad and p.ndim > 1]
+    assert frozen and {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    assert named._identity() == given._identity()
+    assert_equal(weights_of(named), weights_of(given))
+    for number in range(2):
+        assert torch.equal(named.step(make_batch(4, number)), given.step(make_batch(4, number)))
+    assert_equal(weights_of(named), weights_of(given))
+    paths = [trainer.save_lora(tmp_path / name) for trainer, name in ((named, "named"), (given, "given"))]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    images = [trainer.sample("ab", generator=torch.Generator().manual_seed(0))[0] for trainer in (named, given)]
+    assert images[0].tobytes() == images[1].tobytes()
+    with named.averaged(), given.averaged():
+        assert_equal(named.unet.state_dict(), given.unet.state_dict())
+    assert named._half_base is not None
+    assert {exact.dtype for exact in named._half_base._exact if exact is not None} == {torch.float16}
+
+
 def test_gradient_checkpointing_changes_no_bit(
     make_batch: Any, weights_of: Any, assert_equal: Any, make_trainer: Any
 ) -> None:

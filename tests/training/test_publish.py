@@ -160,10 +160,11 @@ def test_published_form_is_read_back_and_continued(images: Any, make_trainer: An
 def test_reflection_padding_of_the_autoencoder_is_kept_in_what_is_saved(
     tiny_folder: Path, make_config: Any, make_batch: Any, tmp_path: Path
 ) -> None:
-    options = ModelOptions(vae_reflection_padding=True)
+    options = ModelOptions(vae_reflection_padding=True, vae_custom_scale=0.25)
     trainer = AlignedTrainer.from_pretrained(tiny_folder, make_config(tmp_path / "run", checkpointing_steps=0), options)
     trainer.step(make_batch())
-    assert read_tensors(trainer.save_lora(tmp_path / "lora"))[1]["d2f.vae_reflection_padding"] == "true"
+    header = read_tensors(trainer.save_lora(tmp_path / "lora"))[1]
+    assert (header["d2f.vae_reflection_padding"], header["d2f.vae_scale"]) == ("true", "0.25")
     folder = trainer.save_pipeline(tmp_path / "saved")
     assert json.loads((folder / "d2f.json").read_text())["d2f.vae_reflection_padding"] == "true"
     assert BaseModel.load(folder).facts.vae_reflection_padding
