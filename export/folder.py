@@ -10,7 +10,7 @@ from torch import Tensor
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.engines import engine_commands
-from d2f_fast.export.options import ExportOptions
+from d2f_fast.export.options import MODEL_OPTIONS, ExportOptions
 from d2f_fast.export.output_folder import check_output, check_place, output_folder
 from d2f_fast.export.pipeline_files import write_component_config, write_pipeline_files
 from d2f_fast.export.readiness import Readiness
@@ -292,6 +292,7 @@ class ExportJob:
             "prediction_type": self.flow.prediction_type,
             "shift": self.shift,
             "taken_for": str(self.model.facts),
+            "model_options": {name: value for name in MODEL_OPTIONS if (value := getattr(options, name)) is not None},
             "guidance": options.guidance,
             "with_vae": options.with_vae,
             "unroll": options.unroll,

@@ -30,6 +30,11 @@ _FOREIGN_OPTIONS = {
     "batch_size": "give --static BATCHxHEIGHTxWIDTH to fix the sizes",
     "no_dynamic_axes": "give --static BATCHxHEIGHTxWIDTH to fix the sizes",
 }
+# Options of the base model that export.json keeps: those that are no path.
+MODEL_OPTIONS = (
+    *("prediction_type", "rescale_betas_zero_snr", "vae_custom_scale", "vae_custom_shift", "vae_reflection_padding"),
+    *("variant", "revision"),
+)
 TOLERANCES = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
 
 
@@ -145,7 +150,7 @@ class CheckOptions:
             divided by the RMS of torch's output, above 0 and below 1. A sampler may differ more, by a factor that
             export.json names. None allows 1e-5 for fp32 and 3e-3 for fp16.
         verify_only: Export nothing; compare the export in the output folder with the model again. Give --model, --lora,
-            --vae and the prediction type as for the export; the options of the graphs are read from it.
+            --vae and --tokenizer_name_or_path as for the export; all other options are read from it.
         skip_verify: Check that the graphs are valid, but do not run them. bf16 needs this, because ONNX Runtime cannot
             run bf16 graphs on a CPU.
     """

@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.options import COMPONENTS, ExportOptions
+from d2f_fast.export.options import COMPONENTS, MODEL_OPTIONS, ExportOptions
 from d2f_fast.export.readiness import Readiness
 from d2f_fast.export.verify import Row
 from d2f_fast.files.hashes import file_sha256
@@ -37,6 +37,7 @@ class Report(TypedDict):
     trtexec: command that builds an engine of each graph.
     versions: version of each library that took part.
     files: every other file of the export, by path.
+    model_options: options of the base model that were given, without paths.
     The rest are the options of the same names; `verified` says whether the graphs were run.
     """
 
@@ -50,6 +51,7 @@ class Report(TypedDict):
     prediction_type: str
     shift: float
     taken_for: str
+    model_options: dict[str, Any]
     guidance: bool
     with_vae: bool
     unroll: int
@@ -133,6 +135,7 @@ def options_of_export(options: ExportOptions, output: Path) -> ExportOptions:
         # In an export of half precision the autoencoder alone may be float32, so another component is read first.
         precision = min(made["precision"].items(), key=lambda entry: entry[0].startswith("vae"))[1]
         tables = output / "unet/steps.json"
+        stated = dict(made.get("model_options", {}))  # Exports of earlier versions have no such entry.
         counts = json.loads(tables.read_text(encoding="utf-8")) if "unet" in names else options.step_counts
         found = replace(
             options,
@@ -145,6 +148,7 @@ def options_of_export(options: ExportOptions, output: Path) -> ExportOptions:
             static=made["static"],
             unroll=made["unroll"],
             tolerance=made["tolerance"] if options.tolerance is None else options.tolerance,
+            **{name: stated[name] for name in MODEL_OPTIONS if name in stated and getattr(options, name) is None},
         )
         found.check()
     except (KeyError, TypeError, AttributeError, ValueError) as error:

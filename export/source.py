@@ -8,7 +8,7 @@ from d2f_fast.errors import ModelError
 from d2f_fast.files.json_file import read_json
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
-from d2f_fast.lora.read import common_tags
+from d2f_fast.lora.read import check_tags, common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
@@ -41,6 +41,7 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
         ModelError: the tags cannot be used, or the network is of the published form of naive flow matching.
     """
     tags = common_tags(adapters, shift) if adapters else _folder_tags(Path(source))
+    check_tags(source, tags, shift)
     flow, own = model.flow, Diff2FlowScheduler.from_config(model.pipeline.scheduler.config)
     try:
         if tags.get("d2f.prediction_type") == "flow_prediction" and not isinstance(flow, NaiveFlow):

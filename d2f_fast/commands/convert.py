@@ -115,12 +115,15 @@ class Convert:
     def _input(self) -> Input:
         """Return the input, or refuse one that is neither a model nor a LoRA."""
         from d2f_fast.commands.kind import kind_of
-        from d2f_fast.models.names import PICKLE_SUFFIXES
+        from d2f_fast.models.names import PICKLE_SUFFIXES, check_model_name
 
+        if not self.input or not self.output:
+            raise RefusedInputError(f"{'output' if self.input else 'input'} is empty: give a file or a folder")
         path, scale = parse_lora(self.input)
         if self.input == MINIATURE:
             return Input(MINIATURE, 1.0, False)
         if not path.exists() and path.suffix not in {*PICKLE_SUFFIXES, ".safetensors"}:
+            check_model_name(self.input)
             return Input(self.input, 1.0, False)  # A hub id.
         kind = kind_of(path)
         if kind == "run":
@@ -165,6 +168,8 @@ class Convert:
 
     def _output_path(self, source: Input, form: OutputForm) -> Path:
         """Return the file or folder to write, or refuse one that exists."""
+        from d2f_fast.files.atomic import check_writable
+
         output = Path(self.output)
         if form in _LORA_FORMS and output.suffix != ".safetensors":
             output = output / (LORA_FILE if form == "peft" else f"{output.resolve().name}{KOHYA_ENDING}")
@@ -177,6 +182,7 @@ class Convert:
                 f"{printable(output)} holds {printable(foreign[0])}, which is no part of a model and would be lost:"
                 " choose another output"
             )
+        check_writable(output)
         return output
 
     def _convert_model(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
     Raises:
         RefusedInputError: A file of the result is damaged.
     """
+    from d2f_fast.files.walk import bytes_below
+
     checkpoints = sorted(
         (path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)),
         key=lambda path: int(path.name.rpartition("-")[2]),
@@ -94,7 +96,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "command": _command(folder / "metrics.json"),
         "checkpoints": ", ".join(path.name for path in checkpoints) or "none",
         "results": {path.name: describe(path) for path in results},
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "bytes": bytes_below(folder),
         "needs": ["`d2f inspect` of a result says more of it"] if results else [],
         "odd": odd,
     }

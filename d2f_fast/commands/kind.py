@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from d2f_fast.data.file_names import METADATA_FILE, is_image
-from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
+from d2f_fast.files.walk import files_below
 from d2f_fast.lora.file_keys import split_key
-from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
+from d2f_fast.models.names import ORIGINAL_PREFIXES, refuse_pickle
 
+_MOST_FILES = 20_000  # in which an image is looked for
 Kind = Literal["model folder", "model file", "LoRA", "cache", "run", "data set", "unknown file"]
 
 
@@ -22,11 +24,7 @@ def kind_of(path: Path) -> Kind:
     Raises:
         RefusedInputError: There is no such path, it is a pickle, or a folder that holds nothing that is known here.
     """
-    if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
-        raise ModelError(
-            f"{printable(path)} is a pickle, which can run code, and is not opened: convert it to safetensors"
-            " elsewhere, such as in ComfyUI with the nodes CheckpointLoaderSimple and CheckpointSave"
-        )
+    refuse_pickle(path)
     if path.is_dir():
         return _kind_of_folder(path)
     return kind_of_header(read_tensor_header(path))
@@ -54,8 +52,9 @@ def _kind_of_folder(folder: Path) -> Kind:
         return "LoRA"
     if any(re.fullmatch("[0-9a-f]{2}", name) for name in names) and any(folder.glob("[0-9a-f][0-9a-f]/*.safetensors")):
         return "cache"
-    if METADATA_FILE in names or any(is_image(path.name) for path in folder.rglob("*")):
+    if METADATA_FILE in names or any(is_image(path.name) for path in files_below(folder, _MOST_FILES)):
         return "data set"
     raise RefusedInputError(
-        f"{printable(folder)} holds neither a model, a LoRA, a cache, a run nor images: check the path"
+        f"{printable(folder)} holds neither a model, a LoRA, a cache, a run nor images among its first"
+        f" {_MOST_FILES:,} files: check the path"
     )

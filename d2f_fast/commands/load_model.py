@@ -1,6 +1,7 @@
 """Load a model with LoRA for sampling, and what their files say of the sampling. Torch is imported here."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.json_file import read_json
 from d2f_fast.lora.merge import MergedLora, fuse_adapter
-from d2f_fast.lora.read import common_tags, read_lora
+from d2f_fast.lora.read import check_tags, common_tags, read_lora
 from d2f_fast.lora.source import parse_lora
+from d2f_fast.models.autoencoder import other_autoencoder
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import ModelFacts
 from d2f_fast.models.load import load_model
@@ -54,6 +56,8 @@ def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift
     # Files that cannot be used are refused before the model is loaded, which takes longer.
     adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, lora)]
     of_training = options_of_training(model, lora, options, shift)
+    if lora and (sentence := other_autoencoder(common_tags([file.path for file, _ in adapters], shift), options)):
+        print(f"d2f: {sentence}", file=sys.stderr)
     pipeline, facts = load_model(model, options=options)
     fingerprints = BaseModel(pipeline, options, facts).fingerprints()
     merged = [fuse_adapter(pipeline, adapter, scale) for adapter, scale in adapters]
@@ -82,6 +86,7 @@ def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, 
     chosen: dict[str, Any] = {"prediction_type": options.prediction_type, "shift": shift}
     try:
         tags = dict(tags)
+        check_tags(str(source), tags, shift)
         if shift is None and "d2f.shift" in tags:
             chosen["shift"] = float(tags["d2f.shift"])
         # The other types are the base model's, whose own configuration says which one it is.
@@ -90,6 +95,8 @@ def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, 
             chosen |= {"prediction_type": "flow_prediction", "fm_form": tags.get("d2f.fm_form")}
         if options.vae_reflection_padding is None:
             chosen["vae_reflection_padding"] = tags.get("d2f.vae_reflection_padding") == "true"
+    except RefusedInputError:
+        raise
     except (AttributeError, TypeError, ValueError) as error:
-        raise RefusedInputError(f"{source} holds no usable d2f.shift ({error}): give --shift") from error
+        raise RefusedInputError(f"{source} holds no usable tags ({error}): write the model again") from error
     return {name: value for name, value in chosen.items() if value is not None}

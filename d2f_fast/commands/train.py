@@ -129,13 +129,11 @@ class Train:
     def _say_how_to_sample(self, output: Path, trainer: "AlignedTrainer", result: "RunResult") -> None:
         """Print how to generate images with the result, and write the same into its model card."""
         from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
-        from d2f_fast.training.publish import tags_of
 
-        tags = tags_of(trainer.config, trainer.objective, trainer.model.facts.vae_reflection_padding)
         run = {"steps": result["steps"], "images_per_step": trainer.global_batch_size}
-        for line in recipe(output, tags):
+        for line in recipe(output, trainer.tags):
             print(f"d2f: {line}", file=sys.stderr)
-        if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, tags, run) is None:
+        if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, trainer.tags, run) is None:
             print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
     def _refuse_early(self, output: Path) -> None:

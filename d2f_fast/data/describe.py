@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 from d2f_fast.data.file_names import MAX_REPEATS, METADATA_FILE, is_image, repeats_of, unread_images
 from d2f_fast.errors import CheckpointError, printable
 from d2f_fast.files.tensor_header import read_tensor_header
+from d2f_fast.files.walk import MOST_FILES, files_below
 
 CACHE_FORMAT = "d2f_fast.data.cache"
 _MOST_HEADERS = 10_000
@@ -23,11 +23,15 @@ def describe_data_set(folder: Path, caption_extension: str = ".txt") -> dict[str
         folder: Folder of the images.
         caption_extension: Extension of the caption files.
     """
-    files = sorted(_files(folder))
+    files = sorted(files_below(folder))
     images = [path for path in files if is_image(path.name)]
-    sizes, unreadable = _sizes(images)
+    sizes, unreadable = _sizes(images[:_MOST_HEADERS])
     listed = (folder / METADATA_FILE).is_file()
     odd = [f"{len(unreadable)} images cannot be read, such as {printable(unreadable[0])}"] if unreadable else []
+    if len(files) == MOST_FILES:
+        odd.append(f"only the first {MOST_FILES:,} files were looked at")
+    if len(images) > _MOST_HEADERS:
+        odd.append(f"only the sizes of the first {_MOST_HEADERS:,} images were read")
     if listed:
         captions, oddities = _listed_captions(folder, images)
     else:
@@ -90,14 +94,6 @@ def describe_cache(folder: Path) -> dict[str, Any]:
         "needs": ["the model, precision and images that it was made with: other samples are computed beside these"],
         "odd": odd,
     }
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files at any depth that are not hidden."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file():
-            yield path
 
 
 def _sizes(images: list[Path]) -> tuple[list[tuple[int, int]], list[Path]]:

@@ -34,9 +34,21 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps 4`"]
     if tags.get("d2f.fm_form") == "published":
         return lines  # No other program feeds the network the flow time itself.
+    nodes = (
+        f"ModelSamplingSD3 (shift {shift}) and KSampler (euler, simple)"
+        if predicts_flow
+        else f"ManualSigmas (`{sigmas}`) and SamplerCustom (euler)"
+    )
     if not is_lora:
         steps = "num_inference_steps=4" if predicts_flow else f"sigmas=[{sigmas}]"
         lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {steps})`')
+        single_file = shlex.quote(f"{folder.resolve().name}.safetensors")
+        lines.append(
+            f"ComfyUI: `d2f convert {shlex.quote(f'{name}/pipeline')} {single_file}`, that file in"
+            f" models/checkpoints; the nodes CheckpointLoaderSimple, {nodes}"
+        )
+        if not predicts_flow:
+            lines.append("A1111, Forge: the same file in models/Stable-diffusion; sampler Euler")
     elif (folder / LORA_FILE).is_file():
         shifted = "" if shift == "1.0" else f", shift={shift}"
         if predicts_flow:  # A single file of the base model does not say so.
@@ -46,11 +58,6 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
             f" `pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config{shifted})`"
         )
     for file in folder.glob(f"*{KOHYA_ENDING}") if is_lora else ():
-        nodes = (
-            f"ModelSamplingSD3 (shift {shift}) and KSampler (euler, simple)"
-            if predicts_flow
-            else f"ManualSigmas (`{sigmas}`) and SamplerCustom (euler)"
-        )
         lines.append(f"ComfyUI: `{file.name}` in models/loras; the nodes LoraLoaderModelOnly, {nodes}")
         if not predicts_flow:
             lines.append(
@@ -132,7 +139,7 @@ def _card(
         "",
         *(f"- {line}" for line in recipe(folder, tags, folder.resolve().name)),
         "",
-        "BASE is the base model, and TEXT the caption.",
+        "BASE is the base model, and TEXT the caption." if is_lora else "TEXT is the caption.",
         "",
         "## Training",
         "",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from d2f_fast.commands import kind
 from d2f_fast.commands.main import main
 
 
@@ -59,11 +60,31 @@ def test_run_is_described_with_its_results(train: Any, tmp_path: Path, inspect: 
     assert "  last logged step: 2, loss " in capsys.readouterr().out
 
 
+def test_tree_of_many_files_is_not_walked_to_its_end(
+    tmp_path: Path, images: Path, inspect: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(9):
+        (tmp_path / "tree" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / "a" / f"{number}.txt").touch()
+    (tmp_path / "tree" / "b").mkdir()
+    (tmp_path / "tree" / "b" / "late.png").touch()
+    monkeypatch.setattr(kind, "_MOST_FILES", 5)
+    assert main(["inspect", str(tmp_path / "tree")]) == 2
+    assert "nor images among its first 5 files: check the path" in capsys.readouterr().err
+    monkeypatch.setattr("d2f_fast.files.walk.MOST_FILES", 4)
+    monkeypatch.setattr("d2f_fast.data.describe.MOST_FILES", 4)
+    monkeypatch.setattr("d2f_fast.data.describe._MOST_HEADERS", 1)
+    found = inspect(images)
+    assert found["images"] == 2
+    assert "only the first 4 files were looked at" in found["odd"]
+    assert "only the sizes of the first 1 images were read" in found["odd"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("none", "none: no such file or folder; check the path"),
-        ("a.ckpt", "a.ckpt is a pickle, which can run code, and is not opened"),
+        ("a.ckpt", "a.ckpt is a pickle, which can run code: convert it to safetensors first"),
         ("cut.safetensors", "cut.safetensors: not an intact safetensors file"),
         ("empty", "empty holds neither a model, a LoRA, a cache, a run nor images"),
     ],

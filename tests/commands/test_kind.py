@@ -47,7 +47,7 @@ def test_kind_of_a_folder_is_seen_from_its_files(tiny_folder: Path, tmp_path: Pa
 
 
 def test_pickle_and_folder_of_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"a\.ckpt is a pickle, which can run code, and is not opened"):
+    with pytest.raises(ModelError, match=r"a\.ckpt is a pickle, which can run code: convert it to safetensors first"):
         kind_of(tmp_path / "a.ckpt")
     with pytest.raises(RefusedInputError, match="holds neither a model, a LoRA, a cache, a run nor images"):
         kind_of(tmp_path)

@@ -65,9 +65,16 @@ def test_recipe_of_the_published_form_names_this_package_only(folder: Path) -> N
 
 def test_recipe_of_a_pipeline_passes_its_sigmas(folder: Path) -> None:
     (folder / "pipeline").mkdir()
-    d2f, diffusers = recipe(folder, TAGS, "owls")
+    d2f, diffusers, comfyui, a1111 = recipe(folder, TAGS, "owls")
     assert "--model owls/pipeline" in d2f
     assert diffusers.endswith('from_pretrained("owls/pipeline")(TEXT, sigmas=[17.61, 3, 1, 0.3333, 0])`')
+    assert "`d2f convert owls/pipeline owls.safetensors`, that file in models/checkpoints" in comfyui
+    assert "ManualSigmas (`17.61, 3, 1, 0.3333, 0`)" in comfyui
+    assert a1111 == "A1111, Forge: the same file in models/Stable-diffusion; sampler Euler"
+    flow = recipe(folder, FLOW_TAGS)
+    assert len(flow) == 3 and flow[-1].endswith(
+        "CheckpointLoaderSimple, ModelSamplingSD3 (shift 3.0) and KSampler (euler, simple)"
+    )
 
 
 def test_card_is_read_by_the_hub_and_names_no_path_of_this_machine(folder: Path, config: TrainingConfig) -> None:
