@@ -20,6 +20,8 @@ LearningRateSchedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
 Method = Literal["euler", "midpoint", "heun"]
+FixedStepMethod = Literal["euler", "midpoint", "heun", "rk4"]
+StochasticMethod = Literal["euler_maruyama", "stochastic_heun"]
 Spacing = Literal["uniform", "trailing"]
 # The trackers that accelerate can log to, by its names.
 Tracker = Literal[
