@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from d2f_fast.layers.fused_lora import use_fused_lora
     from d2f_fast.miniature import load_miniature
     from d2f_fast.ops import align, aligned_loss
+    from d2f_fast.sampling.adaptive import sample_flow_adaptive
     from d2f_fast.sampling.integrate import sample_flow
     from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+    from d2f_fast.sampling.stochastic import sample_flow_stochastic
     from d2f_fast.training.trainer import AlignedTrainer
 
 __version__ = "0.1.0"
@@ -28,6 +30,8 @@ __all__ = [
     "aligned_loss",
     "load_miniature",
     "sample_flow",
+    "sample_flow_adaptive",
+    "sample_flow_stochastic",
     "use_fused_lora",
 ]
 
@@ -41,6 +45,8 @@ _MODULE_OF = {
     "aligned_loss": "d2f_fast.ops",
     "load_miniature": "d2f_fast.miniature",
     "sample_flow": "d2f_fast.sampling.integrate",
+    "sample_flow_adaptive": "d2f_fast.sampling.adaptive",
+    "sample_flow_stochastic": "d2f_fast.sampling.stochastic",
     "use_fused_lora": "d2f_fast.layers.fused_lora",
 }
 

@@ -12,7 +12,7 @@ def sample_flow_adaptive(
     x_t: Tensor,
     times: Tensor | None = None,
     rtol: float = 1e-5,
-    atol: float = 1e-5,
+    atol: float = 1e-6,
     return_intermediates: bool = False,
 ) -> Tensor | list[Tensor]:
     """Solve d x_t / d t = velocity(x_t, t) by Dormand and Prince's method of fifth order, from torchdiffeq.

@@ -9,7 +9,6 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -19,7 +18,8 @@ from d2f_fast.config import Method
 from d2f_fast.data.pair_shards import PairRecord
 from d2f_fast.flow.flow import Flow
 from d2f_fast.models.base_model import BaseModel, to_pil
-from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity
+from d2f_fast.models.solve import prompt_velocity
+from d2f_fast.sampling.integrate import Velocity, sample_flow
 from d2f_fast.sampling.multistep import sample_multistep
 
 Solver = Literal["dpmsolver++", "euler", "midpoint", "heun"]
@@ -147,20 +147,12 @@ class PairGenerator:
     def _velocity(self, prompts: Sequence[str], guidance: Sequence[float]) -> Velocity:
         """Return the velocity of the network for prompts, each guided with its own scale."""
         model, plan = self._model, self._plan
-        positive = model.encode_prompts(prompts)
-        added = model.added_cond_kwargs(positive, plan.height, plan.width)
-        velocity = partial(unet_velocity, model.unet, self._flow, positive["encoder_hidden_states"])
-        if plan.guidance_scale_max <= 1:
-            return velocity(added_cond_kwargs=added)
-        if self._negative is None:
-            empty = not plan.negative_prompt
-            self._negative = model.empty_condition() if empty else model.encode_prompts([plan.negative_prompt])
-        negative = {name: x.expand(len(prompts), *x.shape[1:]) for name, x in self._negative.items()}
-        if added is not None:
-            other = model.added_cond_kwargs(negative, plan.height, plan.width) or {}
-            added = {name: torch.cat([other[name], added[name]]) for name in added}
-        scales = torch.tensor(guidance, device=model.device).reshape(-1, 1, 1, 1)
-        return velocity(negative["encoder_hidden_states"], scales, added)
+        scales: Tensor | float = 1.0
+        if plan.guidance_scale_max > 1:
+            scales = torch.tensor(guidance, device=model.device).reshape(-1, 1, 1, 1)
+            if plan.negative_prompt and self._negative is None:
+                self._negative = model.encode_prompts([plan.negative_prompt])
+        return prompt_velocity(model, self._flow, prompts, plan.height, plan.width, scales, self._negative)
 
     def _meta(self, index: int) -> dict[str, object]:
         """Return the meta.json of a pair."""
