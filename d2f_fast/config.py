@@ -90,19 +90,6 @@ def check_guidance(name: str, value: float) -> None:
         )
 
 
-def check_steps(method: Method, steps: int) -> None:
-    """Refuse a single sampling step of a method that would then be the Euler method, because its last step is.
-
-    Raises:
-        RefusedInputError: The method is not "euler", and there is one step.
-    """
-    if method != "euler" and steps == 1:
-        raise RefusedInputError(
-            f"method {method} needs at least 2 num_inference_steps, because its last step is an Euler step: give more"
-            " steps, or leave method out"
-        )
-
-
 def check_fraction(name: str, value: float) -> None:
     """Refuse a value outside [0, 1).
 
@@ -231,9 +218,11 @@ class TrainingConfig:
         lora_alpha: Strength of the LoRA layers, whose output is multiplied by lora_alpha / rank. The default None means
             a factor of 1.
         conv_rank: Rank of LoRA layers that are added to the convolutions of residual blocks, shortcuts, down- and
-            upsampling: all but the first and the last. The default 0 adds none.
+            upsampling: all but the first and the last. 0 adds none, and with --init_lora states that it has none. The
+            default None means what --init_lora has, or else 0.
         first_last_layers: Also train the UNet's first and last convolution, with LoRA layers of full rank, which can
-            learn any change of their weights. It is off by default.
+            learn any change of their weights. --no_first_last_layers does not train them, and with --init_lora states
+            that it has none of them. The default None means what --init_lora has, or else off.
         target_modules: Name endings of the layers that get LoRA layers in place of attention and feed-forward, such as
             to_q to_k. --conv_rank and --first_last_layers still add theirs. The default None takes all attention and
             feed-forward layers.
@@ -316,8 +305,8 @@ class TrainingConfig:
     init_lora: str | None = option("model", None)
     rank: int | None = option("model", None, at_least(1))
     lora_alpha: float | None = option("model", None, check_positive)
-    conv_rank: int = option("model", 0, at_least(0))
-    first_last_layers: bool = option("model", False)
+    conv_rank: int | None = option("model", None, at_least(0))
+    first_last_layers: bool | None = option("model", None)
     target_modules: tuple[str, ...] | None = option("model", None)
     resolution: int | None = option("data", None, at_least(8))
     center_crop: bool = option("data", True)

@@ -22,16 +22,8 @@ _FIXED_BY_DIFFUSION = {
     "timestep_sampling": ("uniform", "leave it out, whole timesteps are sampled evenly"),
     "flow_shift": (1.0, "leave it out, or give --sampling_shift to save a shift for sampling"),
 }
-# Options of the LoRA, and the values that are true of a full finetuning, too.
-_OF_THE_LORA = {
-    "init_lora": None,
-    "rank": None,
-    "lora_alpha": None,
-    "conv_rank": 0,
-    "first_last_layers": False,
-    "target_modules": None,
-    "lora_format": None,
-}
+# Options of the LoRA. A full finetuning takes them only where they state that there are no such layers.
+_OF_THE_LORA = ("init_lora", "rank", "lora_alpha", "conv_rank", "first_last_layers", "target_modules", "lora_format")
 
 
 def check_pairs(config: "TrainingConfig") -> None:
@@ -102,8 +94,8 @@ def _check_adapter(config: "TrainingConfig") -> None:
     """Refuse options of the LoRA in a full finetuning, which has none."""
     if config.adapter == "lora":
         return
-    for name, value in _OF_THE_LORA.items():
-        if getattr(config, name) != value:
+    for name in _OF_THE_LORA:
+        if getattr(config, name) not in (None, 0):
             merge = ", or merge the LoRA into the model first" if name == "init_lora" else ""
             raise RefusedInputError(f"{name} needs --adapter lora: leave {name} out{merge}")
 

@@ -18,6 +18,7 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.exported_files import latent_sides, read_object, read_tables, read_tokenizer
 from d2f_fast.export.noise import standard_normal
 from d2f_fast.export.sessions import Array, GraphSessions, Provider
+from d2f_fast.sampling.options import check_negative_prompt
 
 Form = Literal["loop", "folder", "unrolled"]
 _REPORT_KEYS = ("guidance", "with_vae", "unroll", "static")
@@ -92,7 +93,7 @@ class OnnxPipeline:
         seed: int = 0,
         noise: Array | None = None,
         image: Image.Image | None = None,
-        strength: float = 0.8,
+        strength: float | None = None,
     ) -> list[Image.Image]:
         """Generate one image per prompt.
 
@@ -103,7 +104,7 @@ class OnnxPipeline:
                 values below 1 are refused. The Loop always evaluates both halves, so without guidance the network is
                 run step by step, as in the folder form; graphs of a static or unrolled export evaluate both halves even
                 then. An export without guidance takes only 1 and 0.
-            negative_prompt: text to steer away from; empty for none.
+            negative_prompt: text to steer away from, with a guidance_scale above 1; empty for none.
             height: height in pixels; None for the model's own, or the export's where it is static.
             width: width in pixels; None likewise.
             seed: seed of the noise, 0 or above; torch's generator of the CPU samples the same noise with it.
@@ -111,18 +112,22 @@ class OnnxPipeline:
                 seed's.
             image: image to start from, resized to height and width; None to start from noise alone.
             strength: how much of `image` changes, above 0 and at most 1; the first 1 - strength of the steps are left
-                out. It has no effect without `image`.
+                out. None means 0.8. It needs `image`.
 
         Raises:
             RefusedInputError: the export cannot serve a size, a number of steps or another argument.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self._check_call(prompts, guidance_scale, seed)
+        check_negative_prompt(negative_prompt, guidance_scale)
         table = self._table(steps)
         height, width = self._size(height, width)
         latents = self._noise((len(prompts), height, width), seed, noise)
         first_step = 0
+        if image is None and strength is not None:
+            raise RefusedInputError(f"strength {strength} needs an image to start from: give image, or leave it out")
         if image is not None:
+            strength = 0.8 if strength is None else strength
             if not 0 < strength <= 1:
                 raise RefusedInputError(f"strength must be above 0 and at most 1, got {strength}")
             first_step = steps - max(1, round(steps * strength))

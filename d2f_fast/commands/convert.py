@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from d2f_fast.config import at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_place
-from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, parse_lora
+from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.names import MINIATURE, check_model_name
 from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class Convert:
         model_options: Options of the model.
         overwrite: Replace an output that exists. It is off by default, so that such an output is refused. A folder that
             holds anything but a model is never replaced.
-        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
+            default.
         json: Print the result as one line of JSON, in place of the path of the output. It is off by default.
     """
 
@@ -86,16 +87,33 @@ class Convert:
     dry_run: bool = False
     json: bool = False
 
+    def check(self) -> None:
+        """Refuse an input, an output or options that cannot be used.
+
+        Raises:
+            RefusedInputError: An option, the input or the output cannot be used.
+        """
+        self._settled()
+
+    def _settled(self) -> tuple[Input, OutputForm, Path]:
+        """Return the input, and the form and the path of the output."""
+        check_options(self)
+        source = self._input()
+        form = self._form(source)
+        output = self._output_path(source, form)
+        if self.extract_lora_from is not None:
+            check_model_name(self.extract_lora_from)
+        for entry in self.lora:
+            check_lora_file(parse_lora(entry).path)
+        return source, form, output
+
     def run(self) -> dict[str, Any]:
         """Convert the input, and return what was written and where.
 
         Raises:
             RefusedInputError: An option, the input or the output cannot be used; nothing was written.
         """
-        check_options(self)
-        source = self._input()
-        form = self._form(source)
-        output = self._output_path(source, form)
+        source, form, output = self._settled()
         with locked_place(output.resolve()):  # Two commands would replace each other's output.
             return self._convert(source, output, form)
 

@@ -1,6 +1,7 @@
 """`d2f demo`: show what the package does, on the embedded miniature model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from d2f_fast.config import check_options, check_seed, option
@@ -16,7 +17,7 @@ class Demo:
             replaced. A demo that was stopped keeps its finished trainings and measurements there, and the same command
             goes on from them.
         seed: Seed of training and sampling, from 0 to 2**63 - 1. The same seed gives the same report on one machine.
-        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        dry_run: Check the options, print those that would be used, as JSON, and stop. It is off by default.
         json: Print {"output": the path of the report} as one line of JSON, in place of the path alone. It is off by
             default.
     """
@@ -25,6 +26,18 @@ class Demo:
     seed: int = option(None, 0, check_seed)
     dry_run: bool = False
     json: bool = False
+
+    def check(self) -> None:
+        """Refuse options that cannot be used.
+
+        Raises:
+            RefusedInputError: The seed is out of range, or the output folder is a file.
+        """
+        from d2f_fast.files.atomic import make_folder
+
+        check_options(self)
+        if Path(self.output_dir).exists():
+            make_folder(self.output_dir)  # This refuses a file of that name.
 
     def run(self) -> dict[str, Any]:
         """Run the demonstration, and return the path of the report.
@@ -35,7 +48,7 @@ class Demo:
         """
         from d2f_fast.files.lock import locked_folder
 
-        check_options(self)
+        self.check()
         with locked_folder(self.output_dir):  # Before the slow imports, so that a refusal comes at once.
             silence_libraries()
             from d2f_fast.demo.run import run_demo

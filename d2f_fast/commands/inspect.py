@@ -1,6 +1,7 @@
 """`d2f inspect`: say what a model, a LoRA, a cache, a data set or a run is, and what is odd about it."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ class Inspect:
 
     Args:
         path: Folder or .safetensors file. Only names, configurations and headers are read, and nothing is loaded.
-        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        dry_run: Check the path, print the options that would be used, as JSON, and stop. It is off by default.
         json: Print the description as one line of JSON, in place of a table. It is off by default.
     """
 
@@ -26,15 +27,23 @@ class Inspect:
     dry_run: bool = False
     json: bool = False
 
+    def check(self) -> None:
+        """Refuse a path that does not exist.
+
+        Raises:
+            RefusedInputError: There is no such path.
+        """
+        if not os.path.exists(self.path):
+            raise RefusedInputError(f"{printable(self.path)}: no such file or folder; check the path")
+
     def run(self) -> dict[str, Any]:
         """Return the description; its "output" is the text of a table, or the path where JSON is printed.
 
         Raises:
             RefusedInputError: There is no such path, or nothing that is known here is in it.
         """
+        self.check()
         path = Path(self.path)
-        if not path.exists():
-            raise RefusedInputError(f"{printable(path)}: no such file or folder; check the path")
         description = describe(path)
         return {**description, "output": str(path) if self.json else _text(path, description)}
 

@@ -104,6 +104,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         command = parse(arguments)
         if command.dry_run:
+            unless_stopped(command.check)
             print(json.dumps(dataclasses.asdict(command), indent=2))
             return 0
         result = unless_stopped(command.run)

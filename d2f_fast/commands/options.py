@@ -48,6 +48,9 @@ class Command(Protocol):
     def json(self) -> bool:
         """Return whether the result is printed as JSON."""
 
+    def check(self) -> None:
+        """Refuse what can be refused without the network, before torch is imported."""
+
     def run(self) -> dict[str, Any]:
         """Do the work, and return the result; its "output" is the path that was written."""
 

@@ -12,8 +12,9 @@ from d2f_fast.config import Spacing, at_least, check_guidance, check_options, ch
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.names import MINIATURE, check_model_name
+from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.sampling.options import check_negative_prompt, own_size
 from d2f_fast.tasks.processes import Process, device_of, owned_folder
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Pairs:
             the captions of --train_data_dir alone.
         train_data_dir: Folder of captioned images, as for `d2f train`, whose captions are used as prompts, after those
             of --prompts_file. The default None takes none.
-        image_column: Image column of metadata.jsonl in --train_data_dir, as for `d2f train`.
+        image_column: Image column of metadata.jsonl in --train_data_dir, as for `d2f train`. Without that option, this
+            one and the next two are refused.
         caption_column: Key of the captions in metadata.jsonl, as for `d2f train`.
         caption_extension: Extension of the caption files, as for `d2f train`.
         num_pairs: Number of pairs. The prompts are taken in turn, each time with other noise. The default None makes
@@ -47,7 +49,8 @@ class Pairs:
             off, and other values below 1 are refused.
         guidance_scale_max: Upper end of a range that begins at --guidance_scale, and from which each pair gets its own
             strength. The default None gives all pairs the same.
-        negative_prompt: Prompt to steer away from, the same for all pairs. The default is empty, for none.
+        negative_prompt: Prompt to steer away from, the same for all pairs. It needs guidance. The default is empty, for
+            none.
         flow_spacing: Spacing of the steps, as for `d2f sample`.
         shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. The default None takes the one
             saved with the model or LoRA, or else 1, which turns it off.
@@ -66,16 +69,17 @@ class Pairs:
         mixed_precision: Precision of the network. "fp16" and "bf16" are faster on a GPU. The default "no" is float32.
         output_dir: Folder that receives the shards, pairs.json and grid.png. A folder with unfinished pairs of the same
             options is completed, and one with other options is refused.
-        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
+            default.
         json: Print the result (pairs, shards, evaluations of the network, seconds, path) as one line of JSON, in place
             of the path of the folder. It is off by default.
     """
 
     prompts_file: str | None = option("data", None)
     train_data_dir: str | None = option("data", None)
-    image_column: str = option("data", "image")
-    caption_column: str = option("data", "text")
-    caption_extension: str = option("data", ".txt")
+    image_column: str | None = option("data", None)
+    caption_column: str | None = option("data", None)
+    caption_extension: str | None = option("data", None)
     num_pairs: int | None = option("data", None, at_least(1))
     model: str = option("model", MINIATURE)
     lora: tuple[str, ...] = option("model", ())
@@ -99,20 +103,27 @@ class Pairs:
     dry_run: bool = False
     json: bool = False
 
+    def check(self) -> None:
+        """Refuse, before the slow imports and the sampling, what would be refused after them.
+
+        Raises:
+            RefusedInputError: An option, the prompts, the model, a LoRA or the output folder cannot be used.
+        """
+        self._checked_prompts()
+
     def run(self) -> dict[str, Any]:
         """Make the pairs that the folder lacks, and return what was made and where it was written.
 
         Raises:
             RefusedInputError: An option, the prompts, the model, a LoRA or the output folder cannot be used.
         """
-        output = Path(self.output_dir)
-        self._refuse_early(output)
+        prompts, output = self._checked_prompts(), Path(self.output_dir)
         process = Process.from_environment()
         with owned_folder(output, process):  # Before the slow imports, so that a refusal comes at once.
             silence_libraries()
-            return self._make(output, process)
+            return self._make(prompts, output, process)
 
-    def _make(self, output: Path, process: Process) -> dict[str, Any]:
+    def _make(self, prompts: list[str], output: Path, process: Process) -> dict[str, Any]:
         """Make the pairs in a folder that no other run uses."""
         started = time.monotonic()
         from d2f_fast.commands.load_model import load_with_lora
@@ -120,7 +131,6 @@ class Pairs:
         from d2f_fast.tasks.pair_folder import PairFolder, pair_record, settle_record
         from d2f_fast.tasks.pairs import PairGenerator, evaluations
 
-        prompts = list(self._prompts())
         loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
         model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
         plan, flow = self._plan(prompts, model, loaded)
@@ -175,15 +185,7 @@ class Pairs:
             times = scheduler.flow.times(self.num_inference_steps, self.flow_spacing, shift)
         except ValueError as error:
             raise RefusedInputError(str(error)) from error
-        own = model.unet.config.sample_size
-        sides = own if isinstance(own, list | tuple) else (own, own)
-        height, width = (
-            given or int(side) * model.downsampling
-            for given, side in zip((self.height, self.width), sides, strict=True)
-        )
-        for name, size in (("height", height), ("width", width)):
-            if size % model.downsampling:
-                raise RefusedInputError(f"{name} must be a multiple of {model.downsampling}, got {size}")
+        height, width = self._size(model.unet.config.sample_size, model.downsampling)
         plan = PairPlan(
             prompts=prompts,
             num_pairs=self.num_pairs or len(prompts),
@@ -221,9 +223,20 @@ class Pairs:
             for index in range(len(images)):
                 yield from images.captions(index).alternatives
 
-    def _refuse_early(self, output: Path) -> None:
-        """Refuse, before the slow imports and the sampling, what would be refused after them."""
+    def _size(self, sample_size: object, downsampling: int) -> tuple[int, int]:
+        """Return the height and the width of the images in pixels, those given or else the model's own."""
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and size % downsampling:
+                raise RefusedInputError(f"{name} must be a multiple of {downsampling}, got {size}")
+        if self.height is not None and self.width is not None:
+            return self.height, self.width
+        height, width = own_size(sample_size, downsampling)
+        return self.height or height, self.width or width
+
+    def _checked_prompts(self) -> list[str]:
+        """Return the prompts, once everything that can be refused without torch has been checked."""
         from d2f_fast.files.atomic import make_folder
+        from d2f_fast.models.configs import downsampling_of, read_configs
 
         if self.prompts_file is None and self.train_data_dir is None:
             raise RefusedInputError("give --prompts_file, --train_data_dir, or both: pairs need prompts")
@@ -240,8 +253,14 @@ class Pairs:
                 f"train_data_dir: {printable(self.train_data_dir)} is not a folder: give the folder of the captioned"
                 " images"
             )
-        check_model_name(self.model, self.model_options.variant, self.model_options.revision)
+        for name in ("image_column", "caption_column", "caption_extension"):
+            if self.train_data_dir is None and getattr(self, name) is not None:
+                raise RefusedInputError(f"{name} needs --train_data_dir: leave {name} out")
+        check_negative_prompt(self.negative_prompt, self.guidance_scale_max or self.guidance_scale)
+        if (configs := read_configs(self.model, self.model_options)) is not None:
+            self._size(configs.unet.get("sample_size"), downsampling_of(configs.vae))
         for adapter in map(parse_lora, self.lora):
             check_lora_file(adapter.path)
-        if output.exists():
-            make_folder(output)  # This refuses a file of that name.
+        if Path(self.output_dir).exists():
+            make_folder(self.output_dir)  # This refuses a file of that name.
+        return list(self._prompts())

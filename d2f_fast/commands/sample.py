@@ -15,15 +15,15 @@ from d2f_fast.config import (
     check_options,
     check_positive,
     check_seed,
-    check_steps,
     option,
 )
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.names import MINIATURE, check_model_name
+from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.sampling.options import check_negative_prompt, check_steps, image_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,8 +38,8 @@ class Sample:
 
     Args:
         prompts: One or more prompts; one image is generated for each.
-        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. The
-            default "miniature" is the small model inside this package.
+        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file.
+            "miniature", which the default None means, is the small model inside this package.
         lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE; the scale is 1 if left out.
             PATH is the folder of a run or of a checkpoint-N, or a .safetensors file of this package, diffusers, peft,
             kohya or LyCORIS. The default is none, which uses the model as it is.
@@ -47,14 +47,16 @@ class Sample:
         onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --lora,
             --method, --flow_spacing, --shift, --model or another option of the model it is refused, because the export
             has settled them. The default None runs the model with diffusers.
-        onnx_provider: Provider of ONNX Runtime that --onnx runs on; without --onnx it has no effect. The default "auto"
-            takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise, never TensorRT.
+        onnx_provider: Provider of ONNX Runtime that --onnx runs on; without --onnx it is refused. "auto", which the
+            default None means, takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise,
+            never TensorRT.
         num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
             "midpoint" and "heun" twice in every step but the last one, so that they need 2 steps. With --onnx only the
             numbers that were exported are accepted.
         guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1
             and 0 turn guidance off, which halves the time. Other values below 1 are refused.
-        negative_prompt: Prompt to steer away from, the same for all images. The default is empty, for none.
+        negative_prompt: Prompt to steer away from, the same for all images. It needs a --guidance_scale above 1. The
+            default is empty, for none.
         method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
         flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time. "trailing" takes the times of
             diffusers' trailing timesteps, to compare with DDIM. Both start at t = 0, pure noise.
@@ -68,17 +70,18 @@ class Sample:
         seed: Seed of the noise, from 0 to 2**63 - 1. The same seed and options give the same images on one machine.
         output_dir: Folder that receives the images, 000.png and so on, and metrics.json; it is created if it is
             missing. Files of these names are replaced.
-        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
+            default.
         json: Print the result (method, steps, number and paths of the images) as one line of JSON, in place of the
             path of the folder. It is off by default.
     """
 
     prompts: tuple[str, ...] = field(metadata={"group": "image"})
-    model: str = option("model", MINIATURE)
+    model: str | None = option("model", None)
     lora: tuple[str, ...] = option("model", ())
     model_options: ModelOptions = field(default_factory=ModelOptions)
     onnx: str | None = option("model", None)
-    onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("model", "auto")
+    onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] | None = option("model", None)
     num_inference_steps: int = option("sampling", 4, at_least(1))
     guidance_scale: float = option("sampling", 3.0, check_guidance)
     negative_prompt: str = option("image", "")
@@ -92,14 +95,39 @@ class Sample:
     dry_run: bool = False
     json: bool = False
 
+    def check(self) -> None:
+        """Refuse, before the slow imports and the sampling, what would be refused after them.
+
+        Raises:
+            RefusedInputError: An option, the model, the LoRA file or the output folder cannot be used.
+        """
+        from d2f_fast.files.atomic import make_folder
+        from d2f_fast.models.configs import downsampling_of, read_configs
+
+        if not self.prompts or not all(self.prompts):
+            raise RefusedInputError("prompts: give at least one prompt, none of them empty")
+        check_options(self)
+        check_negative_prompt(self.negative_prompt, self.guidance_scale)
+        check_steps(self.method, self.num_inference_steps)
+        if self.onnx is not None:
+            self._check_onnx(self.onnx)
+        elif self.onnx_provider is not None:
+            raise RefusedInputError("onnx_provider needs --onnx: add --onnx FOLDER, or leave onnx_provider out")
+        elif (configs := read_configs(self._model, self.model_options)) is not None:
+            image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
+        for adapter in map(parse_lora, self.lora):
+            check_lora_file(adapter.path)
+        if Path(self.output_dir).exists():
+            make_folder(self.output_dir)  # This refuses a file of that name.
+
     def run(self) -> dict[str, Any]:
         """Generate the images, write them, and return what was generated and where it was written.
 
         Raises:
             RefusedInputError: An option, the model, the LoRA file or the output folder cannot be used.
         """
+        self.check()
         output = Path(self.output_dir)
-        self._refuse_early(output)
         with locked_folder(output):  # Two commands would mix their images.
             return self._generate(output)
 
@@ -119,31 +147,22 @@ class Sample:
         write_run_record(output, "d2f sample", self.seed, seconds, [row])
         return row | {"files": files, "output": str(output)}
 
-    def _refuse_early(self, output: Path) -> None:
-        """Refuse, before the slow imports and the sampling, what would be refused after them."""
-        from d2f_fast.files.atomic import make_folder
+    @property
+    def _model(self) -> str:
+        """Return the name of the model, which is not used with `onnx`."""
+        return MINIATURE if self.model is None else self.model
 
-        if not self.prompts or not all(self.prompts):
-            raise RefusedInputError("prompts: give at least one prompt, none of them empty")
-        check_options(self)
-        check_steps(self.method, self.num_inference_steps)
-        check_model_name(self.model, self.model_options.variant, self.model_options.revision)
-        if self.onnx is not None:
-            if not Path(self.onnx).is_dir():
-                raise RefusedInputError(f"onnx: {printable(self.onnx)} is not a folder: give one of export/to_onnx.py")
-            given = {name: getattr(self, name) for name in _FIXED_BY_EXPORT} | dataclasses.asdict(self.model_options)
-            defaults = {
-                part.name: part.default for part in (*dataclasses.fields(self), *dataclasses.fields(ModelOptions))
-            }
-            for name, value in given.items():
-                if value != defaults[name]:
-                    raise RefusedInputError(
-                        f"{name} was settled when {printable(self.onnx)} was exported: leave it out, or export again"
-                    )
-        for adapter in map(parse_lora, self.lora):
-            check_lora_file(adapter.path)
-        if output.exists():
-            make_folder(output)  # This refuses a file of that name.
+    def _check_onnx(self, folder: str) -> None:
+        """Refuse a folder that does not exist, and options that were settled when it was exported."""
+        if not Path(folder).is_dir():
+            raise RefusedInputError(f"onnx: {printable(folder)} is not a folder: give one of export/to_onnx.py")
+        given = {name: getattr(self, name) for name in _FIXED_BY_EXPORT} | dataclasses.asdict(self.model_options)
+        defaults = {part.name: part.default for part in (*dataclasses.fields(self), *dataclasses.fields(ModelOptions))}
+        for name, value in given.items():
+            if value != defaults[name]:
+                raise RefusedInputError(
+                    f"{name} was settled when {printable(folder)} was exported: leave it out, or export again"
+                )
 
     def _with_diffusers(self) -> "list[Image]":
         """Generate the images with diffusers."""
@@ -153,7 +172,7 @@ class Sample:
         from d2f_fast.commands.load_model import load_with_lora
         from d2f_fast.sampling.generate import generate
 
-        loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
+        loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
         pipe = loaded.pipeline
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -176,7 +195,7 @@ class Sample:
         from d2f_fast.export.inference import OnnxPipeline
         from d2f_fast.export.sessions import PROVIDERS
 
-        providers = None if self.onnx_provider == "auto" else PROVIDERS[self.onnx_provider]
+        providers = None if self.onnx_provider in ("auto", None) else PROVIDERS[self.onnx_provider]
         return OnnxPipeline(folder, providers=providers)(
             self.prompts,
             steps=self.num_inference_steps,

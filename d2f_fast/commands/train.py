@@ -15,8 +15,9 @@ from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.names import MINIATURE, check_model_name
-from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions, check_flow_schedule
+from d2f_fast.training.launch import check_launch
 
 if TYPE_CHECKING:
     from d2f_fast.data.image_folder import CaptionedImages
@@ -32,27 +33,38 @@ class Train:
             image.
         pretrained_model_name_or_path: Model to start from: a Hugging Face id, a diffusers pipeline folder, or one
             .safetensors file. The default "miniature" is the small model inside this package.
-        image_column: Image column, as image folders of Hugging Face name it: the default "image" reads the key
-            "file_name" of metadata.jsonl, and any other name X reads the key "X_file_name".
+        image_column: Image column, as image folders of Hugging Face name it: "image", which the default None means,
+            reads the key "file_name" of metadata.jsonl, and any other name X reads the key "X_file_name". A folder
+            without metadata.jsonl takes neither this option nor the next one.
         caption_column: Key of metadata.jsonl whose value is the caption, or a list of captions of which each epoch
-            takes one at random.
-        caption_extension: Extension of the caption files beside the images, used where there is no metadata.jsonl.
+            takes one at random. The default None means "text".
+        caption_extension: Extension of the caption files beside the images. The default None means ".txt". A folder
+            with metadata.jsonl has no such files, and does not take this option.
         model_options: Options of the base model.
         options: Options of the training itself.
-        dry_run: Print the options that would be used, as JSON, and stop. It is off by default.
+        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
+            default.
         json: Print the result of the run (steps, last loss, skipped steps, seconds, path) as one line of JSON, in
             place of the path that was written. It is off by default.
     """
 
     train_data_dir: str = field(metadata={"group": "data"})
     pretrained_model_name_or_path: str = option("model", MINIATURE)
-    image_column: str = option("data", "image")
-    caption_column: str = option("data", "text")
-    caption_extension: str = option("data", ".txt")
+    image_column: str | None = option("data", None)
+    caption_column: str | None = option("data", None)
+    caption_extension: str | None = option("data", None)
     model_options: ModelOptions = field(default_factory=ModelOptions)
     options: TrainingConfig = field(default_factory=TrainingConfig)
     dry_run: bool = False
     json: bool = False
+
+    def check(self) -> None:
+        """Refuse, before the slow imports and the training, what would be refused after them.
+
+        Raises:
+            RefusedInputError: The data, the model, the output folder or an option cannot be used.
+        """
+        self._data_set()
 
     def run(self) -> dict[str, Any]:
         """Train the model, save the result, and return what was trained and where it was written.
@@ -60,24 +72,21 @@ class Train:
         Raises:
             RefusedInputError: The data, the model or an option cannot be used.
         """
-        output = Path(self.options.output_dir)
-        self._refuse_early(output)
+        dataset, output = self._data_set(), Path(self.options.output_dir)
         # The first process writes, and so keeps other runs out, before the slow imports and the loading of the model.
         writes = int(os.environ.get("RANK", 0)) == 0
         with locked_folder(output) if writes else nullcontext():
-            return self._train(output)
+            return self._train(dataset, output)
 
-    def _train(self, output: Path) -> dict[str, Any]:
+    def _train(self, dataset: "CaptionedImages", output: Path) -> dict[str, Any]:
         """Train and save in an output folder that no other run uses."""
         started = time.monotonic()
         silence_libraries()
-        from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.objective import method_line
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
         from d2f_fast.training.trainer import AlignedTrainer
 
-        dataset = CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
         trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, self.options, self.model_options)
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
@@ -90,7 +99,8 @@ class Train:
             if not trainer.accelerator.is_main_process:
                 return result | {"output": str(output)}
             is_lora = self.options.adapter == "lora"
-            saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline")
+            # A run that goes on from a checkpoint replaces its own result; `check` has refused any other folder.
+            saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline", replace=True)
             method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
             row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
             row |= {"model": dataclasses.asdict(facts)}
@@ -136,17 +146,39 @@ class Train:
         if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, trainer.tags, run) is None:
             print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
-    def _refuse_early(self, output: Path) -> None:
-        """Refuse, before the slow imports and the training, what would be refused after them."""
+    def _data_set(self) -> "CaptionedImages":
+        """Return the images, once everything that can be refused without torch has been checked."""
+        from d2f_fast.data.image_folder import CaptionedImages
+        from d2f_fast.models.configs import check_training, read_configs
         from d2f_fast.training.checkpoint import refuse_used_folder
 
-        if self.options.adapter == "full" and (output / "pipeline").exists():
-            raise RefusedInputError(f"{output / 'pipeline'} exists: move it away, or choose another output_dir")
+        check_launch(self.options, os.environ)
+        output = Path(self.options.output_dir)
+        self._check_pipeline(output / "pipeline")
         if self.options.init_lora is not None:
             check_lora_file(parse_lora(self.options.init_lora).path)
         if not (folder := Path(self.train_data_dir)).is_dir():
             raise RefusedInputError(
                 f"train_data_dir: {printable(folder)} is not a folder: give the folder of the captioned images"
             )
-        check_model_name(self.pretrained_model_name_or_path, self.model_options.variant, self.model_options.revision)
+        if self.options.objective == "fm":
+            check_flow_schedule(self.model_options, "objective fm")
+        if (configs := read_configs(self.pretrained_model_name_or_path, self.model_options)) is not None:
+            check_training(configs, self.options.resolution)
         refuse_used_folder(output, self.options.resume_from_checkpoint)
+        return CaptionedImages(folder, self.image_column, self.caption_column, self.caption_extension)
+
+    def _check_pipeline(self, folder: Path) -> None:
+        """Refuse a full finetuning that would replace the result of another run."""
+        if self.options.adapter != "full" or not folder.exists():
+            return
+        if self.options.resume_from_checkpoint is None:
+            raise RefusedInputError(
+                f"{printable(folder)} exists: continue its run with --resume_from_checkpoint latest and a larger"
+                " max_train_steps, move it away, or choose another output_dir"
+            )
+        if not (folder / "d2f.json").is_file():
+            raise RefusedInputError(
+                f"{printable(folder)} is no result of a run, and is not replaced: move it away, or choose another"
+                " output_dir"
+            )

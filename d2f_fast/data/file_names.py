@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from d2f_fast.errors import DatasetError, printable
 
 METADATA_FILE = "metadata.jsonl"
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
@@ -40,6 +42,34 @@ def repeats_of(name: str) -> Repeats:
         if match := _REPEATS.match(parent.name):
             return Repeats(str(parent), int(match[1]) if len(match[1]) < 10 else MAX_REPEATS + 1)
     return Repeats("", 1)
+
+
+def check_columns(
+    folder: Path, image_column: str | None, caption_column: str | None, caption_extension: str | None
+) -> None:
+    """Refuse an option of the other one of the two layouts, where it would have no effect.
+
+    Args:
+        folder: Folder of the captioned images.
+        image_column: Column of the image in the metadata file; None where it was not given.
+        caption_column: Key of the caption in the metadata file; None where it was not given.
+        caption_extension: Extension of the caption files; None where it was not given.
+
+    Raises:
+        DatasetError: A column is given and there is no metadata file, or an extension and there is one.
+    """
+    has_metadata = (folder / METADATA_FILE).is_file()
+    if has_metadata and caption_extension is not None:
+        raise DatasetError(
+            f"caption_extension {printable(caption_extension)} has no effect, because the captions are in"
+            f" {printable(folder / METADATA_FILE)}: leave caption_extension out, or remove that file"
+        )
+    for option, value in (("image_column", image_column), ("caption_column", caption_column)):
+        if value is not None and not has_metadata:
+            raise DatasetError(
+                f"{option} {printable(value)} is read from {METADATA_FILE}, which {printable(folder)} does not hold:"
+                f" leave {option} out, or add that file"
+            )
 
 
 def is_image(name: str) -> bool:

@@ -1,13 +1,13 @@
-"""Find the captioned images of a folder, whose layout is detected, and check every entry before training starts."""
+"""Find the captioned images of a folder, whose layout is detected, and check every entry before training starts.
+
+No torch is imported before an image is read, so that `d2f train` refuses a folder at once.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NoReturn, TypedDict
-
-from PIL import Image
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING, NoReturn, TypedDict
 
 from d2f_fast.data.captions import Captions, read_caption_file
 from d2f_fast.data.file_names import (
@@ -16,12 +16,15 @@ from d2f_fast.data.file_names import (
     METADATA_FILE,
     UNREAD_EXTENSIONS,
     Repeats,
+    check_columns,
     is_image,
     repeats_of,
     unread_images,
 )
-from d2f_fast.data.images import read_image
 from d2f_fast.errors import DatasetError, printable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_LINE_BYTES = 1 << 20
 EXPECTED_LAYOUTS = (
@@ -40,12 +43,12 @@ class Sample(TypedDict):
         path: Its file.
     """
 
-    image: Image.Image
+    image: "Image.Image"
     text: str | list[str]
     path: Path
 
 
-class CaptionedImages(Dataset[Sample]):
+class CaptionedImages:
     """Read captioned images from a folder. An image is decoded only when it is asked for.
 
     There are two layouts. Either a `metadata.jsonl` names an image and its caption or captions on each line, or images
@@ -56,11 +59,11 @@ class CaptionedImages(Dataset[Sample]):
 
     Args:
         folder: Folder of the images.
-        image_column: Column of the image in `metadata.jsonl`. "image" reads the key "file_name"; any other name reads
-            "<name>_file_name".
-        caption_column: Key of the caption in `metadata.jsonl`, a string or a list of alternatives.
-        caption_extension: Extension of the caption files. The whole text of a file, without white space at either end,
-            is the caption.
+        image_column: Column of the image in `metadata.jsonl`. "image", which None means, reads the key "file_name"; any
+            other name reads "<name>_file_name".
+        caption_column: Key of the caption in `metadata.jsonl`, a string or a list of alternatives; None means "text".
+        caption_extension: Extension of the caption files; None means ".txt". The whole text of a file, without white
+            space at either end, is the caption.
 
     Attributes:
         folder: Folder of the images.
@@ -68,26 +71,28 @@ class CaptionedImages(Dataset[Sample]):
         repeats: Number of repeats of each sub-folder named `<number>_<name>` with images, by its path in the folder.
 
     Raises:
-        DatasetError: The folder has neither layout; a caption is missing, empty or over 10,000 characters; a captioned
-            image is of a format that is not read; a folder asks for more than 200 repeats; a file is missing or outside
-            the folder; a metadata line is not JSON or lacks a key. When a sample is read: its image does not decode.
+        DatasetError: The folder has neither layout, or an argument is for the other one; a caption is missing, empty or
+            over 10,000 characters; a captioned image is of a format that is not read; a folder asks for more than 200
+            repeats; a file is missing or outside the folder; a metadata line is not JSON or lacks a key. When a sample
+            is read: its image does not decode.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        image_column: str = "image",
-        caption_column: str = "text",
-        caption_extension: str = ".txt",
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        caption_extension: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise DatasetError(f"{printable(self.folder)} is not a folder: {EXPECTED_LAYOUTS}")
+        check_columns(self.folder, image_column, caption_column, caption_extension)
         if (self.folder / METADATA_FILE).is_file():
-            image_key = "file_name" if image_column == "image" else f"{image_column}_file_name"
-            samples = _read_metadata(self.folder, image_key, caption_column)
+            image_key = "file_name" if image_column in (None, "image") else f"{image_column}_file_name"
+            samples = _read_metadata(self.folder, image_key, caption_column or "text")
         else:
-            samples = _read_caption_files(self.folder, "." + caption_extension.removeprefix("."))
+            samples = _read_caption_files(self.folder, "." + (caption_extension or ".txt").removeprefix("."))
         self.files, self.repeats = 0, dict[str, int]()
         self._samples: list[tuple[str, Captions]] = []
         for name, captions, repeats in samples:
@@ -102,6 +107,8 @@ class CaptionedImages(Dataset[Sample]):
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
+        from d2f_fast.data.images import read_image  # It imports torch.
+
         path = self.path(index)
         return {"image": read_image(path), "text": self.text(index), "path": path}
 

@@ -150,8 +150,8 @@ def check_start(
     unet: UNet2DConditionModel,
     *,
     rank: int | None = None,
-    conv_rank: int = 0,
-    first_last_layers: bool = False,
+    conv_rank: int | None = None,
+    first_last_layers: bool | None = None,
     target_modules: Sequence[str] | None = None,
 ) -> None:
     """Refuse options that state other layers or ranks than those of the file that is started from.
@@ -160,8 +160,8 @@ def check_start(
         start: LoRA that is started from.
         unet: UNet without an adapter.
         rank: Rank of attention and feed-forward layers; None states none.
-        conv_rank: Rank of convolutions but the first and the last; 0 states none.
-        first_last_layers: Whether the first and the last layer are adapted; False states nothing.
+        conv_rank: Rank of convolutions but the first and the last; 0 states that none is adapted, None states nothing.
+        first_last_layers: Whether the first and the last layer are adapted; None states nothing.
         target_modules: Endings of the names of the other layers; None states none.
 
     Raises:
@@ -172,12 +172,13 @@ def check_start(
         n: layer.rank for n, layer in start.unet_layers.items() if n not in ends and _ends(n, CONVOLUTION_TARGETS)
     }
     others = {n: layer.rank for n, layer in start.unet_layers.items() if n not in ends and n not in kernels}
-    for option, stated, found in (("rank", rank or 0, others), ("conv_rank", conv_rank, kernels)):
-        if stated and set(found.values()) != {stated}:
+    for option, stated, found in (("rank", rank, others), ("conv_rank", conv_rank, kernels)):
+        if stated is not None and set(found.values()) != ({stated} if stated else set()):
             ranks = ", ".join(map(str, sorted(set(found.values()))[:5])) or "no such layers"
             raise _contradiction(start, option, str(stated), f"rank {ranks}" if found else ranks)
-    if first_last_layers and len(ends) < 2:
-        raise _contradiction(start, "first_last_layers", "set", f"{len(ends)} of the two layers")
+    if first_last_layers is not None and len(ends) != 2 * first_last_layers:
+        stated_word = "set" if first_last_layers else "off"
+        raise _contradiction(start, "first_last_layers", stated_word, f"{len(ends)} of the two layers")
     if target_modules is not None:
         wanted = {
             name

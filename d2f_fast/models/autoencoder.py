@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.models.folder import check_real_weights
-from d2f_fast.models.names import refuse_pickle
+from d2f_fast.models.names import check_autoencoder_name, is_single_file
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.single_file_weights import check_autoencoder
 
@@ -46,13 +46,10 @@ def load_autoencoder(source: str, dtype: torch.dtype, config: Mapping[str, Any])
     Raises:
         ModelError: The autoencoder cannot be loaded, is a pickle, or is of a class that the pipelines do not take.
     """
+    check_autoencoder_name(source)
     path, where = Path(source), f"autoencoder {printable(source)}"
-    refuse_pickle(path)
-    is_file = path.suffix == ".safetensors" and not path.is_dir()
-    if not is_file and not path.is_dir() and (path.is_absolute() or source.startswith(".")):
-        raise ModelError(f"{where} does not exist: give a hub id, a folder or a .safetensors file")
     try:
-        if is_file:
+        if is_single_file(source):
             return _load_file(path, dtype, config)
         subfolder = "vae" if (path / "model_index.json").is_file() else None
         found = AutoModel.from_pretrained(source, subfolder=subfolder, use_safetensors=True, dtype=dtype)

@@ -11,11 +11,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
 from d2f_fast.models.autoencoder import posterior_of, prepare_autoencoder
+from d2f_fast.models.configs import downsampling_of, resolution_of
 from d2f_fast.models.facts import ModelFacts, state_facts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
@@ -126,7 +127,7 @@ class BaseModel:
     @property
     def downsampling(self) -> int:
         """Return the number of pixels along each side of one latent."""
-        return 1 << (len(self.vae.config.block_out_channels) - 1)
+        return downsampling_of(self.vae.config)
 
     @property
     def resolution(self) -> int:
@@ -135,12 +136,7 @@ class BaseModel:
         Raises:
             RefusedInputError: The configuration of the UNet does not say it.
         """
-        side = self.unet.config.get("sample_size")
-        sides = side if isinstance(side, list | tuple) else [side]
-        if not sides or not all(isinstance(each, int) and each > 0 for each in sides):
-            raise RefusedInputError(f"resolution: the UNet's configuration has sample_size {side}: give --resolution")
-        shorter: int = min(sides)
-        return shorter * self.downsampling
+        return resolution_of(self.unet.config, self.downsampling)
 
     @property
     def tokenizers(self) -> list["PreTrainedTokenizerBase"]:

@@ -28,7 +28,7 @@ from d2f_fast.models.facts import check_prediction_type
 from d2f_fast.models.folder import check_real_weights
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.names import PICKLE_SUFFIXES
-from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.options import ModelOptions, check_flow_schedule
 from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.reflection_padding import CONFIG_ENTRY
 from d2f_fast.models.save import save_pipeline_folder
@@ -119,7 +119,10 @@ def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
             raise ModelError(f"{folder / name}: its configuration is not a JSON object: restore it from the base model")
     stated = {name: value for name, value in asdict(options).items() if value is not None and name in _STATED}
     configs["scheduler"] = {**configs["scheduler"], **stated}
-    check_prediction_type(configs["scheduler"].get("prediction_type", "epsilon"), f"{folder}: scheduler_config.json")
+    prediction_type = configs["scheduler"].get("prediction_type", "epsilon")
+    check_prediction_type(prediction_type, f"{folder}: scheduler_config.json")
+    if prediction_type == "flow_prediction":
+        check_flow_schedule(options, "a model that predicts the flow")
     components = {name: _named_as_in_diffusers(name, _component_tensors(folder / name)) for name in parts}
     return ModelWeights(model, components, configs, tags_of_model(model, options))
 

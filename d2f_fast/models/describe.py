@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from d2f_fast.errors import CheckpointError, ModelError, printable
-from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import TensorInfo, read_tensor_header
 from d2f_fast.files.walk import bytes_below
 from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
+from d2f_fast.models.folder import read_config
 from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
 
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -37,9 +37,9 @@ def describe_model_folder(folder: Path) -> dict[str, Any]:
         CheckpointError: A configuration is missing or not JSON, or a file is damaged.
         ModelError: A configuration is not a JSON object.
     """
-    index, unet = _config(folder / "model_index.json"), _config(folder / "unet" / "config.json")
+    index, unet = read_config(folder / "model_index.json"), read_config(folder / "unet" / "config.json")
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _config(scheduler_file)
+    scheduler = read_config(scheduler_file)
     parts = {name: folder / name for name in _PARTS if (index.get(name) or [None])[0] is not None}
     tensors = {name: _component(path) for name, path in parts.items()}
     return {
@@ -102,7 +102,8 @@ def _facts(path: Path) -> tuple[dict[str, str], str | None]:
     """Return what a single file is taken for, and why it cannot be loaded where that is so."""
     # These modules import diffusers, which takes seconds; the rest of a description does without.
     from d2f_fast.models.options import ModelOptions
-    from d2f_fast.models.single_file import read_facts, read_single_file
+    from d2f_fast.models.single_file import read_facts
+    from d2f_fast.models.single_file_header import read_single_file
 
     try:
         found = read_facts(read_single_file(path), ModelOptions())
@@ -124,15 +125,7 @@ def _image_size(unet: Mapping[str, Any], folder: Path) -> str:
 def _autoencoder(folder: Path) -> dict[str, Any]:
     """Return the configuration of the autoencoder, empty where there is none."""
     path = folder / "vae" / "config.json"
-    return _config(path) if path.is_file() else {}
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Return a configuration, or refuse one that is not a JSON object."""
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ModelError(f"{printable(path)} is not a JSON object: restore it from the base model")
-    return config
+    return read_config(path) if path.is_file() else {}
 
 
 def _stated(scheduler: Mapping[str, Any], name: str, default: object) -> str:
@@ -176,7 +169,7 @@ def _tags(folder: Path) -> dict[str, Any]:
     """Return how the model was trained and is to be sampled, where this package wrote it."""
     path = folder / "d2f.json"
     try:
-        return _config(path) if path.is_file() else {}
+        return read_config(path) if path.is_file() else {}
     except (CheckpointError, ModelError):
         return {}
 

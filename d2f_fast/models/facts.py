@@ -10,7 +10,7 @@ from d2f_fast.config import PredictionType
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.flow.naive_flow import predicts_flow
 from d2f_fast.lora.family import FAMILY_NAMES, family_of
-from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.options import ModelOptions, check_flow_schedule
 from d2f_fast.models.reflection_padding import set_reflection_padding
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
 
     Raises:
         ModelError: The prediction type that the model's files name is none.
+        RefusedInputError: An option of the noise schedule is given for a model that predicts the flow.
     """
     changes: dict[str, Any] = {}
     vae = getattr(pipeline, "vae", None)
@@ -82,7 +83,10 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
     if options.rescale_betas_zero_snr is not None:
         changes["rescale_betas_zero_snr"] = options.rescale_betas_zero_snr
     found = _facts_of_scheduler(pipeline, source) if isinstance(source, str) else source
-    check_prediction_type(options.prediction_type or found.prediction_type, found.prediction_source)
+    prediction_type = options.prediction_type or found.prediction_type
+    check_prediction_type(prediction_type, found.prediction_source)
+    if prediction_type == "flow_prediction":
+        check_flow_schedule(options, f"a model that predicts the flow ({found.prediction_source})")
     if changes:
         pipeline.scheduler = same_schedule(pipeline.scheduler, type(pipeline.scheduler), **changes)
     given = "option --{}"

@@ -4,15 +4,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import TensorInfo, read_tensor_header
 from d2f_fast.lora.source import lora_path
 from d2f_fast.models.names import PICKLE_SUFFIXES
+
+if TYPE_CHECKING:
+    import torch
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?(?:\.(?P<late>[\w-]+))?\.safetensors"
@@ -83,7 +84,7 @@ def check_real_weights(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def unet_half_type(folder: Path, variant: str | None) -> torch.dtype | None:
+def unet_half_type(folder: Path, variant: str | None) -> "torch.dtype | None":
     """Return the half-precision type of all weights of a folder's UNet, or None if they are of another type or of two.
 
     Args:
@@ -98,14 +99,32 @@ def unet_half_type(folder: Path, variant: str | None) -> torch.dtype | None:
     return half_type(info for path in files for info in read_tensor_header(path).tensors.values())
 
 
-def half_type(tensors: Iterable[TensorInfo]) -> torch.dtype | None:
+def half_type(tensors: Iterable[TensorInfo]) -> "torch.dtype | None":
     """Return the half-precision type of all tensors, or None if they are of another type or of two.
 
     Args:
         tensors: Tensors as the headers of their files describe them.
     """
+    import torch  # The checks of a folder do without.
+
     types = {info.dtype for info in tensors}
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(types.pop()) if len(types) == 1 else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of a part of a model.
+
+    Args:
+        path: JSON file of a pipeline folder.
+
+    Raises:
+        CheckpointError: The file is missing or not JSON.
+        ModelError: The file is not a JSON object.
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ModelError(f"{printable(path)} is not a JSON object: restore it from the base model")
+    return config
 
 
 def cached_folder(model: str, revision: str | None, variant: str | None) -> str:

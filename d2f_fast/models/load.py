@@ -16,9 +16,10 @@ from d2f_fast.miniature import load_miniature
 from d2f_fast.models.autoencoder import check_fits, load_autoencoder, prepare_autoencoder
 from d2f_fast.models.facts import ModelFacts, state_facts
 from d2f_fast.models.folder import cached_folder, check_folder, unet_half_type
-from d2f_fast.models.names import MINIATURE, check_model_name, is_single_file
-from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.single_file import family_table, load_single_file, read_single_file
+from d2f_fast.models.names import MINIATURE, is_single_file
+from d2f_fast.models.options import ModelOptions, check_model
+from d2f_fast.models.single_file import load_single_file
+from d2f_fast.models.single_file_header import family_table, read_single_file
 
 
 class LoadedModel(NamedTuple):
@@ -56,12 +57,7 @@ def load_model(
             finite; the message names the file.
     """
     options = options or ModelOptions()
-    check_model_name(model, options.variant, options.revision)
-    if options.tokenizer_name_or_path is not None and not is_single_file(model):
-        raise ModelError(
-            f"tokenizer_name_or_path is {printable(options.tokenizer_name_or_path)}, and {printable(model)} has a"
-            " tokenizer of its own: leave tokenizer_name_or_path out"
-        )
+    check_model(model, options)
     pipeline: DiffusionPipeline
     source: str | ModelFacts = "scheduler_config.json"
     if is_single_file(model):

@@ -55,6 +55,24 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def check_autoencoder_name(source: str) -> None:
+    """Refuse a name by which no autoencoder can be loaded, without reading any file.
+
+    Args:
+        source: Hub id, folder, or `.safetensors` file.
+
+    Raises:
+        ModelError: The autoencoder is a pickle, or the path does not exist.
+    """
+    path, where = Path(source), f"autoencoder {printable(source)}"
+    refuse_pickle(path)
+    is_path = path.is_absolute() or source.startswith(".")
+    if is_single_file(source) and not path.is_file():
+        raise ModelError(f"{where}: no such file; check the path")
+    if is_path and not path.exists():
+        raise ModelError(f"{where} does not exist: give a hub id, a folder or a .safetensors file")
+
+
 def is_single_file(model: str | Path) -> bool:
     """Return whether a model is named as a single file, whether or not the file exists.
 

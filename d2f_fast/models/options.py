@@ -1,8 +1,11 @@
 """Options of the base model: how its files are found, and what replaces their contents. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from d2f_fast.config import PredictionType, check_finite, check_options, check_positive, option
+from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.models.names import check_model_name, is_single_file
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,8 @@ class ModelOptions:
             default None takes it from the model's own files, and the first lines that are printed say where it was
             read.
         rescale_betas_zero_snr: Whether the model was trained with zero terminal SNR, so that its last timestep is pure
-            noise. --no_rescale_betas_zero_snr states that it was not. The default None takes it from the model's own
-            files.
+            noise. --no_rescale_betas_zero_snr states that it was not. A model that predicts the flow takes neither. The
+            default None takes it from the model's own files.
         tokenizer_name_or_path: Folder with CLIP's vocab.json and merges.txt, or a diffusers pipeline folder, for a
             model that is one .safetensors file, which holds no tokenizer. The default None takes the vocabulary from
             the installed package open_clip_torch (pip install 'd2f_fast[single-file]').
@@ -36,7 +39,7 @@ class ModelOptions:
             says, which for stock autoencoders is zeros.
 
     Raises:
-        RefusedInputError: An option has a value that it does not take.
+        RefusedInputError: An option has a value that it does not take, or two options contradict each other.
     """
 
     prediction_type: PredictionType | None = option("model", None)
@@ -50,5 +53,41 @@ class ModelOptions:
     vae_reflection_padding: bool | None = option("model", None)
 
     def __post_init__(self) -> None:
-        """Refuse values that an option does not take."""
+        """Refuse values that an option does not take, and options that contradict each other."""
         check_options(self)
+        if self.prediction_type == "flow_prediction":
+            check_flow_schedule(self, "prediction_type flow_prediction")
+
+
+def check_flow_schedule(options: ModelOptions, reason: str) -> None:
+    """Refuse an option of the noise schedule for a network that predicts the flow, which has no such schedule.
+
+    Args:
+        options: Options of the base model.
+        reason: What says that the network predicts the flow.
+
+    Raises:
+        RefusedInputError: The option is given.
+    """
+    if options.rescale_betas_zero_snr is not None:
+        raise RefusedInputError(
+            f"rescale_betas_zero_snr has no effect with {reason}, because the flow has no betas: leave it out"
+        )
+
+
+def check_model(model: str | Path, options: ModelOptions) -> None:
+    """Refuse a name by which no model can be loaded, and options that the named model does not take.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file, or "miniature".
+        options: Options of the base model.
+
+    Raises:
+        ModelError: The model is a pickle, the path does not exist, or an option does not go with the model.
+    """
+    check_model_name(model, options.variant, options.revision)
+    if options.tokenizer_name_or_path is not None and not is_single_file(model):
+        raise ModelError(
+            f"tokenizer_name_or_path is {printable(options.tokenizer_name_or_path)}, and {printable(model)} has a"
+            " tokenizer of its own: leave tokenizer_name_or_path out"
+        )

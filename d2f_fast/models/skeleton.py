@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.lora.family import Family
-from d2f_fast.models.single_file import family_table
+from d2f_fast.models.single_file_header import family_table
 
 
 @dataclass(frozen=True)

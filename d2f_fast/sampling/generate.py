@@ -1,6 +1,5 @@
 """`generate`: generate images with a stock diffusers pipeline along flow time."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
@@ -8,16 +7,15 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from PIL import Image
 
-from d2f_fast.config import FlowForm, Method, PredictionType, Spacing, check_guidance, check_steps
+from d2f_fast.config import FlowForm, Method, PredictionType, Spacing, check_guidance
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.sampling.options import check_negative_prompt, check_steps, image_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
-
-_PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
 
 
 def generate(
@@ -47,7 +45,8 @@ def generate(
         num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun", which need 2, evaluate the
             network twice in every step but the last one.
         guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, and other values below 1 are refused.
-        negative_prompt: prompt to steer away from, the same for all images; "" for the pipeline's own empty prompt.
+        negative_prompt: prompt to steer away from, the same for all images; it needs a `guidance_scale` above 1. "" for
+            the pipeline's own empty prompt.
         height: height of the images in pixels; None for the pipeline's own.
         width: width of the images in pixels; None for the pipeline's own.
         generator: source of the noise, on the pipeline's device or the CPU; None for torch's global generator.
@@ -67,9 +66,10 @@ def generate(
             shift or the scheduler's configuration cannot be used.
     """
     check_guidance("guidance_scale", guidance_scale)
+    check_negative_prompt(negative_prompt, guidance_scale)
     check_steps(method, num_inference_steps)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    height, width = _image_size(pipeline, height, width)
+    height, width = image_size(height, width, pipeline.unet.config.sample_size, pipeline.vae_scale_factor)
     given = {"shift": shift, "prediction_type": prediction_type, "fm_form": fm_form}
     options = {name: value for name, value in given.items() if value is not None}
     try:
@@ -91,21 +91,6 @@ def generate(
             generator=generator,
         ).images
     return images
-
-
-def _image_size(pipeline: "Pipeline", height: int | None, width: int | None) -> tuple[int | None, int | None]:
-    """Check a size in pixels, and complete it where only one of height and width is given."""
-    multiple = math.lcm(_PIPELINE_FACTOR, pipeline.vae_scale_factor)
-    for name, size in (("height", height), ("width", width)):
-        if size is not None and (size < 1 or size % multiple):
-            raise RefusedInputError(f"{name} must be a positive multiple of {multiple}, got {size}")
-    if height is None and width is None:
-        return None, None
-    # A pipeline that is given one of the two ignores it, and takes both from the network's own size.
-    own = pipeline.unet.config.sample_size
-    own_height, own_width = own if isinstance(own, list | tuple) else (own, own)
-    factor = pipeline.vae_scale_factor
-    return height or own_height * factor, width or own_width * factor
 
 
 @contextmanager

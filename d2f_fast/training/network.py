@@ -1,7 +1,6 @@
 """Check that a base model can be trained, settle the options with it, and prepare its network for training."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,12 +12,15 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
-from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.errors import ModelError, printable
 from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.start import check_start, inject_start, merge_text_layers, read_start
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.configs import ModelConfigs, check_training
+from d2f_fast.models.options import check_flow_schedule
+from d2f_fast.training.launch import precision_of
 from d2f_fast.training.objective import settle_method
 
 T = TypeVar("T")
@@ -47,30 +49,15 @@ def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
 
     Raises:
         ModelError: the UNet takes an input that text-to-image training does not give, or is float16.
-        RefusedInputError: the autoencoder has no latents of the training resolution, or nothing says what it is.
+        RefusedInputError: the autoencoder has no latents of the training resolution, nothing says what it is, or an
+            option of the noise schedule is given for the objective "fm".
     """
-    unet, latents = model.unet.config, model.vae.config.latent_channels
-    if unet.in_channels != latents:
-        raise ModelError(
-            f"the UNet takes {unet.in_channels} channels and the autoencoder makes {latents}: give a text-to-image"
-            " model"
-        )
-    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
-        if unet.get(name) is not None:
-            raise ModelError(
-                f"the UNet has {name} {unet[name]}, an input that text-to-image training does not give: give a"
-                " text-to-image model"
-            )
+    if config.objective == "fm":
+        check_flow_schedule(model.options, "objective fm")
+    check_training(ModelConfigs(model.unet.config, model.vae.config), config.resolution)
     is_float16 = any(parameter.dtype == torch.float16 for parameter in model.unet.parameters())
     if is_float16 and not model.unet_as_stored:  # The run rounds stored weights itself.
         raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")
-    if (resolution := config.resolution or model.resolution) % model.downsampling:
-        raise RefusedInputError(f"resolution must be a multiple of {model.downsampling}, got {resolution}")
-
-
-def precision_of(config: TrainingConfig) -> str:
-    """Return the precision of a run, "no" or "bf16": that of the options, or else of `accelerate launch`."""
-    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def holds_half_base(config: TrainingConfig) -> bool:
@@ -122,8 +109,8 @@ def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Pa
             unet,
             config.rank or DEFAULT_RANK,
             alpha=config.lora_alpha,
-            conv_rank=config.conv_rank,
-            first_last_layers=config.first_last_layers,
+            conv_rank=config.conv_rank or 0,
+            first_last_layers=bool(config.first_last_layers),
             target_modules=config.target_modules,
             seed=config.seed,
         )

@@ -90,7 +90,13 @@ def write_checkpoint_lora(folder: Path, step: TrainingStep, steps: int, batch_si
 
 
 def publish_pipeline(
-    model: BaseModel, objective: Objective, config: TrainingConfig, tags: dict[str, str], folder: str | Path
+    model: BaseModel,
+    objective: Objective,
+    config: TrainingConfig,
+    tags: dict[str, str],
+    folder: str | Path,
+    *,
+    replace: bool = False,
 ) -> Path:
     """Write a model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
 
@@ -102,20 +108,21 @@ def publish_pipeline(
         config: options of the run.
         tags: entries of `tags_of`.
         folder: output folder, which must not exist; it appears whole or not at all.
+        replace: whether an existing folder may be replaced, which stays until the new one is whole.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: a weight of the UNet is not finite.
-        RefusedInputError: `folder` exists or cannot be made, or the disk is full.
+        RefusedInputError: `folder` exists and `replace` is False, it cannot be made, or the disk is full.
     """
     pipeline = model.pipeline
     check_finite_weights(model.unet)
     scheduler = saved_scheduler(config, model, objective)
     parts = {**pipeline.components, "unet": merged_unet(model.unet), "scheduler": scheduler}
     saved = type(pipeline)(**parts)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace=replace) as temporary:
         save_pipeline_folder(saved, temporary)
         write_json(temporary / "d2f.json", tags)
     return Path(folder)

@@ -70,6 +70,7 @@ def run_identity(
     facts, start = model.facts, model.starting_lora
     identity |= {"prediction_type": facts.prediction_type, "rescale_betas_zero_snr": facts.zero_snr}
     identity["vae_reflection_padding"] = facts.vae_reflection_padding
+    identity |= {"conv_rank": config.conv_rank or 0, "first_last_layers": bool(config.first_last_layers)}
     if start is not None:  # its file may have moved, but must be the same
         identity["init_lora"] = start.identity
     as_json: dict[str, object] = json.loads(json.dumps(identity))

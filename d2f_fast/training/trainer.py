@@ -33,12 +33,12 @@ from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
+from d2f_fast.training.launch import precision_of
 from d2f_fast.training.network import (
     check_trainable,
     half_base_of,
     holds_half_base,
     inputs_in_float32,
-    precision_of,
     prepare_network,
     settle_options,
 )
@@ -99,7 +99,7 @@ class AlignedTrainer:
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
         self.config = config = settle_options(config, model)
         self._precision = precision_of(config)
-        self.accelerator = start_accelerator(config, self._precision)
+        self.accelerator = start_accelerator(config)
         self.device = self.accelerator.device
         if config.cuda_graph and self.device.type != "cuda":
             raise RefusedInputError(f"cuda_graph needs a CUDA GPU, got {self.device.type}: leave it out")
@@ -335,7 +335,7 @@ class AlignedTrainer:
             prompts: one prompt, or several.
             num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" need 2.
             guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, other values below 1 are refused.
-            negative_prompt: prompt to steer away from; "" for the model's own empty prompt.
+            negative_prompt: prompt to steer away from, with guidance; "" for the model's own empty prompt.
             height, width: size of the images in pixels; None for the training resolution.
             generator: source of the noise, on the device or the CPU; None for torch's global generator.
             method: integration method.
@@ -369,10 +369,10 @@ class AlignedTrainer:
         with self.averaged(exact_base=False):
             return publish_lora(self.model, self.objective, self.config, self.tags, folder, *run)
 
-    def save_pipeline(self, folder: str | Path) -> Path:
+    def save_pipeline(self, folder: str | Path, *, replace: bool = False) -> Path:
         """Write the averaged model as a diffusers pipeline, and return its folder; see `publish_pipeline`."""
         with self.averaged():
-            return publish_pipeline(self.model, self.objective, self.config, self.tags, folder)
+            return publish_pipeline(self.model, self.objective, self.config, self.tags, folder, replace=replace)
 
 
 def _encoded_batches(trainer: AlignedTrainer, dataset: ImageDataset) -> Generator[Batch]:

@@ -21,7 +21,7 @@ from d2f_fast.commands.main import main
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
-from d2f_fast.models import single_file
+from d2f_fast.models import single_file_header
 from d2f_fast.models.convert import read_model, tags_of_model
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -105,9 +105,9 @@ def test_folder_to_file_to_folder_keeps_every_weight(
 ) -> None:
     folder = narrow_pipeline(family)
     parts = [path.parent.name for path in folder.glob("*/config.json")]
-    table = single_file.family_table(family)
+    table = single_file_header.family_table(family)
     table |= {name: json.loads((folder / name / "config.json").read_text()) for name in parts}
-    monkeypatch.setattr(single_file, "family_table", lambda _: copy.deepcopy(table))
+    monkeypatch.setattr(single_file_header, "family_table", lambda _: copy.deepcopy(table))
     convert(folder, tmp_path / "file.safetensors")
     result = convert(
         *(tmp_path / "file.safetensors", tmp_path / "back"),
@@ -146,9 +146,9 @@ def test_tokenizer_is_taken_for_a_base_that_is_a_file(
     finetuned: Path, narrow_pipeline: Any, tiny_folder: Path, convert: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     folder = narrow_pipeline("sd1")
-    table = single_file.family_table("sd1")
+    table = single_file_header.family_table("sd1")
     table |= {name: json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")}
-    monkeypatch.setattr(single_file, "family_table", lambda _: copy.deepcopy(table))
+    monkeypatch.setattr(single_file_header, "family_table", lambda _: copy.deepcopy(table))
     convert(folder, tmp_path / "base.safetensors")
     result = convert(
         *(finetuned, tmp_path / "lora.safetensors", "--extract_lora_from", tmp_path / "base.safetensors"),

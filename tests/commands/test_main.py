@@ -1,8 +1,10 @@
 """The command line as a whole: choice of the command, help, version, exit codes, and a quick start."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,12 +17,22 @@ from d2f_fast.files.lock import locked_folder
 HEAVY_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "typeguard", "yaml")
 ARGUMENTS = {
     "demo": [],
-    "train": ["--train_data_dir", "x"],
+    "train": ["--train_data_dir", "images"],
     "sample": ["--prompts", "x"],
-    "pairs": ["--prompts_file", "x"],
+    "pairs": ["--train_data_dir", "images"],
     "convert": ["x"],
     "inspect": [],
 }
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Folder of a captioned image that is not decoded."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").touch()
+    (folder / "a.txt").write_text("abc")
+    return str(folder)
 
 
 def imported_by(code: str) -> set[str]:
@@ -56,14 +68,15 @@ def test_unknown_command_is_refused(arguments, got, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_dry_run_prints_the_resolved_options_and_writes_nothing(name, tmp_path, capsys, monkeypatch):
+def test_dry_run_prints_the_resolved_options_and_writes_nothing(name, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     positional = {"convert": "output", "inspect": "path"}.get(name)
     option = () if positional else ("--output_dir",)
-    assert main([name, *ARGUMENTS[name], *option, "none", "--dry_run"]) == 0
+    value = data if name == "inspect" else "none"
+    assert main([name, *ARGUMENTS[name], *option, value, "--dry_run"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed.get("options", printed)[positional or "output_dir"] == "none" and printed["dry_run"] is True
-    assert not list(tmp_path.iterdir())
+    assert printed.get("options", printed)[positional or "output_dir"] == value and printed["dry_run"] is True
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_last_line_is_the_output_path_or_the_whole_result_as_json(capsys, monkeypatch):
@@ -113,39 +126,79 @@ def test_start_and_help_import_no_heavy_library():
     assert imported_by("try: main(['train', '--help'])\nexcept SystemExit: pass") == set()
 
 
-def test_bad_options_and_paths_are_refused_before_torch_is_imported(tmp_path):
+def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_folder, tmp_path):
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
     (tmp_path / "file").touch()
     (tmp_path / "c.yaml").write_text("rank: many\n")
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "pytorch_lora_weights.safetensors").touch()
-    data, run, file, config = (str(tmp_path / name) for name in (".", "run", "file", "c.yaml"))
+    model = tmp_path / "no-size"
+    shutil.copytree(tiny_folder, model)
+    unet = model / "unet" / "config.json"
+    unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": None}))
+    run, file, config = (str(tmp_path / name) for name in ("run", "file", "c.yaml"))
     locked, done = str(tmp_path / "locked"), str(tmp_path / "done")
-    refused = [
-        ["train", "--train_data_dir", "no-such-folder"],
-        ["pairs"],
-        ["pairs", "--prompts_file", "no-such-file"],
-        ["train", "--train_data_dir", data, "--adapter", "full", "--output_dir", run],
-        ["train", "--train_data_dir", data, "--rank", "0"],
-        ["train", "--train_data_dir", data, "--init_lora", "no-such-lora"],
-        ["train", "--train_data_dir", data, "--config", config],
-        ["sample", "--prompts", "a", "--height", "1"],
-        ["sample", "--prompts", "a", "--lora", "no-such-lora:0.8"],
-        ["sample", "--prompts", "a", "--onnx", "no-such-folder"],
-        ["sample", "--prompts", "a", "--output_dir", file],
-        ["demo", "--seed", "-1"],
-        ["demo", "--output_dir", file],
+    refused = {
+        ("train", "--train_data_dir", "no-such-folder"): "no-such-folder is not a folder",
+        ("train", "--train_data_dir", run): "has no captioned images",
+        ("train", "--train_data_dir", data, "--adapter", "full", "--output_dir", run): "pipeline exists",
+        ("train", "--train_data_dir", data, "--rank", "0"): "rank must be at least 1",
+        ("train", "--train_data_dir", data, "--resolution", "501"): "resolution must be a multiple of 4, got 501",
+        ("train", "--train_data_dir", data, "--pretrained_model_name_or_path", str(model)): "has sample_size None",
+        ("train", "--train_data_dir", data, "--pretrained_model_name_or_path", "no/model"): "nor in the hub's cache",
+        ("train", "--train_data_dir", data, "--caption_column", "text"): "caption_column text is read from",
+        ("train", "--train_data_dir", data, "--init_lora", "no-such-lora"): "no-such-lora: there is no such file",
+        ("train", "--train_data_dir", data, "--config", config): "c.yaml: rank must be",
+        ("train", "--train_data_dir", data, "--report_to", "dvclive"): "dvclive, which is not installed",
+        ("train", "--train_data_dir", data, "--output_dir", done): "of a finished run",
+        ("train", "--train_data_dir", data, "--output_dir", done, "--resume_from_checkpoint", "latest"): "finished",
+        ("sample", "--prompts", "a", "--height", "36"): "height must be a positive multiple of 8, got 36",
+        ("sample", "--prompts", "a", "--model", str(model)): "has sample_size None",
+        ("sample", "--prompts", "a", "--lora", "no-such-lora:0.8"): "no-such-lora: there is no such file",
+        ("sample", "--prompts", "a", "--onnx", "no-such-folder"): "no-such-folder is not a folder",
+        ("sample", "--prompts", "a", "--output_dir", file): "file cannot be made a folder",
+        ("pairs",): "give --prompts_file, --train_data_dir, or both",
+        ("pairs", "--prompts_file", "no-such-file"): "no-such-file is no file",
+        ("pairs", "--prompts_file", config, "--caption_column", "text"): "caption_column needs --train_data_dir",
+        ("pairs", "--prompts_file", config, "--model", str(model)): "has sample_size None",
+        ("pairs", "--train_data_dir", data, "--height", "35"): "height must be a multiple of 4, got 35",
+        ("pairs", "--train_data_dir", run): "has no captioned images",
+        (
+            "pairs",
+            "--prompts_file",
+            config,
+            "--guidance_scale",
+            "1",
+            "--negative_prompt",
+            "b",
+        ): "negative_prompt has no",
+        ("convert", "x", "out", "--lora", "no-such-lora"): "no-such-lora: there is no such file",
+        ("demo", "--seed", "-1"): "seed must be in",
+        ("demo", "--output_dir", file): "file cannot be made a folder",
+        ("inspect", "no-such-folder"): "no such file or folder",
+    }
+    in_use = [
         ["demo", "--output_dir", locked],
         ["sample", "--prompts", "a", "--output_dir", locked],
         ["train", "--train_data_dir", data, "--output_dir", locked],
         ["pairs", "--train_data_dir", data, "--output_dir", locked],
-        ["train", "--train_data_dir", data, "--output_dir", done],
-        ["train", "--train_data_dir", data, "--output_dir", done, "--resume_from_checkpoint", "latest"],
     ]
-    code = "\n".join(f"assert main({arguments}) == 2, {arguments}" for arguments in refused)
+    code = f"""
+import contextlib, io
+def refusal(arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        assert main(arguments) == 2, arguments
+    return error.getvalue()
+for arguments, sentence in {refused}.items():
+    for more in ((), ("--dry_run",)):
+        line = refusal([*arguments, *more])
+        assert sentence in line and line.count("\\n") == 1, (arguments, more, line)
+for arguments in {in_use}:
+    assert "in use" in refusal(arguments)
+"""
     with locked_folder(locked):
         imported = imported_by(code)
-    assert "torch" not in imported and "diffusers" not in imported
+    assert imported <= {"yaml", "numpy", "typeguard"}
 
 
 def test_module_runs_as_the_command_does():

@@ -149,6 +149,8 @@ def test_sampling_takes_prediction_type_and_shift_from_the_trained_files(train, 
     [
         (["--num_inference_steps", "0"], "num_inference_steps must be at least 1, got 0"),
         (["--method", "heun", "--num_inference_steps", "1"], "method heun needs at least 2 num_inference_steps"),
+        (["--negative_prompt", "c", "--guidance_scale", "1"], "negative_prompt has no effect with guidance_scale 1"),
+        (["--onnx_provider", "auto"], "onnx_provider needs --onnx: add --onnx FOLDER, or leave onnx_provider out"),
         (["--seed", "-1"], "seed must be in [0, 2**63), got -1"),
         (["--shift", "-1"], "shift must be positive and finite, got -1.0"),
         (["--guidance_scale", "nan"], "guidance_scale must be finite, got nan"),

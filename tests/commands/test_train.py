@@ -137,8 +137,23 @@ def test_full_finetuning_is_refused_before_it_starts_when_its_pipeline_exists(im
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
     command = ["train", "--train_data_dir", str(images), "--pretrained_model_name_or_path", str(tiny_folder)]
     assert main([*command, "--adapter", "full", "--output_dir", str(tmp_path / "run")]) == 2
-    assert "pipeline exists: move it away" in capsys.readouterr().err
+    assert "pipeline exists: continue its run with --resume_from_checkpoint latest" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["pipeline"]
+
+
+def test_finished_full_finetuning_is_extended_in_place(train, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = ["--adapter", "full", "--learning_rate", "0.01"]
+    assert train(output, *options) == 0
+    extended = [*options, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
+    assert train(output, *extended) == 0
+    saved = StableDiffusionPipeline.from_pretrained(output / "pipeline").unet.state_dict()
+    average, _ = read_tensors(output / "checkpoint-3" / "ema.safetensors")
+    assert all(torch.equal(tensor, average[f"shadow.{name}"]) for name, tensor in saved.items())
+    (output / "pipeline" / "d2f.json").unlink()
+    capsys.readouterr()
+    assert train(output, *extended) == 2
+    assert "pipeline is no result of a run, and is not replaced: move it away" in capsys.readouterr().err
 
 
 def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_path, capsys):
@@ -163,6 +178,11 @@ def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_
         assert train(output, *resumed, *changed) == 2
         assert sentence in capsys.readouterr().err
     assert train(output, *resumed, *options) == 0
+
+
+def test_noise_schedule_of_the_model_is_refused_where_the_flow_is_trained(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--objective", "fm", "--rescale_betas_zero_snr") == 2
+    assert "rescale_betas_zero_snr has no effect with objective fm" in capsys.readouterr().err
 
 
 def test_model_that_predicts_the_flow_settles_the_objective_without_an_option(train, tmp_path, capsys):

@@ -252,3 +252,12 @@ def test_name_with_a_line_break_keeps_the_message_on_one_line(tmp_path):
     captioned(tmp_path / "a.png")
     save(tmp_path / "b\n\x1b[31m.png")
     assert "b\\n\\x1b[31m.png" in refusal(tmp_path)
+
+
+def test_options_of_the_other_layout_are_refused(tmp_path):
+    captioned(tmp_path / "a.png")
+    assert "caption_column caption is read from metadata.jsonl" in refusal(tmp_path, caption_column="caption")
+    with_metadata(tmp_path, {"file_name": "a.png", "caption": "a dog"})
+    assert CaptionedImages(tmp_path, caption_column="caption").text(0) == "a dog"
+    columns = {"caption_column": "caption", "caption_extension": "txt"}
+    assert "caption_extension txt has no effect" in refusal(tmp_path, **columns)

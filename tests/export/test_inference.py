@@ -204,6 +204,10 @@ def test_invalid_arguments_are_refused(exported, exported_half):
         pipeline(["ab"], guidance_scale=float("nan"))
     with pytest.raises(RefusedInputError, match=r"guidance_scale must be 1 or 0, .* or above 1, got 0\.5"):
         pipeline(["ab"], guidance_scale=0.5)
+    with pytest.raises(RefusedInputError, match="negative_prompt has no effect with guidance_scale 1: leave it out"):
+        pipeline(["ab"], guidance_scale=1, negative_prompt="c")
+    with pytest.raises(RefusedInputError, match=r"strength 0\.8 needs an image to start from"):
+        pipeline(["ab"], strength=0.8)
     with pytest.raises(RefusedInputError, match="seed must be 0 or above, got -1"):
         pipeline(["ab"], seed=-1)
     with pytest.raises(RefusedInputError, match="height 0 is not a multiple of 2"):

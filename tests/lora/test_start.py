@@ -134,6 +134,8 @@ MATCHING: dict[str, Any] = {"rank": 2, "conv_rank": 3, "first_last_layers": True
     [
         ({}, None),
         ({"rank": 4}, "rank is 4, and .* has rank 2: leave rank out, so that the file decides"),
+        ({"conv_rank": 0}, "conv_rank is 0, and .* has rank 3: leave conv_rank out"),
+        ({"first_last_layers": False}, "first_last_layers is off, and .* has 2 of the two layers: leave first_last"),
         ({"conv_rank": 2}, "conv_rank is 2, and .* has rank 3: leave conv_rank out"),
         ({"target_modules": ("to_q",)}, "target_modules is to_q, and .* has 8 of its 8 layers, and 8 others"),
         (
@@ -164,3 +166,4 @@ def test_layers_that_a_file_lacks_cannot_be_stated(pipeline: Any, tmp_path: Path
     for option, sentence in (("conv_rank", "no such layers"), ("first_last_layers", "0 of the two layers")):
         with pytest.raises(ModelError, match=f"{option} is .*, and .* has {sentence}: leave {option} out"):
             check_start(start, pipeline.unet, **{option: True})
+    check_start(start, pipeline.unet, conv_rank=0, first_last_layers=False)

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from d2f_fast.files.tensor_stream import LazyTensor
-from d2f_fast.models import single_file
+from d2f_fast.models import single_file_header
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.original_layout import original_tensors
-from d2f_fast.models.single_file import family_table
+from d2f_fast.models.single_file_header import family_table
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def write_file(
     `change` receives the tensors and may edit them; `header` holds the text entries. The families have the narrow
     configuration in this test.
     """
-    monkeypatch.setattr(single_file, "family_table", _narrow_table)
+    monkeypatch.setattr(single_file_header, "family_table", _narrow_table)
 
     def write(family: str, change: Any = None, header: dict[str, str] | None = None) -> Path:
         tensors = original(family)

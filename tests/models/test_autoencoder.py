@@ -159,7 +159,7 @@ def test_unusable_autoencoder_is_refused_in_one_line(tiny_folder: Path, tiny: Pa
         ("unet", "unet is a UNet2DConditionModel: give an AutoencoderKL or an AutoencoderTiny"),
         ("empty", r"empty cannot be loaded \("),
         ("none", "none does not exist: give a hub id, a folder or a .safetensors file"),
-        ("none.safetensors", "none.safetensors cannot be loaded"),
+        ("none.safetensors", "none.safetensors: no such file; check the path"),
         ("x.ckpt", "is a pickle, which can run code"),
         ("x.safetensors", "holds no AutoencoderKL"),
         ("lacking.safetensors", rf"lacking.safetensors holds no weights for {first}: give an intact file"),

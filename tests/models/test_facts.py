@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-from d2f_fast.errors import ModelError
+from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule, state_facts
 from d2f_fast.models.load import load_pipeline
@@ -113,3 +113,11 @@ def test_family_is_that_of_the_network(pipeline: Any, tiny_xl: Any) -> None:
     pipeline.unet.register_to_config(**config)
     tiny_xl.unet.register_to_config(cross_attention_dim=2048)
     assert state_facts(tiny_xl, ModelOptions(), "x").family == "SDXL"
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_noise_schedule_of_a_folder_that_predicts_the_flow_is_refused(folder: Path, stated: bool) -> None:
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "flow_prediction"}))
+    with pytest.raises(RefusedInputError, match="rescale_betas_zero_snr has no effect with a model that predicts the"):
+        facts_of(folder, rescale_betas_zero_snr=stated)

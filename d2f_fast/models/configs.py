@@ -1,0 +1,124 @@
+"""Check a model as far as names, configurations and headers of its files allow. Imports no torch.
+
+`d2f train` and `d2f sample` refuse here in a second what they would refuse only after the model is loaded.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.models.folder import cached_folder, check_folder, read_config
+from d2f_fast.models.names import MINIATURE, check_autoencoder_name, is_single_file
+from d2f_fast.models.options import ModelOptions, check_model
+from d2f_fast.models.single_file_header import check_has_vae, fitted_table, read_single_file
+
+MINIATURE_FOLDER = Path(__file__).parent.parent / "miniature" / "pipeline"
+
+
+class ModelConfigs(NamedTuple):
+    """Configurations of the two networks of a model whose sizes decide what it can be used for.
+
+    Attributes:
+        unet: Content of the UNet's config.json.
+        vae: The same for the autoencoder.
+    """
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+
+
+def read_configs(model: str, options: ModelOptions) -> ModelConfigs | None:
+    """Refuse a model whose files show that it cannot be loaded, and return its configurations.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file, or "miniature".
+        options: Options of the base model.
+
+    Returns:
+        The configurations; None for a hub id, whose files may have to be downloaded first.
+
+    Raises:
+        ModelError: A file is missing, damaged or a pickle, or an option does not go with the model.
+        CheckpointError: A configuration is missing or not JSON.
+    """
+    check_model(model, options)
+    if options.pretrained_vae_model_name_or_path is not None:
+        check_autoencoder_name(options.pretrained_vae_model_name_or_path)
+    if is_single_file(model):
+        file = read_single_file(Path(model))
+        if options.pretrained_vae_model_name_or_path is None:
+            check_has_vae(file)
+        table = fitted_table(file)
+        return ModelConfigs(table["unet"], table["vae"])
+    if model == MINIATURE:
+        folder = MINIATURE_FOLDER
+    elif (folder := Path(model)).is_dir():
+        check_folder(folder, options.variant)
+    elif _is_offline():
+        folder = Path(cached_folder(model, options.revision, options.variant))
+    else:
+        return None
+    return ModelConfigs(read_config(folder / "unet" / "config.json"), read_config(folder / "vae" / "config.json"))
+
+
+def _is_offline() -> bool:
+    """Return whether nothing may be downloaded from the hub."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE  # Only a hub id needs the library.
+
+    return bool(HF_HUB_OFFLINE)
+
+
+def downsampling_of(vae: Mapping[str, Any]) -> int:
+    """Return the number of pixels along each side of one latent.
+
+    Args:
+        vae: Configuration of the autoencoder.
+    """
+    return 1 << (len(vae["block_out_channels"]) - 1)
+
+
+def resolution_of(unet: Mapping[str, Any], downsampling: int) -> int:
+    """Return the side of the images that a model was made for, in pixels; the shorter one where they differ.
+
+    Args:
+        unet: Configuration of the UNet.
+        downsampling: Number of pixels along each side of one latent.
+
+    Raises:
+        RefusedInputError: The configuration does not say it.
+    """
+    side = unet.get("sample_size")
+    sides = side if isinstance(side, list | tuple) else [side]
+    if not sides or not all(isinstance(each, int) and each > 0 for each in sides):
+        raise RefusedInputError(f"resolution: the UNet's configuration has sample_size {side}: give --resolution")
+    shorter: int = min(sides)
+    return shorter * downsampling
+
+
+def check_training(configs: ModelConfigs, resolution: int | None) -> None:
+    """Refuse a model that would fail in its first training step.
+
+    Args:
+        configs: Configurations of the model.
+        resolution: Side of the training images in pixels; None for the model's own size.
+
+    Raises:
+        ModelError: The UNet takes an input that text-to-image training does not give.
+        RefusedInputError: The autoencoder has no latents of the resolution, or nothing says what it is.
+    """
+    unet, latents = configs.unet, configs.vae.get("latent_channels", 4)
+    if (channels := unet.get("in_channels", 4)) != latents:
+        raise ModelError(
+            f"the UNet takes {channels} channels and the autoencoder makes {latents}: give a text-to-image model"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if unet.get(name) is not None:
+            raise ModelError(
+                f"the UNet has {name} {unet[name]}, an input that text-to-image training does not give: give a"
+                " text-to-image model"
+            )
+    downsampling = downsampling_of(configs.vae)
+    side = resolution_of(unet, downsampling) if resolution is None else resolution
+    if side % downsampling:
+        raise RefusedInputError(f"resolution must be a multiple of {downsampling}, got {side}")

@@ -1,0 +1,84 @@
+"""Refuse options of sampling that do not go together, or not with the model. Imports no torch."""
+
+import math
+
+from d2f_fast.config import Method
+from d2f_fast.errors import RefusedInputError
+
+_PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
+
+
+def check_negative_prompt(negative_prompt: str, guidance_scale: float) -> None:
+    """Refuse a negative prompt without guidance, which alone uses it.
+
+    Raises:
+        RefusedInputError: There is a negative prompt, and the guidance scale is 1 or 0.
+    """
+    if negative_prompt and guidance_scale <= 1:
+        raise RefusedInputError(
+            f"negative_prompt has no effect with guidance_scale {guidance_scale:g}: leave it out, or give a"
+            " guidance_scale above 1"
+        )
+
+
+def check_steps(method: Method, steps: int) -> None:
+    """Refuse a single sampling step of a method that would then be the Euler method, because its last step is.
+
+    Raises:
+        RefusedInputError: The method is not "euler", and there is one step.
+    """
+    if method != "euler" and steps == 1:
+        raise RefusedInputError(
+            f"method {method} needs at least 2 num_inference_steps, because its last step is an Euler step: give more"
+            " steps, or leave method out"
+        )
+
+
+def own_size(sample_size: object, downsampling: int) -> tuple[int, int]:
+    """Return the height and width in pixels of the images that a model was made for.
+
+    Args:
+        sample_size: Entry of the UNet's configuration: the side of the latents, or their height and width.
+        downsampling: Number of pixels along each side of one latent.
+
+    Raises:
+        RefusedInputError: The entry is missing, or is no size.
+    """
+    sides = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise RefusedInputError(
+            f"the UNet's configuration has sample_size {sample_size}, and does not say the size of its images: give"
+            " height and width"
+        )
+    return sides[0] * downsampling, sides[1] * downsampling
+
+
+def image_size(
+    height: int | None, width: int | None, sample_size: object, downsampling: int
+) -> tuple[int | None, int | None]:
+    """Check a size in pixels, and complete it where only one of height and width is given.
+
+    Args:
+        height: Height in pixels; None for the model's own.
+        width: Width in pixels; None for the model's own.
+        sample_size: Entry of the UNet's configuration: the side of the latents, or their height and width.
+        downsampling: Number of pixels along each side of one latent.
+
+    Returns:
+        Height and width, both None where neither is given.
+
+    Raises:
+        RefusedInputError: A size is not a multiple of what the pipeline needs, or one is not given and the model has
+            none.
+    """
+    multiple = math.lcm(_PIPELINE_FACTOR, downsampling)
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size < 1 or size % multiple):
+            raise RefusedInputError(f"{name} must be a positive multiple of {multiple}, got {size}")
+    if height is not None and width is not None:
+        return height, width
+    own_height, own_width = own_size(sample_size, downsampling)
+    if height is None and width is None:
+        return None, None
+    # A pipeline that is given one of the two ignores it, and takes both from the network's own size.
+    return height or own_height, width or own_width
