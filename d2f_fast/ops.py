@@ -44,8 +44,8 @@ def align(latents: Tensor, noise: Tensor, t: Tensor, flow: Flow) -> tuple[Tensor
 
         flow.to_sample(flow.interpolate(latents, noise, t), t), flow.timestep(t)
 
-    Times outside [0, 1] are not detected, because a check would wait for the device: there the state is extrapolated,
-    and the timestep stays in [0, T-1] (for `NaiveFlow` it is extrapolated too).
+    Times outside [0, 1] are refused on a CPU. On a GPU they are not detected, because a check would wait for it: there
+    the state is extrapolated, and the timestep stays in [0, T-1] (for `NaiveFlow` it is extrapolated too).
 
     Args:
         latents: clean latents, [B, C, H, W] float32, float16 or bfloat16, of any strides.
@@ -57,7 +57,7 @@ def align(latents: Tensor, noise: Tensor, t: Tensor, flow: Flow) -> tuple[Tensor
         The state, [B, C, H, W] in the type of the latents, rounded once; the fractional timestep, [B] float32.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, or t is not float32 (or float64) of shape [B].
+        ValueError: shapes, types or devices do not fit, or t is not float32 (or float64) of shape [B] in [0, 1].
     """
     check_operands(latents, noise, t)
     table = flow.rising_flow_times(t.dtype)
@@ -91,7 +91,8 @@ def aligned_loss(
         model_output: output of the network, [B, C, H, W] of any strides; it may be of lower precision than the latents.
         latents: clean latents, same shape.
         noise: Gaussian noise, same shape.
-        t: flow time, [B] float32 in [0, 1]; times outside are not detected, and the formulas are extrapolated.
+        t: flow time, [B] float32 in [0, 1]. On a GPU, times outside are not detected, and the formulas are
+            extrapolated.
         flow: `Alignment` or `NaiveFlow` of the network, on the device of the latents.
         weighting: factor on the velocity error: "flow" 1, the paper's; "native" 1 / Q², which gives the network's own
             loss; "min_snr" min(SNR, gamma) / SNR.
@@ -104,8 +105,8 @@ def aligned_loss(
         The loss, a float32 scalar, or [B] without reduction; float64 where t is float64.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, t is not float32 (or float64) of shape [B], the weighting or
-            the reduction is unknown, or gamma is not positive.
+        ValueError: shapes, types or devices do not fit, t is not float32 (or float64) of shape [B] in [0, 1], the
+            weighting or the reduction is unknown, or gamma is not positive.
     """
     check_operands(latents, noise, t, model_output, mask)
     if reduction not in get_args(Reduction):
@@ -130,7 +131,7 @@ def check_operands(
     """Refuse operands that would broadcast, be truncated, round the time, or fail on the device.
 
     Raises:
-        ValueError: shapes, types or devices do not fit; the message names the operand.
+        ValueError: shapes, types or devices do not fit, or a time is outside [0, 1]; the message names the operand.
     """
     shape = list(latents.shape)
     if latents.ndim < 2 or not math.prod(shape[1:]):
@@ -154,3 +155,17 @@ def check_operands(
     for name, tensor in (("noise", noise), ("t", t), ("model_output", model_output), ("mask", mask)):
         if tensor is not None and tensor.device != latents.device:
             raise ValueError(f"{name} must be on {latents.device} as the latents, got {tensor.device}")
+    _check_range(t)
+
+
+def _check_range(t: Tensor) -> None:
+    """Refuse times outside [0, 1] where they can be read without waiting for a device."""
+    # Tensors of other types stand for values that are not known: those of traced, compiled or exported graphs.
+    if torch.compiler.is_compiling() or t.device.type != "cpu" or type(t) is not Tensor:
+        return
+    for value in t.tolist():
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"t must be in [0, 1], 0 for noise and 1 for data, got {value:g}: flow.flow_time(timestep) makes it of"
+                " diffusion timesteps"
+            )

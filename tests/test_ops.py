@@ -367,3 +367,14 @@ def test_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(weighti
         for got, expected in zip(*results, strict=True):
             assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, 999.0, float("nan")])
+def test_times_outside_the_unit_interval_are_refused_on_a_cpu(value):
+    latents, noise, output, t = operands(torch.float32)
+    t[-1] = value
+    alignment = alignment_of("sd", "epsilon")
+    with pytest.raises(ValueError, match=rf"t must be in \[0, 1\], 0 for noise and 1 for data, got {value:g}"):
+        align(latents, noise, t, alignment)
+    with pytest.raises(ValueError, match=r"t must be in \[0, 1\]"):
+        aligned_loss(output, latents, noise, t, alignment)

@@ -1,11 +1,14 @@
 """The batch that the data loader yields and that a training step takes."""
 
+import math
 from collections.abc import Mapping
 from typing import TypedDict
 
 from torch import Tensor
 
 from d2f_fast.errors import RefusedInputError
+
+_MAX_PIXEL = 1.01  # Resizing and half precision may lead a little beyond 1.
 
 
 class Batch(TypedDict, total=False):
@@ -72,3 +75,31 @@ def check_batch(batch: Batch) -> None:
             raise RefusedInputError(
                 f"{name} has {len(value)} samples and {images} {count}: all tensors of a batch need the same number"
             )
+
+
+def check_values(batch: Batch, vocabulary: int | None = None) -> None:
+    """Refuse a batch that `check_batch` accepts and whose values are outside their ranges. Waits for the device.
+
+    Args:
+        batch: batch of the first step.
+        vocabulary: number of tokens that the text encoder knows; None where there are no token ids.
+
+    Raises:
+        RefusedInputError: a value is outside its range.
+    """
+    given: Mapping[str, object] = batch
+    cures = {"pixel_values": "divide values of 0 to 255 by 127.5 and subtract 1", "std": "give standard deviations"}
+    limits = {
+        "pixel_values": (-_MAX_PIXEL, _MAX_PIXEL, "in [-1, 1]"),
+        "std": (0.0, math.inf, "0 or larger"),
+        "mask": (0.0, math.inf, "0 or larger"),
+        "input_ids": (0.0, math.inf if vocabulary is None else vocabulary - 1.0, f"in [0, {vocabulary})"),
+    }
+    for name, (least, most, allowed) in limits.items():
+        value = given.get(name)
+        if not isinstance(value, Tensor) or not value.numel():
+            continue
+        low, high = (float(end) for end in value.detach().float().aminmax())
+        if low < least or high > most:  # NaN is neither: steps that are not finite are skipped and counted.
+            cure = cures.get(name, "check how the batch is made")
+            raise RefusedInputError(f"{name} must be {allowed}, got {low:g} to {high:g}: {cure}")

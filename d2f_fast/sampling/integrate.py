@@ -39,8 +39,8 @@ def sample_flow(
         velocity: function of the flow state [B, ...] and the flow time ([] float32) that returns the velocity [B, ...].
         x_t: flow state at times[0]; at t = 0 it is noise from N(0, 1).
         steps: number of steps, at least 1, from t = 0 to t = 1 in equal parts; ignored where `times` is given.
-        times: strictly monotone flow times, [steps + 1]; falling times go from data to noise (inversion). None for the
-            uniform times of `steps`.
+        times: strictly monotone flow times in [0, 1], [steps + 1]; falling times go from data to noise (inversion).
+            None for the uniform times of `steps`.
         method: integration method: "euler" evaluates the velocity once a step, "midpoint" and "heun" twice, and "rk4",
             the classical Runge-Kutta method of fourth order, four times; "heun" and "rk4" evaluate it at the end of
             each step, so at t = 1 too.
@@ -50,7 +50,7 @@ def sample_flow(
         The state at times[-1], in the type of `x_t`; or the list of all steps + 1 states.
 
     Raises:
-        ValueError: the method is unknown, `steps` is below 1, or the times are not strictly monotone.
+        ValueError: the method is unknown, `steps` is below 1, or the times are not strictly monotone or not in [0, 1].
     """
     if method not in get_args(FixedStepMethod):
         raise ValueError(f"method must be one of {get_args(FixedStepMethod)}, got {method!r}")
@@ -77,11 +77,11 @@ def monotone_times(times: Tensor | None, steps: int) -> Tensor:
     """Return the flow times of an integration, [steps + 1] float32.
 
     Args:
-        times: strictly monotone flow times, or None for the uniform times of `steps` from 0 to 1.
+        times: strictly monotone flow times in [0, 1], or None for the uniform times of `steps` from 0 to 1.
         steps: number of steps, at least 1; ignored where `times` is given.
 
     Raises:
-        ValueError: `steps` is below 1, or the times are not strictly monotone.
+        ValueError: `steps` is below 1, or the times are not strictly monotone or not in [0, 1].
     """
     if times is None:
         if steps < 1:
@@ -90,6 +90,8 @@ def monotone_times(times: Tensor | None, steps: int) -> Tensor:
     widths = times.to("cpu", torch.float64).flatten().diff()
     if times.ndim != 1 or len(times) < 2 or not (bool((widths > 0).all()) or bool((widths < 0).all())):
         raise ValueError(f"times must be a strictly monotone tensor of at least two nodes, got {times.tolist()}")
+    if not (min(times[0], times[-1]) >= 0 and max(times[0], times[-1]) <= 1):
+        raise ValueError(f"times must be flow times in [0, 1], 0 for noise and 1 for data, got {times.tolist()}")
     return times.to(torch.float32)
 
 

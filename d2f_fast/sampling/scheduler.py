@@ -211,7 +211,8 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
                 t = 0, or 1 - t for flow_prediction.
 
         Raises:
-            ValueError: none or several of the three are given, they do not fall, or sigmas do not end in 0.0.
+            ValueError: none or several of the three are given, they do not fall or are outside their range, or sigmas
+                do not end in 0.0.
         """
         if sum(choice is not None for choice in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
@@ -220,6 +221,9 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             nodes = flow.times(num_inference_steps, self.config["flow_spacing"], self.config["shift"])
         elif timesteps is not None:
             given = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+            least, most = sorted(flow.timestep(torch.tensor([0.0, 1.0])).tolist())
+            if not bool(((given >= least) & (given <= most)).all()):
+                raise ValueError(f"timesteps must be in [{least:g}, {most:g}], got {given.tolist()}")
             nodes = torch.cat([flow.flow_time(given), torch.ones(1)])
         else:
             given = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2f_fast.data.batch import Batch
+from d2f_fast.data.batch import Batch, check_values
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
 
@@ -56,6 +56,7 @@ class InputSampler:
         self._model, self._objective, self._seed, self._caption_dropout = model, objective, seed, caption_dropout
         self._device = model.device
         self._empty_condition: dict[str, Tensor] | None = None
+        self._checks_values = True
 
     def sample(self, batch: Batch, step: int) -> StepInputs:
         """Return the inputs of a step.
@@ -63,7 +64,15 @@ class InputSampler:
         Args:
             batch: this process' slice of the global batch.
             step: number of optimizer steps taken before this one.
+
+        Raises:
+            RefusedInputError: in the first batch, a value is outside its range. Later ones are not read, because that
+                would wait for the device.
         """
+        if self._checks_values:
+            tokens = self._model.pipeline.text_encoder.get_input_embeddings() if "input_ids" in batch else None
+            check_values(batch, None if tokens is None else tokens.num_embeddings)
+            self._checks_values = False
         generator = torch.Generator(self._device).manual_seed(step_seed(self._seed, step))
         posterior = self._posterior(batch)
         shape = next(iter(posterior.values())).shape

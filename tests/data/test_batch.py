@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2f_fast.data.batch import check_batch
+from d2f_fast.data.batch import check_batch, check_values
 from d2f_fast.errors import RefusedInputError
 
 
@@ -52,3 +52,22 @@ def test_posterior_without_a_matching_deviation_is_refused() -> None:
 
 def test_one_mask_for_all_samples_is_accepted() -> None:
     check_batch(batch(mask=torch.ones(1, 1, 8, 8, dtype=torch.bool), added_cond_kwargs=None))
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"pixel_values": torch.full((4, 3, 8, 8), 255.0)}, r"pixel_values must be in \[-1, 1\], got 255 to 255: divide"),
+    ({"pixel_values": torch.full((4, 3, 8, 8), -1.5)}, r"pixel_values must be in \[-1, 1\], got -1.5 to -1.5"),
+    ({"mean": torch.zeros(4, 4, 8, 8), "std": torch.full((4, 4, 8, 8), -4.0)}, "std must be 0 or larger, got -4"),
+    ({"mask": torch.full((1, 1, 8, 8), -1)}, "mask must be 0 or larger, got -1 to -1"),
+    ({"input_ids": torch.full((4, 8), 54)}, r"input_ids must be in \[0, 54\), got 54 to 54"),
+    ({"input_ids": torch.full((4, 8), -1)}, r"input_ids must be in \[0, 54\), got -1 to -1"),
+])  # fmt: skip
+def test_values_outside_their_range_are_refused(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        check_values(batch(**change), 54)
+
+
+def test_values_at_the_ends_of_their_ranges_are_accepted() -> None:
+    pixels = torch.tensor([-1.0, 1.0]).repeat(4, 3, 8, 4)
+    ids = torch.tensor([0, 53]).repeat(4, 4)
+    check_values(batch(pixel_values=pixels, mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool), input_ids=ids), 54)

@@ -247,6 +247,8 @@ def test_half_precision_network_gets_its_own_type_and_the_state_stays_float32():
         ),
         ({"times": torch.tensor([0.0, 0.7, 0.5])}, "strictly monotone"),
         ({"times": torch.tensor([0.0, float("nan"), 1.0])}, "strictly monotone"),
+        ({"times": torch.tensor([0.0, 999.0])}, r"flow times in \[0, 1\], 0 for noise and 1 for data, got \[0.0, 999"),
+        ({"times": torch.tensor([1.0, -0.5])}, "flow times in"),
         ({"times": torch.tensor([1.0])}, "at least two nodes"),
         ({"times": torch.tensor(1.0)}, "at least two nodes"),
         ({"times": torch.tensor([[0.0, 1.0]])}, "strictly monotone"),

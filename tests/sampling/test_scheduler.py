@@ -315,6 +315,8 @@ def test_nodes_may_be_given_as_any_sequence(recwarn, sequence):
     [
         ({}, {}, "give exactly one of num_inference_steps, timesteps and sigmas"),
         ({}, {"num_inference_steps": 4, "sigmas": [1.0, 0.0]}, "give exactly one of"),
+        ({}, {"timesteps": [1000.0, 500.0]}, r"timesteps must be in \[0, 999\], got \[1000.0, 500.0\]"),
+        ({"prediction_type": "flow_prediction"}, {"timesteps": [1001.0]}, r"timesteps must be in \[0, 1000\], got"),
         ({}, {"sigmas": [3.0, 1.0]}, r"sigmas must end in 0.0 \(steps \+ 1 values\), got \[3.0, 1.0\]"),
         ({}, {"sigmas": []}, r"sigmas must end in 0.0 \(steps \+ 1 values\), got \[\]"),
         ({}, {"sigmas": [0.0]}, r"the nodes must fall from noise to data, got flow times \[1.0\]"),

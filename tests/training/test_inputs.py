@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.inputs import step_seed
 
@@ -73,3 +74,12 @@ def test_texts_are_cast_to_the_type_of_the_network(make_batch: Any, make_trainer
     text = given["encoder_hidden_states"].half()
     first = make_trainer("first").step({**given, "encoder_hidden_states": text})
     assert torch.equal(first, make_trainer("second").step({**given, "encoder_hidden_states": text.float()}))
+
+
+def test_values_of_the_first_batch_are_checked(make_trainer: Any, make_batch: Any) -> None:
+    trainer = make_trainer()
+    pixels = {"pixel_values": torch.full((2, 3, 16, 16), 255.0)}
+    given = {name: value for name, value in make_batch(2).items() if name == "encoder_hidden_states"}
+    with pytest.raises(RefusedInputError, match=r"pixel_values must be in \[-1, 1\], got 255 to 255: divide"):
+        trainer.step(given | pixels)
+    assert trainer.global_step == 0
