@@ -42,6 +42,8 @@ OptionGroup = Literal[
 ]
 DEFAULT_SNR_GAMMA = 5.0
 DEFAULT_RANK = 64
+DEFAULT_CAPTION_DROPOUT = 0.1
+DEFAULT_GUIDANCE = 3.0
 DEFAULT_LORA_FORMAT: LoraFormat = "both"
 
 T = TypeVar("T")
@@ -77,26 +79,26 @@ def check_finite(name: str, value: float | None) -> None:
         raise RefusedInputError(f"{name} must be finite, got {value}")
 
 
-def check_guidance(name: str, value: float) -> None:
-    """Refuse a guidance scale that has another meaning in other programs than in diffusers' pipelines.
+def check_guidance(name: str, value: float | None) -> None:
+    """Refuse a guidance scale that means something else in other programs than in diffusers; None is accepted.
 
     Raises:
         RefusedInputError: The value is below 0, between 0 and 1, infinite or not a number.
     """
     check_finite(name, value)
-    if value < 1 and value != 0:
+    if value is not None and value < 1 and value != 0:
         raise RefusedInputError(
             f"{name} must be 1 or 0, which use the prompt alone in half of the evaluations, or above 1, got {value}"
         )
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Refuse a value outside [0, 1).
+def check_fraction(name: str, value: float | None) -> None:
+    """Refuse a value outside [0, 1); None is accepted.
 
     Raises:
         RefusedInputError: The value is negative, 1 or larger, or not a number.
     """
-    if not 0 <= value < 1:
+    if value is not None and not 0 <= value < 1:
         raise RefusedInputError(f"{name} must be in [0, 1), got {value}")
 
 
@@ -238,7 +240,8 @@ class TrainingConfig:
         cache_latents: Keep encoded images on disk, and reuse them in each epoch; this needs --center_crop. It is on by
             default, and --no_cache_latents encodes every image again each time.
         caption_dropout: Fraction of captions, in [0, 1), that are replaced by the empty caption, so that guidance works
-            when sampling. 0 keeps every caption.
+            when sampling. 0 keeps every caption. The default None means 0.1, and 0 with `d2f train --pairs`, whose
+            guidance is built in.
         train_batch_size: Number of images in each forward and backward pass of each process.
         gradient_accumulation_steps: Number of forward and backward passes whose gradients are averaged into one
             optimizer step. The default 1 turns accumulation off.
@@ -313,7 +316,7 @@ class TrainingConfig:
     random_flip: bool = option("data", False)
     cache_dir: str | None = option("data", None)
     cache_latents: bool = option("data", True)
-    caption_dropout: float = option("data", 0.1, check_fraction)
+    caption_dropout: float | None = option("data", None, check_fraction)
     train_batch_size: int = option("optimisation", 4, at_least(1))
     gradient_accumulation_steps: int = option("optimisation", 1, at_least(1))
     max_train_steps: int = option("optimisation", 1000, at_least(1))

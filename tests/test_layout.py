@@ -77,6 +77,7 @@ TESTS_OF_NO_MODULE = {
     "tests/layers/test_lora_on_a_gpu.py": "It holds the checks of the LoRA layers that only a GPU can run.",
     "tests/lora/test_other_versions.py": "It loads LoRA files in environments with other versions of diffusers.",
     "tests/sampling/test_comfyui.py": "It checks the graphs in docs/comfyui/, and restates ComfyUI's sampler.",
+    "tests/tasks/test_killed_pairs.py": "It kills whole runs of `d2f pairs`.",
     "tests/test_benchmarks.py": "It tests benchmarks/.",
     "tests/test_docs.py": "It runs the examples of docs/.",
     "tests/test_environment.py": "It tests environment.sh and the Makefile.",

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.config import check_guidance
+from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.lora.merge import MergedLora, fuse_adapter
-from d2f_fast.lora.read import check_tags, common_tags, read_lora
+from d2f_fast.lora.read import check_tags, common_tags, lora_tags, read_lora
 from d2f_fast.lora.source import parse_lora
 from d2f_fast.models.autoencoder import other_autoencoder
 from d2f_fast.models.base_model import BaseModel
@@ -30,6 +31,7 @@ class SampledModel(NamedTuple):
         facts: What the model is taken for.
         scheduler_options: Prediction type, form and shift that replace those of the pipeline's scheduler, by the names
             of `Diff2FlowScheduler`: those given, else those of the tags.
+        guidance_scale: Guidance scale that the tags recommend; None where they do not.
         fingerprints: Hashes of the "unet" and the "vae" before the LoRA was merged; see `BaseModel.fingerprints`.
         lora: Description of each LoRA.
     """
@@ -37,6 +39,7 @@ class SampledModel(NamedTuple):
     pipeline: "DiffusionPipeline"
     facts: ModelFacts
     scheduler_options: dict[str, Any]
+    guidance_scale: float | None
     fingerprints: dict[str, str]
     lora: list[MergedLora]
 
@@ -56,6 +59,7 @@ def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift
     # Files that cannot be used are refused before the model is loaded, which takes longer.
     adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, lora)]
     of_training = options_of_training(model, lora, options, shift)
+    guidance = recommended_guidance(model, lora)
     if lora and (sentence := other_autoencoder(common_tags([file.path for file, _ in adapters], shift), options)):
         print(f"d2f: {sentence}", file=sys.stderr)
     pipeline, facts = load_model(model, options=options)
@@ -63,7 +67,7 @@ def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift
     merged = [fuse_adapter(pipeline, adapter, scale) for adapter, scale in adapters]
     if of_training.pop("vae_reflection_padding", False):
         facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipeline.vae, True))
-    return SampledModel(pipeline, facts, of_training, fingerprints, merged)
+    return SampledModel(pipeline, facts, of_training, guidance, fingerprints, merged)
 
 
 def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> dict[str, Any]:
@@ -100,3 +104,32 @@ def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, 
     except (AttributeError, TypeError, ValueError) as error:
         raise RefusedInputError(f"{source} holds no usable tags ({error}): write the model again") from error
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def recommended_guidance(model: str, lora: Sequence[str]) -> float | None:
+    """Return the lowest guidance scale that the tags of the model and of the LoRA recommend; None for no tags.
+
+    What was trained on pairs has its guidance built in, so that guidance of another one would be added to it.
+
+    Args:
+        model: Model as it was given.
+        lora: LoRA as PATH or PATH:SCALE.
+
+    Raises:
+        RefusedInputError: A scale cannot be used.
+    """
+    folder = Path(model) / "d2f.json"
+    sources = {str(path): lora_tags(path) for path, _ in map(parse_lora, lora)}
+    sources |= {str(folder): read_json(folder)} if folder.is_file() else {}
+    scales = []
+    for source, tags in sources.items():
+        found = tags.get("d2f.recommended_guidance") if isinstance(tags, dict) else None
+        if found is not None:
+            try:
+                scales.append(float(found))
+                check_guidance("guidance_scale", scales[-1])
+            except (TypeError, ValueError) as error:
+                raise RefusedInputError(
+                    f"{printable(source)} holds no usable d2f.recommended_guidance ({error}): give --guidance_scale"
+                ) from error
+    return min(scales, default=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.config import (
+    DEFAULT_GUIDANCE,
     Method,
     Spacing,
     at_least,
@@ -54,7 +55,8 @@ class Sample:
             "midpoint" and "heun" twice in every step but the last one, so that they need 2 steps. With --onnx only the
             numbers that were exported are accepted.
         guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1
-            and 0 turn guidance off, which halves the time. Other values below 1 are refused.
+            and 0 turn guidance off, which halves the time. Other values below 1 are refused. The default None takes the
+            lowest one saved with the model and the LoRA, which is 1 after `d2f train --pairs`, or else 3.
         negative_prompt: Prompt to steer away from, the same for all images. It needs a --guidance_scale above 1. The
             default is empty, for none.
         method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
@@ -83,7 +85,7 @@ class Sample:
     onnx: str | None = option("model", None)
     onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] | None = option("model", None)
     num_inference_steps: int = option("sampling", 4, at_least(1))
-    guidance_scale: float = option("sampling", 3.0, check_guidance)
+    guidance_scale: float | None = option("sampling", None, check_guidance)
     negative_prompt: str = option("image", "")
     method: Method = option("sampling", "euler")
     flow_spacing: Spacing = option("sampling", "uniform")
@@ -107,7 +109,9 @@ class Sample:
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         check_options(self)
-        check_negative_prompt(self.negative_prompt, self.guidance_scale)
+        check_negative_prompt(
+            self.negative_prompt, DEFAULT_GUIDANCE if self.guidance_scale is None else self.guidance_scale
+        )
         check_steps(self.method, self.num_inference_steps)
         if self.onnx is not None:
             self._check_onnx(self.onnx)
@@ -174,13 +178,15 @@ class Sample:
 
         loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
-        pipe = loaded.pipeline
+        pipe, guidance = loaded.pipeline, loaded.guidance_scale
+        if self.guidance_scale is None and guidance is not None and guidance != DEFAULT_GUIDANCE:
+            print(f"d2f: guidance_scale {guidance:g}, as saved with the model or LoRA", file=sys.stderr)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         return generate(
             pipe,
             self.prompts,
             num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=next(x for x in (self.guidance_scale, guidance, DEFAULT_GUIDANCE) if x is not None),
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,
@@ -199,7 +205,7 @@ class Sample:
         return OnnxPipeline(folder, providers=providers)(
             self.prompts,
             steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=DEFAULT_GUIDANCE if self.guidance_scale is None else self.guidance_scale,
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,

@@ -1,4 +1,4 @@
-"""`d2f train`: finetune a model on captioned images."""
+"""`d2f train`: finetune a model on captioned images, or on pairs of noise and latents."""
 
 import dataclasses
 import os
@@ -21,16 +21,27 @@ from d2f_fast.training.launch import check_launch
 
 if TYPE_CHECKING:
     from d2f_fast.data.image_folder import CaptionedImages
+    from d2f_fast.data.pairs import PairDataset
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
+
+
+# Options that say how images are read and prepared, which pairs do without.
+_OF_IMAGES = ("image_column", "caption_column", "caption_extension")
+_OF_IMAGE_TRAINING = ("center_crop", "random_flip", "cache_latents")
 
 
 @dataclass(frozen=True)
 class Train:
-    """Finetune a model on a folder of captioned images.
+    """Finetune a model on captioned images, or on pairs of noise and latents.
 
     Args:
         train_data_dir: Folder of the training images, with captions in metadata.jsonl or in one text file beside each
-            image.
+            image. Either this or --pairs is needed.
+        pairs: Pairs of noise and latents in place of images: folders of `d2f pairs`, or tar files, of which a range of
+            numbers is written {000000..000009}.tar. The published reflow shards of SD1.5 are read as they are. The
+            default None trains on images.
+        pairs_of_another_model: Accept pairs that another model made than the one that is trained, such as a larger one
+            with the same latents. It is off by default.
         pretrained_model_name_or_path: Model to start from: a Hugging Face id, a diffusers pipeline folder, or one
             .safetensors file. The default "miniature" is the small model inside this package.
         image_column: Image column, as image folders of Hugging Face name it: "image", which the default None means,
@@ -48,7 +59,9 @@ class Train:
             place of the path that was written. It is off by default.
     """
 
-    train_data_dir: str = field(metadata={"group": "data"})
+    train_data_dir: str | None = option("data", None)
+    pairs: tuple[str, ...] | None = option("data", None)
+    pairs_of_another_model: bool = option("data", False)
     pretrained_model_name_or_path: str = option("model", MINIATURE)
     image_column: str | None = option("data", None)
     caption_column: str | None = option("data", None)
@@ -78,16 +91,19 @@ class Train:
         with locked_folder(output) if writes else nullcontext():
             return self._train(dataset, output)
 
-    def _train(self, dataset: "CaptionedImages", output: Path) -> dict[str, Any]:
+    def _train(self, dataset: "CaptionedImages | PairDataset", output: Path) -> dict[str, Any]:
         """Train and save in an output folder that no other run uses."""
         started = time.monotonic()
         silence_libraries()
+        from d2f_fast.data.pair_encoding import options_for_pairs
+        from d2f_fast.data.pairs import PairDataset
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.objective import method_line
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
         from d2f_fast.training.trainer import AlignedTrainer
 
-        trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, self.options, self.model_options)
+        options = options_for_pairs(self.options, dataset) if isinstance(dataset, PairDataset) else self.options
+        trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, options, self.model_options)
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
             for line in (trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow)):
@@ -113,15 +129,25 @@ class Train:
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
 
-    def _say_what_is_trained_on(self, trainer: "AlignedTrainer", dataset: "CaptionedImages") -> None:
+    def _say_what_is_trained_on(self, trainer: "AlignedTrainer", dataset: "CaptionedImages | PairDataset") -> None:
         """Print the size and the number of the images, how often each is repeated, and whether captions are cut."""
+        from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.long_captions import find_long_captions
         from d2f_fast.data.order import steps_per_epoch
+        from d2f_fast.training.summary import pair_tags
 
         side = trainer.config.resolution
         source = "the model's own size" if self.options.resolution is None else "option --resolution"
         lines = [f"trained at {side} x {side} pixels ({source})"]
-        if dataset.repeats:
+        images = "images"
+        if not isinstance(dataset, CaptionedImages):
+            made = pair_tags(dataset)
+            lines.append(
+                f"pairs of {len(dataset.shards)} shards, made with guidance {made['d2f.pairs_guidance']} and solver"
+                f" {made['d2f.pairs_solver']}: sample the result without guidance"
+            )
+            images = "pairs"
+        elif dataset.repeats:
             repeats = [f"{printable(folder)} {times} times" for folder, times in list(dataset.repeats.items())[:8]]
             more = f" and {len(dataset.repeats) - 8} more folders" if len(dataset.repeats) > 8 else ""
             lines.append(
@@ -130,8 +156,12 @@ class Train:
             )
         size, steps = trainer.global_batch_size, self.options.max_train_steps
         epochs = steps / steps_per_epoch(len(dataset), size)
-        lines.append(f"{len(dataset)} images, {size} per step: {steps} steps are {epochs:.4g} epochs")
-        if (long := find_long_captions(dataset, trainer.model.tokenizers)) is not None:
+        lines.append(f"{len(dataset)} {images}, {size} per step: {steps} steps are {epochs:.4g} epochs")
+        # The model that made pairs cut long prompts, too.
+        if (
+            isinstance(dataset, CaptionedImages)
+            and (long := find_long_captions(dataset, trainer.model.tokenizers)) is not None
+        ):
             lines.append(str(long))
         for line in lines:
             print(f"d2f: {line}", file=sys.stderr)
@@ -146,9 +176,10 @@ class Train:
         if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, trainer.tags, run) is None:
             print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
-    def _data_set(self) -> "CaptionedImages":
-        """Return the images, once everything that can be refused without torch has been checked."""
+    def _data_set(self) -> "CaptionedImages | PairDataset":
+        """Return the images or pairs, once everything that can be refused without torch has been checked."""
         from d2f_fast.data.image_folder import CaptionedImages
+        from d2f_fast.data.pairs import PairDataset
         from d2f_fast.models.configs import check_training, read_configs
         from d2f_fast.training.checkpoint import refuse_used_folder
 
@@ -157,16 +188,15 @@ class Train:
         self._check_pipeline(output / "pipeline")
         if self.options.init_lora is not None:
             check_lora_file(parse_lora(self.options.init_lora).path)
-        if not (folder := Path(self.train_data_dir)).is_dir():
-            raise RefusedInputError(
-                f"train_data_dir: {printable(folder)} is not a folder: give the folder of the captioned images"
-            )
+        self._check_data()
         if self.options.objective == "fm":
             check_flow_schedule(self.model_options, "objective fm")
         if (configs := read_configs(self.pretrained_model_name_or_path, self.model_options)) is not None:
             check_training(configs, self.options.resolution)
         refuse_used_folder(output, self.options.resume_from_checkpoint)
-        return CaptionedImages(folder, self.image_column, self.caption_column, self.caption_extension)
+        if self.train_data_dir is None:
+            return PairDataset(self.pairs or (), of_another_model=self.pairs_of_another_model)
+        return CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
 
     def _check_pipeline(self, folder: Path) -> None:
         """Refuse a full finetuning that would replace the result of another run."""
@@ -182,3 +212,23 @@ class Train:
                 f"{printable(folder)} is no result of a run, and is not replaced: move it away, or choose another"
                 " output_dir"
             )
+
+    def _check_data(self) -> None:
+        """Refuse a folder that does not exist, images together with pairs, and options that have no effect on pairs."""
+        if self.train_data_dir is not None:
+            if self.pairs:
+                raise RefusedInputError("give either --train_data_dir or --pairs: a run trains on one of them")
+            if not (folder := Path(self.train_data_dir)).is_dir():
+                raise RefusedInputError(
+                    f"train_data_dir: {printable(folder)} is not a folder: give the folder of the captioned images"
+                )
+            return
+        if not self.pairs:
+            raise RefusedInputError(
+                "give --train_data_dir, the folder of the captioned images, or --pairs, what d2f pairs made"
+            )
+        for holder, names in ((self, _OF_IMAGES), (self.options, _OF_IMAGE_TRAINING)):
+            defaults = {each.name: each.default for each in dataclasses.fields(holder)}
+            for name in names:
+                if getattr(holder, name) != defaults[name]:
+                    raise RefusedInputError(f"{name} has no effect on pairs: leave it out")

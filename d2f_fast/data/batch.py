@@ -21,6 +21,7 @@ class Batch(TypedDict, total=False):
         mean, std: [b, C, h, w] floating; mean and standard deviation of the autoencoder's posterior, not scaled. Each
             step samples new latents from them. Second form of the images.
         pixel_values: [b, 3, H, W] floating in [-1, 1]; images that the step encodes. Third form of the images.
+        noise: [b, C, h, w] floating; noise that belongs to the latents of each pair. Left out, each step samples it.
         encoder_hidden_states: [b, L, D] floating; output of the text encoder. First form of the texts.
         input_ids: [b, L] int64; token ids that the step encodes. Second form of the texts, for models with one text
             encoder.
@@ -36,6 +37,7 @@ class Batch(TypedDict, total=False):
     mean: Tensor
     std: Tensor
     pixel_values: Tensor
+    noise: Tensor
     encoder_hidden_states: Tensor
     input_ids: Tensor
     added_cond_kwargs: Mapping[str, Tensor] | None
@@ -58,7 +60,10 @@ def check_batch(batch: Batch) -> None:
         raise RefusedInputError(f"a batch needs {wanted}, got {', '.join(given) or 'nothing'}")
     if images == "mean" and "std" not in given:
         raise RefusedInputError(f"a batch with mean needs std, got {', '.join(given)}")
-    maps = [images, *(["std"] if images == "mean" else []), *(["mask"] if given.get("mask") is not None else [])]
+    if "noise" in given and images != "latents":
+        raise RefusedInputError(f"a batch with noise needs the latents that it belongs to, got {', '.join(given)}")
+    further = [name for name in ("noise", "mask") if given.get(name) is not None]
+    maps = [images, *(["std"] if images == "mean" else []), *further]
     values = {name: given[name] for name in (*maps, texts)} | dict(batch.get("added_cond_kwargs") or {})
     tensors: dict[str, Tensor] = {}
     for name, value in values.items():
@@ -69,6 +74,9 @@ def check_batch(batch: Batch) -> None:
         if tensors[name].ndim != 4 or not (tensors[name].is_floating_point() or name == "mask"):
             got = f"{list(tensors[name].shape)} {tensors[name].dtype}"
             raise RefusedInputError(f"{name} must be floating, [samples, channels, height, width], got {got}")
+    if "noise" in tensors and tensors["noise"].shape != tensors[images].shape:
+        shapes = f"{list(tensors['noise'].shape)} and {list(tensors[images].shape)}"
+        raise RefusedInputError(f"noise and latents must have the same shape, got {shapes}")
     count = len(tensors[images])
     for name, value in tensors.items():
         if len(value) != count and not (name == "mask" and len(value) == 1):

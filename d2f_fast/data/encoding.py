@@ -119,10 +119,11 @@ class BatchEncoder:
             RefusedInputError: The cache's folder cannot be written.
         """
         if not plan.index:
-            return self._empty_slice(plan)
+            side = self._resolution // self._model.downsampling
+            return empty_slice(self._model, plan, side, side)
 
         def encode_images(positions: Iterable[int]) -> dict[str, Tensor]:
-            return _encode_one_by_one(self._model.encode_images, [loaded.pixels[i][None] for i in positions])
+            return encode_one_by_one(self._model.encode_images, [loaded.pixels[i][None] for i in positions])
 
         if self._latents is None:
             posterior = encode_images(loaded.pixels)
@@ -131,7 +132,7 @@ class BatchEncoder:
         condition = self._texts.complete(
             loaded.text_keys,
             loaded.found_texts,
-            lambda missing: _encode_one_by_one(self._model.encode_prompts, [[loaded.captions[i]] for i in missing]),
+            lambda missing: encode_one_by_one(self._model.encode_prompts, [[loaded.captions[i]] for i in missing]),
         )
         side = self._resolution
         return {
@@ -181,19 +182,26 @@ class BatchEncoder:
             sample, augmentation, self._resolution, random_flip=config.random_flip, center_crop=config.center_crop
         )
 
-    def _empty_slice(self, plan: BatchPlan) -> Batch:
-        """Return the batch of a process that the last, small batch of an epoch leaves without a sample."""
-        unet = self._model.unet.config
-        side = self._resolution // self._model.downsampling
-        return {
-            "latents": torch.empty(0, unet.in_channels, side, side),
-            "encoder_hidden_states": torch.empty(0, 1, unet.cross_attention_dim),
-            "offset": plan.offset,
-            "global_batch_size": plan.global_batch_size,
-        }
+
+def empty_slice(model: BaseModel, plan: BatchPlan, height: int, width: int) -> Batch:
+    """Return the batch of a process that the last, small batch of an epoch leaves without a sample.
+
+    Args:
+        model: Base model of the run.
+        plan: Plan without samples.
+        height: Height of the latents.
+        width: Width of the latents.
+    """
+    unet = model.unet.config
+    return {
+        "latents": torch.empty(0, unet.in_channels, height, width),
+        "encoder_hidden_states": torch.empty(0, 1, unet.cross_attention_dim),
+        "offset": plan.offset,
+        "global_batch_size": plan.global_batch_size,
+    }
 
 
-def _encode_one_by_one(encode: Callable[[Input], dict[str, Tensor]], batches: Sequence[Input]) -> dict[str, Tensor]:
+def encode_one_by_one(encode: Callable[[Input], dict[str, Tensor]], batches: Sequence[Input]) -> dict[str, Tensor]:
     """Encode batches of one sample each.
 
     The rounding of a sample then depends on no other sample, and so not on which of them the cache already had.

@@ -27,8 +27,10 @@ class PairDataset:
     Args:
         sources: Folders, whose files *.tar are taken in the order of their names; tar files; or tar files with a range
             of numbers, such as "shards/{000000..000009}.tar".
+        of_another_model: Whether pairs are accepted that another model made than the one that is trained.
 
     Attributes:
+        of_another_model: The same.
         shards: The shards.
         shape: Shape of all latents and noise, [C, h, w].
         latents_deviation: Standard deviation of the latents of the first pairs.
@@ -38,7 +40,8 @@ class PairDataset:
             size than the first one, or the noise of the first pairs is not from N(0, 1).
     """
 
-    def __init__(self, sources: Sequence[StrPath]) -> None:
+    def __init__(self, sources: Sequence[StrPath], *, of_another_model: bool = False) -> None:
+        self.of_another_model = of_another_model
         self.shards: list[Shard] = []
         for path in shard_paths(sources):
             shard = read_shard(path)
@@ -64,10 +67,10 @@ class PairDataset:
         shard, position = self._locate(index)
         return shard.prompt(position)
 
-    @property
-    def metas(self) -> list[dict[str, Any]]:
-        """Return the meta.json of the first pair of each shard that has one."""
-        return [shard.meta for shard in self.shards if shard.meta]
+    def common_meta(self, key: str) -> Any:
+        """Return an entry of meta.json on which the first pairs of all shards agree; None where they do not."""
+        values = [shard.meta.get(key) for shard in self.shards]
+        return values[0] if all(value == values[0] for value in values) else None
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         """Return the shard of a pair, and the number of the pair in it.

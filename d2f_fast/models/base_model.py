@@ -253,7 +253,8 @@ class BaseModel:
     def fingerprints(self) -> dict[str, str]:
         """Return short fingerprints of the "unet" and the "vae", of a part of each weight, to recognise the model.
 
-        They are those of the model without a LoRA, and so are taken before one is merged or injected.
+        They are those of the model without a LoRA, and so are taken before one is merged or injected. The type in which
+        the weights are held does not matter.
         """
         return {name: self.fingerprint(name, most=4096)[:16] for name in ("unet", "vae")}
 

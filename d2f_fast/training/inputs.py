@@ -20,7 +20,7 @@ class StepInputs(NamedTuple):
     """Inputs of one step: this process' slice of the batch, with noise and t sampled.
 
     Attributes:
-        latents, noise: [b, C, h, w] float32.
+        latents, noise: [b, C, h, w] float32; the noise is that of the batch where it has one.
         t: [b] float32 flow times in [0, 1].
         condition: "encoder_hidden_states" [b, L, D], and the other inputs of the network, [b, ...] each.
         mask: weight of each element, broadcastable to the latents; None weights all alike.
@@ -84,6 +84,8 @@ class InputSampler:
 
         # The order is part of what a seed means: posterior, noise, times, dropout.
         posterior_noise, noise = gaussian(), gaussian()
+        if "noise" in batch:
+            noise = self._on_device(batch["noise"]).float()
         t = self._objective.sample_times(global_size, generator, self._device)[own]
         dropped = torch.rand(global_size, generator=generator, device=self._device)[own] < self._caption_dropout
         if "latents" in posterior:

@@ -10,15 +10,17 @@ from huggingface_hub import ModelCardData
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
+from d2f_fast.training.summary import recommended_steps
 
 CARD_FILE = "README.md"
 # A card that has this line is replaced by the next run into the folder; any other README.md is somebody's own.
 _MARK = "<!-- Written by d2f_fast. A later run into this folder replaces this file. -->"
+_WORDS = {2: "two", 4: "four"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) -> list[str]:
-    """Return how to generate images with a result in four steps, one line for each program.
+    """Return how to generate images with a result in few steps, one line for each program.
 
     Args:
         folder: Folder of the run, with LoRA files or a folder `pipeline`.
@@ -29,26 +31,28 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     name = str(folder) if name is None else name
     is_lora = not (folder / "pipeline").is_dir()
     sigmas, shift = tags["d2f.recommended_sigmas"], tags["d2f.shift"]
+    steps, of_pairs = recommended_steps(tags), tags.get("d2f.data") == "pairs"
+    guidance, cfg = (", guidance_scale=1", ", CFG scale 1") if of_pairs else ("", "")
     predicts_flow = tags["d2f.prediction_type"] == "flow_prediction"
     model = f"--model BASE --lora {shlex.quote(name)}" if is_lora else f"--model {shlex.quote(f'{name}/pipeline')}"
-    lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps 4`"]
+    lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps {steps}`"]
     if tags.get("d2f.fm_form") == "published":
         return lines  # No other program feeds the network the flow time itself.
     nodes = (
         f"ModelSamplingSD3 (shift {shift}) and KSampler (euler, simple)"
         if predicts_flow
         else f"ManualSigmas (`{sigmas}`) and SamplerCustom (euler)"
-    )
+    ) + (", with cfg 1" if of_pairs else "")
     if not is_lora:
-        steps = "num_inference_steps=4" if predicts_flow else f"sigmas=[{sigmas}]"
-        lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {steps})`')
+        taken = f"num_inference_steps={steps}" if predicts_flow else f"sigmas=[{sigmas}]"
+        lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {taken}{guidance})`')
         single_file = shlex.quote(f"{folder.resolve().name}.safetensors")
         lines.append(
             f"ComfyUI: `d2f convert {shlex.quote(f'{name}/pipeline')} {single_file}`, that file in"
             f" models/checkpoints; the nodes CheckpointLoaderSimple, {nodes}"
         )
         if not predicts_flow:
-            lines.append("A1111, Forge: the same file in models/Stable-diffusion; sampler Euler")
+            lines.append(f"A1111, Forge: the same file in models/Stable-diffusion; sampler Euler{cfg}")
     elif (folder / LORA_FILE).is_file():
         shifted = "" if shift == "1.0" else f", shift={shift}"
         if predicts_flow:  # A single file of the base model does not say so.
@@ -56,12 +60,13 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
         lines.append(
             f'diffusers: `pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")`, then'
             f" `pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config{shifted})`"
+            + (f" and `pipe(TEXT, num_inference_steps={steps}{guidance})`" if of_pairs else "")
         )
     for file in folder.glob(f"*{KOHYA_ENDING}") if is_lora else ():
         lines.append(f"ComfyUI: `{file.name}` in models/loras; the nodes LoraLoaderModelOnly, {nodes}")
         if not predicts_flow:
             lines.append(
-                f"A1111, Forge: `{file.name}` in models/Lora; `<lora:{file.stem}:1>` in the prompt, sampler Euler"
+                f"A1111, Forge: `{file.name}` in models/Lora; `<lora:{file.stem}:1>` in the prompt, sampler Euler{cfg}"
             )
     return lines
 
@@ -98,7 +103,7 @@ def _card(
     folder: Path, base_model: str, config: TrainingConfig, tags: Mapping[str, str], result: Mapping[str, object]
 ) -> Sequence[str]:
     """Return the lines of the card."""
-    is_lora = config.adapter == "lora"
+    is_lora, steps = config.adapter == "lora", recommended_steps(tags)
     published = base_model if _HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else None
     data = ModelCardData(
         base_model=published,
@@ -119,6 +124,7 @@ def _card(
         "images per step": result["images_per_step"],
         "resolution": f"{config.resolution} px",
         "learning rate": config.learning_rate,
+        **({"trained on pairs with guidance": tags["d2f.pairs_guidance"]} if "d2f.pairs_guidance" in tags else {}),
         "shift in training": tags["d2f.training_shift"],
         "shift for sampling": tags["d2f.shift"],
         "seed": config.seed,
@@ -135,7 +141,7 @@ def _card(
         if tags["d2f.objective"] == "diff2flow"
         else f"A {kind}, trained by `d2f_fast` on the objective `{tags['d2f.objective']}`.",
         "",
-        "## Generate images in four steps",
+        f"## Generate images in {_WORDS.get(steps, steps)} steps",
         "",
         *(f"- {line}" for line in recipe(folder, tags, folder.resolve().name)),
         "",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from d2f_fast.config import DEFAULT_RANK, TrainingConfig
+from d2f_fast.config import DEFAULT_CAPTION_DROPOUT, DEFAULT_RANK, TrainingConfig
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.layers.half_base import HalfBase
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def settle_options(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
-    """Return the options with what the base model settles where they are left open: resolution and objective.
+    """Return the options with what is settled where they are left open: resolution, dropout and objective.
 
     Args:
         config: options of a run.
@@ -36,8 +36,9 @@ def settle_options(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
     Raises:
         RefusedInputError: the options do not fit the base model, or nothing says the resolution.
     """
+    dropout = DEFAULT_CAPTION_DROPOUT if config.caption_dropout is None else config.caption_dropout
     resolution = config.resolution or model.resolution
-    return settle_method(dataclasses.replace(config, resolution=resolution), model.flow)
+    return settle_method(dataclasses.replace(config, resolution=resolution, caption_dropout=dropout), model.flow)
 
 
 def check_trainable(model: BaseModel, config: TrainingConfig) -> None:

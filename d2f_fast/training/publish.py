@@ -1,5 +1,6 @@
 """Save the result of a run: weights, a stock scheduler that samples them, and tags that describe them."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.step import TrainingStep
-from d2f_fast.training.summary import summary_tags
+from d2f_fast.training.summary import recommended_steps, summary_tags
 
 
 def publish_lora(
@@ -166,22 +167,26 @@ def saved_scheduler(
     )
 
 
-def tags_of(config: TrainingConfig, objective: Objective, model: BaseModel) -> dict[str, str]:
+def tags_of(
+    config: TrainingConfig, objective: Objective, model: BaseModel, data_tags: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Return the entries of a file's header that describe the result and how to sample it.
 
     Args:
         config: options of the run.
         objective: objective that the network was trained on.
         model: base model, whose autoencoder is named where it is not the model's own.
+        data_tags: entries about the data, which are added; see `pair_tags`. None for images.
     """
-    flow = objective.flow
+    flow, data_tags = objective.flow, dict(data_tags or {})
+    sigmas = flow.sigmas(recommended_steps(data_tags), config.recommended_shift)
     tags = {
         "d2f.objective": objective.name,
         "d2f.prediction_type": flow.prediction_type,
         "d2f.loss_weighting": objective.weighting,
         "d2f.training_shift": str(config.flow_shift),
         "d2f.shift": str(config.recommended_shift),
-        "d2f.recommended_sigmas": ", ".join(f"{sigma:.4g}" for sigma in flow.sigmas(4, config.recommended_shift)),
+        "d2f.recommended_sigmas": ", ".join(f"{sigma:.4g}" for sigma in sigmas),
     }
     if isinstance(flow, NaiveFlow):
         tags["d2f.fm_form"] = flow.form
@@ -189,4 +194,4 @@ def tags_of(config: TrainingConfig, objective: Objective, model: BaseModel) -> d
         tags["d2f.zero_snr"] = str(flow.schedule.zero_terminal_snr).lower()
     if model.facts.vae_reflection_padding:
         tags["d2f.vae_reflection_padding"] = "true"
-    return tags | autoencoder_tags(model.options)
+    return tags | autoencoder_tags(model.options) | data_tags

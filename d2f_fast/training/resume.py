@@ -50,6 +50,20 @@ class _State(TypedDict):
     skipped_steps: int
 
 
+def base_fingerprint(model: BaseModel, config: TrainingConfig) -> str:
+    """Return a fingerprint of the base model that a continuation must match.
+
+    A few elements of each weight tell base models apart. A full finetuning takes its UNet from the checkpoint, so that
+    the base's does not count.
+
+    Args:
+        model: base model of the run, before it is changed.
+        config: options of the run.
+    """
+    unet = ("unet",) if config.adapter == "lora" else ()
+    return model.fingerprint(*unet, "vae", "text_encoder", "text_encoder_2", most=4096)[:16]
+
+
 def run_identity(
     config: TrainingConfig, precision: str, base_model: str, model: BaseModel, global_batch_size: int
 ) -> dict[str, object]:

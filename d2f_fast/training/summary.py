@@ -1,10 +1,43 @@
 """Describe a training run in the header of a LoRA file, in the entries that other programs show and in our own."""
 
-from d2f_fast.config import TrainingConfig
+from collections.abc import Mapping
+
+from d2f_fast.config import DEFAULT_GUIDANCE, TrainingConfig
+from d2f_fast.data.pairs import PairDataset
 from d2f_fast.lora.start import StartingLora
 
 RECOMMENDED_STEPS = 4
-RECOMMENDED_GUIDANCE = 3.0  # the default of `d2f sample`
+RECOMMENDED_STEPS_AFTER_PAIRS = 2
+
+
+def recommended_steps(tags: Mapping[str, str]) -> int:
+    """Return the number of sampling steps that tags recommend, or else the usual one."""
+    return int(tags.get("d2f.recommended_steps", RECOMMENDED_STEPS))
+
+
+def pair_tags(dataset: PairDataset) -> dict[str, str]:
+    """Return the entries that say what pairs a model was trained on, and how it is therefore sampled.
+
+    The guidance of the pairs is built into the trained model, so that it is sampled without guidance.
+
+    Args:
+        dataset: The pairs. Those without a meta.json, as the published ones, do not say how they were made.
+    """
+    scales = dataset.common_meta("guidance_scale_range")
+    steps, solver = dataset.common_meta("steps"), dataset.common_meta("solver")
+    guidance = how = "unknown"
+    if isinstance(scales, list) and len(scales) == 2 and all(isinstance(scale, int | float) for scale in scales):
+        guidance = " to ".join(dict.fromkeys(f"{scale:g}" for scale in scales))
+    if isinstance(steps, int) and isinstance(solver, str):
+        how = f"{solver[:40]}, {steps} steps"
+    return {
+        "d2f.data": "pairs",
+        "d2f.pairs": str(len(dataset)),
+        "d2f.pairs_guidance": guidance,
+        "d2f.pairs_solver": how,
+        "d2f.recommended_steps": str(RECOMMENDED_STEPS_AFTER_PAIRS),
+        "d2f.recommended_guidance": "1.0",
+    }
 
 
 def summary_tags(
@@ -23,22 +56,24 @@ def summary_tags(
         `tags` and the entries of this summary: "d2f.*" for programs, "ss_*" as kohya's scripts write them, and
         "modelspec.usage_hint" for people.
     """
+    sampling_steps = recommended_steps(tags)
+    guidance = float(tags.get("d2f.recommended_guidance", DEFAULT_GUIDANCE))
     entries = {
         "d2f.steps": str(steps),
         "d2f.batch_size": str(batch_size),
         "d2f.learning_rate": str(config.learning_rate),
         "d2f.resolution": str(config.resolution),
         "d2f.weights": "ema" if config.ema_decay else "last",
-        "d2f.recommended_steps": str(RECOMMENDED_STEPS),
+        "d2f.recommended_steps": str(sampling_steps),
         "d2f.recommended_spacing": "uniform",
-        "d2f.recommended_guidance": str(RECOMMENDED_GUIDANCE),
+        "d2f.recommended_guidance": str(guidance),
         "ss_steps": str(steps),
         "ss_max_train_steps": str(config.max_train_steps),
         "ss_total_batch_size": str(batch_size),
         "ss_learning_rate": str(config.learning_rate),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_seed": str(config.seed),
-        "modelspec.usage_hint": f"{RECOMMENDED_STEPS} steps, guidance {RECOMMENDED_GUIDANCE:g}, {_sampler(tags)}",
+        "modelspec.usage_hint": f"{sampling_steps} steps, guidance {guidance:g}, {_sampler(tags)}",
     }
     if start is not None:
         entries["d2f.init_lora"] = f"{start.path.name} {start.identity}"

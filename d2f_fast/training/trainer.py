@@ -8,7 +8,6 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from d2f_fast.config import Method, TrainingConfig
 from d2f_fast.data.batch import Batch, check_batch
-from d2f_fast.data.encoding import BatchEncoder
-from d2f_fast.data.loading import ImageDataset, check_dataset, load_ahead
-from d2f_fast.data.order import plan_batches
+from d2f_fast.data.loading import ImageDataset, check_dataset
+from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.atomic import make_folder
 from d2f_fast.files.json_file import write_json
@@ -31,6 +29,7 @@ from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.generate import generate
 from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
+from d2f_fast.training.batches import encoded_batches
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.launch import precision_of
@@ -44,12 +43,13 @@ from d2f_fast.training.network import (
 )
 from d2f_fast.training.objective import make_objective
 from d2f_fast.training.publish import publish_lora, publish_pipeline, tags_of
-from d2f_fast.training.resume import run_identity
+from d2f_fast.training.resume import base_fingerprint, run_identity
 from d2f_fast.training.run_checkpoints import NonFiniteRunError, RunCheckpoints
 from d2f_fast.training.run_log import RunLog, check_tracker
 from d2f_fast.training.signals import stop_signals
 from d2f_fast.training.step import TrainingStep, keep_compiled_code, learning_rates
 from d2f_fast.training.stop import Stop
+from d2f_fast.training.summary import pair_tags
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -106,16 +106,14 @@ class AlignedTrainer:
         check_trainable(model, config)
         if config.compile:
             keep_compiled_code()
-        # A few elements of each weight tell base models apart; a full finetuning takes its UNet from the checkpoint.
-        # They are read before the model moves: from a GPU each of them would be fetched on its own.
-        unet = ("unet",) if config.adapter == "lora" else ()
-        self._base_model = model.fingerprint(*unet, "vae", "text_encoder", "text_encoder_2", most=4096)[:16]
+        # Before a LoRA is added, and before the model moves: from a GPU each weight would be fetched on its own.
+        self._base_model, self._fingerprints = base_fingerprint(model, config), model.fingerprints()
         self._half_base = half_base_of(model, config)  # before the model moves, so that only one copy of its UNet does
         self.model, self.unet = model.to(self.device), model.unet
         self.objective = make_objective(config, model.flow)
         self.trainable = prepare_network(model, config)
         self.ema = EMA(self.trainable, config.ema_decay) if config.ema_decay else None
-        self._inputs = InputSampler(model, self.objective, config.seed, config.caption_dropout)
+        self._inputs = InputSampler(model, self.objective, config.seed, config.caption_dropout or 0.0)
         parts = self.unet, self.objective, self.trainable, self.ema
         num_processes: int = self.accelerator.num_processes
         self._training_step = TrainingStep(*parts, config, self.device, self._precision, num_processes)
@@ -169,11 +167,11 @@ class AlignedTrainer:
 
     # The run
 
-    def fit(self, dataset: ImageDataset) -> RunResult:
+    def fit(self, dataset: ImageDataset | PairDataset) -> RunResult:
         """Train on a dataset until `max_train_steps`, with checkpoints, log and progress bar.
 
         Args:
-            dataset: Samples {"image": PIL image, "text": caption or list of captions} by index, and a length. Optional
+            dataset: `PairDataset`; or samples {"image": PIL image, "text": caption or captions}, and a length. Optional
                 methods `key(index)` and `captions(index)` save reading cached images; see `data.loading.ImageDataset`.
 
         Returns:
@@ -218,12 +216,13 @@ class AlignedTrainer:
         """Return whether this process may not end at once: steps are unsaved, or other processes would wait for it."""
         return self.global_step > self._checkpoints.saved_step or self.accelerator.num_processes > 1
 
-    def _begin(self, dataset: ImageDataset, stack: ExitStack) -> tuple[RunLog, Generator[Batch]]:
+    def _begin(self, dataset: ImageDataset | PairDataset, stack: ExitStack) -> tuple[RunLog, Generator[Batch]]:
         """Lock the output folder, continue from a checkpoint, and return the log and the batches, closed by `stack`."""
-        config, main = self.config, self.accelerator.is_main_process
+        config, main, self._samples = self.config, self.accelerator.is_main_process, len(dataset)
         if main:
             stack.enter_context(locked_folder(config.output_dir))
-        self._samples = len(dataset)
+        tags = pair_tags(dataset) if isinstance(dataset, PairDataset) else None
+        self._training_step.tags = self.tags = tags_of(config, self.objective, self.model, tags)
         self._resume()
         if main:
             options = [dataclasses.asdict(part) for part in (self.model.options, config)]
@@ -233,7 +232,8 @@ class AlignedTrainer:
         if self._half_base is not None:
             # A given pipeline comes back as it was.
             stack.enter_context(self._half_base.in_use(restore=not self.model.unet_as_stored))
-        return log, stack.enter_context(closing(_encoded_batches(self, dataset)))
+        batches = encoded_batches(dataset, self.model, config, self._fingerprints, self.accelerator, self.global_step)
+        return log, stack.enter_context(closing(batches))
 
     def step(self, batch: Batch) -> Tensor:
         """Take one optimizer step.
@@ -373,22 +373,3 @@ class AlignedTrainer:
         """Write the averaged model as a diffusers pipeline, and return its folder; see `publish_pipeline`."""
         with self.averaged():
             return publish_pipeline(self.model, self.objective, self.config, self.tags, folder, replace=replace)
-
-
-def _encoded_batches(trainer: AlignedTrainer, dataset: ImageDataset) -> Generator[Batch]:
-    """Yield this process' slice of each global batch from the current step on, encoded through the cache."""
-    config, accelerator, step = trainer.config, trainer.accelerator, trainer.global_step
-    if step >= config.max_train_steps:
-        return
-    encoder = BatchEncoder(trainer.model, config)
-    plans = plan_batches(
-        len(dataset),
-        trainer.global_batch_size,
-        config.seed,
-        step,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    left = islice(plans, config.max_train_steps - step)
-    for plan, loaded in load_ahead(left, partial(encoder.load, dataset), config.dataloader_num_workers):
-        yield encoder.encode(plan, loaded)

@@ -109,7 +109,7 @@ def test_second_configuration_file_is_refused(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train"], "--train_data_dir"),
+        (["sample"], "--prompts"),
         ([*TRAIN, "--rank", "many"], "--rank"),
         ([*TRAIN, "--objective", "other"], "diff2flow"),
     ],

@@ -44,7 +44,7 @@ def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
     dataset = PairDataset([output])
     assert [dataset.prompt(i) for i in range(7)] == ["ab", "c", "abc", "abc", "abc", "ab", "c"]
     model = BaseModel.load(tiny_folder)
-    meta = dataset.metas[0]
+    meta = dataset.shards[0].meta
     assert meta["model"] == model.fingerprints()["unet"] and meta["guidance_scale"] == 2.0 and meta["lora"] == []
     pair = dataset[6]
     with torch.no_grad():

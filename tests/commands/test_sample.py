@@ -144,6 +144,28 @@ def test_sampling_takes_prediction_type_and_shift_from_the_trained_files(train, 
         assert images[0].shape == (16, 16, 3)
 
 
+def test_guidance_is_the_lowest_that_the_files_recommend_unless_it_is_given(tiny_folder, tmp_path, capsys):
+    random_lora(tiny_folder, tmp_path / "pairs.safetensors", 1, {"d2f.recommended_guidance": "1.0"})
+    random_lora(tiny_folder, tmp_path / "style.safetensors", 2, {"d2f.recommended_guidance": "3.0"})
+    pair, style = (str(tmp_path / f"{name}.safetensors") for name in ("pairs", "style"))
+    images = {}
+    for name, options in {
+        "saved": ["--lora", style, pair],
+        "one": ["--lora", style, pair, "--guidance_scale", "1"],
+        "style": ["--lora", style],
+        "three": ["--lora", style, "--guidance_scale", "3"],
+    }.items():
+        command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--num_inference_steps", "2"]
+        assert main([*command, "--output_dir", str(tmp_path / "images"), *options]) == 0
+        images[name] = np.asarray(Image.open(tmp_path / "images" / "000.png"))
+        said = "d2f: guidance_scale 1, as saved with the model or LoRA\n" in capsys.readouterr().err
+        assert said == (name == "saved")
+    assert np.array_equal(images["saved"], images["one"]) and np.array_equal(images["style"], images["three"])
+    random_lora(tiny_folder, tmp_path / "bad.safetensors", 1, {"d2f.recommended_guidance": "0.5"})
+    assert main([*command, "--lora", str(tmp_path / "bad.safetensors")]) == 2
+    assert "bad.safetensors holds no usable d2f.recommended_guidance" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

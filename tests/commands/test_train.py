@@ -10,6 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from d2f_fast.commands.main import main
+from d2f_fast.data import pair_encoding
+from d2f_fast.data.pairs import PairDataset
 from d2f_fast.files.tensor_file import read_tensors
 
 HOSTILE = Path(__file__).parents[1] / "hostile"
@@ -106,6 +108,50 @@ def test_bad_input_is_refused_with_exit_code_2(arguments, sentence, images, tmp_
     error = capsys.readouterr().err
     assert code == 2 and sentence in error
     assert not (tmp_path / "d2f-output").exists()
+
+
+def test_model_is_rectified_twice_from_its_own_pairs(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The tiny network has random weights, whose latents are larger than those of a trained one.
+    monkeypatch.setattr(pair_encoding, "_USUAL_DEVIATION", (0.0, 1e3))
+    Path("prompts.txt").write_text("ab\nc\n")
+    model = str(tiny_folder)
+    make = ["pairs", "--prompts_file", "prompts.txt", "--num_pairs", "6", "--pairs_per_shard", "4", "--model", model]
+    make += ["--num_inference_steps", "3", "--solver", "euler"]
+    train = ["train", "--pretrained_model_name_or_path", model, "--max_train_steps", "2"]
+    assert main([*make, "--guidance_scale", "2", "--output_dir", "pairs1"]) == 0
+    assert main([*train, "--rank", "2", "--pairs", "pairs1", "--output_dir", "run1"]) == 0
+    said = capsys.readouterr().err
+    assert "pairs of 2 shards, made with guidance 2 and solver euler, 3 steps: sample the result without" in said
+    assert "6 pairs, 4 per step: 2 steps are 1 epochs" in said and "--num_inference_steps 2`" in said
+    options = json.loads(Path("run1", "config.json").read_text())
+    assert options["caption_dropout"] == 0 and options["resolution"] == 16
+    assert main(["sample", "--model", model, "--lora", "run1", "--prompts", "ab"]) == 0
+    assert "guidance_scale 1, as saved with the model or LoRA" in capsys.readouterr().err
+    assert main([*make, "--lora", "run1", "--guidance_scale", "1", "--output_dir", "pairs2"]) == 0
+    first, second = (PairDataset([name]).shards[0].meta for name in ("pairs1", "pairs2"))
+    assert first["lora"] == [] and len(second["lora"]) == 1 and first["model"] == second["model"]
+    assert main([*train, "--init_lora", "run1", "--pairs", "pairs2", "--output_dir", "run2"]) == 0
+    assert read_tensors("run2/pytorch_lora_weights.safetensors")[1]["d2f.pairs_guidance"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "give --train_data_dir, the folder of the captioned images, or --pairs"),
+        (["--train_data_dir", ".", "--pairs", "x"], "give either --train_data_dir or --pairs"),
+        (["--pairs", "x", "--random_flip"], "random_flip has no effect on pairs: leave it out"),
+        (["--pairs", "x", "--caption_column", "a"], "caption_column has no effect on pairs: leave it out"),
+        (["--pairs", "nothing"], "nothing: there is no such shard"),
+        (["--pairs", "."], ". holds no shards *.tar: give the folder that d2f pairs wrote"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_pairs_are_refused(options, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *options]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not Path("d2f-output").exists()
 
 
 @pytest.mark.parametrize(

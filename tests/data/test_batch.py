@@ -23,6 +23,8 @@ def posterior(**changes: Tensor) -> Any:
     ({"latents": torch.zeros(4, 4, 8, 8, dtype=torch.uint8)}, r"latents must be floating, .* got \[4, 4, 8, 8\] torch"),
     ({"latents": torch.zeros(4, 8, 8)}, r"latents must be floating, \[samples, .*\], got \[4, 8, 8\]"),
     ({"encoder_hidden_states": torch.zeros(5, 8, 16)}, "encoder_hidden_states has 5 samples and latents 4: all"),
+    ({"noise": torch.ones(4, 4, 8, 4)}, r"noise and latents must have the same shape, got \[4, 4, 8, 4\] and \[4, 4"),
+    ({"noise": torch.ones(4, 4, 8, 8, dtype=torch.int64)}, "noise must be floating, .* torch.int64"),
     ({"mask": torch.ones(3, 1, 8, 8)}, "mask has 3 samples and latents 4"),
     ({"mask": torch.ones(8, 8)}, r"mask must be floating, .* got \[8, 8\] torch.float32"),
     ({"added_cond_kwargs": {"time_ids": torch.ones(3, 6)}}, "time_ids has 3 samples and latents 4"),
@@ -71,3 +73,10 @@ def test_values_at_the_ends_of_their_ranges_are_accepted() -> None:
     pixels = torch.tensor([-1.0, 1.0]).repeat(4, 3, 8, 4)
     ids = torch.tensor([0, 53]).repeat(4, 4)
     check_values(batch(pixel_values=pixels, mask=torch.zeros(1, 1, 8, 8, dtype=torch.bool), input_ids=ids), 54)
+
+
+def test_noise_without_the_latents_that_it_belongs_to_is_refused() -> None:
+    check_batch(batch(noise=torch.randn(4, 4, 8, 8)))
+    texts = {"encoder_hidden_states": torch.randn(4, 8, 16), "noise": torch.randn(4, 4, 8, 8)}
+    with pytest.raises(RefusedInputError, match="a batch with noise needs the latents that it belongs to, got mean"):
+        check_batch(posterior() | texts)

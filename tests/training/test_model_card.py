@@ -47,6 +47,22 @@ def test_recipe_has_a_line_for_each_program(folder: Path) -> None:
     assert "`<lora:owls_kohya:1>`" in a1111
 
 
+def test_recipe_after_pairs_has_two_steps_and_no_guidance(folder: Path, config: TrainingConfig) -> None:
+    tags = TAGS | {"d2f.recommended_sigmas": "15.6, 1, 0", "d2f.recommended_steps": "2", "d2f.data": "pairs"}
+    tags["d2f.pairs_guidance"] = "2 to 5"
+    d2f, diffusers, comfyui, a1111 = recipe(folder, tags, "owls")
+    assert d2f.endswith("--prompts TEXT --num_inference_steps 2`")
+    assert diffusers.endswith("and `pipe(TEXT, num_inference_steps=2, guidance_scale=1)`")
+    assert comfyui.endswith("ManualSigmas (`15.6, 1, 0`) and SamplerCustom (euler), with cfg 1")
+    assert a1111.endswith("sampler Euler, CFG scale 1")
+    card = write_model_card(folder, "base", config, tags, RESULT)
+    assert card is not None
+    text = card.read_text(encoding="utf-8")
+    assert "## Generate images in two steps" in text and "| trained on pairs with guidance | 2 to 5 |" in text
+    (folder / "pipeline").mkdir()
+    assert recipe(folder, tags, "owls")[1].endswith("(TEXT, sigmas=[15.6, 1, 0], guidance_scale=1)`")
+
+
 def test_recipe_quotes_a_name_with_spaces_for_the_shell(folder: Path) -> None:
     assert shlex.split(recipe(folder, TAGS, "my owls")[0].split("`")[1])[3:6] == ["BASE", "--lora", "my owls"]
     (folder / "pipeline").mkdir()

@@ -1,12 +1,14 @@
 """Entries of a LoRA file's header that say how it was trained and how to sample with it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.data.pairs import PairDataset
 from d2f_fast.lora.start import StartingLora
-from d2f_fast.training.summary import summary_tags
+from d2f_fast.training.summary import pair_tags, recommended_steps, summary_tags
 
 
 def test_summary_names_training_and_recommended_sampling() -> None:
@@ -45,3 +47,15 @@ def test_summary_names_training_and_recommended_sampling() -> None:
 def test_usage_hint_of_a_flow_model_names_its_own_sampling(form: str, words: str) -> None:
     tags = {"d2f.shift": "2.0", "d2f.prediction_type": "flow_prediction", "d2f.fm_form": form}
     assert summary_tags(TrainingConfig(), tags, 1, 1)["modelspec.usage_hint"] == f"4 steps, guidance 3, {words}"
+
+
+def test_pairs_of_which_nothing_is_known_are_sampled_without_guidance(write_pairs: Any, tmp_path: Path) -> None:
+    for name, meta, guidance, solver in (
+        ("published", {"index": 0}, "unknown", "unknown"),
+        ("one", {"guidance_scale_range": [3.0, 3.0], "steps": 8, "solver": "euler"}, "3", "euler, 8 steps"),
+        ("odd", {"guidance_scale_range": ["a", {}], "steps": [], "solver": 3}, "unknown", "unknown"),
+    ):
+        tags = pair_tags(PairDataset([write_pairs(tmp_path / f"{name}.tar", meta=meta)]))
+        assert tags["d2f.pairs_guidance"] == guidance and tags["d2f.pairs_solver"] == solver
+        assert tags["d2f.recommended_guidance"] == "1.0" and recommended_steps(tags) == 2
+    assert recommended_steps({}) == 4
