@@ -187,6 +187,11 @@ class Shard:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def index_bytes(self) -> int:
+        """Return the memory that the offsets take, in bytes."""
+        return self._rows.nbytes
+
     def read(self, index: int) -> Pair:
         """Return one pair.
 

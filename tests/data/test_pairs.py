@@ -83,3 +83,9 @@ def test_noise_of_another_scale_is_refused(write_pairs: Write, tmp_path: Path, m
         write_pairs(tmp_path / "0.tar", change=lambda record: record._replace(noise=record.noise * 14))
     with pytest.raises(DatasetError, match=r"0\.tar: the noise is not from N\(0, 1\), as pairs need: its deviation"):
         PairDataset([tmp_path])
+
+
+def test_index_takes_32_bytes_for_each_pair(write_pairs: Write, tmp_path: Path) -> None:
+    for i in range(2):
+        write_pairs(tmp_path / f"{i}.tar", 50)
+    assert sum(shard.index_bytes for shard in PairDataset([tmp_path]).shards) == 100 * 32
