@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.option_pairs import check_pairs
 
 ObjectiveName = Literal["diff2flow", "fm", "diffusion"]
@@ -41,6 +41,8 @@ OptionGroup = Literal[
     "sampling",
 ]
 DEFAULT_SNR_GAMMA = 5.0
+# Larger values are typing errors, and would fill the memory or give numbers that are not finite.
+MAX_STEPS, MAX_RANK, MAX_BATCH, MAX_SIDE, MAX_GUIDANCE, MAX_SHIFT = 10**9, 4096, 1 << 16, 1 << 14, 1000.0, 1000.0
 DEFAULT_RANK = 64
 DEFAULT_CAPTION_DROPOUT = 0.1
 DEFAULT_GUIDANCE = 3.0
@@ -49,34 +51,49 @@ DEFAULT_LORA_FORMAT: LoraFormat = "both"
 T = TypeVar("T")
 
 
-def check_number(name: str, value: float | None, least: float) -> None:
-    """Refuse a value that is smaller than the least one allowed; None is accepted.
+def check_number(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Refuse a value outside a range; None is accepted.
 
     Raises:
-        RefusedInputError: The value is smaller than `least`, or not a number.
+        RefusedInputError: The value is smaller than `least`, larger than `most`, or not a number.
     """
     if value is not None and not value >= least:
         raise RefusedInputError(f"{name} must be at least {least}, got {value}")
+    if value is not None and value > most:
+        raise RefusedInputError(f"{name} must be at most {most:,}, got {value}")
 
 
-def check_positive(name: str, value: float | None) -> None:
+def check_positive(name: str, value: float | None, most: float = math.inf) -> None:
     """Refuse a value that is not a positive and finite number; None is accepted.
 
     Raises:
-        RefusedInputError: The value is zero, negative, infinite or not a number.
+        RefusedInputError: The value is zero, negative, infinite, not a number, or larger than `most`.
     """
     if value is not None and not 0 < value < math.inf:
         raise RefusedInputError(f"{name} must be positive and finite, got {value}")
+    check_number(name, value, 0, most)
 
 
-def check_finite(name: str, value: float | None) -> None:
+def check_finite(name: str, value: float | None, most: float = math.inf) -> None:
     """Refuse a value that is infinite or not a number; None is accepted.
 
     Raises:
-        RefusedInputError: The value is infinite or not a number.
+        RefusedInputError: The value is infinite, not a number, or larger than `most` in its amount.
     """
     if value is not None and not math.isfinite(value):
         raise RefusedInputError(f"{name} must be finite, got {value}")
+    check_number(name, value, -most, most)
+
+
+def check_text(name: str, value: object) -> None:
+    """Refuse text that cannot be written to a file as UTF-8, or that no path can hold; other values are accepted.
+
+    Raises:
+        RefusedInputError: The text, or one of several, has bytes that are not UTF-8, or a zero byte.
+    """
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and ("\0" in text or text != text.encode(errors="ignore").decode()):
+            raise RefusedInputError(f"{name} must be UTF-8 text without zero bytes, got {printable(text)}: write it so")
 
 
 def check_guidance(name: str, value: float | None) -> None:
@@ -85,7 +102,7 @@ def check_guidance(name: str, value: float | None) -> None:
     Raises:
         RefusedInputError: The value is below 0, between 0 and 1, infinite or not a number.
     """
-    check_finite(name, value)
+    check_finite(name, value, MAX_GUIDANCE)
     if value is not None and value < 1 and value != 0:
         raise RefusedInputError(
             f"{name} must be 1 or 0, which use the prompt alone in half of the evaluations, or above 1, got {value}"
@@ -112,9 +129,19 @@ def check_seed(name: str, value: int) -> None:
         raise RefusedInputError(f"{name} must be in [0, 2**63), got {value}")
 
 
-def at_least(least: float) -> Callable[[str, float | None], None]:
-    """Return the check that refuses numbers smaller than `least`."""
-    return partial(check_number, least=least)
+def at_least(least: float, most: float = math.inf) -> Callable[[str, float | None], None]:
+    """Return the check that refuses numbers smaller than `least` or larger than `most`."""
+    return partial(check_number, least=least, most=most)
+
+
+def positive(most: float) -> Callable[[str, float | None], None]:
+    """Return the check that refuses numbers that are not positive or larger than `most`."""
+    return partial(check_positive, most=most)
+
+
+def finite(most: float) -> Callable[[str, float | None], None]:
+    """Return the check that refuses numbers whose amount is larger than `most`."""
+    return partial(check_finite, most=most)
 
 
 def option(group: OptionGroup | None, default: T, check: Callable[[str, Any], None] | None = None) -> T:
@@ -169,6 +196,7 @@ def check_options(options: Any) -> None:
     hints = get_type_hints(type(options))
     for declared in fields(options):
         value, words = getattr(options, declared.name), words_of(hints[declared.name])
+        check_text(declared.name, value)
         if words and value not in words and not (value is None and type(None) in get_args(hints[declared.name])):
             raise RefusedInputError(f"{declared.name} must be {', '.join(words[:-1])} or {words[-1]}, got {value}")
         if check := declared.metadata.get("check"):
@@ -300,46 +328,46 @@ class TrainingConfig:
     loss_weighting: LossWeighting | None = option("method", None)
     snr_gamma: float | None = option("method", None, check_positive)
     timestep_sampling: TimestepSampling = option("method", "uniform")
-    logit_mean: float | None = option("method", None, check_finite)
-    logit_std: float | None = option("method", None, check_positive)
-    flow_shift: float = option("method", 1.0, check_positive)
-    sampling_shift: float | None = option("method", None, check_positive)
+    logit_mean: float | None = option("method", None, finite(100.0))
+    logit_std: float | None = option("method", None, positive(100.0))
+    flow_shift: float = option("method", 1.0, positive(MAX_SHIFT))
+    sampling_shift: float | None = option("method", None, positive(MAX_SHIFT))
     adapter: Literal["lora", "full"] = option("model", "lora")
     init_lora: str | None = option("model", None)
-    rank: int | None = option("model", None, at_least(1))
-    lora_alpha: float | None = option("model", None, check_positive)
-    conv_rank: int | None = option("model", None, at_least(0))
+    rank: int | None = option("model", None, at_least(1, MAX_RANK))
+    lora_alpha: float | None = option("model", None, positive(1e6))
+    conv_rank: int | None = option("model", None, at_least(0, MAX_RANK))
     first_last_layers: bool | None = option("model", None)
     target_modules: tuple[str, ...] | None = option("model", None)
-    resolution: int | None = option("data", None, at_least(8))
+    resolution: int | None = option("data", None, at_least(8, MAX_SIDE))
     center_crop: bool = option("data", True)
     random_flip: bool = option("data", False)
     cache_dir: str | None = option("data", None)
     cache_latents: bool = option("data", True)
     caption_dropout: float | None = option("data", None, check_fraction)
-    train_batch_size: int = option("optimisation", 4, at_least(1))
-    gradient_accumulation_steps: int = option("optimisation", 1, at_least(1))
-    max_train_steps: int = option("optimisation", 1000, at_least(1))
-    learning_rate: float = option("optimisation", 1e-4, check_positive)
+    train_batch_size: int = option("optimisation", 4, at_least(1, MAX_BATCH))
+    gradient_accumulation_steps: int = option("optimisation", 1, at_least(1, MAX_BATCH))
+    max_train_steps: int = option("optimisation", 1000, at_least(1, MAX_STEPS))
+    learning_rate: float = option("optimisation", 1e-4, positive(1000.0))
     lr_scheduler: LearningRateSchedule = option("optimisation", "constant")
-    lr_warmup_steps: int = option("optimisation", 0, at_least(0))
+    lr_warmup_steps: int = option("optimisation", 0, at_least(0, MAX_STEPS))
     adam_beta1: float = option("optimisation", 0.9, check_fraction)
     adam_beta2: float = option("optimisation", 0.999, check_fraction)
     adam_epsilon: float = option("optimisation", 1e-8, check_positive)
-    adam_weight_decay: float = option("optimisation", 1e-2, at_least(0))
+    adam_weight_decay: float = option("optimisation", 1e-2, at_least(0, 1000.0))
     max_grad_norm: float = option("optimisation", 1.0, check_positive)
     ema_decay: float = option("optimisation", 0.999, check_fraction)
     mixed_precision: Literal["no", "bf16"] | None = option("memory and speed", None)
     gradient_checkpointing: bool = option("memory and speed", False)
     compile: bool = option("memory and speed", False)
     cuda_graph: bool = option("memory and speed", False)
-    checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0))
-    checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1))
+    checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0, MAX_STEPS))
+    checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1, MAX_STEPS))
     lora_format: LoraFormat | None = option("checkpoints and logs", None)
     resume_from_checkpoint: str | None = option("checkpoints and logs", None)
-    logging_steps: int = option("checkpoints and logs", 10, at_least(1))
+    logging_steps: int = option("checkpoints and logs", 10, at_least(1, MAX_STEPS))
     report_to: Tracker = option("checkpoints and logs", "none")
-    dataloader_num_workers: int = option("memory and speed", 1, at_least(0))
+    dataloader_num_workers: int = option("memory and speed", 1, at_least(0, 256))
     seed: int = option("optimisation", 0, check_seed)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from d2f_fast.errors import RefusedInputError
 if TYPE_CHECKING:
     from d2f_fast.config import TrainingConfig
 
+_MAX_STEP = 1 << 20  # Images of a step, of which the order is held in memory.
 # The weightings that each objective takes, and what to do in place of another one.
 _WEIGHTINGS = {
     "diff2flow": (("flow", "native", "min_snr"), ""),
@@ -40,6 +41,10 @@ def check_pairs(config: "TrainingConfig") -> None:
     _check_times(config)
     _check_adapter(config)
     _check_schedule(config)
+    if (size := config.train_batch_size * config.gradient_accumulation_steps) > _MAX_STEP:
+        raise RefusedInputError(
+            f"train_batch_size times gradient_accumulation_steps must be at most {_MAX_STEP:,}, got {size}"
+        )
     if config.cache_latents and not config.center_crop:
         raise RefusedInputError(
             "cache_latents needs center_crop, because a random crop differs each time: add --no_cache_latents, or"

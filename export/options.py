@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from d2f_fast.config import PredictionType, check_positive, spell_out_flags
+from d2f_fast.config import (
+    MAX_SHIFT,
+    MAX_SIDE,
+    PredictionType,
+    check_number,
+    check_options,
+    check_positive,
+    spell_out_flags,
+)
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.source import LoraSource, check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
@@ -190,7 +198,8 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
         self._check_precision()
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise RefusedInputError(f"tolerance must be above 0 and below 1, got {self.tolerance}")
-        check_positive("shift", self.shift)
+        check_options(self)
+        check_positive("shift", self.shift, MAX_SHIFT)
         if self.verify_only and self.skip_verify:
             raise RefusedInputError("verify_only and skip_verify exclude each other: give only one of them")
         _ = self.step_counts, self.static_sizes
@@ -257,6 +266,7 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
                 f"static must be BATCHxHEIGHTxWIDTH in pixels, for example 1x512x512, got {self.static!r}"
             )
         batch, height, width = (int(size) for size in found.groups())
+        check_number("static", max(height, width), 1, MAX_SIDE)
         return batch, height, width
 
     @property

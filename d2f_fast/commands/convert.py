@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from d2f_fast.config import at_least, check_options, option
+from d2f_fast.config import MAX_RANK, at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, check_lora_file, parse_lora
@@ -80,7 +80,7 @@ class Convert:
     dtype: Literal["fp16", "bf16", "fp32"] | None = None
     lora: tuple[str, ...] = ()
     extract_lora_from: str | None = None
-    rank: int | None = option(None, None, at_least(1))
+    rank: int | None = option(None, None, at_least(1, MAX_RANK))
     base_model: str | None = None
     model_options: ModelOptions = field(default_factory=ModelOptions)
     overwrite: bool = False

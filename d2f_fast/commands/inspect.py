@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from d2f_fast.config import check_text
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -33,6 +34,7 @@ class Inspect:
         Raises:
             RefusedInputError: There is no such path.
         """
+        check_text("path", self.path)
         if not os.path.exists(self.path):
             raise RefusedInputError(f"{printable(self.path)}: no such file or folder; check the path")
 

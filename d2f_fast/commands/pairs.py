@@ -8,7 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_fast.config import Spacing, at_least, check_guidance, check_options, check_positive, check_seed, option
+from d2f_fast.config import (
+    MAX_BATCH,
+    MAX_GUIDANCE,
+    MAX_SHIFT,
+    MAX_SIDE,
+    MAX_STEPS,
+    Spacing,
+    at_least,
+    check_guidance,
+    check_options,
+    check_seed,
+    option,
+    positive,
+)
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
@@ -80,24 +93,24 @@ class Pairs:
     image_column: str | None = option("data", None)
     caption_column: str | None = option("data", None)
     caption_extension: str | None = option("data", None)
-    num_pairs: int | None = option("data", None, at_least(1))
+    num_pairs: int | None = option("data", None, at_least(1, MAX_STEPS))
     model: str = option("model", MINIATURE)
     lora: tuple[str, ...] = option("model", ())
     model_options: ModelOptions = field(default_factory=ModelOptions)
     solver: Literal["dpmsolver++", "euler", "midpoint", "heun"] = option("sampling", "dpmsolver++")
-    num_inference_steps: int = option("sampling", 25, at_least(1))
+    num_inference_steps: int = option("sampling", 25, at_least(1, 10_000))
     guidance_scale: float = option("sampling", 3.0, check_guidance)
-    guidance_scale_max: float | None = option("sampling", None, at_least(1))
+    guidance_scale_max: float | None = option("sampling", None, at_least(1, MAX_GUIDANCE))
     negative_prompt: str = option("sampling", "")
     flow_spacing: Spacing = option("sampling", "uniform")
-    shift: float | None = option("sampling", None, check_positive)
+    shift: float | None = option("sampling", None, positive(MAX_SHIFT))
     seed: int = option("sampling", 0, check_seed)
-    height: int | None = option("image", None, at_least(8))
-    width: int | None = option("image", None, at_least(8))
+    height: int | None = option("image", None, at_least(8, MAX_SIDE))
+    width: int | None = option("image", None, at_least(8, MAX_SIDE))
     save_images: bool = option("image", False)
     dtype: Literal["float16", "float32"] = option("image", "float16")
-    pairs_per_shard: int = option("image", 512, at_least(1))
-    batch_size: int = option("memory and speed", 8, at_least(1))
+    pairs_per_shard: int = option("image", 512, at_least(1, MAX_BATCH))
+    batch_size: int = option("memory and speed", 8, at_least(1, MAX_BATCH))
     mixed_precision: Literal["no", "fp16", "bf16"] = option("memory and speed", "no")
     output_dir: str = option("image", "d2f-pairs")
     dry_run: bool = False

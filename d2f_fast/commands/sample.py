@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.config import (
     DEFAULT_GUIDANCE,
+    MAX_SHIFT,
+    MAX_SIDE,
     Method,
     Spacing,
     at_least,
     check_guidance,
     check_options,
-    check_positive,
     check_seed,
     option,
+    positive,
 )
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
@@ -84,14 +86,14 @@ class Sample:
     model_options: ModelOptions = field(default_factory=ModelOptions)
     onnx: str | None = option("model", None)
     onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] | None = option("model", None)
-    num_inference_steps: int = option("sampling", 4, at_least(1))
+    num_inference_steps: int = option("sampling", 4, at_least(1, 10_000))
     guidance_scale: float | None = option("sampling", None, check_guidance)
     negative_prompt: str = option("image", "")
     method: Method = option("sampling", "euler")
     flow_spacing: Spacing = option("sampling", "uniform")
-    shift: float | None = option("sampling", None, check_positive)
-    height: int | None = option("image", None, at_least(8))
-    width: int | None = option("image", None, at_least(8))
+    shift: float | None = option("sampling", None, positive(MAX_SHIFT))
+    height: int | None = option("image", None, at_least(8, MAX_SIDE))
+    width: int | None = option("image", None, at_least(8, MAX_SIDE))
     seed: int = option("sampling", 0, check_seed)
     output_dir: str = option("image", "d2f-samples")
     dry_run: bool = False

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2f_fast.config import TrainingConfig, option
+from d2f_fast.config import TrainingConfig, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.lora.source import check_lora_file, parse_lora
@@ -183,6 +183,7 @@ class Train:
         from d2f_fast.models.configs import check_training, read_configs
         from d2f_fast.training.checkpoint import refuse_used_folder
 
+        check_options(self)
         check_launch(self.options, os.environ)
         output = Path(self.options.output_dir)
         self._check_pipeline(output / "pipeline")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2f_fast.config import PredictionType, check_finite, check_options, check_positive, option
+from d2f_fast.config import PredictionType, check_options, finite, option, positive
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.models.names import check_model_name, is_single_file
 
@@ -46,8 +46,8 @@ class ModelOptions:
     rescale_betas_zero_snr: bool | None = option("model", None)
     tokenizer_name_or_path: str | None = option("model", None)
     pretrained_vae_model_name_or_path: str | None = option("model", None)
-    vae_custom_scale: float | None = option("model", None, check_positive)
-    vae_custom_shift: float | None = option("model", None, check_finite)
+    vae_custom_scale: float | None = option("model", None, positive(1000.0))
+    vae_custom_shift: float | None = option("model", None, finite(1000.0))
     variant: str | None = option("model", None)
     revision: str | None = option("model", None)
     vae_reflection_padding: bool | None = option("model", None)

@@ -1,6 +1,10 @@
 """Options of each command: how they are parsed, and how their help explains them."""
 
+import dataclasses
+import math
+import os
 import re
+from typing import get_args
 
 import pytest
 import tyro
@@ -8,6 +12,7 @@ import tyro
 from d2f_fast.commands.main import COMMANDS, main, parse
 from d2f_fast.commands.options import argument_texts, options_of
 from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import RefusedInputError
 
 OPTIONS = {
     f"{name} {option.field.name}": option for name, command in COMMANDS.items() for option in options_of(command)
@@ -119,3 +124,46 @@ def test_arguments_that_cannot_be_parsed_end_with_exit_code_2(arguments, words, 
         main(arguments)
     assert exit_.value.code == 2
     assert words in capsys.readouterr().err
+
+
+NUMERIC = [
+    pytest.param(option, id=f"{name} {option.field.name}")
+    for name, command in COMMANDS.items()
+    for option in options_of(command)
+    if {int, float} & {option.hint, *get_args(option.hint)}
+]
+# Very large values of these mean that nothing is clamped, or that nothing is learned.
+ANY_POSITIVE = ("snr_gamma", "max_grad_norm", "adam_epsilon")
+
+
+@pytest.mark.parametrize("option", NUMERIC)
+def test_number_that_no_run_can_use_is_refused(option):
+    check, name = option.field.metadata["check"], option.field.name
+    is_whole = float not in {option.hint, *get_args(option.hint)}
+    for value in (-1 if is_whole else math.nan, -(10**20), 10**20 if is_whole else math.inf, -math.inf, 10**10, 1e20):
+        accepted = (name == "seed" and value == 10**10) or (name in ANY_POSITIVE and value in (10**10, 1e20))
+        if accepted:
+            check(name, value)
+        else:
+            with pytest.raises(RefusedInputError, match=f"{name} must be"):
+                check(name, value)
+    if option.field.default is not dataclasses.MISSING:
+        check(name, option.field.default)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_text_that_is_not_utf8_is_refused_in_one_line(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = os.fsdecode(b"a\xff")
+    given = {
+        "train": ["--train_data_dir", bad],
+        "sample": ["--prompts", bad],
+        "pairs": ["--prompts_file", bad],
+        "convert": [bad, "out"],
+        "inspect": [bad],
+    }
+    for more in (["--dry_run"], []):
+        assert main([name, *given.get(name, ["--output_dir", bad]), *more]) == 2
+        assert r"must be UTF-8 text without zero bytes, got 'a\udcff'" in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
