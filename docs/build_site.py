@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Pages in the order of the menu; a guide that is not named here comes last.
 ORDER = (
     *("index.md", "README.md", "training.md", "reflow.md", "sampling.md", "comfyui.md", "a1111.md", "convert.md"),
-    *("deploy.md", "method.md", "results.md"),
+    *("evaluation.md", "deploy.md", "method.md", "results.md"),
 )
 # Folders of modules, and the package that they are imported as.
 PACKAGES = {"d2f_fast": "d2f_fast", "kernels": "d2f_fast.kernels", "export": "d2f_fast.export"}

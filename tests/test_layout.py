@@ -55,6 +55,7 @@ ROOMS_OF_EXPORT = (
 # Each module of the package has a test file in the same place of tests/, except these.
 TESTED_ELSEWHERE = {
     "d2f_fast.__main__": "tests/commands/test_main.py runs it, and tests/test_stopping.py stops it while it starts.",
+    "d2f_fast.commands.evaluation_run": "tests/commands/test_evaluate.py runs it, by the command.",
     "d2f_fast.demo.report": "tests/demo/test_run.py reads the report of a whole demonstration.",
     "d2f_fast.demo.rows": "It selects rows for the comparisons and the summary, and is tested through both.",
     "d2f_fast.errors": "It holds the types of errors; the tests of the code that raises them check type and exit code.",

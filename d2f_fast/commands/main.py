@@ -13,6 +13,7 @@ from functools import partial
 from d2f_fast import __version__
 from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.demo import Demo
+from d2f_fast.commands.evaluate import Evaluate
 from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
 from d2f_fast.commands.inspect import Inspect
 from d2f_fast.commands.options import Command, description, options_of, parse_options
@@ -27,6 +28,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "train": Train,
     "sample": Sample,
     "pairs": Pairs,
+    "evaluate": Evaluate,
     "convert": Convert,
     "inspect": Inspect,
 }

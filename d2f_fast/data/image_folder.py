@@ -125,6 +125,25 @@ class CaptionedImages:
         return self.captions(index).text
 
 
+def find_image_files(folder: Path) -> list[Path]:
+    """Return the sorted paths of the images at any depth, with captions or without.
+
+    Args:
+        folder: Folder of the images. Hidden files and folders are not read, nor are other formats.
+
+    Raises:
+        DatasetError: It is not a folder, cannot be read, holds no image, or holds a link to a folder.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{printable(folder)} is not a folder: give a folder of images")
+    images = [folder / name for name in sorted(_find_images(folder)) if is_image(name)]
+    if not images:
+        raise DatasetError(
+            f"{printable(folder)} holds no images ({', '.join(IMAGE_EXTENSIONS)}): give a folder that does"
+        )
+    return images
+
+
 def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[tuple[str, Captions, Repeats]]:
     """Yield the image name and the captions of each line, which is not repeated."""
     path = folder / METADATA_FILE

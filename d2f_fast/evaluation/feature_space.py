@@ -21,6 +21,25 @@ class FrechetEntries(TypedDict):
     frechet_floor: float
 
 
+def principal_directions(features: Array) -> Array:
+    """Return the directions in which features are compared: of more than 64, the 64 in which real images vary most.
+
+    A covariance of more directions could not be estimated from some hundred images.
+
+    Args:
+        features: features [n, d] of real images.
+
+    Returns:
+        Orthonormal columns [d, min(d, 64)], by which features are multiplied; the identity for d up to 64.
+    """
+    if features.shape[1] <= MOST_FEATURES:
+        return np.eye(features.shape[1])
+    # The triangular factor has the same right singular vectors, and no more rows than there are features.
+    triangle = np.linalg.qr(features - features.mean(0), mode="r")
+    directions: Array = np.linalg.svd(triangle, full_matrices=False)[2][:MOST_FEATURES].T
+    return directions
+
+
 class FeatureSpace:
     """Features in which generated images are compared with real ones.
 
@@ -37,9 +56,7 @@ class FeatureSpace:
     def __init__(self, network: Callable[[Tensor], Tensor], real: Tensor, reference: Tensor, seed: int) -> None:
         self._network, self._seed = network, seed
         both = np.concatenate([self._features(real), self._features(reference)])
-        self._directions: Array | None = None
-        if both.shape[1] > MOST_FEATURES:
-            self._directions = np.linalg.svd(both - both.mean(0), full_matrices=False)[2][:MOST_FEATURES].T
+        self._directions = principal_directions(both)
         self._all_real = self._project(both)
         self._reference = self._all_real[len(real) :]
         self._floors: dict[int, float] = {}
@@ -50,7 +67,7 @@ class FeatureSpace:
         return features
 
     def _project(self, features: Array) -> Array:
-        return features if self._directions is None else features @ self._directions
+        return features @ self._directions
 
     def measure(self, images: Tensor, repeats: int) -> FrechetEntries:
         """Measure the Fréchet distance of images to the reference, with its interval and floor.

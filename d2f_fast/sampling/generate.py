@@ -27,7 +27,7 @@ def generate(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     method: Method = "euler",
     flow_spacing: Spacing = "uniform",
     shift: float | None = None,
@@ -49,7 +49,8 @@ def generate(
             the pipeline's own empty prompt.
         height: height of the images in pixels; None for the pipeline's own.
         width: width of the images in pixels; None for the pipeline's own.
-        generator: source of the noise, on the pipeline's device or the CPU; None for torch's global generator.
+        generator: source of the noise, on the pipeline's device or the CPU, or a list of one for each prompt; None for
+            torch's global generator.
         method: integration method: "euler", "midpoint" or "heun".
         flow_spacing: "uniform" steps in flow time, or "trailing", the flow times of DDIM's trailing timesteps.
         shift: positive factor on the sampling sigmas (1 - t) / t, 1 for none; None for the shift in the configuration

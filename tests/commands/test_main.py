@@ -20,6 +20,7 @@ ARGUMENTS = {
     "train": ["--train_data_dir", "images"],
     "sample": ["--prompts", "x"],
     "pairs": ["--train_data_dir", "images"],
+    "evaluate": ["--model", "miniature", "--straightness", "--prompts", "x"],
     "convert": ["x"],
     "inspect": [],
 }
@@ -172,6 +173,10 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
             "--negative_prompt",
             "b",
         ): "negative_prompt has no",
+        ("evaluate", "--reference", data): "there is nothing to evaluate",
+        ("evaluate", "--reference", "no-such-folder", "--images", data): "no-such-folder is not a folder",
+        ("evaluate", "--reference", data, "--images", data): "holds 1 images: give at least 14",
+        ("evaluate", "--reference", data, "--model", str(model)): "has sample_size None",
         ("convert", "x", "out", "--lora", "no-such-lora"): "no-such-lora: there is no such file",
         ("demo", "--seed", "-1"): "seed must be in",
         ("demo", "--output_dir", file): "file cannot be made a folder",
@@ -182,6 +187,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
         ["sample", "--prompts", "a", "--output_dir", locked],
         ["train", "--train_data_dir", data, "--output_dir", locked],
         ["pairs", "--train_data_dir", data, "--output_dir", locked],
+        ["evaluate", "--model", "miniature", "--straightness", "--prompts", "a", "--output_dir", locked],
     ]
     code = f"""
 import contextlib, io

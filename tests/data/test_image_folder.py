@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2f_fast.data.image_folder import MAX_LINE_BYTES, CaptionedImages
+from d2f_fast.data.image_folder import MAX_LINE_BYTES, CaptionedImages, find_image_files
 from d2f_fast.errors import DatasetError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
@@ -261,3 +261,15 @@ def test_options_of_the_other_layout_are_refused(tmp_path):
     assert CaptionedImages(tmp_path, caption_column="caption").text(0) == "a dog"
     columns = {"caption_column": "caption", "caption_extension": "txt"}
     assert "caption_extension txt has no effect" in refusal(tmp_path, **columns)
+
+
+def test_image_files_are_found_at_any_depth_with_and_without_captions(tmp_path):
+    paths = [captioned(tmp_path / "b.png"), save(tmp_path / "a" / "c.JPG"), save(tmp_path / "a.bmp")]
+    save(tmp_path / ".hidden" / "d.png")
+    (tmp_path / "e.gif").touch()
+    assert find_image_files(tmp_path) == [paths[2], paths[1], paths[0]]
+    with pytest.raises(DatasetError, match="is not a folder"):
+        find_image_files(tmp_path / "b.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="holds no images"):
+        find_image_files(tmp_path / "empty")

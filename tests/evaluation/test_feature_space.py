@@ -1,10 +1,11 @@
 """Test the feature space against distances computed in the known subspace."""
 
+import numpy as np
 import pytest
 import torch
 
 from d2f_fast.evaluation.distances import frechet_distance
-from d2f_fast.evaluation.feature_space import MOST_FEATURES, FeatureSpace
+from d2f_fast.evaluation.feature_space import MOST_FEATURES, FeatureSpace, principal_directions
 
 
 def test_feature_space_keeps_the_principal_directions_of_the_real_images() -> None:
@@ -19,3 +20,12 @@ def test_feature_space_keeps_the_principal_directions_of_the_real_images() -> No
     assert measured["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert space.measure(images + 5 * basis[-1], 5)["frechet_distance"] == pytest.approx(expected, rel=1e-9)
     assert 0 < measured["frechet_floor"] < expected
+
+
+def test_few_features_are_kept_as_they_are_and_few_images_give_few_directions() -> None:
+    random = np.random.default_rng(0)
+    assert np.array_equal(principal_directions(random.normal(size=(9, 4))), np.eye(4))
+    features = random.normal(size=(10, 200))
+    centred = features - features.mean(0)
+    directions = principal_directions(features)
+    assert np.allclose(centred @ directions @ directions.T, centred)

@@ -40,3 +40,19 @@ def test_corners_of_real_images_have_the_background_colour() -> None:
     assert len(chosen) > 0.8 * len(PAIRS)
     found = corner_colours(emoji.render(chosen, "noto"), emoji.background_palette())
     assert found.tolist() == [item.colour for item in chosen]
+
+
+def test_name_is_read_from_each_caption_and_from_no_other_text() -> None:
+    for name, colour in [*PAIRS, *((name, None) for name in range(len(emoji.names())))]:
+        assert emoji.name_of_caption(emoji.caption(name, colour)) == name
+    owl = emoji.names().index("owl")
+    assert emoji.name_of_caption(" an owl on a blue background\n") == owl
+    for text in (
+        "",
+        "owl",
+        "a owl",
+        "an owl on a beach",
+        "an owl on a pink background",
+        "two owls on a red background",
+    ):
+        assert emoji.name_of_caption(text) is None
