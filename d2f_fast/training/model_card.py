@@ -46,6 +46,15 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     if not is_lora:
         taken = f"num_inference_steps={steps}" if predicts_flow else f"sigmas=[{sigmas}]"
         lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {taken}{guidance})`')
+        if predicts_flow:
+            even = ", ".join(f"{1 - step / int(steps):.6g}" for step in range(int(steps)))
+            lines.append(
+                "diffusers, exactly (its own scheduler starts at 0.999 and rounds timesteps, which changes latents by"
+                f" about 1 %): `pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})`,"
+                " `pipe.scheduler.init_noise_sigma = 1.0`,"
+                " `pipe.scheduler.scale_model_input = lambda sample, t: sample`, then"
+                f" `pipe(TEXT, sigmas=[{even}]{guidance})`"
+            )
         single_file = shlex.quote(f"{folder.resolve().name}.safetensors")
         lines.append(
             f"ComfyUI: `d2f convert {shlex.quote(f'{name}/pipeline')} {single_file}`, that file in"

@@ -88,7 +88,8 @@ def test_recipe_of_a_pipeline_passes_its_sigmas(folder: Path) -> None:
     assert "ManualSigmas (`17.61, 3, 1, 0.3333, 0`)" in comfyui
     assert a1111 == "A1111, Forge: the same file in models/Stable-diffusion; sampler Euler"
     flow = recipe(folder, FLOW_TAGS)
-    assert len(flow) == 3 and flow[-1].endswith(
+    assert "FlowMatchEulerDiscreteScheduler(shift=3.0)`" in flow[2] and "sigmas=[1, 0.75, 0.5, 0.25]" in flow[2]
+    assert len(flow) == 4 and flow[-1].endswith(
         "CheckpointLoaderSimple, ModelSamplingSD3 (shift 3.0) and KSampler (euler, simple)"
     )
 

@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
@@ -135,6 +140,14 @@ def test_what_is_trained_on_a_flow_checkpoint_is_sampled_by_stock_and_by_this_pa
     assert difference(saved) <= 3  # it starts 0.001 from pure noise, and rounds the network's timesteps
     saved.scheduler = Diff2FlowScheduler.from_config(saved.scheduler.config)
     assert difference(saved) <= 1
+    options = {"output_type": "latent", "height": 16, "width": 16, "guidance_scale": 3.0}
+    options["latents"] = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    ours = saved("ab", num_inference_steps=4, **options).images
+    # This is the recipe of the model card; the pipelines ask this scheduler for both attributes.
+    saved.scheduler = FlowMatchEulerDiscreteScheduler(shift=4.0)
+    saved.scheduler.init_noise_sigma, saved.scheduler.scale_model_input = 1.0, lambda sample, t: sample
+    theirs = saved("ab", sigmas=[1.0, 0.75, 0.5, 0.25], **options).images
+    assert float((theirs - ours).norm() / ours.norm()) <= 1e-5
     read_back = BaseModel.load(tmp_path / "saved").flow
     assert isinstance(read_back, NaiveFlow) and read_back.form == "diffusers"
 
