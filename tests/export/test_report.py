@@ -12,6 +12,7 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import verify
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
+from d2f_fast.export.report import options_of_export
 
 
 def test_report_lists_every_file_and_its_hash(exported):
@@ -69,3 +70,14 @@ def test_report_has_no_path_of_the_machine(exported, one_level_folder: Path):
     text = (exported[0] / "export.json").read_text()
     assert str(one_level_folder.parent) not in text
     assert str(one_level_folder.parent).encode() not in (exported[0] / "unet/model.onnx").read_bytes()
+
+
+def test_verification_takes_the_options_of_the_model_from_the_report(tmp_path):
+    made = {"adapters": [], "vae": None, "precision": {"vae_encoder": "fp32"}, "files": {}, "shift": 1.0}
+    made |= {"guidance": True, "with_vae": False, "static": None, "unroll": 0, "tolerance": 1e-5}
+    for stated in ({}, {"model_options": {"prediction_type": "v_prediction", "vae_custom_scale": 0.5}}):
+        (tmp_path / "export.json").write_text(json.dumps(made | stated))
+        found = options_of_export(ExportOptions(vae_custom_scale=0.25, verify_only=True), tmp_path)
+        assert found.vae_custom_scale == 0.25  # What is given comes first.
+        assert found.prediction_type == ((stated and "v_prediction") or None)
+        assert options_of_export(ExportOptions(), tmp_path).vae_custom_scale == (0.5 if stated else None)
