@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2f_fast.errors import CheckpointError
 
-_MOST_ELEMENTS = 2**26  # of the parameters that are averaged together, 256 MB in float32
+MOST_ELEMENTS = 2**26  # of the parameters that are averaged together, 256 MB in float32
 
 
 class EMA:
@@ -46,9 +46,9 @@ class EMA:
             name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self.parameters.items()
         }
         # The differences of all parameters together would take as much memory as the parameters.
-        self._groups, size = list[list[str]](), _MOST_ELEMENTS
+        self._groups, size = list[list[str]](), MOST_ELEMENTS
         for name, tensor in self.shadow.items():
-            if size + tensor.numel() > _MOST_ELEMENTS:
+            if size + tensor.numel() > MOST_ELEMENTS:
                 self._groups.append([])
                 size = 0
             self._groups[-1].append(name)
