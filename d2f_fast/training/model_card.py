@@ -47,7 +47,7 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
         taken = f"num_inference_steps={steps}" if predicts_flow else f"sigmas=[{sigmas}]"
         lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {taken}{guidance})`')
         if predicts_flow:
-            even = ", ".join(f"{1 - step / int(steps):.6g}" for step in range(int(steps)))
+            even = ", ".join(f"{1 - step / steps:.6g}" for step in range(steps))
             lines.append(
                 "diffusers, exactly (its own scheduler starts at 0.999 and rounds timesteps, which changes latents by"
                 f" about 1 %): `pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})`,"
