@@ -1,8 +1,10 @@
 """`d2f evaluate` as a user types it: what it measures and writes, and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from d2f_fast.commands import evaluate
 from d2f_fast.commands.main import main
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.evaluation import features as imagenet
 from d2f_fast.evaluation.comparison import LEAST_IMAGES, compare_images
 from d2f_fast.evaluation.image_set import noise_generator
@@ -17,6 +20,7 @@ from d2f_fast.miniature import emoji
 from d2f_fast.miniature.classifier import load_classifier
 from d2f_fast.models.base_model import to_pil
 from d2f_fast.models.load import load_model
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.generate import generate
 from d2f_fast.sampling.integrate import Velocity
 
@@ -133,58 +137,70 @@ def test_straightness_of_prompts_needs_no_reference(
     assert "images" not in result
 
 
-MODEL = ["--model", "miniature"]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("options", "sentence"),
     [
-        (["--reference", "real"], "give a folder of generated --images or a --model: there is nothing to evaluate"),
-        (["--reference", "real", "--images", "few", *MODEL], "give a folder of generated --images or a --model: not"),
-        (["--reference", "real", "--images", "generated", "--straightness"], "straightness needs --model"),
-        (["--images", "generated"], "give a --reference folder of real images"),
-        ([*MODEL, "--straightness"], "give a --reference folder of real images, or --straightness with --prompts"),
-        (["--reference", "real", *MODEL, "--prompts", "a"], "prompts needs --straightness: leave prompts out"),
-        (["--reference", "real", *MODEL, "--num_paths", "2"], "num_paths needs --straightness: leave num_paths out"),
-        ([*MODEL, "--straightness", "--prompts", "a", ""], "prompts: give at least one prompt, none of them empty"),
-        ([*MODEL, "--straightness", "--prompts", "a", "--num_inference_steps", "8"], "needs a --reference, for whose"),
-        (["--reference", "real", "--images", "generated", "--lora", "a"], "lora has no effect with --images"),
-        (["--reference", "real", "--images", "generated", "--num_samples", "8"], "num_samples has no effect with"),
-        (["--reference", "real", "--images", "generated", "--variant", "fp16"], "variant has no effect with --images"),
-        (["--reference", "real", *MODEL, "--height", "17"], "height must be a positive multiple of 8, got 17"),
-        (["--reference", "none", "--images", "generated"], "reference: none is not a folder"),
-        (["--reference", "real", "--images", "none"], "images: none is not a folder"),
-        (["--reference", "real", "--images", "empty"], "empty holds no images (.png, "),
-        (["--reference", "empty", *MODEL], "empty has no captioned images"),
-        (["--reference", "real", "--images", "few"], "images: few holds 6 images: give at least 7"),
-        (["--reference", "generated", "--images", "real"], "reference: generated holds 9 images: give at least 14"),
-        (["--reference", "damaged", "--images", "generated"], "damaged/03.png does not decode as PNG"),
-        (["--reference", "damaged", *MODEL], "damaged/03.png does not decode as PNG"),
-        (["--reference", "real", "--images", "damaged"], "damaged/03.png does not decode as PNG"),
+        ({"reference": "real"}, "give a folder of generated --images or a --model: there is nothing to evaluate"),
         (
-            ["--reference", "real", *MODEL, "--num_samples", "21"],
+            {"reference": "real", "images": "few", "model": "miniature"},
+            "give a folder of generated --images or a --model: not",
+        ),
+        ({"reference": "real", "images": "generated", "straightness": True}, "straightness needs --model"),
+        ({"images": "generated"}, "give a --reference folder of real images"),
+        (
+            {"model": "miniature", "straightness": True},
+            "give a --reference folder of real images, or --straightness with --prompts",
+        ),
+        (
+            {"reference": "real", "model": "miniature", "prompts": ("a",)},
+            "prompts needs --straightness: leave prompts out",
+        ),
+        (
+            {"reference": "real", "model": "miniature", "num_paths": 2},
+            "num_paths needs --straightness: leave num_paths out",
+        ),
+        (
+            {"model": "miniature", "straightness": True, "prompts": ("a", "")},
+            "prompts: give at least one prompt, none of them empty",
+        ),
+        (
+            {"model": "miniature", "straightness": True, "prompts": ("a",), "num_inference_steps": 8},
+            "needs a --reference, for whose",
+        ),
+        ({"reference": "real", "images": "generated", "lora": ("a",)}, "lora has no effect with --images"),
+        ({"reference": "real", "images": "generated", "num_samples": 8}, "num_samples has no effect with"),
+        (
+            {"reference": "real", "images": "generated", "model_options": ModelOptions(variant="fp16")},
+            "variant has no effect with --images",
+        ),
+        ({"reference": "real", "model": "miniature", "height": 17}, "height must be a positive multiple of 8, got 17"),
+        ({"reference": "none", "images": "generated"}, "reference: none is not a folder"),
+        ({"reference": "real", "images": "none"}, "images: none is not a folder"),
+        ({"reference": "real", "images": "empty"}, "empty holds no images (.png, "),
+        ({"reference": "empty", "model": "miniature"}, "empty has no captioned images"),
+        ({"reference": "real", "images": "few"}, "images: few holds 6 images: give at least 7"),
+        ({"reference": "generated", "images": "real"}, "reference: generated holds 9 images: give at least 14"),
+        ({"reference": "damaged", "images": "generated"}, "damaged/03.png does not decode as PNG"),
+        ({"reference": "damaged", "model": "miniature"}, "damaged/03.png does not decode as PNG"),
+        ({"reference": "real", "images": "damaged"}, "damaged/03.png does not decode as PNG"),
+        (
+            {"reference": "real", "model": "miniature", "num_samples": 21},
             "num_samples is 21, and the reference has 20 captions",
         ),
-        (["--reference", "real", *MODEL, "--num_samples", "6"], "num_samples must be at least 7, got 6"),
-        (["--reference", "real", *MODEL, "--method", "heun", "--num_inference_steps", "1"], "needs at least 2"),
-        (["--reference", "real", *MODEL, "--lora", "no"], "LoRA no: there is no such file or folder"),
+        ({"reference": "real", "model": "miniature", "num_samples": 6}, "num_samples must be at least 7, got 6"),
+        ({"reference": "real", "model": "miniature", "method": "heun", "num_inference_steps": 1}, "needs at least 2"),
+        ({"reference": "real", "model": "miniature", "lora": ("no",)}, "LoRA no: there is no such file or folder"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(map(str, value.items())) if isinstance(value, dict) else "",
 )
-def test_bad_input_is_refused_with_exit_code_2(
-    arguments: list[str],
-    sentence: str,
-    folders: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_bad_input_is_refused_in_one_line(
+    options: dict[str, Any], sentence: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folders)
     output = tmp_path / "output"
-    assert main(["evaluate", *arguments, "--features", "miniature", "--output_dir", str(output)]) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert sentence in error[-1] and error[-1].startswith("d2f: ")
-    assert not output.exists()
+    with pytest.raises(RefusedInputError, match=re.escape(sentence)) as refusal:
+        evaluate.Evaluate(**options, features="miniature", output_dir=str(output)).run()
+    assert "\n" not in str(refusal.value) and not output.exists()
 
 
 def test_missing_imagenet_network_is_refused_with_the_command_that_installs_it(
