@@ -223,10 +223,12 @@ def _append_decoder(
     parts.initializers += [_prefixed_tensor(tensor, "d2f/vae/") for tensor in decoder.graph.initializer]
     parts.known += [_renamed(value, f"d2f/vae/{value.name}") for value in decoder.graph.value_info]
     output = _like(decoder.graph.output[0], "image", False)
-    dims = output.type.tensor_type.shape.dim
-    dims[0].CopyFrom(parts.latents.type.tensor_type.shape.dim[0])
-    if not dims[2].dim_value:
-        dims[2].dim_param, dims[3].dim_param = "image_height", "image_width"
+    dims, own = output.type.tensor_type.shape.dim, parts.latents.type.tensor_type.shape.dim
+    dims[0].CopyFrom(own[0])
+    for side, latent in zip(dims[2:], own[2:], strict=True):
+        if not side.dim_value:  # The decoder says "latent_height * 8" of its input, which is called "height" here.
+            _, times, factor = side.dim_param.partition(" * ")
+            side.dim_param = f"{latent.dim_param or latent.dim_value}{times}{factor}"
     return output
 
 

@@ -39,7 +39,8 @@ class Port:
 
     Args:
         name: name that optimum expects.
-        dims: size of each dimension; a name stands for a size that is chosen at run time.
+        dims: size of each dimension; a name stands for a size that is chosen at run time. An output may have an
+            expression of an input's name, such as "latent_height * 8".
         make: function from a shape to a random value; None for outputs.
     """
 
@@ -290,11 +291,15 @@ def vae_components(vae: Vae) -> list[Component]:
     factor = 2 ** (len(config.block_out_channels) - 1)
     is_tiny = type(vae).__name__ == "AutoencoderTiny"
     name, channels = ("latent_sample", 1) if is_tiny else ("latent_parameters", 2)
+    # optimum computes the sizes of its output buffers on a GPU from these expressions.
+    encoded, decoded = ("height / {}", "latent_height * {}") if factor > 1 else ("height", "latent_height")
+    latent_sides = [encoded.format(factor), encoded.replace("height", "width").format(factor)]
+    sides = [decoded.format(factor), decoded.replace("height", "width").format(factor)]
     encoder = Component(
         name="vae_encoder",
         module=VAEEncoder(vae).eval(),
         inputs=(Port("sample", ("batch", config.in_channels, "height", "width"), _pixels),),
-        outputs=(Port(name, ("batch", channels * config.latent_channels, "latent_height", "latent_width")),),
+        outputs=(Port(name, ("batch", channels * config.latent_channels, *latent_sides)),),
         config=config,
         multiples={"height": factor, "width": factor},
     )
@@ -302,7 +307,7 @@ def vae_components(vae: Vae) -> list[Component]:
         name="vae_decoder",
         module=VAEDecoder(vae).eval(),
         inputs=(Port("latent_sample", ("batch", config.latent_channels, "latent_height", "latent_width"), _normal),),
-        outputs=(Port("sample", ("batch", config.out_channels, "height", "width")),),
+        outputs=(Port("sample", ("batch", config.out_channels, *sides)),),
         config=config,
         limits={"batch": 63},
     )

@@ -1,12 +1,15 @@
 """`d2f sample`: generate images of prompts."""
 
 import dataclasses
+import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2f_fast import __version__
 from d2f_fast.config import (
     DEFAULT_GUIDANCE,
     MAX_SHIFT,
@@ -73,7 +76,8 @@ class Sample:
             own width.
         seed: Seed of the noise, from 0 to 2**63 - 1. The same seed and options give the same images on one machine.
         output_dir: Folder that receives the images, 000.png and so on, and metrics.json; it is created if it is
-            missing. Files of these names are replaced.
+            missing. No image is replaced: the numbers go on from those in the folder. Each image and metrics.json say
+            how it was generated.
         dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
             default.
         json: Print the result (method, steps, number and paths of the images) as one line of JSON, in place of the
@@ -135,23 +139,69 @@ class Sample:
         self.check()
         output = Path(self.output_dir)
         with locked_folder(output):  # Two commands would mix their images.
-            return self._generate(output)
+            return self._generate(output, _earlier_rows(output))
 
-    def _generate(self, output: Path) -> dict[str, Any]:
+    def _generate(self, output: Path, earlier: list[Any]) -> dict[str, Any]:
         """Generate the images, and write them into a folder that no other command uses."""
         started = time.monotonic()
         from d2f_fast.files.atomic import atomic_path
         from d2f_fast.files.run_record import write_run_record
+        from d2f_fast.sampling.png_text import png_text
 
-        images = self._with_diffusers() if self.onnx is None else self._with_onnx(self.onnx)
-        files = [str(output / f"{i:03d}.png") for i in range(len(images))]
-        for file, image in zip(files, images, strict=True):
+        images, taken = self._with_diffusers() if self.onnx is None else (self._with_onnx(self.onnx), {})
+        first = _next_number(output)
+        files = [output / f"{first + i:03d}.png" for i in range(len(images))]
+        row = self._row(taken, images[0])
+        for position, (file, image, prompt) in enumerate(zip(files, images, self.prompts, strict=True)):
+            text = png_text(prompt, self.negative_prompt, self._entries(row, position))
             with atomic_path(file) as temporary:
-                image.save(temporary)
+                image.save(temporary, pnginfo=text)
         seconds = time.monotonic() - started
-        row = {"sampler": "flow", "method": self.method, "steps": self.num_inference_steps, "samples": len(files)}
-        write_run_record(output, "d2f sample", self.seed, seconds, [row])
-        return row | {"files": files, "output": str(output)}
+        rows = [*earlier, row | {"files": [file.name for file in files]}]
+        write_run_record(output, "d2f sample", self.seed, seconds, rows)
+        return row | {"files": [str(file) for file in files], "output": str(output)}
+
+    def _row(self, taken: Mapping[str, Any], image: "Image") -> dict[str, Any]:
+        """Return how the images were generated, as metrics.json records it; `taken` is what the model's files said."""
+        found = {
+            "sampler": "flow",
+            "method": self.method,
+            "flow_spacing": self.flow_spacing,
+            "steps": self.num_inference_steps,
+            **{name: taken.get(name) for name in ("shift", "prediction_type", "fm_form")},
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "height": image.height,
+            "width": image.width,
+            "model": self._model if self.onnx is None else None,
+            "lora": list(self.lora),
+            "onnx": self.onnx,
+            "prompts": list(self.prompts),
+            "negative_prompt": self.negative_prompt,
+            "samples": len(self.prompts),
+        }
+        fixed = ("method", "flow_spacing", "lora") if self.onnx is not None else ()
+        return {name: value for name, value in found.items() if value is not None and name not in fixed}
+
+    def _entries(self, row: dict[str, Any], position: int) -> dict[str, object]:
+        """Return how one image was generated, under the names that A1111 gives them."""
+        loras = [f"{_file_name(path)}:{scale:g}" for path, scale in map(parse_lora, self.lora)]
+        model = Path(self.onnx or self._model)
+        found = {
+            "Steps": row["steps"],
+            "Sampler": f"d2f flow {row.get('method', 'graph')}",
+            "Schedule type": row.get("flow_spacing"),
+            "Shift": row.get("shift"),
+            "CFG scale": row["guidance_scale"],
+            "Seed": row["seed"],
+            "Size": f"{row['width']}x{row['height']}",
+            "Model": _file_name(model) if model.exists() else str(model),
+            "Lora": ", ".join(loras) or None,
+            "Batch size": len(self.prompts) if len(self.prompts) > 1 else None,
+            "Batch pos": position if len(self.prompts) > 1 else None,
+            "Version": f"d2f_fast {__version__}",
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def _model(self) -> str:
@@ -170,8 +220,8 @@ class Sample:
                     f"{name} was settled when {printable(folder)} was exported: leave it out, or export again"
                 )
 
-    def _with_diffusers(self) -> "list[Image]":
-        """Generate the images with diffusers."""
+    def _with_diffusers(self) -> "tuple[list[Image], Mapping[str, Any]]":
+        """Generate the images with diffusers, and return them and what the files of the weights said about sampling."""
         silence_libraries()
         import torch
 
@@ -184,7 +234,7 @@ class Sample:
         if self.guidance_scale is None and guidance is not None and guidance != DEFAULT_GUIDANCE:
             print(f"d2f: guidance_scale {guidance:g}, as saved with the model or LoRA", file=sys.stderr)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        return generate(
+        images = generate(
             pipe,
             self.prompts,
             num_inference_steps=self.num_inference_steps,
@@ -197,6 +247,7 @@ class Sample:
             flow_spacing=self.flow_spacing,
             **loaded.scheduler_options,
         )
+        return images, loaded.scheduler_options
 
     def _with_onnx(self, folder: str) -> "list[Image]":
         """Generate the images with ONNX Runtime, from an exported folder."""
@@ -213,3 +264,32 @@ class Sample:
             width=self.width,
             seed=self.seed,
         )
+
+
+def _earlier_rows(output: Path) -> list[Any]:
+    """Return the rows of the images that are in the output folder already.
+
+    Raises:
+        RefusedInputError: The folder holds the record of another command, which would be lost.
+    """
+    from d2f_fast.files.json_file import read_json
+
+    path = output / "metrics.json"
+    if not path.exists():
+        return []
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("command") != "d2f sample":
+        raise RefusedInputError(f"{printable(path)} is the record of another command: choose another output_dir")
+    rows = record.get("results")
+    return rows if isinstance(rows, list) else []
+
+
+def _next_number(output: Path) -> int:
+    """Return the number after the largest one of an image in the output folder; 0 where there is none."""
+    found = [re.fullmatch(r"(\d{3,9})\.png", path.name) for path in output.iterdir()]
+    return max((int(match[1]) for match in found if match), default=-1) + 1
+
+
+def _file_name(path: Path) -> str:
+    """Return the name of a model or a LoRA, which images may carry to others; a path may not."""
+    return path.resolve().name.removesuffix(".safetensors")

@@ -45,8 +45,8 @@ class Train:
         pretrained_model_name_or_path: Model to start from: a Hugging Face id, a diffusers pipeline folder, or one
             .safetensors file. The default "miniature" is the small model inside this package.
         image_column: Image column, as image folders of Hugging Face name it: "image", which the default None means,
-            reads the key "file_name" of metadata.jsonl, and any other name X reads the key "X_file_name". A folder
-            without metadata.jsonl takes neither this option nor the next one.
+            reads the key "file_name" of metadata.jsonl, and any other name X reads the key "X_file_name", or else the
+            key "X". A folder without metadata.jsonl takes neither this option nor the next one.
         caption_column: Key of metadata.jsonl whose value is the caption, or a list of captions of which each epoch
             takes one at random. The default None means "text".
         caption_extension: Extension of the caption files beside the images. The default None means ".txt". A folder

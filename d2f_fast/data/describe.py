@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from d2f_fast.data.file_names import MAX_REPEATS, METADATA_FILE, is_image, repeats_of, unread_images
+from d2f_fast.data.file_names import CAPTION_EXTENSIONS, MAX_REPEATS, METADATA_FILE, is_image, repeats_of, unread_images
 from d2f_fast.errors import CheckpointError, printable
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.files.walk import MOST_FILES, files_below
@@ -141,7 +141,7 @@ def _caption_files(images: list[Path], extension: str) -> tuple[int, list[str]]:
     if missing:
         odd.append(f"{len(missing)} images have no caption file *{extension}, such as {printable(missing[0])}")
         others = Counter(other.suffix for path in missing for other in path.parent.glob(f"{path.stem}.*"))
-        for suffix in (".caption", ".txt"):
+        for suffix in CAPTION_EXTENSIONS:
             if suffix != extension and others[suffix]:
                 odd.append(f"{others[suffix]} of them have a {suffix} file: train with --caption_extension {suffix}")
     if empty:

@@ -14,6 +14,8 @@ UNREAD_EXTENSIONS = (
     *(".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".apng", ".svg", ".psd", ".tga"),
     *(".ico", ".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
 )
+# Extensions of caption files that other programs write.
+CAPTION_EXTENSIONS = (".txt", ".caption", ".cap")
 MAX_REPEATS = 200
 
 _REPEATS = re.compile(r"([0-9]+)_")

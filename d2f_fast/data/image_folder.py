@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, TypedDict
 
 from d2f_fast.data.captions import Captions, read_caption_file
 from d2f_fast.data.file_names import (
+    CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MAX_REPEATS,
     METADATA_FILE,
@@ -59,8 +60,8 @@ class CaptionedImages:
 
     Args:
         folder: Folder of the images.
-        image_column: Column of the image in `metadata.jsonl`. "image", which None means, reads the key "file_name"; any
-            other name reads "<name>_file_name".
+        image_column: Column of the image in `metadata.jsonl`. "image", which None means, reads the key "file_name", and any
+            other name the key "<name>_file_name"; a line without that key may have the name itself as its key.
         caption_column: Key of the caption in `metadata.jsonl`, a string or a list of alternatives; None means "text".
         caption_extension: Extension of the caption files; None means ".txt". The whole text of a file, without white
             space at either end, is the caption.
@@ -89,8 +90,9 @@ class CaptionedImages:
             raise DatasetError(f"{printable(self.folder)} is not a folder: {EXPECTED_LAYOUTS}")
         check_columns(self.folder, image_column, caption_column, caption_extension)
         if (self.folder / METADATA_FILE).is_file():
-            image_key = "file_name" if image_column in (None, "image") else f"{image_column}_file_name"
-            samples = _read_metadata(self.folder, image_key, caption_column or "text")
+            column = image_column or "image"
+            image_key = "file_name" if column == "image" else f"{column}_file_name"
+            samples = _read_metadata(self.folder, (image_key, column), caption_column or "text")
         else:
             samples = _read_caption_files(self.folder, "." + (caption_extension or ".txt").removeprefix("."))
         self.files, self.repeats = 0, dict[str, int]()
@@ -144,7 +146,9 @@ def find_image_files(folder: Path) -> list[Path]:
     return images
 
 
-def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[tuple[str, Captions, Repeats]]:
+def _read_metadata(
+    folder: Path, image_keys: tuple[str, str], caption_key: str
+) -> Iterator[tuple[str, Captions, Repeats]]:
     """Yield the image name and the captions of each line, which is not repeated."""
     path = folder / METADATA_FILE
     try:
@@ -162,20 +166,53 @@ def _read_metadata(folder: Path, image_key: str, caption_key: str) -> Iterator[t
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 entry = json.loads(text) if text else None
             except (ValueError, RecursionError) as error:
-                raise DatasetError(f'{where}: not JSON: write {{"{image_key}": …, "{caption_key}": …}}') from error
-            if not text:
-                continue
-            if not isinstance(entry, dict) or not isinstance(name := entry.get(image_key), str):
-                raise DatasetError(f'{where}: no "{image_key}": add the name of the image file')
-            if Path(name).anchor or ".." in Path(name).parts:
-                raise DatasetError(f"{where}: {name[:200]!r} leaves the folder: give a path relative to the folder")
-            if not os.path.isfile(folder / name):
-                raise DatasetError(f"{where}: no such file as {name[:200]!r}: add the image or remove the line")
-            if not is_image(name):
-                raise DatasetError(
-                    f"{where}: {name[:200]!r} is not one of {', '.join(IMAGE_EXTENSIONS)}: convert it to PNG"
-                )
-            yield name, Captions.check(entry.get(caption_key), f'{where}: "{caption_key}"'), Repeats("", 1)
+                raise DatasetError(f'{where}: not JSON: write {{"{image_keys[0]}": …, "{caption_key}": …}}') from error
+            if text:
+                yield _checked_entry(folder, entry, image_keys, caption_key, where)
+
+
+def _checked_entry(
+    folder: Path, entry: object, image_keys: tuple[str, str], caption_key: str, where: str
+) -> tuple[str, Captions, Repeats]:
+    """Return the image name and the captions of one line, or refuse it."""
+    fields = entry if isinstance(entry, dict) else {}
+    given = next((fields[key] for key in image_keys if key in fields), None)
+    if not isinstance(given, str):
+        raise DatasetError(
+            f'{where}: no "{image_keys[0]}": add the name of the image file, or name its key with'
+            f" --image_column{_keys_of(fields)}"
+        )
+    name = _relative_name(folder, given)
+    if name is None:
+        raise DatasetError(f"{where}: {given[:200]!r} leaves the folder: give a path relative to the folder")
+    if not os.path.isfile(folder / name):
+        raise DatasetError(f"{where}: no such file as {name[:200]!r}: add the image or remove the line")
+    if not is_image(name):
+        raise DatasetError(f"{where}: {name[:200]!r} is not one of {', '.join(IMAGE_EXTENSIONS)}: convert it to PNG")
+    if caption_key not in fields:
+        raise DatasetError(
+            f'{where}: no "{caption_key}": add the caption, or name its key with --caption_column{_keys_of(fields)}'
+        )
+    return name, Captions.check(fields[caption_key], f'{where}: "{caption_key}"'), Repeats("", 1)
+
+
+def _keys_of(fields: dict[str, object]) -> str:
+    """Return the keys of a line for a message; empty where there are none."""
+    keys = ", ".join(printable(f'"{key[:40]}"') for key in list(fields)[:8])
+    return f"; the line has {keys}" if keys else ""
+
+
+def _relative_name(folder: Path, given: str) -> str | None:
+    """Return the name of a file relative to the folder; None where it lies outside, or might."""
+    path = Path(given)
+    if ".." in path.parts:
+        return None
+    if not path.anchor:
+        return given
+    for base in (folder.absolute(), folder.resolve()):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return None
 
 
 def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Captions, Repeats]]:
@@ -193,7 +230,10 @@ def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Cap
         )
     images = [name for name in names if is_image(name)]
     if not any(caption_file(name).is_file() for name in images):
-        raise DatasetError(f"{printable(folder)} has no captioned images: {EXPECTED_LAYOUTS}")
+        raise DatasetError(
+            f"{printable(folder)} has no captioned images: {_other_captions(folder, images, extension)}"
+            f"{EXPECTED_LAYOUTS}"
+        )
     for name in images:
         repeats = repeats_of(name)
         if repeats.times > MAX_REPEATS:
@@ -206,9 +246,22 @@ def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Cap
             continue
         if not caption_file(name).is_file():
             raise DatasetError(
-                f"{printable(folder / name)} has no caption: write it into {printable(caption_file(name))}"
+                f"{printable(folder / name)} has no caption: {_other_captions(folder, [name], extension)}write it into"
+                f" {printable(caption_file(name))}"
             )
         yield name, read_caption_file(caption_file(name)), repeats
+
+
+def _other_captions(folder: Path, names: list[str], extension: str) -> str:
+    """Return the beginning of a cure where captions lie beside images under another extension; empty otherwise."""
+    for other in CAPTION_EXTENSIONS:
+        count = sum((folder / (os.path.splitext(name)[0] + other)).is_file() for name in names)
+        if other != extension and count:
+            images = f"{count} image{'s have' if count > 1 else ' has'}"
+            return (
+                f"{images} a {other} file beside {'them' if count > 1 else 'it'}: give --caption_extension {other}; or "
+            )
+    return ""
 
 
 def _find_images(folder: Path) -> Iterator[str]:

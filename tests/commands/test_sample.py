@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
+import d2f_fast
 from d2f_fast.commands.main import main
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.inject import inject_lora
@@ -105,8 +106,43 @@ def test_reflection_padding_is_an_option_and_is_taken_from_the_tags_of_a_lora(ti
     for path, options in ((lora, []), (lora, ["--vae_reflection_padding"]), (tagged, [])):
         command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--lora", str(path)]
         assert main([*command, "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out"), *options]) == 0
-        images.append(np.asarray(Image.open(tmp_path / "out" / "000.png")))
+        images.append(np.asarray(Image.open(tmp_path / "out" / f"00{len(images)}.png")))
     assert np.array_equal(images[1], images[2]) and not np.array_equal(images[0], images[1])
+
+
+def test_images_are_never_replaced_and_say_how_they_were_generated(tiny_folder, lora, tmp_path, capsys):
+    output = tmp_path / "images"
+    output.mkdir()
+    for name in ("007.png", "mine.png"):
+        (output / name).write_text("mine")
+    command = ["sample", "--prompts", "ab", "cd", "--model", str(tiny_folder), "--output_dir", str(output), "--json"]
+    more = ["--lora", f"{lora}:0.5", "--negative_prompt", "x", "--num_inference_steps", "1", "--seed", "3"]
+    for options in (more, ["--num_inference_steps", "1", "--height", "24"]):
+        assert main([*command, *options]) == 0
+    files = [f"0{number:02d}.png" for number in (8, 9, 10, 11)]
+    assert [Path(file).name for file in json.loads(capsys.readouterr().out.splitlines()[-1])["files"]] == files[2:]
+    assert sorted(path.name for path in output.glob("*.png")) == ["007.png", *files, "mine.png"]
+    assert (output / "007.png").read_text() == (output / "mine.png").read_text() == "mine"
+    with Image.open(output / "009.png") as image:
+        text = image.text["parameters"]
+    assert text == (
+        "cd\nNegative prompt: x\nSteps: 1, Sampler: d2f flow euler, Schedule type: uniform, CFG scale: 3.0, Seed: 3,"
+        f' Size: 16x16, Model: pipeline, Lora: "{lora.name}:0.5", Batch size: 2, Batch pos: 1, Version: d2f_fast'
+        f" {d2f_fast.__version__}"
+    )
+    first, second = json.loads((output / "metrics.json").read_text())["results"]
+    assert first["prompts"] == ["ab", "cd"] and first["negative_prompt"] == "x" and first["files"] == files[:2]
+    assert (first["model"], first["lora"], first["seed"]) == (str(tiny_folder), [f"{lora}:0.5"], 3)
+    assert (second["height"], second["width"], second["steps"], second["guidance_scale"]) == (24, 16, 1, 3.0)
+
+
+def test_record_of_another_command_is_not_replaced(tiny_folder, tmp_path, capsys):
+    record = tmp_path / "metrics.json"
+    record.write_text('{"command": "d2f train", "results": []}')
+    assert main(["sample", "--prompts", "ab", "--model", str(tiny_folder), "--output_dir", str(tmp_path)]) == 2
+    line = f"d2f: {record} is the record of another command: choose another output_dir\n"
+    assert capsys.readouterr().err == line
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_images_of_a_trained_lora_are_the_same_each_time(train, tiny_folder, tmp_path, capsys):

@@ -55,6 +55,34 @@ def test_other_columns_have_the_keys_of_the_datasets_library(tmp_path):
     assert CaptionedImages(tmp_path, "target", "prompt")[0]["text"] == "a dog"
 
 
+def test_column_may_be_named_by_its_key(tmp_path):
+    with_metadata(tmp_path, {"path": "a.png", "text": "a dog"})
+    assert CaptionedImages(tmp_path, "path")[0]["text"] == "a dog"
+    assert CaptionedImages(with_metadata(tmp_path, {"image": "a.png", "text": "a dog"})).path(0) == tmp_path / "a.png"
+
+
+def test_absolute_path_inside_the_folder_is_read(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    save(tmp_path / "set" / "b.png")
+    for folder in (tmp_path / "set", tmp_path / "link"):
+        with_metadata(folder, {"file_name": str(tmp_path / "set" / "b.png"), "text": "a dog"})
+        assert CaptionedImages(folder).path(0) == folder / "b.png"
+    for outside in (tmp_path / "a.png", tmp_path / "set" / ".." / "a.png", tmp_path / "set2" / "a.png"):
+        message = refusal(with_metadata(tmp_path / "set", {"file_name": str(outside), "text": "a dog"}))
+        assert "leaves the folder" in message
+
+
+def test_captions_of_another_extension_are_suggested(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.caption").write_text("a dog")
+    words = "has no captioned images: 2 images have a .caption file beside them: give --caption_extension .caption; or"
+    assert words in refusal(tmp_path)
+    (tmp_path / "a.txt").write_text("a cat")
+    words = "b.png has no caption: 1 image has a .caption file beside it: give --caption_extension .caption; or write"
+    assert words in refusal(tmp_path)
+
+
 def test_metadata_with_byte_order_mark_and_windows_line_ends_is_read(tmp_path):
     with_metadata(tmp_path)
     (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "a.png", "text": "a cat"}\r\n')
@@ -124,7 +152,11 @@ def test_folder_of_unknown_layout_is_refused_with_the_known_layouts(tmp_path, co
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ({"file_name": "a.png"}, 'line 2: "text" is missing or empty: give each image a caption'),
+        (
+            {"file_name": "a.png", "prompt": "x"},
+            'line 2: no "text": add the caption, or name its key with --caption_column; the line has "file_name",'
+            ' "prompt"',
+        ),
         ({"file_name": "a.png", "text": None}, 'line 2: "text" is missing or empty'),
         ({"file_name": "a.png", "text": " \n"}, 'line 2: "text" is missing or empty'),
         ({"file_name": "a.png", "text": []}, 'line 2: "text" is missing or empty'),
@@ -132,7 +164,11 @@ def test_folder_of_unknown_layout_is_refused_with_the_known_layouts(tmp_path, co
         ({"file_name": "a.png", "text": 7}, 'line 2: "text" is not text'),
         ({"file_name": "a.png", "text": "x" * 10_001}, 'line 2: "text" is a caption of more than 10000 characters'),
         ({"file_name": "a.png", "text": "\ud800"}, 'line 2: "text" holds half a surrogate pair'),
-        ({"text": "a cat"}, 'line 2: no "file_name": add the name of the image file'),
+        (
+            {"path": "a.png", "text": "a cat"},
+            'line 2: no "file_name": add the name of the image file, or name its key with --image_column; the line has'
+            ' "path", "text"',
+        ),
         ({"file_name": 7, "text": "a cat"}, 'line 2: no "file_name"'),
         (["a.png", "a cat"], 'line 2: no "file_name"'),
         ('{"file_name": "a.png", ', "line 2: not JSON"),

@@ -31,6 +31,17 @@ def test_folder_has_the_layout_that_optimum_loads(exported):
     assert index["vae"] == ["diffusers", "AutoencoderKL"] and index["safety_checker"] == [None, None]
 
 
+def test_autoencoders_name_their_output_sizes_by_their_input_sizes(exported):
+    sides = {}
+    for name in ("vae_encoder", "vae_decoder"):
+        graph = onnx.load(exported[0] / name / "model.onnx").graph
+        sides[name] = [d.dim_param for d in graph.output[0].type.tensor_type.shape.dim][2:]
+    assert sides == {
+        "vae_encoder": ["height / 2", "width / 2"],
+        "vae_decoder": ["latent_height * 2", "latent_width * 2"],
+    }
+
+
 def test_every_component_is_equal_to_torch_at_sizes_that_were_not_traced(exported):
     _, report = exported
     rows = report["parity"]

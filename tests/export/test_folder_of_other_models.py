@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -232,6 +233,8 @@ def test_sd2_pipeline_with_v_prediction(precision, one_level_folder, tmp_path):
     options = {"model": str(tmp_path / "model"), "output": str(folder), "precision": precision, "with_vae": True}
     report = export_folder(ExportOptions(**options, components="unet,text_encoder,vae_decoder,sampler"))
     assert report["prediction_type"] == "v_prediction"
+    image = onnx.load(folder / "unet/sampler.onnx", load_external_data=False).graph.output[0]
+    assert [d.dim_param for d in image.type.tensor_type.shape.dim][2:] == ["height * 2", "width * 2"]
     assert max(row["rms"] for row in report["parity"]) <= {"fp32": 1e-5, "fp16": 3e-3}[precision]
     pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
