@@ -9,13 +9,16 @@ PYTEST_ARGS ?=
 RUN = "$(VENV)/bin/python" -m
 unexport PYTHONHOME PYTHONPATH
 
-.PHONY: demo test check bench docs environment
+.PHONY: demo test test-slow check bench docs environment
 
 demo: environment
 	$(RUN) d2f_fast demo --output_dir demo
 
 test: environment
 	$(RUN) pytest $(PYTEST_ARGS)
+
+test-slow: environment
+	$(RUN) pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 check: environment
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy -p d2f_fast && $(RUN) pytest $(PYTEST_ARGS)

@@ -66,7 +66,8 @@ elif [ -z "${TORCH_INDEX+set}" ] && ! has_nvidia_gpu; then
   "$python" -m pip install --no-compile --no-deps --index-url "$cpu_builds" --retries 2 --timeout 15 "$torch" 2>/dev/null ||
     echo "pip found no $torch at $cpu_builds: taking the build that pip finds by itself."
 fi
-"$python" -m pip install --no-compile -c constraints.txt -e ".[dev]"
+# Type checkers follow an editable installation in this mode alone.
+"$python" -m pip install --no-compile -c constraints.txt -e ".[dev]" --config-settings editable_mode=compat
 
 "$python" - "$folder" "$(du -sh "$folder" | cut -f 1)" >"$folder/installing.txt" <<'END'
 import platform

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+EDITABLE = "-e .[dev] --config-settings editable_mode=compat"
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
 # It answers the questions that environment.sh asks an interpreter, and appends what pip is asked to a file.
@@ -63,7 +64,7 @@ def without_gpu() -> None:
 
 def test_environment_gets_the_package_and_a_description(create: Run, pip_log: Path, tmp_path: Path) -> None:
     assert create(TORCH_INDEX="").returncode == 0
-    assert pip_log.read_text() == "-m pip install --no-compile -c constraints.txt -e .[dev]\n"
+    assert pip_log.read_text() == f"-m pip install --no-compile -c constraints.txt {EDITABLE}\n"
     assert (tmp_path / "a folder/installed.txt").read_text() == f"a description of {tmp_path / 'a folder'}\n"
 
 
@@ -72,7 +73,7 @@ def test_cpu_build_of_torch_is_taken_where_there_is_no_gpu(create: Run, pip_log:
     assert create().returncode == 0
     first, second = pip_log.read_text().splitlines()
     assert f"--no-deps --index-url {CPU_BUILDS}" in first and first.split()[-1].startswith("torch==")
-    assert second.endswith("-e .[dev]")
+    assert second.endswith(EDITABLE)
 
 
 @pytest.mark.usefixtures("without_gpu")
@@ -80,7 +81,7 @@ def test_default_build_of_torch_is_taken_where_the_cpu_index_has_none(create: Ru
     done = create(NO_BUILD="1")
     assert done.returncode == 0
     assert f"at {CPU_BUILDS}: taking the build that pip finds by itself" in done.stdout
-    assert pip_log.read_text().splitlines()[-1].endswith("-e .[dev]")
+    assert pip_log.read_text().splitlines()[-1].endswith(EDITABLE)
 
 
 def test_default_build_of_torch_is_taken_where_there_is_a_gpu(create: Run, pip_log: Path, tmp_path: Path) -> None:

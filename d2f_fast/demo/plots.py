@@ -71,14 +71,30 @@ class _Scale:
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Return round values within a range."""
+    """Return round values within a range, at least three of them."""
     if log:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        steps = (1, 2, 5) if last - first < 3 else (1,)
-        return [m * 10.0**e for e in range(first, last + 1) for m in steps if low <= m * 10.0**e <= high]
-    step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for multiples in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
+            found = [m * 10.0**e for e in exponents for m in multiples if low <= m * 10.0**e <= high]
+            if len(found) >= 4 or (len(found) == 3 and len(multiples) > 2):
+                return found
+        return _ticks(low, high, log=False)  # Over less than half a decade a logarithm is nearly linear.
+    exponent = math.floor(math.log10(high - low))
+    found = []
+    for step in (m * 10.0**e for e in (exponent, exponent - 1) for m in (5, 2, 1)):
+        found = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        if len(found) >= 3:
+            break
+    return found
+
+
+def _apart(heights: Sequence[float], least: float = 13.0) -> list[float]:
+    """Move labels, whose heights in pixels are given, down as far as needed so that none overlaps another."""
+    placed: dict[int, float] = {}
+    last = -math.inf
+    for i in sorted(range(len(heights)), key=lambda i: heights[i]):
+        placed[i] = last = max(heights[i], last + least)
+    return [placed[i] for i in range(len(heights))]
 
 
 def _text(x: float, y: float, words: str, **attributes: str) -> str:
@@ -135,11 +151,15 @@ def line_plot(
     low = positive[0] / (2 if x_ticks[0] == 0 else 1)
     x = _Scale(low, max(positive[-1], 2 * low), LEFT + 14, WIDTH - RIGHT - 14, log=True)
     parts = _frame(y, y_label)
-    parts += [_text(x(tick), HEIGHT - BOTTOM + 17, f"{tick:g}", text_anchor="middle") for tick in x_ticks]
+    last = -math.inf
+    for tick in x_ticks:
+        if x(tick) - last >= 8 * len(f"{tick:g}") + 4:  # Labels are about 8 pixels wide for each digit.
+            parts.append(_text(x(tick), HEIGHT - BOTTOM + 17, f"{tick:g}", text_anchor="middle"))
+            last = x(tick)
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, text_anchor="middle"))
-    for label, value in levels:
+    for (label, value), height in zip(levels, _apart([y(value) - 4 for _, value in levels]), strict=True):
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(_text(WIDTH - RIGHT, y(value) - 4, label, text_anchor="end"))
+        parts.append(_text(WIDTH - RIGHT, height, label, text_anchor="end"))
     for line in lines:
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _, _ in line.points)
         dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""

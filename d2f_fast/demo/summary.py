@@ -16,26 +16,31 @@ NAMES = {
 VERBS = {"better": "beats", "worse": "loses to", "level": "cannot be distinguished from"}
 
 
-def summary(rows: Sequence[Row], steps: int) -> str:
-    """Write one paragraph on all measurements.
+def summary(rows: Sequence[Row], steps: int) -> list[str]:
+    """Return one statement on each measurement.
 
     Args:
         rows: rows of the results, comparisons included.
         steps: number of network evaluations at which the networks are compared.
     """
     ours = best(rows, "diff2flow", steps)
-    sentences = [
-        f"With {steps} network evaluations for each image, and each network with its best sampler,"
-        f" {NAMES['diff2flow']} has a Fréchet distance of {_distance(ours)} to real images; other real images have"
+    statements = [
+        f"With {steps} network evaluations for each image and its best sampler, {NAMES['diff2flow']} has a Fréchet"
+        f" distance (lower is better) of {_distance(ours)} to real images. Other real images have"
         f" {ours['frechet_floor']:.3g}.",
         *(_comparison(row) for row in select(rows, "comparison", steps=steps)),
         *(_training_steps(row) for row in select(rows, "steps_to_reach")),
         _imagenet(rows, steps),
         _loss(rows),
-        *(_spacing(rows, count) for count in sorted({2, steps}) if _was_measured(rows, count)),
+        *(
+            statement
+            for count in sorted({2, steps})
+            if _was_measured(rows, count)
+            for statement in _spacing(rows, count)
+        ),
         _grey_bias(rows),
     ]
-    return " ".join(sentence for sentence in sentences if sentence)
+    return [statement for statement in statements if statement]
 
 
 def _was_measured(rows: Sequence[Row], steps: int, objective: str = "base") -> bool:
@@ -78,14 +83,10 @@ def _imagenet(rows: Sequence[Row], steps: int) -> str:
     chosen = {name: best(rows, name, steps) for name in order if _was_measured(rows, steps, name)}
     if "imagenet_frechet_distance" not in chosen["diff2flow"]:
         return ""
-    parts = [
-        f"{row['imagenet_frechet_distance']:.3g} ({row['imagenet_frechet_low']:.3g} to"
-        f" {row['imagenet_frechet_high']:.3g}) for {name}"
-        for name, row in chosen.items()
-    ]
+    parts = [f"{row['imagenet_frechet_distance']:.3g} for {name}" for name, row in chosen.items()]
     return (
         f"In the features of a network trained on ImageNet ({NAME}) the same images have distances of"
-        f" {', '.join(parts)}; real images have {chosen['diff2flow']['imagenet_frechet_floor']:.3g}."
+        f" {', '.join(parts)}, and real images have {chosen['diff2flow']['imagenet_frechet_floor']:.3g}."
     )
 
 
@@ -98,7 +99,7 @@ def _loss(rows: Sequence[Row]) -> str:
     return f"The flow loss on held-out images went from {', '.join(parts)}."
 
 
-def _spacing(rows: Sequence[Row], steps: int) -> str:
+def _spacing(rows: Sequence[Row], steps: int) -> list[str]:
     """Say how much of the difference between networks is the node spacing, and how much is training."""
     parts = []
     for objective in ("diff2flow", "diffusion"):
@@ -108,23 +109,24 @@ def _spacing(rows: Sequence[Row], steps: int) -> str:
         )
         parts.append((uniform["frechet_distance"], trailing["frechet_distance"]))
     (ours_uniform, ours_trailing), (theirs_uniform, theirs_trailing) = parts
-    return (
-        f"At {steps} evaluations, changing the node spacing alone from uniform to trailing changes the distance of"
-        f" diff2flow from {ours_uniform:.3g} to {ours_trailing:.3g} and that of diffusion from {theirs_uniform:.3g} to"
-        f" {theirs_trailing:.3g}. On equal nodes the distance of diff2flow minus that of diffusion is"
-        f" {ours_uniform - theirs_uniform:+.3g} (uniform) and {ours_trailing - theirs_trailing:+.3g} (trailing); where"
-        " this is below 0, diff2flow is better."
-    )
+    return [
+        f"At {steps} evaluations, trailing nodes in place of uniform ones change the distance of diff2flow from"
+        f" {ours_uniform:.3g} to {ours_trailing:.3g}, and that of diffusion from {theirs_uniform:.3g} to"
+        f" {theirs_trailing:.3g}.",
+        f"At {steps} evaluations on equal nodes, the distance of diff2flow minus that of diffusion is"
+        f" {ours_uniform - theirs_uniform:+.3g} (uniform) and {ours_trailing - theirs_trailing:+.3g} (trailing). Below"
+        " 0, diff2flow is better.",
+    ]
 
 
 def _grey_bias(rows: Sequence[Row]) -> str:
     """Give the spread of brightness of each network and sampler."""
-    parts = [
-        f"{row['grey_bias']:.2f} ({row['grey_bias_low']:.2f} to {row['grey_bias_high']:.2f}) for {row['objective']}"
-        f" with {sampler_of(row).label}"
+    found = [
+        (row["grey_bias"], f"{row['objective']} with {sampler_of(row).label}")
         for row in select(rows, "grey_bias", captions="no colour")
     ]
+    (least, lowest), (most, highest) = min(found), max(found)
     return (
-        "For captions without a colour, the spread of brightness as a fraction of the real images' is"
-        f" {'; '.join(parts)}."
+        "For captions without a colour, images have a spread of brightness of"
+        f" {least:.2f} ({lowest}) to {most:.2f} ({highest}) times that of real images; 1 is best."
     )

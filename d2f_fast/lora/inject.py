@@ -68,6 +68,9 @@ def inject_lora(
             FIRST_LAYER: unet.conv_in.in_channels * math.prod(unet.conv_in.kernel_size),
             LAST_LAYER: unet.conv_out.out_channels,
         }
+    names = [f".{name}" for name, _ in unet.named_modules()]
+    # A UNet of one level changes no resolution, and peft warns about a rank of layers that are not there.
+    ranks = {target: r for target, r in ranks.items() if any(name.endswith(f".{target}") for name in names)}
     scale = 1.0 if alpha is None else alpha / rank
     config = LoraConfig(
         r=rank,

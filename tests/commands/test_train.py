@@ -154,6 +154,7 @@ def test_bad_pairs_are_refused(options, sentence, tmp_path, capsys, monkeypatch)
     assert sentence in error and error.count("\n") == 1 and not Path("d2f-output").exists()
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the filter of data.images
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

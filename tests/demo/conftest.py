@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def load(tiny_folder: Path) -> Callable[[], StableDiffusionPipeline]:
     """Return a function that loads a new copy of the tiny pipeline."""
-    return lambda: StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    return lambda: StableDiffusionPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

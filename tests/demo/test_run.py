@@ -40,7 +40,10 @@ def test_demo_writes_report_grids_metrics_and_loras(
     folder = tmp_path / "demo"
     assert report == folder / "report.html"
     page = report.read_text()
-    assert page.count("data:image/png;base64,") == 2
+    columns = len(re.findall("<th scope='col'>", page)) // 2
+    assert page.count("data:image/png;base64,") == columns * (9 + 11)
+    assert page.count("<li>") >= 8 and "Fréchet distance (lower is better)" in page
+    assert page.count('class="scroll"') == page.count('class="cue"') == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "nan" not in re.sub(r"base64,[^\"]+", "", page)  # Neither a measure nor a coordinate is nan.
     metrics = json.loads((folder / "metrics.json").read_text())

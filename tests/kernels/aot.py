@@ -20,6 +20,9 @@ from triton.compiler import ASTSource
 # Specifications per Compute Capability").
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
+# A copy of 16 bytes to shared memory, whose size PTX writes as a hexadecimal or a decimal number.
+WIDE_COPY = r"cp\.async\.cg[^;]*\], (?:0x10|16)\b"
+
 
 def compile_for(
     kernel: Any,
@@ -64,7 +67,7 @@ def compile_for(
         "stack": resources["STACK"],
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "shared": compiled.metadata.shared,
-        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4", ptx)) + len(re.findall(r"cp\.async\.cg[^;]*16", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4", ptx)) + len(re.findall(WIDE_COPY, ptx)),
         "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v4", ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
         "wgmma_bf16": len(re.findall(r"wgmma\.mma_async[\w.]*\.bf16\.bf16", ptx)),

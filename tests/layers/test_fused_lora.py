@@ -20,6 +20,7 @@ from d2f_fast.lora.write import save_lora
 EVERYWHERE = (*LINEAR_TARGETS, *CONVOLUTION_TARGETS, "conv_in", "conv_out")
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # a second one is meant
 @pytest.mark.parametrize("path", [None, "split"])
 def test_changes_by_peft_act_on_fused_layers_as_on_its_own(
     unets: Any, monkeypatch: pytest.MonkeyPatch, path: str | None
