@@ -126,6 +126,8 @@ def test_make_installs_once_and_again_after_a_change(run: Run, pip_log: Path, tm
     assert f"a description of {tmp_path / 'venv'}\n" in done.stdout
     assert "pytest ran: -m pytest -x tests/flow\n" in done.stdout
     assert run(*command).returncode == 0
+    slow = run("make", "test-slow", *command[2:])
+    assert slow.stdout.splitlines()[-1] == "pytest ran: -m pytest -m slow and not gpu -x tests/flow"
     assert len(pip_log.read_text().splitlines()) == 1
     assert run(*command, "--what-if=constraints.txt").returncode == 0
     assert len(pip_log.read_text().splitlines()) == 2

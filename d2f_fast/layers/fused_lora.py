@@ -64,7 +64,8 @@ def use_fused_lora(unet: UNet2DConditionModel) -> FusedLoRA:
     The UNet computes the same function of the same parameters: nothing is renamed, cast or copied. Layers that the
     fused path does not know (dropout in training, DoRA and other variants, a bias on B, quantised or hooked layers) run
     peft's own forward, and one warning counts them. Adapters may be added, deleted, scaled, merged and disabled in the
-    meantime; a module that peft wraps later runs peft's forward.
+    meantime; a module that peft wraps later runs peft's forward. After `merge_and_unload` the attention layers and the
+    frozen convolutions keep their classes of this package, with the same results, until `.remove()`.
 
     Args:
         unet: diffusers UNet2DConditionModel with LoRA layers of peft; it must be the network itself, to which

@@ -206,7 +206,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: number of steps from t = 0 to t = 1, spaced as the configuration says.
             device: device of the scheduler's `timesteps`.
             timesteps: falling diffusion timesteps at which the steps start, [steps], which may be fractional; the last
-                step ends at t = 1.
+                step ends at t = 1. A first one of T - 1 starts at t_min, as in a stock scheduler; `sigmas` start at 0.
             sigmas: [steps + 1], ending in 0.0; as in diffusers (1 - t) / t, where a first one above sigma_max starts at
                 t = 0, or 1 - t for flow_prediction.
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,16 @@ def test_images_are_never_replaced_and_say_how_they_were_generated(tiny_folder, 
     assert first["prompts"] == ["ab", "cd"] and first["negative_prompt"] == "x" and first["files"] == files[:2]
     assert (first["model"], first["lora"], first["seed"]) == (str(tiny_folder), [f"{lora}:0.5"], 3)
     assert (second["height"], second["width"], second["steps"], second["guidance_scale"]) == (24, 16, 1, 3.0)
+
+
+@pytest.mark.slow
+def test_command_prints_nothing_of_other_libraries(tiny_folder, tmp_path):
+    command = [sys.executable, "-m", "d2f_fast", "sample", "--prompts", "ab", "--model", str(tiny_folder)]
+    more = ["--num_inference_steps", "1", "--output_dir", str(tmp_path)]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=600)
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]
+    assert done.returncode == 0 and lines[0].startswith("d2f: Model: ")
+    assert all(line.startswith("d2f: ") or "%|" in line for line in lines), done.stderr
 
 
 def test_record_of_another_command_is_not_replaced(tiny_folder, tmp_path, capsys):
