@@ -60,8 +60,8 @@ class CaptionedImages:
 
     Args:
         folder: Folder of the images.
-        image_column: Column of the image in `metadata.jsonl`. "image", which None means, reads the key "file_name", and any
-            other name the key "<name>_file_name"; a line without that key may have the name itself as its key.
+        image_column: Column of the image in `metadata.jsonl`. "image", which None means, reads the key "file_name", and
+            any other name the key "<name>_file_name"; a line without that key may have the name itself as its key.
         caption_column: Key of the caption in `metadata.jsonl`, a string or a list of alternatives; None means "text".
         caption_extension: Extension of the caption files; None means ".txt". The whole text of a file, without white
             space at either end, is the caption.

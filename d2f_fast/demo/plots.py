@@ -157,9 +157,8 @@ def line_plot(
             parts.append(_text(x(tick), HEIGHT - BOTTOM + 17, f"{tick:g}", text_anchor="middle"))
             last = x(tick)
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, text_anchor="middle"))
-    for (label, value), height in zip(levels, _apart([y(value) - 4 for _, value in levels]), strict=True):
+    for _, value in levels:
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(_text(WIDTH - RIGHT, height, label, text_anchor="end"))
     for line in lines:
         path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _, _ in line.points)
         dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
@@ -172,6 +171,10 @@ def line_plot(
             f"<title>{escape(line.label)}: {py:.3g} at {px:g}</title></circle>"
             for px, py, _, _ in line.points
         ]
+    # Last, and with a white edge, so that no curve crosses a label.
+    for (label, _), height in zip(levels, _apart([y(value) - 4 for _, value in levels]), strict=True):
+        edge = "paint-order:stroke;stroke:#fff;stroke-width:4px"
+        parts.append(_text(WIDTH - RIGHT, height, label, text_anchor="end", style=edge))
     return _svg(parts, title)
 
 

@@ -92,7 +92,8 @@ svg { width: 100%; height: auto } svg text { font: 11.5px system-ui, sans-serif;
 @media (max-width: 40rem) { body { padding: 1.2rem .8rem 3rem } h1 { font-size: 1.5rem } }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
-th { color: var(--soft); font-weight: 600 } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
 .best { font-weight: 700; color: #0b7a75 } details { margin: .6rem 0 } summary { cursor: pointer; color: var(--soft) }
 """
 
