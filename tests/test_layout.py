@@ -70,6 +70,7 @@ TESTED_ELSEWHERE = {
 
 # Each test file is called test_X.py, or test_X_more.py, in the place of the module X that it tests, except these.
 TESTS_OF_NO_MODULE = {
+    "tests/test_user_types.py": "It checks a user's script against the types of the whole package.",
     "tests/export/test_deploy.py": "It runs the examples of docs/deploy.md.",
     "tests/export/test_large.py": "It exports a model of Stable Diffusion 1.5's size.",
     "tests/export/test_lora.py": "It exports a model with a LoRA file.",

@@ -169,7 +169,7 @@ class Sample:
             "flow_spacing": self.flow_spacing,
             "steps": self.num_inference_steps,
             **{name: taken.get(name) for name in ("shift", "prediction_type", "fm_form")},
-            "guidance_scale": self.guidance_scale,
+            "guidance_scale": self._guidance(taken.get("guidance_scale")),
             "seed": self.seed,
             "height": image.height,
             "width": image.width,
@@ -220,6 +220,10 @@ class Sample:
                     f"{name} was settled when {printable(folder)} was exported: leave it out, or export again"
                 )
 
+    def _guidance(self, saved: float | None) -> float:
+        """Return the guidance scale: the one that was given, else the one saved with the weights, else the default."""
+        return next(scale for scale in (self.guidance_scale, saved, DEFAULT_GUIDANCE) if scale is not None)
+
     def _with_diffusers(self) -> "tuple[list[Image], Mapping[str, Any]]":
         """Generate the images with diffusers, and return them and what the files of the weights said about sampling."""
         silence_libraries()
@@ -238,7 +242,7 @@ class Sample:
             pipe,
             self.prompts,
             num_inference_steps=self.num_inference_steps,
-            guidance_scale=next(x for x in (self.guidance_scale, guidance, DEFAULT_GUIDANCE) if x is not None),
+            guidance_scale=self._guidance(guidance),
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,
@@ -247,7 +251,7 @@ class Sample:
             flow_spacing=self.flow_spacing,
             **loaded.scheduler_options,
         )
-        return images, loaded.scheduler_options
+        return images, {**loaded.scheduler_options, "guidance_scale": guidance}
 
     def _with_onnx(self, folder: str) -> "list[Image]":
         """Generate the images with ONNX Runtime, from an exported folder."""
@@ -258,7 +262,7 @@ class Sample:
         return OnnxPipeline(folder, providers=providers)(
             self.prompts,
             steps=self.num_inference_steps,
-            guidance_scale=DEFAULT_GUIDANCE if self.guidance_scale is None else self.guidance_scale,
+            guidance_scale=self._guidance(None),
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,
