@@ -7,7 +7,7 @@ size and no content, and one forward and one backward pass run there. So the com
 
     memory = weights + AdamW's moments + moving average + frozen encoders
              + the larger of: peak of all that the two passes allocate, gradients included;
-                              gradients and the moving average's differences, when the weights are updated
+                              gradients and one group of the moving average's differences, when weights are updated
     time   = operations of the two passes / (36 % of the card's bfloat16 peak)
 
 Memory follows `d2f train --mixed_precision bf16` without --compile: the frozen weights of LoRA training are bfloat16,
@@ -41,6 +41,7 @@ from d2f_fast import use_fused_lora
 from d2f_fast.kernels import lora_linear
 from d2f_fast.layers import frozen_conv, fused_layers, packed_attention
 from d2f_fast.lora.inject import inject_lora
+from d2f_fast.training.ema import MOST_ELEMENTS
 
 GB = 1e9
 PEAK_FRACTION = 0.36
@@ -80,19 +81,17 @@ class Estimate:
         pass_bytes: most bytes that the forward and the backward pass hold at once beside the state, by batch size:
             activations, gradients and temporary results.
         update_bytes: bytes held beside the state while the weights are updated.
-        start_bytes: all bytes held while LoRA training rounds the frozen weights to bfloat16, before the first step.
         image_operations: floating-point operations for each image; a multiplication and an addition are two.
     """
 
     state_bytes: int
     pass_bytes: Mapping[int, int]
     update_bytes: int
-    start_bytes: int
     image_operations: int
 
     def memory_gb(self, batch: int) -> float:
         """Return the GPU memory that the run needs with a batch of `BATCHES`, in 10⁹ bytes."""
-        return max(self.state_bytes + max(self.pass_bytes[batch], self.update_bytes), self.start_bytes) / GB
+        return (self.state_bytes + max(self.pass_bytes[batch], self.update_bytes)) / GB
 
     def seconds(self, batch: int, card: str) -> float:
         """Return the time of one step on a card of `CARDS`, in seconds."""
@@ -110,7 +109,6 @@ def estimate(run: Run) -> Estimate:
     unet = _build(run.network, run.rank)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in unet.parameters())
-    halved = sum(p.numel() for p in unet.parameters() if p.dtype == PRECISION)
     encoders = 4 * ENCODER_PARAMETERS.get(run.network, 0)
     if run.checkpointing:
         # The backward pass leaves the function mode, which is entered again where activations are recomputed.
@@ -125,8 +123,7 @@ def estimate(run: Run) -> Estimate:
     return Estimate(
         state_bytes=weights + encoders + 3 * 4 * trained,
         pass_bytes=tally.peaks,
-        update_bytes=2 * 4 * trained,
-        start_bytes=0 if run.rank is None else weights + 4 * halved + encoders + 4 * trained,
+        update_bytes=4 * trained + 4 * min(trained, MOST_ELEMENTS),
         image_operations=tally.operations // MARKED_BATCH,
     )
 

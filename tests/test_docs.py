@@ -114,7 +114,7 @@ def test_estimate_of_lora_needs_less_than_full_finetuning_and_more_without_check
 
 
 def test_estimate_says_which_card_a_run_does_not_fit() -> None:
-    needs = estimate.Estimate(30_000_000_000, dict.fromkeys(estimate.BATCHES, 0), 0, 0, image_operations=10**13)
+    needs = estimate.Estimate(30_000_000_000, dict.fromkeys(estimate.BATCHES, 0), 0, image_operations=10**13)
     assert needs.time_cell(4, "RTX 4090") == "does not fit in 24 GB"
     assert needs.time_cell(4, "H100") == "0.11 s"
 
@@ -122,7 +122,7 @@ def test_estimate_says_which_card_a_run_does_not_fit() -> None:
 def test_readme_table_has_a_row_for_each_run() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"<!-- estimate: begin -->\n(.*?)\n<!-- estimate: end -->", readme, re.DOTALL)
-    empty = estimate.Estimate(0, dict.fromkeys(estimate.BATCHES, 0), 0, 0, 0)
+    empty = estimate.Estimate(0, dict.fromkeys(estimate.BATCHES, 0), 0, 0)
     expected = estimate.table(dict.fromkeys(estimate.RUNS, empty))
     labels = [[line.split("|")[1:4] for line in lines] for lines in (table.splitlines(), expected)]
     assert labels[0] == labels[1]
