@@ -36,11 +36,11 @@ def main() -> None:
     index = json.loads((model / "model_index.json").read_text())
     kind = StableDiffusionXLPipeline if "text_encoder_2" in index else StableDiffusionPipeline
     del pipeline
-    merged: Any = kind.from_single_file(single_file, config=str(model), dtype=torch.float32).unet
+    merged: Any = kind.from_single_file(single_file, config=str(model), dtype=torch.float16).unet
     errors = []
     for name, update in peft["update"].items():
         expected = base[name] + update
-        errors.append(float((merged.get_parameter(f"{name}.weight") - expected).norm() / expected.norm()))
+        errors.append(float((merged.get_parameter(f"{name}.weight").float() - expected).norm() / expected.norm()))
     moved = min(float(update.norm()) for update in peft["update"].values())
     print(json.dumps([peft["count"], kohya["count"], difference, max(errors), moved]))
 
