@@ -38,6 +38,7 @@ def test_row_holds_the_time_of_one_call_and_is_appended(tmp_path):
     for name in ("conftest.py", "pyproject.toml", "benchmarks/clock.py", "benchmarks/conftest.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tests").mkdir()  # pytest warns of a folder of its settings that is missing.
     (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
     for rows in (1, 2):
         done = run(tmp_path)

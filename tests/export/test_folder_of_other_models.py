@@ -211,7 +211,7 @@ def test_damaged_tags_of_a_model_are_refused_with_their_file(one_level_folder, t
     model = shutil.copytree(one_level_folder, tmp_path / "model")
     for text, sentence in (
         ("[1]", "d2f.json is not a JSON object"),
-        ('{"d2f.shift": "x"}', "its shift cannot be used .*: give --shift"),
+        ('{"d2f.shift": "x"}', r"model: d2f\.shift must be a number from 0\.001 to 1000, got x: give --shift"),
     ):
         (model / "d2f.json").write_text(text)
         with pytest.raises(RefusedInputError, match=sentence):
