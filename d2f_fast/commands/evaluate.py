@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from d2f_fast.config import (
-    DEFAULT_GUIDANCE,
     MAX_BATCH,
     MAX_SHIFT,
     MAX_SIDE,
@@ -25,7 +24,7 @@ from d2f_fast.files.lock import locked_folder
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.options import check_negative_prompt, check_steps, image_size
+from d2f_fast.sampling.options import check_negative_prompt, check_steps, guidance_or_default, image_size
 
 _OPTIONS_OF_GENERATION = ("num_samples", "num_inference_steps", "method", "flow_spacing", "shift")
 _OPTIONS_OF_BOTH = (
@@ -158,9 +157,7 @@ class Evaluate:
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
                 raise RefusedInputError(f"{name}: {printable(folder)} is not a folder: give a folder of images")
-        check_negative_prompt(
-            self.negative_prompt, DEFAULT_GUIDANCE if self.guidance_scale is None else self.guidance_scale
-        )
+        check_negative_prompt(self.negative_prompt, guidance_or_default(self.guidance_scale))
         check_steps(self.method, self.num_inference_steps)
         if self.model is not None and (configs := read_configs(self.model, self.model_options)) is not None:
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))

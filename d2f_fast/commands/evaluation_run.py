@@ -18,7 +18,6 @@ from d2f_fast.commands.evaluation_tables import (
     straightness_table,
 )
 from d2f_fast.commands.load_model import SampledModel, load_with_lora
-from d2f_fast.config import DEFAULT_GUIDANCE
 from d2f_fast.data.captions import read_caption_file
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.evaluation import features as imagenet
@@ -31,8 +30,7 @@ from d2f_fast.files.run_record import write_run_record
 from d2f_fast.miniature import emoji
 from d2f_fast.miniature.classifier import Classifier, load_classifier
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.sampling.options import image_size, own_size
-from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+from d2f_fast.sampling.options import complete_size, guidance_or_default, image_size
 
 if TYPE_CHECKING:
     from d2f_fast.commands.evaluate import Evaluate, ImageFiles
@@ -139,17 +137,12 @@ def _generate_features(
 ) -> tuple[Features, dict[str, Any]]:
     """Generate an image for each prompt, and return the features of the images and how they were made."""
     options: dict[str, Any] = {name: getattr(command, name) for name in _OPTIONS_OF_SAMPLING}
-    options |= {"guidance_scale": _guidance(command, loaded), **loaded.scheduler_options}
+    guidance = guidance_or_default(command.guidance_scale, loaded.guidance_scale)
+    options |= {"guidance_scale": guidance, **loaded.scheduler_options}
     images = generate_squares(loaded.pipeline, prompts, command.seed, command.batch_size, network.side, **options)
     made = {"model": command.model, "lora": list(command.lora), "sampler": "flow", **options}
     made["steps"] = made.pop("num_inference_steps")
     return compute_features(images, network), made
-
-
-def _guidance(command: "Evaluate", loaded: SampledModel) -> float:
-    """Return the guidance scale that was given, or else the one saved with the model or LoRA, or the default."""
-    scales = (command.guidance_scale, loaded.guidance_scale, DEFAULT_GUIDANCE)
-    return next(scale for scale in scales if scale is not None)
 
 
 def _measure_straightness(
@@ -157,16 +150,13 @@ def _measure_straightness(
 ) -> tuple[Straightness, dict[str, Any]]:
     """Measure the model's paths, and return the measures and their row of metrics.json."""
     model = BaseModel(loaded.pipeline, command.model_options, loaded.facts)
-    try:
-        flow = Diff2FlowScheduler.from_config(loaded.pipeline.scheduler.config, **loaded.scheduler_options).flow
-    except ValueError as error:
-        raise RefusedInputError(str(error)) from error
-    sample_size = model.unet.config.get("sample_size")
-    height, width = image_size(command.height, command.width, sample_size, model.downsampling)
-    size = own_size(sample_size, model.downsampling) if height is None or width is None else (height, width)
+    flow = loaded.flow_scheduler().flow
+    asked = (command.height, command.width, model.unet.config.get("sample_size"), model.downsampling)
+    image_size(*asked)  # This refuses a size that the pipelines cannot have.
+    size = complete_size(*asked)
     prompts = list(command.prompts) or _choose(captions, command.num_paths, command.seed)
     used = [prompts[i % len(prompts)] for i in range(command.num_paths)]
-    guidance = _guidance(command, loaded)
+    guidance = guidance_or_default(command.guidance_scale, loaded.guidance_scale)
     measured = measure_paths(
         model,
         flow.to(model.device),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2f_fast.config import check_guidance
+from d2f_fast.config import Spacing, check_guidance
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.json_file import read_json
 from d2f_fast.lora.merge import MergedLora, fuse_adapter
@@ -18,6 +18,7 @@ from d2f_fast.models.facts import ModelFacts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
+from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -42,6 +43,24 @@ class SampledModel(NamedTuple):
     guidance_scale: float | None
     fingerprints: dict[str, str]
     lora: list[MergedLora]
+
+    def flow_scheduler(self, flow_spacing: Spacing = "uniform") -> Diff2FlowScheduler:
+        """Return the scheduler along the flow of the model, with the options of its files.
+
+        Args:
+            flow_spacing: Spacing of the steps.
+
+        Raises:
+            RefusedInputError: The configuration of the model's scheduler and the options cannot be used together.
+        """
+        config = self.pipeline.scheduler.config
+        try:
+            scheduler: Diff2FlowScheduler = Diff2FlowScheduler.from_config(
+                config, flow_spacing=flow_spacing, **self.scheduler_options
+            )
+        except ValueError as error:
+            raise RefusedInputError(str(error)) from error
+        return scheduler
 
 
 def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> SampledModel:

@@ -27,7 +27,7 @@ from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.options import check_negative_prompt, own_size
+from d2f_fast.sampling.options import check_negative_prompt, complete_size
 from d2f_fast.tasks.processes import Process, device_of, owned_folder
 
 if TYPE_CHECKING:
@@ -187,13 +187,10 @@ class Pairs:
 
     def _plan(self, prompts: list[str], model: Any, loaded: "SampledModel") -> "tuple[PairPlan, Any]":
         """Return what is made, and the flow along which it is made."""
-        from d2f_fast.sampling.scheduler import Diff2FlowScheduler
         from d2f_fast.tasks.pairs import PairPlan
 
+        scheduler = loaded.flow_scheduler(self.flow_spacing)
         try:
-            scheduler = Diff2FlowScheduler.from_config(
-                loaded.pipeline.scheduler.config, flow_spacing=self.flow_spacing, **loaded.scheduler_options
-            )
             shift = float(scheduler.config["shift"])
             times = scheduler.flow.times(self.num_inference_steps, self.flow_spacing, shift)
         except ValueError as error:
@@ -241,10 +238,7 @@ class Pairs:
         for name, size in (("height", self.height), ("width", self.width)):
             if size is not None and size % downsampling:
                 raise RefusedInputError(f"{name} must be a multiple of {downsampling}, got {size}")
-        if self.height is not None and self.width is not None:
-            return self.height, self.width
-        height, width = own_size(sample_size, downsampling)
-        return self.height or height, self.width or width
+        return complete_size(self.height, self.width, sample_size, downsampling)
 
     def _checked_prompts(self) -> list[str]:
         """Return the prompts, once everything that can be refused without torch has been checked."""

@@ -29,7 +29,7 @@ from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.options import check_negative_prompt, check_steps, image_size
+from d2f_fast.sampling.options import check_negative_prompt, check_steps, guidance_or_default, image_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,9 +115,7 @@ class Sample:
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         check_options(self)
-        check_negative_prompt(
-            self.negative_prompt, DEFAULT_GUIDANCE if self.guidance_scale is None else self.guidance_scale
-        )
+        check_negative_prompt(self.negative_prompt, guidance_or_default(self.guidance_scale))
         check_steps(self.method, self.num_inference_steps)
         if self.onnx is not None:
             self._check_onnx(self.onnx)
@@ -169,7 +167,7 @@ class Sample:
             "flow_spacing": self.flow_spacing,
             "steps": self.num_inference_steps,
             **{name: taken.get(name) for name in ("shift", "prediction_type", "fm_form")},
-            "guidance_scale": self._guidance(taken.get("guidance_scale")),
+            "guidance_scale": guidance_or_default(self.guidance_scale, taken.get("guidance_scale")),
             "seed": self.seed,
             "height": image.height,
             "width": image.width,
@@ -220,10 +218,6 @@ class Sample:
                     f"{name} was settled when {printable(folder)} was exported: leave it out, or export again"
                 )
 
-    def _guidance(self, saved: float | None) -> float:
-        """Return the guidance scale: the one that was given, else the one saved with the weights, else the default."""
-        return next(scale for scale in (self.guidance_scale, saved, DEFAULT_GUIDANCE) if scale is not None)
-
     def _with_diffusers(self) -> "tuple[list[Image], Mapping[str, Any]]":
         """Generate the images with diffusers, and return them and what the files of the weights said about sampling."""
         silence_libraries()
@@ -242,7 +236,7 @@ class Sample:
             pipe,
             self.prompts,
             num_inference_steps=self.num_inference_steps,
-            guidance_scale=self._guidance(guidance),
+            guidance_scale=guidance_or_default(self.guidance_scale, guidance),
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,
@@ -262,7 +256,7 @@ class Sample:
         return OnnxPipeline(folder, providers=providers)(
             self.prompts,
             steps=self.num_inference_steps,
-            guidance_scale=self._guidance(None),
+            guidance_scale=guidance_or_default(self.guidance_scale),
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,

@@ -10,7 +10,7 @@ from d2f_fast.evaluation.image_set import noise_generator
 from d2f_fast.evaluation.straightness import Straightness, measure_straightness
 from d2f_fast.flow.flow import Flow
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.models.solve import prompt_velocity
+from d2f_fast.models.prompt_velocity import prompt_velocity
 from d2f_fast.sampling.integrate import Velocity
 
 SEGMENTS, STEPS_PER_SEGMENT = 8, 8
@@ -44,7 +44,7 @@ def measure_paths(
         negative_prompt: prompt to steer away from; "" for the model's own empty prompt.
     """
     height, width = size
-    shape = (int(model.unet.config.in_channels), height // model.downsampling, width // model.downsampling)
+    shape = model.latents_shape(height, width)
     noise = torch.stack([torch.randn(shape, generator=noise_generator(seed, i)) for i in range(len(prompts))])
     negative = model.encode_prompts([negative_prompt]) if negative_prompt else None
     velocities = [

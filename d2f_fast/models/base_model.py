@@ -138,6 +138,10 @@ class BaseModel:
         """
         return resolution_of(self.unet.config, self.downsampling)
 
+    def latents_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape [C, h, w] of the latents of images of a size in pixels."""
+        return int(self.unet.config.in_channels), height // self.downsampling, width // self.downsampling
+
     @property
     def tokenizers(self) -> list["PreTrainedTokenizerBase"]:
         """Return the tokenizers of the text encoders: one, or two for SDXL."""

@@ -2,7 +2,7 @@
 
 import math
 
-from d2f_fast.config import Method
+from d2f_fast.config import DEFAULT_GUIDANCE, Method
 from d2f_fast.errors import RefusedInputError
 
 _PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
@@ -53,6 +53,29 @@ def own_size(sample_size: object, downsampling: int) -> tuple[int, int]:
     return sides[0] * downsampling, sides[1] * downsampling
 
 
+def complete_size(height: int | None, width: int | None, sample_size: object, downsampling: int) -> tuple[int, int]:
+    """Return a size in pixels, in which the model's own height and width stand for those that are not given.
+
+    Args:
+        height: Height in pixels; None for the model's own.
+        width: Width in pixels; None for the model's own.
+        sample_size: Entry of the UNet's configuration: the side of the latents, or their height and width.
+        downsampling: Number of pixels along each side of one latent.
+
+    Raises:
+        RefusedInputError: A size is not given, and the model has none.
+    """
+    if height is not None and width is not None:
+        return height, width
+    own_height, own_width = own_size(sample_size, downsampling)
+    return height or own_height, width or own_width
+
+
+def guidance_or_default(given: float | None, saved: float | None = None) -> float:
+    """Return the guidance scale: the one that was given, else the one saved with the weights, else the default."""
+    return next(scale for scale in (given, saved, DEFAULT_GUIDANCE) if scale is not None)
+
+
 def image_size(
     height: int | None, width: int | None, sample_size: object, downsampling: int
 ) -> tuple[int | None, int | None]:
@@ -75,10 +98,6 @@ def image_size(
     for name, size in (("height", height), ("width", width)):
         if size is not None and (size < 1 or size % multiple):
             raise RefusedInputError(f"{name} must be a positive multiple of {multiple}, got {size}")
-    if height is not None and width is not None:
-        return height, width
-    own_height, own_width = own_size(sample_size, downsampling)
-    if height is None and width is None:
-        return None, None
     # A pipeline that is given one of the two ignores it, and takes both from the network's own size.
-    return height or own_height, width or own_width
+    completed = complete_size(height, width, sample_size, downsampling)
+    return (None, None) if height is None and width is None else completed

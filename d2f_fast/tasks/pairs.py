@@ -18,7 +18,7 @@ from d2f_fast.config import Method
 from d2f_fast.data.pair_shards import PairRecord
 from d2f_fast.flow.flow import Flow
 from d2f_fast.models.base_model import BaseModel, to_pil
-from d2f_fast.models.solve import prompt_velocity
+from d2f_fast.models.prompt_velocity import prompt_velocity
 from d2f_fast.sampling.integrate import Velocity, sample_flow
 from d2f_fast.sampling.multistep import sample_multistep
 
@@ -109,7 +109,7 @@ class PairGenerator:
 
     def __init__(self, model: BaseModel, flow: Flow, plan: PairPlan, origin: Mapping[str, object]) -> None:
         self._model, self._flow, self._plan, self._origin = model, flow, plan, dict(origin)
-        self.shape = latents_shape(model, plan.height, plan.width)
+        self.shape = model.latents_shape(plan.height, plan.width)
         self._negative: dict[str, Tensor] | None = None
 
     def shard(self, number: int) -> Iterator[PairRecord]:
@@ -175,11 +175,6 @@ class PairGenerator:
         (image,) = to_pil(self.decode(latents[None].float()))
         image.save(stream, "JPEG", quality=JPEG_QUALITY)
         return stream.getvalue()
-
-
-def latents_shape(model: BaseModel, height: int, width: int) -> tuple[int, int, int]:
-    """Return the shape [C, h, w] of the latents of images of a size in pixels."""
-    return int(model.unet.config.in_channels), height // model.downsampling, width // model.downsampling
 
 
 def solve(solver: Solver, velocity: Velocity, noise: Tensor, times: Tensor) -> Tensor:

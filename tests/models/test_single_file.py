@@ -21,16 +21,6 @@ def add(*names: str) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: tensors.update(dict.fromkeys(names, EMPTY))
 
 
-def remove(prefix: str) -> Callable[[dict[str, Tensor]], None]:
-    """Return the change that removes all tensors whose key begins with `prefix`."""
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        for key in [key for key in tensors if key.startswith(prefix)]:
-            del tensors[key]
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("sd1", torch.bfloat16)], ids=str
 )

@@ -8,7 +8,7 @@ import torch
 from d2f_fast import load_miniature, sample_flow
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.models.solve import prompt_velocity
+from d2f_fast.models.prompt_velocity import prompt_velocity
 from d2f_fast.sampling.adaptive import sample_flow_adaptive
 
 

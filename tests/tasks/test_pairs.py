@@ -13,7 +13,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.sampling.integrate import sample_flow
 from d2f_fast.sampling.multistep import sample_multistep
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
-from d2f_fast.tasks.pairs import PairGenerator, PairPlan, evaluations, latents_shape, solve
+from d2f_fast.tasks.pairs import PairGenerator, PairPlan, evaluations, solve
 
 MakePlan = Callable[..., PairPlan]
 MakeGenerator = Callable[..., PairGenerator]
@@ -158,4 +158,4 @@ def test_evaluations_count_stages_and_guidance(solver: Any, guided: bool, count:
 
 
 def test_shape_of_the_latents_follows_the_size(tiny_model: BaseModel) -> None:
-    assert latents_shape(tiny_model, 24, 32) == (4, 12, 16)
+    assert tiny_model.latents_shape(24, 32) == (4, 12, 16)

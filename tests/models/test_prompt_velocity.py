@@ -1,19 +1,16 @@
-"""Solvers along the flow of a model, against the stock pipeline with this package's scheduler."""
+"""The velocity of prompts, against the stock pipeline with this package's scheduler."""
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from d2f_fast.config import FixedStepMethod, SamplingMethod, StochasticMethod
 from d2f_fast.models.base_model import BaseModel, to_pil
-from d2f_fast.models.solve import Solver, prompt_velocity
-from d2f_fast.sampling.adaptive import sample_flow_adaptive
+from d2f_fast.models.prompt_velocity import prompt_velocity
 from d2f_fast.sampling.generate import generate
 from d2f_fast.sampling.integrate import sample_flow
-from d2f_fast.sampling.stochastic import sample_flow_stochastic
 
 PROMPTS = ["ab", "c"]
 
@@ -40,7 +37,7 @@ def test_euler_images_are_those_of_the_stock_pipeline(
     def images(guidance_scale: float) -> torch.Tensor:
         with torch.no_grad():
             velocity = prompt_velocity(model, model.flow, PROMPTS, side, side, guidance_scale, condition)
-            states = Solver("euler").solve(velocity, noise, model.flow.times(3))
+            states = sample_flow(velocity, noise, times=model.flow.times(3), return_intermediates=True)
             assert len(states) == 4 and torch.equal(states[0], noise)
             return pixels(to_pil(model.decode(states[-1])))
 
@@ -49,23 +46,3 @@ def test_euler_images_are_those_of_the_stock_pipeline(
     want = pixels(generate(model.pipeline, PROMPTS, height=side, width=side, generator=generator, **options))
     assert (images(guidance_scale) - want).abs().max() <= 1
     assert (images(guidance_scale + 2) - want).abs().max() > 1  # The images are not all black or white.
-
-
-def test_every_method_is_that_of_its_function() -> None:
-    start, times = torch.randn(2, 3), torch.tensor([0.0, 0.3, 0.7, 1.0])
-
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return x * t - x
-
-    def seeded() -> torch.Generator:
-        return torch.Generator().manual_seed(1)
-
-    given = {"times": times, "return_intermediates": True}
-    want = {name: sample_flow(velocity, start, method=name, **given) for name in get_args(FixedStepMethod)}
-    want["dopri5"] = sample_flow_adaptive(velocity, start, rtol=1e-3, atol=1e-4, **given)
-    for name in get_args(StochasticMethod):
-        want[name] = sample_flow_stochastic(velocity, start, method=name, diffusion=0.5, generator=seeded(), **given)
-    assert want.keys() == set(get_args(SamplingMethod))
-    for name, states in want.items():
-        got = Solver(name, rtol=1e-3, atol=1e-4, diffusion=0.5).solve(velocity, start, times, seeded())
-        assert len(got) == 4 and all(torch.equal(*pair) for pair in zip(got, states, strict=True)), name
