@@ -58,6 +58,15 @@ def read_image(path: Path) -> Image.Image:
         raise DatasetError(f"{printable(path)} does not decode as {formats} ({reason}): replace it") from error
 
 
+def is_turned(image: Image.Image) -> bool:
+    """Return whether the EXIF entry of an image says that it is shown turned or mirrored.
+
+    Args:
+        image: Image as `read_image` returns it.
+    """
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNS
+
+
 def reason_of(error: Exception) -> str:
     """Return the message of an exception for a one-line message, or its type where it has no message.
 

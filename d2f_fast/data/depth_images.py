@@ -1,0 +1,247 @@
+"""Find the images of a folder and the depth of each, in a plain folder or in that of a known data set.
+
+    plain              rgb/<name>.png    depth/<name>.png|.npy|.exr              metres, or a scale that is given
+    Virtual KITTI 2    Scene01/clone/frames/rgb/Camera_0/rgb_00000.jpg           depth at most 80 m
+                       Scene01/clone/frames/depth/Camera_0/depth_00000.png       centimetres, 16 bits
+    Hypersim           ai_001_001/images/scene_cam_00_final_preview/frame.0000.tonemap.jpg              at most 65 m
+                       ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0000.depth_meters.hdf5        distances
+
+No torch is imported before an image is read, so that `d2f train` refuses a folder at once.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2f_fast.data.file_names import is_image
+from d2f_fast.errors import DatasetError, printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DepthLayout = Literal["plain", "vkitti2", "hypersim"]
+EXPECTED_LAYOUTS = (
+    "expected the sub-folders rgb and depth with files of the same names (rgb/a.png and depth/a.png, .npy or .exr), or"
+    " the folders Scene01 … of Virtual KITTI 2, or ai_001_001 … of Hypersim"
+)
+_DEPTH_EXTENSIONS = (".png", ".npy", ".exr")  # those of `depth_files`, which imports torch
+_NAMED = 3  # files that a message names
+
+
+@dataclass(frozen=True)
+class _Convention:
+    """Units of a layout.
+
+    Attributes:
+        scale: Number in the files that stands for one metre; None where the caller has to say it.
+        most: Largest depth that counts, in metres.
+        plausible: Largest median depth of an image that can be right, in metres.
+    """
+
+    scale: float | None
+    most: float
+    plausible: float
+
+
+_CONVENTIONS: dict[DepthLayout, _Convention] = {
+    "plain": _Convention(None, np.inf, 1000.0),
+    "vkitti2": _Convention(100.0, 80.0, 400.0),
+    "hypersim": _Convention(None, 65.0, 200.0),
+}
+
+
+class DepthFiles(NamedTuple):
+    """Files of one image."""
+
+    image: Path
+    depth: Path
+
+
+class DepthSample(NamedTuple):
+    """One image with its depth.
+
+    Attributes:
+        image: Image of mode "RGB".
+        depth: Depth in metres, [H, W]; what it holds where it is not valid has no meaning.
+        valid: Which pixels have a depth, [H, W]; at least one has.
+        name: Name of the image in messages.
+    """
+
+    image: "Image.Image"
+    depth: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    name: str
+
+
+class DepthImages:
+    """Read images with their depth from a folder, whose layout is detected. An image is decoded only when asked for.
+
+    Args:
+        folder: Folder in one of the layouts.
+        scale: Number in the depth files that stands for one metre; None for that of the layout.
+        least: Smallest depth that counts, in metres; 0 counts every positive one.
+        most: Largest depth that counts, in metres; None for that of the layout.
+
+    Attributes:
+        folder: Folder of the images.
+        layout: Layout that was found.
+        scale: Number in the depth files that stands for one metre; None for files in metres.
+        least: Smallest depth that counts, in metres.
+        most: Largest depth that counts, in metres; infinite for none.
+
+    Raises:
+        DatasetError: The folder has no known layout, holds no images, or an image or a depth has no partner. When a
+            sample is read: a file does not decode, the sizes differ, no pixel has a depth, or the unit must be wrong.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        scale: float | None = None,
+        least: float = 0.0,
+        most: float | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.layout = _layout_of(self.folder)
+        convention = _CONVENTIONS[self.layout]
+        self.scale = convention.scale if scale is None else scale
+        self.least, self.most = least, convention.most if most is None else most
+        self._plausible = convention.plausible
+        self._files = list(_FINDERS[self.layout](self.folder))
+        if not self._files:
+            raise DatasetError(f"{printable(self.folder)} holds no images with depth: {EXPECTED_LAYOUTS}")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> DepthSample:
+        from d2f_fast.data.depth_files import plane_depth_of_distance, read_depth  # They import torch.
+        from d2f_fast.data.depth_normalization import valid_pixels
+        from d2f_fast.data.images import is_turned, read_image, to_rgb
+        from d2f_fast.data.loading import refused_sample
+
+        files = self._files[index]
+        name, depth_name = printable(files.image), printable(files.depth)
+        with refused_sample(name):
+            stored = read_image(files.image)
+            if is_turned(stored):
+                raise DatasetError(f"{name} is turned by its EXIF entry, and its depth is not: save it upright")
+            image = to_rgb(stored)
+        depth = read_depth(files.depth, self.scale)
+        if depth.shape != (image.height, image.width):
+            raise DatasetError(
+                f"{name} has {image.width}x{image.height} pixels and {depth_name} {depth.shape[1]}x{depth.shape[0]}:"
+                " give both in the same size"
+            )
+        if self.layout == "hypersim":
+            depth = plane_depth_of_distance(depth)
+        valid = valid_pixels(depth, self.least, self.most)
+        self._check_units(depth, valid, depth_name)
+        return DepthSample(image, depth, valid, name)
+
+    def files(self, index: int) -> DepthFiles:
+        """Return the files of an image, without reading them."""
+        return self._files[index]
+
+    def _check_units(self, depth: NDArray[np.float32], valid: NDArray[np.bool_], name: str) -> None:
+        """Refuse a depth map without a valid pixel, or with depths that no scene of its data set has."""
+        positive = depth[np.isfinite(depth) & (depth > 0)]
+        median = float(np.median(positive)) if positive.size else 0.0
+        unit = "check its unit, which --depth_scale states, and --depth_min and --depth_max"
+        if median > self._plausible:
+            raise DatasetError(
+                f"{name}: half of the pixels are beyond {median:.4g} m, and {self._plausible:g} m is the most that can"
+                f" be right: {unit}"
+            )
+        if not valid.any():
+            found = f"they are around {median:.4g} m" if positive.size else "none is finite and positive"
+            raise DatasetError(
+                f"{name}: no pixel has a depth between {self.least:g} and {self.most:g} m ({found}): {unit}, or remove"
+                " the image"
+            )
+
+
+def _layout_of(folder: Path) -> DepthLayout:
+    """Return the layout of a folder.
+
+    Raises:
+        DatasetError: It is no folder, or has none of the layouts.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{printable(folder)} is not a folder: give a folder of images with depth")
+    if (folder / "rgb").is_dir() and (folder / "depth").is_dir():
+        return "plain"
+    if any(path.is_dir() for path in folder.glob("Scene[0-9][0-9]")):
+        return "vkitti2"
+    if any(path.is_dir() for path in folder.glob("ai_[0-9][0-9][0-9]_[0-9][0-9][0-9]")):
+        return "hypersim"
+    raise DatasetError(f"{printable(folder)} holds no images with depth: {EXPECTED_LAYOUTS}")
+
+
+def _plain_files(folder: Path) -> Iterator[DepthFiles]:
+    """Yield the files of a plain folder, in the order of their names."""
+    images = _by_stem(folder / "rgb", is_image)
+    depths = _by_stem(folder / "depth", lambda name: name.lower().endswith(_DEPTH_EXTENSIONS))
+    for what, here, there in (("no depth", images, depths), ("no image", depths, images)):
+        if lonely := sorted(here.keys() - there.keys()):
+            named = ", ".join(printable(here[stem]) for stem in lonely[:_NAMED])
+            raise DatasetError(
+                f"{printable(folder)}: {len(lonely)} of {len(here)} files have {what} of the same name, such as"
+                f" {named}: add what is missing, or remove them"
+            )
+    for stem in sorted(images):
+        yield DepthFiles(images[stem], depths[stem])
+
+
+def _by_stem(folder: Path, reads: Callable[[str], bool]) -> dict[str, Path]:
+    """Return the files at any depth that can be read, by their path in the folder without the extension.
+
+    Raises:
+        DatasetError: Two files have the same name but for the extension.
+    """
+    found: dict[str, Path] = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.startswith(".") or not reads(name):
+                continue
+            path = Path(parent, name)
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in found:
+                raise DatasetError(f"{printable(path)} and {printable(found[stem])} have one name: remove one of them")
+            found[stem] = path
+    return found
+
+
+def _vkitti2_files(folder: Path) -> Iterator[DepthFiles]:
+    """Yield the files of Virtual KITTI 2, in the order of their names."""
+    for image in sorted(folder.glob("Scene[0-9][0-9]/*/frames/rgb/Camera_[01]/rgb_*.jpg")):
+        frames, camera = image.parents[2], image.parent.name
+        depth = frames / "depth" / camera / f"depth_{image.stem.removeprefix('rgb_')}.png"
+        if not depth.is_file():
+            raise DatasetError(f"{printable(image)} has no depth {printable(depth)}: unpack the depth, too")
+        yield DepthFiles(image, depth)
+
+
+def _hypersim_files(folder: Path) -> Iterator[DepthFiles]:
+    """Yield the files of Hypersim, in the order of their names."""
+    views = "ai_[0-9][0-9][0-9]_[0-9][0-9][0-9]/images/scene_cam_*_final_preview/frame.*.tonemap.jpg"
+    for image in sorted(folder.glob(views)):
+        geometry = image.parent.name.replace("final_preview", "geometry_hdf5")
+        depth = image.parents[1] / geometry / image.name.replace("tonemap.jpg", "depth_meters.hdf5")
+        if not depth.is_file():
+            raise DatasetError(f"{printable(image)} has no depth {printable(depth)}: unpack the geometry, too")
+        yield DepthFiles(image, depth)
+
+
+_FINDERS: dict[DepthLayout, Callable[[Path], Iterator[DepthFiles]]] = {
+    "plain": _plain_files,
+    "vkitti2": _vkitti2_files,
+    "hypersim": _hypersim_files,
+}
