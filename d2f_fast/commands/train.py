@@ -18,6 +18,7 @@ from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions, check_flow_schedule
 from d2f_fast.training.launch import check_launch
+from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_files
 
 if TYPE_CHECKING:
     from d2f_fast.data.image_folder import CaptionedImages
@@ -52,6 +53,7 @@ class Train:
         caption_extension: Extension of the caption files beside the images. The default None means ".txt". A folder
             with metadata.jsonl has no such files, and does not take this option.
         model_options: Options of the base model.
+        teacher_options: Options of the teacher.
         options: Options of the training itself.
         dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
             default.
@@ -67,6 +69,7 @@ class Train:
     caption_column: str | None = option("data", None)
     caption_extension: str | None = option("data", None)
     model_options: ModelOptions = field(default_factory=ModelOptions)
+    teacher_options: TeacherOptions = field(default_factory=TeacherOptions)
     options: TrainingConfig = field(default_factory=TrainingConfig)
     dry_run: bool = False
     json: bool = False
@@ -102,11 +105,15 @@ class Train:
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
         from d2f_fast.training.trainer import AlignedTrainer
 
-        options = options_for_pairs(self.options, dataset) if isinstance(dataset, PairDataset) else self.options
-        trainer = AlignedTrainer.from_pretrained(self.pretrained_model_name_or_path, options, self.model_options)
+        options = self.teacher_options.settle(self.options)
+        options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
+        trainer = AlignedTrainer.from_pretrained(
+            self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options
+        )
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
-            for line in (trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow)):
+            taught = [] if trainer.teacher is None else [str(trainer.teacher)]
+            for line in (trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow), *taught):
                 print(f"d2f: {line}", file=sys.stderr)
             self._say_what_is_trained_on(trainer, dataset)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
@@ -120,6 +127,8 @@ class Train:
             method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
             row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
             row |= {"model": dataclasses.asdict(facts)}
+            if trainer.teacher is not None:
+                row |= {"teacher": trainer.teacher.name, "teacher_guidance_scale": trainer.teacher.guidance_scale}
             if (start := trainer.model.starting_lora) is not None:
                 row |= {"init_lora": {"file": str(start.path), "scale": start.scale, "sha256": start.sha256}}
             write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
@@ -142,9 +151,10 @@ class Train:
         images = "images"
         if not isinstance(dataset, CaptionedImages):
             made = pair_tags(dataset)
+            end = ": sample the result without guidance" if trainer.teacher is None else ""
             lines.append(
                 f"pairs of {len(dataset.shards)} shards, made with guidance {made['d2f.pairs_guidance']} and solver"
-                f" {made['d2f.pairs_solver']}: sample the result without guidance"
+                f" {made['d2f.pairs_solver']}{end}"
             )
             images = "pairs"
         elif dataset.repeats:
@@ -192,6 +202,7 @@ class Train:
         self._check_data()
         if self.options.objective == "fm":
             check_flow_schedule(self.model_options, "objective fm")
+        check_teacher_files(self.teacher_options, self.pretrained_model_name_or_path, self.model_options)
         if (configs := read_configs(self.pretrained_model_name_or_path, self.model_options)) is not None:
             check_training(configs, self.options.resolution)
         refuse_used_folder(output, self.options.resume_from_checkpoint)

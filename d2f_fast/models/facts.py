@@ -26,6 +26,8 @@ _SCHEDULE_KEYS = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "rescale_betas_zero_snr"),
 )
+# The noise table of every Stable Diffusion model.
+_NOISE_TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 # What EulerDiscreteScheduler stores for a terminal alphas_cumprod of exactly zero, so that its own sigmas stay finite.
 _LEAST_SNR = 2.0**-24
 
@@ -67,7 +69,9 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
     """Make a pipeline's scheduler and padding agree with the options, and return what the model is then taken for.
 
     Args:
-        pipeline: Pipeline of any model. Its scheduler is replaced where an option differs from its configuration.
+        pipeline: Pipeline of any model. Its scheduler is replaced where an option differs from its configuration; where
+            that belongs to a network that predicts the flow, and the option names a diffusion prediction, it is one
+            with the noise table of Stable Diffusion.
         options: Options of the base model; those that are given come before everything else.
         source: Name of the place that the scheduler's configuration comes from, such as "scheduler_config.json"; or
             the facts themselves, for a model without a scheduler configuration of its own.
@@ -87,7 +91,10 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
     check_prediction_type(prediction_type, found.prediction_source)
     if prediction_type == "flow_prediction":
         check_flow_schedule(options, f"a model that predicts the flow ({found.prediction_source})")
-    if changes:
+    if changes and prediction_type != "flow_prediction" and predicts_flow(pipeline.scheduler.config):
+        # The scheduler of a rectified flow states no noise table, but the defaults of its class.
+        pipeline.scheduler = EulerDiscreteScheduler(**_NOISE_TABLE, **changes)
+    elif changes:
         pipeline.scheduler = same_schedule(pipeline.scheduler, type(pipeline.scheduler), **changes)
     given = "option --{}"
     return ModelFacts(

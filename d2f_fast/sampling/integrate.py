@@ -120,7 +120,8 @@ def unet_velocity(
             narrower interval than the whole flow, (0, 1), reads the time back from the GPU at each evaluation.
 
     Returns:
-        A function of the flow state [B, ...] and the flow time, [] float32, for `sample_flow`.
+        A function of the flow state [B, ...] and the flow time, [] float32, for `sample_flow`. It also takes a flow
+        time for each sample, [B], where guidance is not limited to an interval.
 
     Raises:
         RefusedInputError: `guidance_scale` is below 0, or between 0 and 1.
@@ -136,7 +137,7 @@ def unet_velocity(
         raise ValueError(f"guidance_interval must be two rising flow times in [0, 1], got {guidance_interval}")
     if guides and negative_hidden_states is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs negative_hidden_states")
-    dtype = unet.dtype
+    dtype = unet.conv_in.weight.dtype  # unet.dtype walks through every module.
     alone = _Condition(encoder_hidden_states.to(dtype), dict(added_cond_kwargs or {}))
     both = alone
     if guides:
@@ -151,6 +152,8 @@ def unet_velocity(
         sample = flow.to_sample(x_t, t)
         given = torch.cat([sample, sample]) if guided else sample
         timestep = flow.timestep(t)
+        if guided and timestep.ndim:
+            timestep = torch.cat([timestep, timestep])
         hidden = condition.encoder_hidden_states
         output = unet(given.to(dtype), timestep, encoder_hidden_states=hidden, **extra, return_dict=False)[0]
         if guided:

@@ -31,8 +31,8 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     name = str(folder) if name is None else name
     is_lora = not (folder / "pipeline").is_dir()
     sigmas, shift = tags["d2f.recommended_sigmas"], tags["d2f.shift"]
-    steps, of_pairs = recommended_steps(tags), tags.get("d2f.data") == "pairs"
-    guidance, cfg = (", guidance_scale=1", ", CFG scale 1") if of_pairs else ("", "")
+    steps, built_in = recommended_steps(tags), tags.get("d2f.recommended_guidance") == "1.0"
+    guidance, cfg = (", guidance_scale=1", ", CFG scale 1") if built_in else ("", "")
     predicts_flow = tags["d2f.prediction_type"] == "flow_prediction"
     model = f"--model BASE --lora {shlex.quote(name)}" if is_lora else f"--model {shlex.quote(f'{name}/pipeline')}"
     lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps {steps}`"]
@@ -42,7 +42,7 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
         f"ModelSamplingSD3 (shift {shift}) and KSampler (euler, simple)"
         if predicts_flow
         else f"ManualSigmas (`{sigmas}`) and SamplerCustom (euler)"
-    ) + (", with cfg 1" if of_pairs else "")
+    ) + (", with cfg 1" if built_in else "")
     if not is_lora:
         taken = f"num_inference_steps={steps}" if predicts_flow else f"sigmas=[{sigmas}]"
         lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {taken}{guidance})`')
@@ -69,7 +69,7 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
         lines.append(
             f'diffusers: `pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")`, then'
             f" `pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config{shifted})`"
-            + (f" and `pipe(TEXT, num_inference_steps={steps}{guidance})`" if of_pairs else "")
+            + (f" and `pipe(TEXT, num_inference_steps={steps}{guidance})`" if built_in else "")
         )
     for file in folder.glob(f"*{KOHYA_ENDING}") if is_lora else ():
         lines.append(f"ComfyUI: `{file.name}` in models/loras; the nodes LoraLoaderModelOnly, {nodes}")

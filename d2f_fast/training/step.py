@@ -1,6 +1,6 @@
 """Take one optimizer step, from sampled inputs to averaged weights.
 
-    zero the gradients → for each micro-batch: align, network, loss, backward → clip, AdamW, EMA, counters
+    zero the gradients → for each micro-batch: teacher, align, network, loss, backward → clip, AdamW, EMA, counters
 
 It samples no random number and never waits for the device: it reads tensors of fixed shapes and the learning rate, and
 changes tensors in place, on the device. So the same code runs eagerly, with its loss compiled, or captured whole as a
@@ -10,7 +10,6 @@ CUDA graph (`step_graphs`).
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FunctionType, MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +23,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.layers.fused_lora import lora_paths
 from d2f_fast.ops import kernel_path
 from d2f_fast.training.agreement import sum_over_processes
+from d2f_fast.training.compiled import compiled
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import StepInputs
 from d2f_fast.training.objective import Objective
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
     from d2f_fast.lora.start import StartingLora
+    from d2f_fast.training.teacher import Teacher
 
 # Loss of each sample, [b], from latents, noise, t, condition and mask of a micro-batch.
 LossPerSample = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None], Tensor]
@@ -50,6 +51,7 @@ class TrainingStep:
         device: device of all of these.
         precision: "bf16" computes the network under bfloat16 autocast, "no" in its own type.
         num_processes: number of processes that sum their gradients.
+        teacher: teacher whose velocity is learned; None learns that of the data.
 
     Attributes:
         optimizer: fused AdamW over the trained parameters.
@@ -71,9 +73,11 @@ class TrainingStep:
         device: torch.device,
         precision: str,
         num_processes: int = 1,
+        teacher: "Teacher | None" = None,
     ) -> None:
         self.unet, self.objective, self.trainable, self.ema = unet, objective, trainable, ema
         self.config, self._device, self._precision, self._num_processes = config, device, precision, num_processes
+        self._teacher = teacher
         on_gpu = device.type == "cuda"
         # In a captured graph a Python number would stay what it was at capture.
         self._lr = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate
@@ -91,7 +95,7 @@ class TrainingStep:
         self._whole = True
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss: LossPerSample = self._compiled() if config.compile else self._loss
+        self.loss: LossPerSample = compiled(self._loss, device) if config.compile else self._loss
         self.graphs = StepGraphs(self.run, self.warm_up) if config.cuda_graph else None
         self.starting_lora: StartingLora | None = None
         self.tags: dict[str, str] = {}
@@ -136,8 +140,12 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(inputs.latents), self.config.train_batch_size):
             part = inputs.part(first, self.config.train_batch_size)
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-                per_sample = self.loss(part.latents, part.noise, part.t, part.condition, part.mask)
+            latents, noise = part.latents, part.noise
+            if self._teacher is not None:
+                with self._autocast():
+                    latents, noise = self._teacher.line(latents, noise, part.t, part.condition)
+            with self._autocast():
+                per_sample = self.loss(latents, noise, part.t, part.condition, part.mask)
             # A sum over the global batch: the size of the micro-batches and slices changes nothing.
             torch.autograd.backward(per_sample.sum() / inputs.global_size)
             total += per_sample.detach().sum()
@@ -184,16 +192,9 @@ class TrainingStep:
             f"attention: {_attention(self.unet, device, dtype)}",
         ])  # fmt: skip
 
-    def _compiled(self) -> LossPerSample:
-        """Return the loss, compiled as one graph."""
-        # torch.compile counts recompiles by code object and fails at the ninth: each trainer of a process gets its own.
-        code = TrainingStep._loss.__code__.replace()
-        loss = MethodType(FunctionType(code, globals()), self)
-        if self._device.type != "cpu":
-            return torch.compile(loss, fullgraph=True)
-        # On a CPU Inductor's conversion of convolutions to channels_last costs a sixth of the step of SD1.5 at half its
-        # width (AMD EPYC, torch 2.13), and in a UNet of 8 and 16 channels it gave gradients that were 27 % wrong.
-        return torch.compile(loss, fullgraph=True, options={"layout_optimization": False})
+    def _autocast(self) -> torch.autocast:
+        """Return the context in which a network is computed. Each drops the casts of weights that it has kept."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16")
 
     def _loss(
         self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None

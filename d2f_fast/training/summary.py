@@ -15,13 +15,15 @@ def recommended_steps(tags: Mapping[str, str]) -> int:
     return int(tags.get("d2f.recommended_steps", RECOMMENDED_STEPS))
 
 
-def pair_tags(dataset: PairDataset) -> dict[str, str]:
+def pair_tags(dataset: PairDataset, *, taught: bool = False) -> dict[str, str]:
     """Return the entries that say what pairs a model was trained on, and how it is therefore sampled.
 
     The guidance of the pairs is built into the trained model, so that it is sampled without guidance.
 
     Args:
         dataset: The pairs. Those without a meta.json, as the published ones, do not say how they were made.
+        taught: Whether the pairs only give the states at which a teacher's velocity is learned, so that neither their
+            guidance nor their straight lines are.
     """
     scales = dataset.common_meta("guidance_scale_range")
     steps, solver = dataset.common_meta("steps"), dataset.common_meta("solver")
@@ -30,6 +32,8 @@ def pair_tags(dataset: PairDataset) -> dict[str, str]:
         guidance = " to ".join(dict.fromkeys(f"{scale:g}" for scale in scales))
     if isinstance(steps, int) and isinstance(solver, str):
         how = f"{solver[:40]}, {steps} steps"
+    if taught:
+        return {"d2f.data": "pairs", "d2f.pairs": str(len(dataset))}
     return {
         "d2f.data": "pairs",
         "d2f.pairs": str(len(dataset)),

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image
@@ -26,7 +26,6 @@ from d2f_fast.files.lock import locked_folder
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.generate import generate
 from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
 from d2f_fast.training.batches import encoded_batches
@@ -37,7 +36,6 @@ from d2f_fast.training.network import (
     check_trainable,
     half_base_of,
     holds_half_base,
-    inputs_in_float32,
     prepare_network,
     settle_options,
 )
@@ -46,10 +44,13 @@ from d2f_fast.training.publish import publish_lora, publish_pipeline, tags_of
 from d2f_fast.training.resume import base_fingerprint, run_identity
 from d2f_fast.training.run_checkpoints import NonFiniteRunError, RunCheckpoints
 from d2f_fast.training.run_log import RunLog, check_tracker
+from d2f_fast.training.sampling import generate_trained
 from d2f_fast.training.signals import stop_signals
 from d2f_fast.training.step import TrainingStep, keep_compiled_code, learning_rates
 from d2f_fast.training.stop import Stop
 from d2f_fast.training.summary import pair_tags
+from d2f_fast.training.teacher import load_teacher, start_teacher
+from d2f_fast.training.teacher_options import TeacherOptions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -79,8 +80,10 @@ class AlignedTrainer:
     Args:
         model: base model; its UNet is trained in place.
         config: options of the run.
+        teacher_options: options of the teacher; None for no teacher.
 
     Attributes:
+        teacher: teacher whose velocity is learned; None where it is that of the data.
         unet: network, with its adapter in place. A LoRA run in bfloat16 holds the frozen weights of a named model in
             bfloat16; `averaged` holds the exact ones.
         config: options of the run, with what the base model settles where it was left open: objective and resolution.
@@ -96,8 +99,9 @@ class AlignedTrainer:
         RefusedInputError: the options do not fit this device or model, or the tracker is not installed.
     """
 
-    def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
-        self.config = config = settle_options(config, model)
+    def __init__(self, model: BaseModel, config: TrainingConfig, teacher_options: TeacherOptions | None = None) -> None:
+        self.teacher_options = teacher_options or TeacherOptions()
+        self.config = config = settle_options(self.teacher_options.settle(config), model)
         self._precision = precision_of(config)
         self.accelerator = start_accelerator(config)
         self.device = self.accelerator.device
@@ -108,17 +112,19 @@ class AlignedTrainer:
             keep_compiled_code()
         # Before a LoRA is added, and before the model moves: from a GPU each weight would be fetched on its own.
         self._base_model, self._fingerprints = base_fingerprint(model, config), model.fingerprints()
+        self.teacher = load_teacher(self.teacher_options, model, config)  # before the model is rounded
         self._half_base = half_base_of(model, config)  # before the model moves, so that only one copy of its UNet does
         self.model, self.unet = model.to(self.device), model.unet
         self.objective = make_objective(config, model.flow)
         self.trainable = prepare_network(model, config)
         self.ema = EMA(self.trainable, config.ema_decay) if config.ema_decay else None
         self._inputs = InputSampler(model, self.objective, config.seed, config.caption_dropout or 0.0)
+        teacher = start_teacher(self.teacher, self.objective, model, self._precision, compile=config.compile)
         parts = self.unet, self.objective, self.trainable, self.ema
         num_processes: int = self.accelerator.num_processes
-        self._training_step = TrainingStep(*parts, config, self.device, self._precision, num_processes)
+        self._training_step = TrainingStep(*parts, config, self.device, self._precision, num_processes, teacher)
         self._training_step.starting_lora = model.starting_lora
-        self._training_step.tags = self.tags = tags_of(config, self.objective, model)
+        self._training_step.tags = self.tags = self._tags()
         self.optimizer = self._training_step.optimizer
         self._checkpoints = RunCheckpoints(self._training_step, writes=self.accelerator.is_main_process)
         self._agreement = Agreement(self.device, num_processes)
@@ -131,6 +137,7 @@ class AlignedTrainer:
         model: "str | Path | DiffusionPipeline",
         config: TrainingConfig | None = None,
         model_options: ModelOptions | None = None,
+        teacher_options: TeacherOptions | None = None,
     ) -> "AlignedTrainer":
         """Return the trainer of a hub id, a pipeline folder, a `.safetensors` file, or a loaded diffusers pipeline.
 
@@ -138,6 +145,7 @@ class AlignedTrainer:
             model: any of these; the UNet of a pipeline is trained in place, and `init_lora` changes its text encoders.
             config: options of the run; None for the defaults.
             model_options: options of the base model; None for the defaults, which take all from the model itself.
+            teacher_options: options of the teacher; None for no teacher.
 
         Raises:
             ModelError: the model cannot be loaded or trained; see `BaseModel` and `load_pipeline`.
@@ -146,8 +154,9 @@ class AlignedTrainer:
         config = config or TrainingConfig()
         check_tracker(config.report_to)  # before the model is loaded, which may take minutes
         if not isinstance(model, str | Path):
-            return cls(BaseModel(model, model_options), config)
-        return cls(BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config)), config)
+            return cls(BaseModel(model, model_options), config, teacher_options)
+        loaded = BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config))
+        return cls(loaded, config, teacher_options)
 
     @property
     def global_batch_size(self) -> int:
@@ -221,12 +230,12 @@ class AlignedTrainer:
         config, main, self._samples = self.config, self.accelerator.is_main_process, len(dataset)
         if main:
             stack.enter_context(locked_folder(config.output_dir))
-        tags = pair_tags(dataset) if isinstance(dataset, PairDataset) else None
-        self._training_step.tags = self.tags = tags_of(config, self.objective, self.model, tags)
-        self._resume()
+        self._training_step.tags = self.tags = self._tags(dataset)
+        self.global_step = self._checkpoints.resume(config, self._identity(), self._samples, self.global_step)
         if main:
-            options = [dataclasses.asdict(part) for part in (self.model.options, config)]
-            write_json(make_folder(config.output_dir) / "config.json", options[0] | options[1])
+            parts = self.model.options, self.teacher_options, config
+            options = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+            write_json(make_folder(config.output_dir) / "config.json", options)
         logger.info("%s", self.paths)
         log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
         if self._half_base is not None:
@@ -292,13 +301,16 @@ class AlignedTrainer:
             return str(error)
         return ""
 
-    def _resume(self) -> None:
-        """Continue from the checkpoint that the options name, if they name one."""
-        self.global_step = self._checkpoints.resume(self.config, self._identity(), self._samples, self.global_step)
-
     def _identity(self) -> dict[str, object]:
         """Return the settings that a continuation must match."""
-        return run_identity(self.config, self._precision, self._base_model, self.model, self.global_batch_size)
+        own = run_identity(self.config, self._precision, self._base_model, self.model, self.global_batch_size)
+        return own if self.teacher is None else own | {"teacher": self.teacher.identity}
+
+    def _tags(self, dataset: ImageDataset | PairDataset | None = None) -> dict[str, str]:
+        """Return the entries of a file's header that describe the result, once the data is known with those of it."""
+        taught = {} if self.teacher is None else self.teacher.tags()
+        of_data = pair_tags(dataset, taught=bool(taught)) if isinstance(dataset, PairDataset) else {}
+        return tags_of(self.config, self.objective, self.model, of_data | taught)
 
     # The result
 
@@ -346,22 +358,10 @@ class AlignedTrainer:
         Raises:
             RefusedInputError: the autoencoder has no latents of this height or width, or the steps cannot be used.
         """
-        cast = inputs_in_float32(self.unet) if self.config.adapter == "full" else nullcontext()
-        with self.averaged(), cast:
-            return generate(
-                self.model.pipeline,
-                prompts,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                height=height or self.config.resolution,
-                width=width or self.config.resolution,
-                generator=generator,
-                method=method,
-                shift=self.config.recommended_shift,
-                prediction_type="flow_prediction" if self.config.objective == "fm" else None,
-                fm_form=self.config.fm_form,
-            )
+        options: dict[str, Any] = {"negative_prompt": negative_prompt, "generator": generator, "method": method}
+        options |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        with self.averaged():
+            return generate_trained(self.model, self.config, prompts, height, width, **options)
 
     def save_lora(self, folder: str | Path) -> Path:
         """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""

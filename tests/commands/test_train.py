@@ -294,3 +294,24 @@ def test_repeats_and_cut_captions_are_said_before_the_training(train, images, tm
         "d2f: 1 of 2 captions is longer than the "
     ) in error
     assert f"which does not see the rest; the first is that of {images / '2.png'}\n" in error
+
+
+def test_run_names_the_teacher_and_refuses_one_that_does_not_fit(train, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--objective", "fm", "--teacher", "base", "--teacher_guidance_scale", "3") == 0
+    printed = capsys.readouterr().err
+    assert "d2f: target: velocity of the teacher base (epsilon, guidance 3); the base's weights serve both" in printed
+    (row,) = json.loads((output / "metrics.json").read_text())["results"]
+    assert (row["objective"], row["teacher"], row["teacher_guidance_scale"]) == ("fm", "base", 3.0)
+    options = json.loads((output / "config.json").read_text())
+    assert (options["teacher"], options["teacher_guidance_scale"]) == ("base", 3.0)
+    assert "ModelSamplingSD3 (shift 1.0) and KSampler (euler, simple), with cfg 1" in (output / "README.md").read_text()
+    for given, sentence in (
+        (["--teacher", "miniature"], "teacher miniature is a UNet of another family with a text width of "),
+        (["--teacher", "old.ckpt"], "teacher: old.ckpt is a pickle, which can run code"),
+        (["--teacher", "base"], "teacher base has nothing to teach with the objective diff2flow"),
+        (["--teacher_guidance_scale", "2"], "teacher_guidance_scale needs a teacher: add --teacher"),
+    ):
+        assert train(tmp_path / "refused", *given) == 2
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "refused" / "config.json").exists()

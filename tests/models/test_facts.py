@@ -13,6 +13,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule, state_facts
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.save import stock_flow_scheduler
 
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -121,3 +122,15 @@ def test_noise_schedule_of_a_folder_that_predicts_the_flow_is_refused(folder: Pa
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "flow_prediction"}))
     with pytest.raises(RefusedInputError, match="rescale_betas_zero_snr has no effect with a model that predicts the"):
         facts_of(folder, rescale_betas_zero_snr=stated)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), stock_flow_scheduler(1000, 3.0)], ids=str)
+def test_rectified_flow_that_is_read_as_diffusion_gets_the_table_of_stable_diffusion(
+    pipeline: Any, scheduler: Any
+) -> None:
+    pipeline.scheduler = scheduler
+    model = BaseModel(pipeline, ModelOptions(prediction_type="v_prediction"))
+    expected = DDIMScheduler(**TABLE).alphas_cumprod
+    torch.testing.assert_close(model.pipeline.scheduler.alphas_cumprod, expected)
+    assert model.flow.prediction_type == "v_prediction"
+    assert BaseModel(pipeline).facts.prediction_type == "v_prediction"

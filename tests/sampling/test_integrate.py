@@ -23,6 +23,10 @@ class DummyUNet:
         self.batches = []
         self.conditions = None
 
+    @property
+    def conv_in(self):
+        return torch.nn.Conv2d(1, 1, 1, dtype=self.dtype)
+
     def __call__(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True):
         assert sample.dtype == self.dtype and not return_dict
         self.batches.append(len(sample))

@@ -49,7 +49,7 @@ def test_recipe_has_a_line_for_each_program(folder: Path) -> None:
 
 def test_recipe_after_pairs_has_two_steps_and_no_guidance(folder: Path, config: TrainingConfig) -> None:
     tags = TAGS | {"d2f.recommended_sigmas": "15.6, 1, 0", "d2f.recommended_steps": "2", "d2f.data": "pairs"}
-    tags["d2f.pairs_guidance"] = "2 to 5"
+    tags |= {"d2f.pairs_guidance": "2 to 5", "d2f.recommended_guidance": "1.0"}
     d2f, diffusers, comfyui, a1111 = recipe(folder, tags, "owls")
     assert d2f.endswith("--prompts TEXT --num_inference_steps 2`")
     assert diffusers.endswith("and `pipe(TEXT, num_inference_steps=2, guidance_scale=1)`")

@@ -177,19 +177,6 @@ def test_step_compiled_by_inductor_is_one_graph_equal_to_eager(
     check_compiled(50, 2e-6)
 
 
-def test_trainers_of_one_process_do_not_share_the_recompile_limit(
-    make_batch: Any, monkeypatch: pytest.MonkeyPatch, make_one_level_trainer: Any
-) -> None:
-    # The limit is that of the tracing, which is the same for every backend.
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda loss, fullgraph, options: compile(loss, fullgraph=fullgraph, backend="eager")
-    )
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for _ in range(2):
-            make_one_level_trainer(compile=True).step(make_batch(4))
-
-
 def test_compiled_code_with_a_lora_linear_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv(PATH_VARIABLE, "split")

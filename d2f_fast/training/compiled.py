@@ -1,0 +1,23 @@
+"""Compile the parts of a training step that call a network."""
+
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+
+def compiled(method: Any, device: torch.device) -> Any:
+    """Return a bound method, compiled as one graph.
+
+    Args:
+        method: bound method of an object that belongs to one trainer.
+        device: device that it runs on.
+    """
+    # torch.compile counts recompiles by code object and fails at the ninth: each trainer of a process gets its own.
+    function = method.__func__
+    own = MethodType(FunctionType(function.__code__.replace(), function.__globals__), method.__self__)
+    if device.type != "cpu":
+        return torch.compile(own, fullgraph=True)
+    # On a CPU Inductor's conversion of convolutions to channels_last costs a sixth of the step of SD1.5 at half its
+    # width (AMD EPYC, torch 2.13), and in a UNet of 8 and 16 channels it gave gradients that were 27 % wrong.
+    return torch.compile(own, fullgraph=True, options={"layout_optimization": False})

@@ -1,0 +1,134 @@
+"""Options of a teacher, whose velocity a network learns in place of the straight line. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2f_fast.config import (
+    DEFAULT_CAPTION_DROPOUT,
+    PredictionType,
+    TrainingConfig,
+    check_guidance,
+    check_options,
+    option,
+)
+from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
+from d2f_fast.lora.source import check_lora_file, parse_lora
+from d2f_fast.models.configs import ModelConfigs, read_configs
+from d2f_fast.models.options import ModelOptions
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Hold the options of the teacher of a training run.
+
+    Args:
+        teacher: Model whose velocity is the target in place of latents - noise, at the same noisy latents and time: a
+            Hugging Face id, a diffusers pipeline folder, one .safetensors file, or "base", which is the model that the
+            run starts from, as it was before it. With --objective fm it makes a rectified-flow checkpoint of a
+            diffusion model, and with --objective diffusion a diffusion model of a rectified-flow checkpoint. The
+            default None learns from the data alone.
+        teacher_guidance_scale: Strength of the teacher's classifier-free guidance, which the trained model then has
+            built in, so that it is sampled without guidance. 1 and 0 turn it off, and other values below 1 are refused.
+            The default None means 1. Guidance doubles the teacher's part of a step.
+        teacher_lora: One or more LoRA that are merged into the teacher, each as PATH or PATH:SCALE, in any format that
+            `d2f sample --lora` takes. They must adapt the UNet alone. The default is none.
+        teacher_prediction_type: What the teacher predicts, where its files are wrong or silent, as --prediction_type
+            does for the base model. With the teacher "base" it says how the base model is read as a teacher. The
+            default None takes it from the teacher's own files.
+
+    Raises:
+        RefusedInputError: An option has a value that it does not take, or needs a teacher and there is none.
+    """
+
+    teacher: str | None = option("method", None)
+    teacher_guidance_scale: float | None = option("method", None, check_guidance)
+    teacher_lora: tuple[str, ...] = option("method", ())
+    teacher_prediction_type: PredictionType | None = option("method", None)
+
+    def __post_init__(self) -> None:
+        """Refuse values that an option does not take, and options of a teacher without a teacher."""
+        check_options(self)
+        if self.teacher is not None:
+            return
+        for declared in dataclasses.fields(self):
+            if getattr(self, declared.name) not in (None, ()):
+                raise RefusedInputError(f"{declared.name} needs a teacher: add --teacher, or leave {declared.name} out")
+
+    @property
+    def guidance_scale(self) -> float:
+        """Return the scale of the teacher's guidance; 1 where there is none."""
+        return max(self.teacher_guidance_scale or 1.0, 1.0)
+
+    def settle(self, config: TrainingConfig) -> TrainingConfig:
+        """Return the options of a run, with the caption dropout that goes with the teacher where it is left open.
+
+        Args:
+            config: Options of the run. Without a teacher they are returned as they are.
+        """
+        if self.teacher is None or config.caption_dropout is not None:
+            return config
+        # A model with guidance built in is sampled without the empty prompt.
+        dropout = 0.0 if self.guidance_scale > 1 else DEFAULT_CAPTION_DROPOUT
+        return dataclasses.replace(config, caption_dropout=dropout)
+
+
+def check_teacher_files(options: TeacherOptions, base: str, base_options: ModelOptions) -> None:
+    """Refuse a teacher whose names, configurations and headers show that it cannot teach the base model.
+
+    Args:
+        options: Options of the teacher.
+        base: Hub id, pipeline folder, or `.safetensors` file of the base model.
+        base_options: Options of the base model.
+
+    Raises:
+        ModelError: The teacher or a LoRA cannot be loaded, or does not fit the base model.
+    """
+    if options.teacher is None:
+        return
+    for entry in options.teacher_lora:
+        check_lora_file(parse_lora(entry).path)
+    if options.teacher == BASE:
+        return
+    try:
+        teacher_configs = read_configs(options.teacher, ModelOptions(prediction_type=options.teacher_prediction_type))
+    except RefusedInputError as error:
+        raise type(error)(f"teacher: {error}") from error
+    base_configs = read_configs(base, base_options)
+    if teacher_configs is not None and base_configs is not None:
+        check_fits_base(options.teacher, teacher_configs, base_configs, base_options)
+
+
+def check_fits_base(teacher: str, configs: ModelConfigs, base: ModelConfigs, base_options: ModelOptions) -> None:
+    """Refuse a teacher that takes other inputs than the base model.
+
+    Args:
+        teacher: Name of the teacher.
+        configs: Its configurations.
+        base: Configurations of the base model.
+        base_options: Options of the base model; where they name another autoencoder or scale, the scale is not
+            compared.
+
+    Raises:
+        ModelError: The family, the channels or the scale of the latents differ.
+    """
+    named = f"teacher {printable(Path(teacher).name)}"
+    own, other = ((family_of_config(each.unet), each.unet.get("cross_attention_dim")) for each in (base, configs))
+    if own != other:
+        raise ModelError(
+            f"{named} is {FAMILY_NAMES[other[0]]} with a text width of {other[1]}, and the base model"
+            f" {FAMILY_NAMES[own[0]]} with {own[1]}: give a teacher of the same family"
+        )
+    for key in ("in_channels", "out_channels"):
+        if (its := configs.unet.get(key, 4)) != (ours := base.unet.get(key, 4)):
+            raise ModelError(f"{named} has {key} {its}, and the base model {ours}: give a teacher of the same latents")
+    scales = [float(each.vae.get("scaling_factor", 0.18215)) for each in (configs, base)]
+    replaced = base_options.vae_custom_scale, base_options.pretrained_vae_model_name_or_path
+    if replaced == (None, None) and scales[0] != scales[1]:
+        raise ModelError(
+            f"{named} has latents of the scale {scales[0]:g}, and the base model {scales[1]:g}: give a teacher with the"
+            " same autoencoder"
+        )
