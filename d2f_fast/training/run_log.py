@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -14,6 +15,10 @@ from tqdm import tqdm
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.atomic import atomic_path, make_folder
+from d2f_fast.files.json_file import write_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,17 @@ def check_tracker(report_to: str) -> None:
         raise RefusedInputError(
             f"report_to is {report_to}, which is not installed: pip install {report_to}, or set report_to to none"
         )
+
+
+def write_options(folder: str, *parts: "DataclassInstance") -> None:
+    """Write the options of a run to `config.json`.
+
+    Args:
+        folder: output folder of the run, made where it is missing.
+        parts: dataclasses of options.
+    """
+    options = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+    write_json(make_folder(folder) / "config.json", options)
 
 
 class RunLog:

@@ -3,27 +3,21 @@
 batch (`data`) → inputs (`inputs`) → step (`step`) → log (`run_log`) → checkpoint (`checkpoint`, `resume`)
 """
 
-import dataclasses
 import logging
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-import torch
-from PIL import Image
 from torch import Tensor
 
-from d2f_fast.config import Method, TrainingConfig
+from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch, check_batch
 from d2f_fast.data.loading import ImageDataset, check_dataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.files.atomic import make_folder
-from d2f_fast.files.json_file import write_json
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.flow.alignment import Alignment
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.accelerator import start_accelerator
@@ -40,17 +34,15 @@ from d2f_fast.training.network import (
     settle_options,
 )
 from d2f_fast.training.objective import make_objective
-from d2f_fast.training.publish import publish_lora, publish_pipeline, tags_of
 from d2f_fast.training.resume import base_fingerprint, run_identity
 from d2f_fast.training.run_checkpoints import NonFiniteRunError, RunCheckpoints
-from d2f_fast.training.run_log import RunLog, check_tracker
-from d2f_fast.training.sampling import generate_trained
+from d2f_fast.training.run_log import RunLog, check_tracker, write_options
 from d2f_fast.training.signals import stop_signals
 from d2f_fast.training.step import TrainingStep, keep_compiled_code, learning_rates
 from d2f_fast.training.stop import Stop
-from d2f_fast.training.summary import pair_tags
 from d2f_fast.training.teacher import load_teacher, start_teacher
 from d2f_fast.training.teacher_options import TeacherOptions
+from d2f_fast.training.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -74,7 +66,7 @@ class RunResult(TypedDict):
     seconds: float
 
 
-class AlignedTrainer:
+class AlignedTrainer(TrainedModel):
     """Train, sample and save one model.
 
     Args:
@@ -165,11 +157,6 @@ class AlignedTrainer:
         return self.config.train_batch_size * self.config.gradient_accumulation_steps * num_processes
 
     @property
-    def alignment(self) -> Alignment:
-        """Alignment of the base model, on the device; see `BaseModel.alignment`."""
-        return self.model.alignment
-
-    @property
     def paths(self) -> str:
         """Path that each part of a step takes, and why, in one line."""
         return self._training_step.paths()
@@ -231,11 +218,9 @@ class AlignedTrainer:
         if main:
             stack.enter_context(locked_folder(config.output_dir))
         self._training_step.tags = self.tags = self._tags(dataset)
-        self.global_step = self._checkpoints.resume(config, self._identity(), self._samples, self.global_step)
+        self._resume()
         if main:
-            parts = self.model.options, self.teacher_options, config
-            options = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
-            write_json(make_folder(config.output_dir) / "config.json", options)
+            write_options(config.output_dir, self.model.options, self.teacher_options, config)
         logger.info("%s", self.paths)
         log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
         if self._half_base is not None:
@@ -301,75 +286,11 @@ class AlignedTrainer:
             return str(error)
         return ""
 
+    def _resume(self) -> None:
+        """Continue from the checkpoint that the options name, if they name one."""
+        self.global_step = self._checkpoints.resume(self.config, self._identity(), self._samples, self.global_step)
+
     def _identity(self) -> dict[str, object]:
         """Return the settings that a continuation must match."""
         own = run_identity(self.config, self._precision, self._base_model, self.model, self.global_batch_size)
         return own if self.teacher is None else own | {"teacher": self.teacher.identity}
-
-    def _tags(self, dataset: ImageDataset | PairDataset | None = None) -> dict[str, str]:
-        """Return the entries of a file's header that describe the result, once the data is known with those of it."""
-        taught = {} if self.teacher is None else self.teacher.tags()
-        of_data = pair_tags(dataset, taught=bool(taught)) if isinstance(dataset, PairDataset) else {}
-        return tags_of(self.config, self.objective, self.model, of_data | taught)
-
-    # The result
-
-    @contextmanager
-    def averaged(self, *, exact_base: bool = True) -> Iterator[None]:
-        """Hold the averaged weights and the exact frozen ones inside a `with` block, in evaluation mode.
-
-        Args:
-            exact_base: whether the frozen weights are exact; False leaves them in the type of the training.
-        """
-        exact = nullcontext() if self._half_base is None or not exact_base else self._half_base.exact()
-        average = nullcontext() if self.ema is None else self.ema.swapped()
-        self.unet.eval()
-        try:
-            with exact, average:
-                yield
-        finally:
-            self.unet.train()
-
-    def sample(
-        self,
-        prompts: str | Sequence[str],
-        num_inference_steps: int = 4,
-        guidance_scale: float = 1.0,
-        negative_prompt: str = "",
-        height: int | None = None,
-        width: int | None = None,
-        generator: torch.Generator | None = None,
-        method: Method = "euler",
-    ) -> list[Image.Image]:
-        """Generate one image for each prompt with the averaged weights, along flow time from t = 0.
-
-        Args:
-            prompts: one prompt, or several.
-            num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" need 2.
-            guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, other values below 1 are refused.
-            negative_prompt: prompt to steer away from, with guidance; "" for the model's own empty prompt.
-            height, width: size of the images in pixels; None for the training resolution.
-            generator: source of the noise, on the device or the CPU; None for torch's global generator.
-            method: integration method.
-
-        Returns:
-            One RGB image for each prompt.
-
-        Raises:
-            RefusedInputError: the autoencoder has no latents of this height or width, or the steps cannot be used.
-        """
-        options: dict[str, Any] = {"negative_prompt": negative_prompt, "generator": generator, "method": method}
-        options |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        with self.averaged():
-            return generate_trained(self.model, self.config, prompts, height, width, **options)
-
-    def save_lora(self, folder: str | Path) -> Path:
-        """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""
-        run = self.global_step, self.global_batch_size
-        with self.averaged(exact_base=False):
-            return publish_lora(self.model, self.objective, self.config, self.tags, folder, *run)
-
-    def save_pipeline(self, folder: str | Path, *, replace: bool = False) -> Path:
-        """Write the averaged model as a diffusers pipeline, and return its folder; see `publish_pipeline`."""
-        with self.averaged():
-            return publish_pipeline(self.model, self.objective, self.config, self.tags, folder, replace=replace)

@@ -1,0 +1,140 @@
+"""The result of a run: the averaged weights, which generate images and are saved."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from d2f_fast.config import Method, TrainingConfig
+from d2f_fast.data.loading import ImageDataset
+from d2f_fast.data.pairs import PairDataset
+from d2f_fast.flow.alignment import Alignment
+from d2f_fast.layers.half_base import HalfBase
+from d2f_fast.models.base_model import BaseModel
+from d2f_fast.sampling.generate import generate
+from d2f_fast.training.ema import EMA
+from d2f_fast.training.network import inputs_in_float32
+from d2f_fast.training.objective import Objective
+from d2f_fast.training.publish import publish_lora, publish_pipeline, tags_of
+from d2f_fast.training.summary import pair_tags
+from d2f_fast.training.teacher import TeacherModel
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+class TrainedModel(ABC):
+    """Generate images with the averaged weights of a run, and save them.
+
+    Attributes:
+        model: base model, whose UNet is the trained network.
+        unet: the network.
+        config: options of the run.
+        objective: objective that the network is trained on.
+        teacher: teacher whose velocity is learned; None where it is that of the data.
+        ema: average of the trained parameters; None where `ema_decay` is 0.
+        tags: entries of a file's header that describe the result and how to sample it.
+        global_step: number of optimizer steps taken.
+    """
+
+    model: BaseModel
+    unet: "UNet2DConditionModel"
+    config: TrainingConfig
+    objective: Objective
+    teacher: TeacherModel | None
+    ema: EMA | None
+    tags: dict[str, str]
+    global_step: int
+    _half_base: HalfBase | None
+
+    @property
+    @abstractmethod
+    def global_batch_size(self) -> int:
+        """Number of images per step, over all processes and backward passes."""
+
+    @property
+    def alignment(self) -> Alignment:
+        """Alignment of the base model, on the device; see `BaseModel.alignment`."""
+        return self.model.alignment
+
+    @contextmanager
+    def averaged(self, *, exact_base: bool = True) -> Iterator[None]:
+        """Hold the averaged weights and the exact frozen ones inside a `with` block, in evaluation mode.
+
+        Args:
+            exact_base: whether the frozen weights are exact; False leaves them in the type of the training.
+        """
+        exact = nullcontext() if self._half_base is None or not exact_base else self._half_base.exact()
+        average = nullcontext() if self.ema is None else self.ema.swapped()
+        self.unet.eval()
+        try:
+            with exact, average:
+                yield
+        finally:
+            self.unet.train()
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        num_inference_steps: int = 4,
+        guidance_scale: float = 1.0,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        method: Method = "euler",
+    ) -> list[Image.Image]:
+        """Generate one image for each prompt with the averaged weights, along flow time from t = 0.
+
+        Args:
+            prompts: one prompt, or several.
+            num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" need 2.
+            guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, other values below 1 are refused.
+            negative_prompt: prompt to steer away from, with guidance; "" for the model's own empty prompt.
+            height, width: size of the images in pixels; None for the training resolution.
+            generator: source of the noise, on the device or the CPU; None for torch's global generator.
+            method: integration method.
+
+        Returns:
+            One RGB image for each prompt.
+
+        Raises:
+            RefusedInputError: the autoencoder has no latents of this height or width, or the steps cannot be used.
+        """
+        cast = inputs_in_float32(self.unet) if self.config.adapter == "full" else nullcontext()
+        with self.averaged(), cast:
+            return generate(
+                self.model.pipeline,
+                prompts,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                height=height or self.config.resolution,
+                width=width or self.config.resolution,
+                generator=generator,
+                method=method,
+                shift=self.config.recommended_shift,
+                prediction_type="flow_prediction" if self.config.objective == "fm" else None,
+                fm_form=self.config.fm_form,
+            )
+
+    def save_lora(self, folder: str | Path) -> Path:
+        """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""
+        run = self.global_step, self.global_batch_size
+        with self.averaged(exact_base=False):
+            return publish_lora(self.model, self.objective, self.config, self.tags, folder, *run)
+
+    def save_pipeline(self, folder: str | Path, *, replace: bool = False) -> Path:
+        """Write the averaged model as a diffusers pipeline, and return its folder; see `publish_pipeline`."""
+        with self.averaged():
+            return publish_pipeline(self.model, self.objective, self.config, self.tags, folder, replace=replace)
+
+    def _tags(self, dataset: ImageDataset | PairDataset | None = None) -> dict[str, str]:
+        """Return the entries of a file's header that describe the result, once the data is known with those of it."""
+        taught = {} if self.teacher is None else self.teacher.tags()
+        of_data = pair_tags(dataset, taught=bool(taught)) if isinstance(dataset, PairDataset) else {}
+        return tags_of(self.config, self.objective, self.model, of_data | taught)
