@@ -48,7 +48,8 @@ def test_training_and_the_use_of_its_result_run(in_folder_of_images: Path, tiny_
     small = {BASE: str(tiny_folder), "rank=64, max_train_steps=2000": "rank=2, max_train_steps=2, resolution=16"}
     small |= {"my_python_run": "my_run"}  # the folder that the shell line would have made
     run_block("AlignedTrainer", {}, small)
-    assert Image.open(in_folder_of_images / "lighthouse.png").size == (16, 16)
+    with Image.open(in_folder_of_images / "lighthouse.png") as image:
+        assert image.size == (16, 16)
 
     small = {BASE: str(tiny_folder), "guidance_scale=4.0": "guidance_scale=4.0, width=16, height=16"}
     names = run_block("load_lora_weights", {}, small)

@@ -3,9 +3,10 @@
     Linear, 1x1 Conv2d     ops.lora_linear: base product and adapter as one operation
     other Conv2d           torch's convolution for the base and for A; B, a 1x1 convolution, added by one product
 
-This holds on a GPU. Elsewhere plain torch does peft's operations in peft's order, so that torch.compile can trace them,
-and float32 results are bit for bit peft's. Unlike in peft, x is not cast to the type of A and B: they are cast to the
-type of x. Each call decides from Python attributes and shapes alone.
+This holds on a GPU, where A and B are rounded to the type of x, the type of the base product. Elsewhere plain torch does
+peft's operations in peft's order and types, so that torch.compile can trace them, and results are bit for bit peft's:
+float32 adapters of a half-precision network compute in float32. Unlike in peft, x is never rounded to a half-precision
+adapter's type. Each call decides from Python attributes and shapes alone.
 """
 
 from typing import Any, NamedTuple
@@ -42,10 +43,11 @@ class FusedLinear(PeftLinear):
             lora_a, lora_b = operands(self)
             return lora_linear(x, self.base_layer.weight, lora_a, lora_b, self.base_layer.bias)
         result = self.base_layer(x)
+        dtype = result.dtype
         for lora_a, lora_b, scale in active_adapters(self):
-            delta = F.linear(F.linear(x, _cast(lora_a.weight, x)), _cast(lora_b.weight, x))
-            result = result + _scaled(delta, scale)
-        return result
+            adapted, a_weight, b_weight = _in_one_type(x, lora_a.weight, lora_b.weight)
+            result = result + _scaled(F.linear(F.linear(adapted, a_weight), b_weight), scale)
+        return result.to(dtype)
 
 
 class FusedConv2d(PeftConv2d):
@@ -60,13 +62,16 @@ class FusedConv2d(PeftConv2d):
             weight, lora_a, lora_b = (matrix.flatten(1) for matrix in (base.weight, *operands(self)))
             return lora_linear(x.permute(0, 2, 3, 1), weight, lora_a, lora_b, base.bias).permute(0, 3, 1, 2)
         result = base(x)
+        dtype = result.dtype
         for lora_a, lora_b, scale in active_adapters(self):
-            s = lora_a._conv_forward(x, _cast(lora_a.weight, x), None)
             if fused and lora_b.groups == 1 and is_channels_last(result):
+                s = lora_a._conv_forward(x, lora_a.weight if autocasts(x) else lora_a.weight.to(x.dtype), None)
                 result = _expanded(result, s, _scaled(lora_b.weight, scale))
             else:
-                result = result + _scaled(lora_b._conv_forward(s, _cast(lora_b.weight, x), None), scale)
-        return result
+                adapted, a_weight, b_weight = _in_one_type(x, lora_a.weight, lora_b.weight)
+                s = lora_a._conv_forward(adapted, a_weight, None)
+                result = result + _scaled(lora_b._conv_forward(s, b_weight, None), scale)
+        return result.to(dtype)
 
 
 def serves(layer: LoraLayer) -> bool:
@@ -129,9 +134,12 @@ def operands(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     return (lora_as[0], lora_bs[0]) if len(adapters) == 1 else (torch.cat(lora_as), torch.cat(lora_bs, 1))
 
 
-def _cast(weight: Tensor, x: Tensor) -> Tensor:
-    """Return a master weight in the type of the product; autocast casts weights, and caches the casts, by itself."""
-    return weight if autocasts(x) else weight.to(x.dtype)
+def _in_one_type(x: Tensor, a_weight: Tensor, b_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, A and B in the widest of their types; autocast casts them, and caches the casts, by itself."""
+    if autocasts(x):
+        return x, a_weight, b_weight
+    dtype = torch.promote_types(torch.promote_types(x.dtype, a_weight.dtype), b_weight.dtype)
+    return x.to(dtype), a_weight.to(dtype), b_weight.to(dtype)
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:

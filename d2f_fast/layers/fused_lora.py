@@ -5,8 +5,9 @@ diffusers can still merge, scale, disable, copy and save the module, and giving 
 """
 
 import logging
+import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from types import TracebackType
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from d2f_fast.layers.frozen_conv import FrozenConv2d
 from d2f_fast.layers.fused_layers import FusedConv2d, FusedLinear, obstacle, operands
-from d2f_fast.layers.packed_attention import PackedAttention, pack_text_products
+from d2f_fast.layers.packed_attention import PackedAttention, pack_text_products, unpack_text_products
 from d2f_fast.ops import MIN_ROWS, choose_path, kernel_path, runs_plain
 
 logger = logging.getLogger(__name__)
@@ -36,18 +37,12 @@ _ORIGINALS = {ours: theirs for theirs, ours in _CLASSES.items()}
 class FusedLoRA:
     """Handle of `use_fused_lora`; `remove()`, or leaving the `with` block, restores the original forwards."""
 
-    def __init__(
-        self, unet: UNet2DConditionModel, swapped: Sequence[nn.Module], unpack_text: Callable[[], None]
-    ) -> None:
-        self._unet, self._swapped, self._unpack_text = unet, list(swapped), unpack_text
+    def __init__(self, unet: UNet2DConditionModel, swapped: Iterable[nn.Module]) -> None:
+        self._unet, self._swapped = unet, list(swapped)
 
     def remove(self) -> None:
         """Give every layer its own forward back, also those that were merged or unloaded in the meantime."""
-        # peft gives A and B of a new adapter the class of the convolution that they adapt, so all modules are searched.
-        for module in [*self._swapped, *self._unet.modules()]:
-            if type(module) in _ORIGINALS:
-                module.__class__ = _ORIGINALS[type(module)]
-        self._unpack_text()
+        _restore(self._unet, self._swapped)
 
     def __enter__(self) -> "FusedLoRA":
         return self
@@ -64,8 +59,8 @@ def use_fused_lora(unet: UNet2DConditionModel) -> FusedLoRA:
     The UNet computes the same function of the same parameters: nothing is renamed, cast or copied. Layers that the
     fused path does not know (dropout in training, DoRA and other variants, a bias on B, quantised or hooked layers) run
     peft's own forward, and one warning counts them. Adapters may be added, deleted, scaled, merged and disabled in the
-    meantime; a module that peft wraps later runs peft's forward. After `merge_and_unload` the attention layers and the
-    frozen convolutions keep their classes of this package, with the same results, until `.remove()`.
+    meantime; a module that peft wraps later runs peft's forward. When the last LoRA layer is gone, as after
+    `merge_and_unload` or diffusers' `unload_lora`, the UNet is what it was before, without `.remove()`.
 
     Args:
         unet: diffusers UNet2DConditionModel with LoRA layers of peft; it must be the network itself, to which
@@ -95,7 +90,32 @@ def use_fused_lora(unet: UNet2DConditionModel) -> FusedLoRA:
     if reasons:
         causes = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
         logger.warning("%d of %d LoRA layers run peft's own forward: %s", reasons.total(), len(layers), causes)
-    return FusedLoRA(unet, swapped, pack_text_products(unet))
+    pack_text_products(unet)
+    _restore_after_the_last(layers, unet)
+    return FusedLoRA(unet, [module for module in swapped if not isinstance(module, LoraLayer)])
+
+
+def _restore(unet: UNet2DConditionModel, swapped: Iterable[nn.Module] = ()) -> None:
+    """Give the modules of a UNet, and further ones that were part of it, their own classes back."""
+    # peft gives A and B of a new adapter the class of the convolution that they adapt, so all modules are searched.
+    for module in [*swapped, *unet.modules()]:
+        if type(module) in _ORIGINALS:
+            module.__class__ = _ORIGINALS[type(module)]
+    unpack_text_products(unet)
+
+
+def _restore_after_the_last(layers: Iterable[nn.Module], unet: UNet2DConditionModel) -> None:
+    """Restore a UNet when the last of these layers is no longer in memory; neither is kept in memory for that."""
+    left = {id(layer) for layer in layers}
+    reference = weakref.ref(unet)
+
+    def forget(layer: int) -> None:
+        left.discard(layer)
+        if not left and (kept := reference()) is not None:
+            _restore(kept)
+
+    for layer in layers:
+        weakref.finalize(layer, forget, id(layer)).atexit = False
 
 
 def lora_paths(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> str:

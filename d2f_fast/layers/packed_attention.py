@@ -8,13 +8,14 @@ This happens on a GPU only; elsewhere, and in layers that are not recognised, ea
 weights are concatenated at each call, since a kept copy would go stale when weights are loaded, merged or moved.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from d2f_fast.layers.fused_layers import FusedLinear, hooked, operands, serves
 from d2f_fast.ops import MIN_ROWS, autocasts, choose_path, lora_linear_packed, runs_plain
@@ -71,34 +72,36 @@ class TextProducts:
         self.blocks = [module for module in modules if hasattr(module, "gradient_checkpointing")]
         self.text: Tensor | None = None
         self.projected: list[tuple[Tensor, Tensor]] = []
+        self.hooks: list[RemovableHandle] = []
 
 
-def pack_text_products(unet: UNet2DConditionModel) -> Callable[[], None]:
+def pack_text_products(unet: UNet2DConditionModel) -> None:
     """Make a UNet compute the text's keys and values of several layers at once where that is faster.
 
     Args:
-        unet: UNet whose attention layers are `PackedAttention`; it gets an attribute and two hooks.
-
-    Returns:
-        A function that undoes it.
+        unet: UNet whose attention layers are `PackedAttention`; it gets an attribute and two hooks, which
+            `unpack_text_products` takes away.
     """
     products = TextProducts(unet)
     for index, attention in enumerate(products.attentions):
         attention.text_products, attention.text_index = products, index
     unet.text_products = products
-    hooks = [
+    products.hooks = [
         unet.register_forward_pre_hook(_project_text, with_kwargs=True),
         unet.register_forward_hook(_forget_text, always_call=True),  # after an error too: a kept product goes stale
     ]
 
-    def remove() -> None:
-        for hook in hooks:
-            hook.remove()
-        for module in (unet, *products.attentions):
-            vars(module).pop("text_products", None)
-            vars(module).pop("text_index", None)
 
-    return remove
+def unpack_text_products(unet: UNet2DConditionModel) -> None:
+    """Undo `pack_text_products`; a UNet that it was not applied to stays as it is."""
+    products: TextProducts | None = vars(unet).get("text_products")
+    if products is None:
+        return
+    for hook in products.hooks:
+        hook.remove()
+    for module in (unet, *products.attentions):
+        vars(module).pop("text_products", None)
+        vars(module).pop("text_index", None)
 
 
 def _project_text(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ for form in ("loop", "folder", "unrolled"):
         assert done.returncode == 1 and "import of torch halted" in done.stderr
         return
     assert done.returncode == 0, done.stderr
-    assert {Image.open(path).size for path in tmp_path.iterdir()} == {(32, 16)}
+    assert {np.asarray(Image.open(path)).shape for path in tmp_path.iterdir()} == {(16, 32, 3)}
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -134,7 +134,7 @@ def test_sample_command_generates_with_an_export_folder(exported, tmp_path, caps
     command = ["sample", "--prompts", "ab", "cd", "--onnx", str(exported[0]), "--output_dir", str(tmp_path / "a")]
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [Image.open(file).size for file in result["files"]] == [(16, 16)] * 2
+    assert [np.asarray(Image.open(file)).shape for file in result["files"]] == [(16, 16, 3)] * 2
     assert main([*command, "--seed", "1", "--output_dir", str(tmp_path / "b")]) == 0
     assert (tmp_path / "a/000.png").read_bytes() != (tmp_path / "b/000.png").read_bytes()
 

@@ -1,5 +1,6 @@
 """Fused LoRA layers give the results and gradients of peft's own layers, and leave unknown layers to peft."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,27 @@ def test_bfloat16_error_is_at_most_that_of_peft(
         monkeypatch.setenv(PATH_VARIABLE, path)
     with use_fused_lora(unet):
         assert error() <= 1.2 * want
+
+
+@pytest.mark.parametrize("path", [None, "addmm", "split"])
+def test_forward_of_float32_adapters_in_a_bfloat16_base_is_as_exact_as_that_of_peft(
+    unets: Any, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    unet = unets.adapted()
+    for name, parameter in unet.named_parameters():
+        parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16().float()
+    inputs = unets.inputs(unet)
+    with torch.no_grad():
+        truth = copy.deepcopy(unet).double()(*[tensor.double() for tensor in inputs]).sample
+        for name, parameter in unet.named_parameters():
+            parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
+        theirs = unet(*unets.inputs(unet)).sample
+        if path:
+            monkeypatch.setenv(PATH_VARIABLE, path)
+        with use_fused_lora(unet):
+            ours = unet(*unets.inputs(unet)).sample
+    want, got = ((result.double() - truth).norm() / truth.norm() for result in (theirs, ours))
+    assert torch.equal(ours, theirs) if path is None else got <= 1.05 * want
 
 
 def test_trainable_base_weights_get_their_gradients(unets: Any) -> None:

@@ -1,8 +1,10 @@
 """`use_fused_lora` on a whole UNet: peft and diffusers keep working on it, it compiles, and it can be undone."""
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,26 @@ def test_merge_and_unload_gives_the_weights_that_peft_gives(unets: Any) -> None:
     assert [type(module) for module in merged[1].modules()] == [type(module) for module in merged[0].modules()]
 
 
+@pytest.mark.parametrize("unload", ["merge_and_unload", "unload"])
+def test_network_without_its_lora_layers_has_its_own_classes_and_no_hooks(unets: Any, unload: str) -> None:
+    plain = unets.new_unet()
+    model = get_peft_model(unets.new_unet(), LoraConfig(r=4, target_modules=list(EVERYWHERE)))
+    use_fused_lora(model.get_base_model())
+    unet = getattr(model, unload)()
+    assert [type(module) for module in unet.modules()] == [type(module) for module in plain.modules()]
+    assert not unet._forward_pre_hooks and not unet._forward_hooks and not hasattr(unet, "text_products")
+
+
+def test_network_on_the_fused_path_is_freed_from_memory(unets: Any) -> None:
+    unet = unets.adapted()
+    use_fused_lora(unet)
+    unets.step(unet)
+    kept = weakref.ref(unet)
+    del unet
+    gc.collect()
+    assert kept() is None
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
 def test_copied_network_computes_the_same_with_its_own_weights(unets: Any, duplicate: Callable[[Any], Any]) -> None:
     unet = unets.adapted()
@@ -192,7 +214,9 @@ def test_inductor_gives_the_gradients_of_eager_mode(
     torch.compiler.reset()
 
 
-def test_frozen_convolutions_and_casts_are_not_kept_for_backward(unets: Any) -> None:
+def test_frozen_convolutions_and_casts_are_not_kept_for_backward(
+    unets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unet = unets.adapted(convolutions=False)
     for name, parameter in unet.named_parameters():
         parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
@@ -210,6 +234,7 @@ def test_frozen_convolutions_and_casts_are_not_kept_for_backward(unets: Any) -> 
         return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
 
     theirs = kept_bytes()
+    monkeypatch.setenv(PATH_VARIABLE, "addmm")
     with use_fused_lora(unet):
         assert kept_bytes() < 0.75 * theirs
 

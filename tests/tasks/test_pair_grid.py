@@ -44,4 +44,5 @@ def test_grid_shows_the_images_of_the_first_pairs(count: int, rows: int, write_p
 
 def test_large_images_are_made_smaller(write_pairs: Write, tmp_path: Path) -> None:
     write_grid(tmp_path / "grid.png", write_pairs(tmp_path / "0.tar", 1), lambda latents: torch.ones(1, 3, 512, 768))
-    assert Image.open(tmp_path / "grid.png").height < CELL + 60
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.height < CELL + 60
