@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from d2f_fast import load_miniature
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.report import Report
@@ -71,9 +72,20 @@ def exported(one_level_folder: Path, export_once: MakeFolder) -> tuple[Path, Rep
 
 
 @pytest.fixture(scope="session")
-def exported_miniature(export_once: MakeFolder) -> tuple[Path, Report]:
-    """Export the embedded miniature with every component."""
-    return export_once("exported_miniature")
+def short_miniature(one_level: dict[str, Any], shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Save the embedded miniature with a random UNet of a single level, and return its folder."""
+    from diffusers import UNet2DConditionModel
+
+    pipeline = load_miniature()
+    torch.manual_seed(0)
+    pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | one_level | {"attention_head_dim": 2})
+    return shared_folder("short_miniature", lambda folder: pipeline.save_pretrained(folder / "pipeline")) / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def exported_miniature(export_once: MakeFolder, short_miniature: Path) -> tuple[Path, Report]:
+    """Export every component of the embedded miniature, with a UNet of a single level."""
+    return export_once("exported_miniature", model=str(short_miniature))
 
 
 @pytest.fixture(scope="session")

@@ -214,9 +214,7 @@ def test_inductor_gives_the_gradients_of_eager_mode(
     torch.compiler.reset()
 
 
-def test_frozen_convolutions_and_casts_are_not_kept_for_backward(
-    unets: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_convolutions_and_casts_are_not_kept_for_backward(unets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = unets.adapted(convolutions=False)
     for name, parameter in unet.named_parameters():
         parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
