@@ -3,7 +3,7 @@
     Linear, 1x1 Conv2d     ops.lora_linear: base product and adapter as one operation
     other Conv2d           torch's convolution for the base and for A; B, a 1x1 convolution, added by one product
 
-This holds on a GPU, where A and B are rounded to the type of x, which is that of the base product. Elsewhere plain torch
+This holds on a GPU, where A and B are rounded to the type of x, the type of the base product. Elsewhere plain torch
 does peft's operations in peft's order and types, so that torch.compile can trace them, and results are bit for bit
 peft's: float32 adapters of a half-precision network compute in float32. Unlike in peft, x is never rounded to a
 half-precision adapter's type. Each call decides from Python attributes and shapes alone.
