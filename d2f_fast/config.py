@@ -22,6 +22,7 @@ LearningRateSchedule = Literal[
 Method = Literal["euler", "midpoint", "heun"]
 FixedStepMethod = Literal["euler", "midpoint", "heun", "rk4"]
 StochasticMethod = Literal["euler_maruyama", "stochastic_heun"]
+SamplingMethod = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "euler_maruyama", "stochastic_heun"]
 Spacing = Literal["uniform", "trailing"]
 # The trackers that accelerate can log to, by its names.
 Tracker = Literal[

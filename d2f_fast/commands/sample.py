@@ -6,15 +6,17 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast import __version__
+from d2f_fast.commands.sample_files import check_start
 from d2f_fast.config import (
     DEFAULT_GUIDANCE,
     MAX_SHIFT,
     MAX_SIDE,
-    Method,
+    SamplingMethod,
     Spacing,
     at_least,
     check_guidance,
@@ -30,12 +32,13 @@ from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import check_negative_prompt, check_steps, guidance_or_default, image_size
+from d2f_fast.sampling.solver_options import SolverOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # These options are fixed in an exported folder, so that they cannot be given together with --onnx.
-_FIXED_BY_EXPORT = ("model", "lora", "method", "flow_spacing", "shift")
+_FIXED_BY_EXPORT = ("model", "lora", "method", "flow_spacing", "shift", "intermediates", "invert", "noise")
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,25 @@ class Sample:
             kohya or LyCORIS. The default is none, which uses the model as it is.
         model_options: Options of the base model.
         onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --lora,
-            --method, --flow_spacing, --shift, --model or another option of the model it is refused, because the export
-            has settled them. The default None runs the model with diffusers.
+            --method, --flow_spacing, --shift, --model or another option of the model or of a solver it is refused,
+            because the export has settled them. The default None runs the model with diffusers.
         onnx_provider: Provider of ONNX Runtime that --onnx runs on; without --onnx it is refused. "auto", which the
             default None means, takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise,
             never TensorRT.
         num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
-            "midpoint" and "heun" twice in every step but the last one, so that they need 2 steps. With --onnx only the
-            numbers that were exported are accepted.
+            "midpoint" and "heun" twice in every step but the last one, so that they need 2 steps, and "rk4" four times.
+            "dopri5" chooses its own steps: this is then the number of --intermediates. With --onnx only the numbers
+            that were exported are accepted.
         guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1
             and 0 turn guidance off, which halves the time. Other values below 1 are refused. The default None takes the
-            lowest one saved with the model and the LoRA, which is 1 after `d2f train --pairs`, or else 3.
+            lowest one saved with the model and the LoRA, which is 1 after `d2f train --pairs`, or else 3, and 1 with
+            --invert.
         negative_prompt: Prompt to steer away from, the same for all images. It needs a --guidance_scale above 1. The
             default is empty, for none.
-        method: Integration method. "euler" is the fastest per step; "midpoint" and "heun" are more accurate per step.
+        method: Integration method. "euler" is the fastest per step; "midpoint", "heun" and the fourth-order "rk4" are
+            more accurate per step. "dopri5" chooses its steps so that the error stays within --rtol and --atol.
+            "euler_maruyama" and "stochastic_heun" add noise along the way and take it out again.
+        solver_options: Options of solvers and guidance.
         flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time. "trailing" takes the times of
             diffusers' trailing timesteps, to compare with DDIM. Both start at t = 0, pure noise.
         shift: Factor on the ratio of noise to image, (1 - t) / t, at each step; it is --sampling_shift of `d2f train`.
@@ -74,6 +82,14 @@ class Sample:
             own height.
         width: Width of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
             own width.
+        intermediates: Also write the state of each image before the first and after each step, decoded, as 000_00.png
+            and so on. It is off by default.
+        invert: Images whose noise is found, one for each prompt, which says what the image shows. The flow is followed
+            from the image back to its noise, which is written as 000_noise.safetensors; 000.png is what is generated
+            from it again. Each image is resized and cropped in the middle to --height and --width. Many accurate steps
+            are needed, such as --method rk4 --num_inference_steps 50. The default None inverts nothing.
+        noise: Files of noise to start from in place of the seed's, as --invert writes them, one for each prompt. The
+            default None starts from the seed's.
         seed: Seed of the noise, from 0 to 2**63 - 1. The same seed and options give the same images on one machine.
         output_dir: Folder that receives the images, 000.png and so on, and metrics.json; it is created if it is
             missing. No image is replaced: the numbers go on from those in the folder. Each image and metrics.json say
@@ -93,11 +109,15 @@ class Sample:
     num_inference_steps: int = option("sampling", 4, at_least(1, 10_000))
     guidance_scale: float | None = option("sampling", None, check_guidance)
     negative_prompt: str = option("image", "")
-    method: Method = option("sampling", "euler")
+    method: SamplingMethod = option("sampling", "euler")
+    solver_options: SolverOptions = field(default_factory=SolverOptions)
     flow_spacing: Spacing = option("sampling", "uniform")
     shift: float | None = option("sampling", None, positive(MAX_SHIFT))
     height: int | None = option("image", None, at_least(8, MAX_SIDE))
     width: int | None = option("image", None, at_least(8, MAX_SIDE))
+    intermediates: bool = option("image", False)
+    invert: tuple[str, ...] | None = option("image", None)
+    noise: tuple[str, ...] | None = option("image", None)
     seed: int = option("sampling", 0, check_seed)
     output_dir: str = option("image", "d2f-samples")
     dry_run: bool = False
@@ -115,8 +135,11 @@ class Sample:
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         check_options(self)
-        check_negative_prompt(self.negative_prompt, guidance_or_default(self.guidance_scale))
+        guidance_scale = guidance_or_default(self.guidance_scale, self._own_guidance)
+        check_negative_prompt(self.negative_prompt, guidance_scale)
         check_steps(self.method, self.num_inference_steps)
+        self.solver_options.check(self.method, guidance_scale)
+        check_start(self.invert, self.noise, len(self.prompts), self.method)
         if self.onnx is not None:
             self._check_onnx(self.onnx)
         elif self.onnx_provider is not None:
@@ -146,8 +169,8 @@ class Sample:
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.sampling.png_text import png_text
 
-        images, taken = self._with_diffusers() if self.onnx is None else (self._with_onnx(self.onnx), {})
         first = _next_number(output)
+        images, taken = self._with_diffusers(output, first) if self.onnx is None else (self._with_onnx(self.onnx), {})
         files = [output / f"{first + i:03d}.png" for i in range(len(images))]
         row = self._row(taken, images[0])
         for position, (file, image, prompt) in enumerate(zip(files, images, self.prompts, strict=True)):
@@ -167,6 +190,7 @@ class Sample:
             "flow_spacing": self.flow_spacing,
             "steps": self.num_inference_steps,
             **{name: taken.get(name) for name in ("shift", "prediction_type", "fm_form")},
+            **self.solver_options.given(),
             "guidance_scale": guidance_or_default(self.guidance_scale, taken.get("guidance_scale")),
             "seed": self.seed,
             "height": image.height,
@@ -176,6 +200,9 @@ class Sample:
             "onnx": self.onnx,
             "prompts": list(self.prompts),
             "negative_prompt": self.negative_prompt,
+            "inverted": None if self.invert is None else list(self.invert),
+            "round_trip_error": taken.get("round_trip_error"),
+            "noise": None if self.noise is None else list(self.noise),
             "samples": len(self.prompts),
         }
         fixed = ("method", "flow_spacing", "lora") if self.onnx is not None else ()
@@ -206,46 +233,69 @@ class Sample:
         """Return the name of the model, which is not used with `onnx`."""
         return MINIATURE if self.model is None else self.model
 
+    @property
+    def _own_guidance(self) -> float | None:
+        """Return the guidance scale that comes before the saved one where none is given."""
+        return 1.0 if self.invert is not None else None
+
     def _check_onnx(self, folder: str) -> None:
         """Refuse a folder that does not exist, and options that were settled when it was exported."""
         if not Path(folder).is_dir():
             raise RefusedInputError(f"onnx: {printable(folder)} is not a folder: give one of export/to_onnx.py")
-        given = {name: getattr(self, name) for name in _FIXED_BY_EXPORT} | dataclasses.asdict(self.model_options)
-        defaults = {part.name: part.default for part in (*dataclasses.fields(self), *dataclasses.fields(ModelOptions))}
+        nested = self.model_options, self.solver_options
+        given = {name: getattr(self, name) for name in _FIXED_BY_EXPORT}
+        given |= {name: value for part in nested for name, value in dataclasses.asdict(part).items()}
+        defaults = {part.name: part.default for options in (self, *nested) for part in dataclasses.fields(options)}
         for name, value in given.items():
             if value != defaults[name]:
                 raise RefusedInputError(
                     f"{name} was settled when {printable(folder)} was exported: leave it out, or export again"
                 )
 
-    def _with_diffusers(self) -> "tuple[list[Image], Mapping[str, Any]]":
-        """Generate the images with diffusers, and return them and what the files of the weights said about sampling."""
+    def _with_diffusers(self, output: Path, first: int) -> "tuple[list[Image], Mapping[str, Any]]":
+        """Generate the images with diffusers, and return them and what the files of the weights said about sampling.
+
+        Args:
+            output: Folder that receives the states on the way, and the noise of inverted images.
+            first: Number of the first image.
+        """
         silence_libraries()
         import torch
 
         from d2f_fast.commands.load_model import load_with_lora
-        from d2f_fast.sampling.generate import generate
+        from d2f_fast.commands.sample_files import read_images, read_noise, write_noise, write_states
+        from d2f_fast.models.base_model import BaseModel
+        from d2f_fast.models.solve import Sampling, generate_images, invert_images
 
         loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
-        pipe, guidance = loaded.pipeline, loaded.guidance_scale
+        guidance = loaded.guidance_scale if self._own_guidance is None else self._own_guidance
         if self.guidance_scale is None and guidance is not None and guidance != DEFAULT_GUIDANCE:
-            print(f"d2f: guidance_scale {guidance:g}, as saved with the model or LoRA", file=sys.stderr)
-        pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        images = generate(
-            pipe,
-            self.prompts,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=guidance_or_default(self.guidance_scale, guidance),
-            negative_prompt=self.negative_prompt,
-            height=self.height,
-            width=self.width,
-            generator=torch.Generator().manual_seed(self.seed),
-            method=self.method,
-            flow_spacing=self.flow_spacing,
-            **loaded.scheduler_options,
+            source = "as saved with the model or LoRA" if self.invert is None else "the default with --invert"
+            print(f"d2f: guidance_scale {guidance:g}, {source}", file=sys.stderr)
+        model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        sampling = Sampling(
+            self.method,
+            self.solver_options,
+            self.num_inference_steps,
+            guidance_or_default(self.guidance_scale, guidance),
+            self.negative_prompt,
+            self.height,
+            self.width,
+            self.flow_spacing,
+            loaded.scheduler_options,
         )
-        return images, {**loaded.scheduler_options, "guidance_scale": guidance}
+        taken = {**loaded.scheduler_options, "guidance_scale": guidance}
+        noise = None if self.noise is None else read_noise(self.noise)
+        if self.invert is not None:
+            noise, error = invert_images(model, read_images(self.invert), self.prompts, sampling)
+            taken["round_trip_error"] = error
+            print(f"d2f: latents generated again differ by {error:.2g} of their norm", file=sys.stderr)
+            write_noise(output, first, noise)
+        on_state = partial(write_states, output, first) if self.intermediates else None
+        generator = torch.Generator().manual_seed(self.seed)
+        return generate_images(model, self.prompts, sampling, generator, noise, on_state), taken
 
     def _with_onnx(self, folder: str) -> "list[Image]":
         """Generate the images with ONNX Runtime, from an exported folder."""

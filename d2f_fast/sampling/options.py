@@ -2,7 +2,7 @@
 
 import math
 
-from d2f_fast.config import DEFAULT_GUIDANCE, Method
+from d2f_fast.config import DEFAULT_GUIDANCE, SamplingMethod
 from d2f_fast.errors import RefusedInputError
 
 _PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
@@ -21,13 +21,13 @@ def check_negative_prompt(negative_prompt: str, guidance_scale: float) -> None:
         )
 
 
-def check_steps(method: Method, steps: int) -> None:
+def check_steps(method: SamplingMethod, steps: int) -> None:
     """Refuse a single sampling step of a method that would then be the Euler method, because its last step is.
 
     Raises:
-        RefusedInputError: The method is not "euler", and there is one step.
+        RefusedInputError: The method is "midpoint" or "heun", and there is one step.
     """
-    if method != "euler" and steps == 1:
+    if method in ("midpoint", "heun") and steps == 1:
         raise RefusedInputError(
             f"method {method} needs at least 2 num_inference_steps, because its last step is an Euler step: give more"
             " steps, or leave method out"

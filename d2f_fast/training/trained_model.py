@@ -4,18 +4,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from d2f_fast.config import Method, TrainingConfig
+from d2f_fast.config import SamplingMethod, Spacing, TrainingConfig
 from d2f_fast.data.loading import ImageDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.sampling.generate import generate
+from d2f_fast.models.solve import OnState, Sampling, generate_images, invert_images
+from d2f_fast.sampling.solver_options import SolverOptions
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.network import inputs_in_float32
 from d2f_fast.training.objective import Objective
@@ -86,7 +88,9 @@ class TrainedModel(ABC):
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | None = None,
-        method: Method = "euler",
+        method: SamplingMethod = "euler",
+        solver: SolverOptions | None = None,
+        on_state: OnState | None = None,
     ) -> list[Image.Image]:
         """Generate one image for each prompt with the averaged weights, along flow time from t = 0.
 
@@ -98,6 +102,9 @@ class TrainedModel(ABC):
             height, width: size of the images in pixels; None for the training resolution.
             generator: source of the noise, on the device or the CPU; None for torch's global generator.
             method: integration method.
+            solver: options of the method, and the interval of guidance; None for the defaults.
+            on_state: function that is called with the number, the flow time and the images of each state on the way;
+                None for none.
 
         Returns:
             One RGB image for each prompt.
@@ -105,22 +112,62 @@ class TrainedModel(ABC):
         Raises:
             RefusedInputError: the autoencoder has no latents of this height or width, or the steps cannot be used.
         """
+        sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, negative_prompt, height, width)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        with self._generating():
+            return generate_images(self.model, prompts, sampling, generator, on_state=on_state)
+
+    def invert(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        method: SamplingMethod = "rk4",
+        solver: SolverOptions | None = None,
+    ) -> Tensor:
+        """Return the noise [B, C, h, w] that images come from, along the flow of the averaged weights.
+
+        Args:
+            images: B images of mode RGB. Each is resized and cropped in the middle to the size.
+            prompts: their B prompts.
+            num_inference_steps, guidance_scale, height, width, method, solver: as for `sample`.
+
+        Raises:
+            RefusedInputError: the autoencoder has no latents of this height or width, or the method adds noise.
+        """
+        sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, "", height, width)
+        with self._generating():
+            return invert_images(self.model, images, prompts, sampling)[0]
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Hold the averaged weights inside a `with` block, and feed the network its own type."""
         cast = inputs_in_float32(self.unet) if self.config.adapter == "full" else nullcontext()
         with self.averaged(), cast:
-            return generate(
-                self.model.pipeline,
-                prompts,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                height=height or self.config.resolution,
-                width=width or self.config.resolution,
-                generator=generator,
-                method=method,
-                shift=self.config.recommended_shift,
-                prediction_type="flow_prediction" if self.config.objective == "fm" else None,
-                fm_form=self.config.fm_form,
-            )
+            yield
+
+    def _sampling(
+        self,
+        method: SamplingMethod,
+        solver: SolverOptions | None,
+        steps: int,
+        guidance_scale: float,
+        negative_prompt: str,
+        height: int | None,
+        width: int | None,
+    ) -> Sampling:
+        """Return how images are generated, with the size, shift and prediction type of the run."""
+        config = self.config
+        scheduler_options: dict[str, Any] = {"shift": config.recommended_shift}
+        if config.objective == "fm":
+            scheduler_options |= {"prediction_type": "flow_prediction", "fm_form": config.fm_form}
+        size = height or config.resolution, width or config.resolution
+        own = solver or SolverOptions()
+        spacing: Spacing = "uniform"
+        return Sampling(method, own, steps, guidance_scale, negative_prompt, *size, spacing, scheduler_options)
 
     def save_lora(self, folder: str | Path) -> Path:
         """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""

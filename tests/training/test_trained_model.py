@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+from d2f_fast.sampling.solver_options import SolverOptions
 from d2f_fast.training.trainer import AlignedTrainer
 
 
@@ -87,3 +88,14 @@ def test_images_have_the_requested_size(trained: AlignedTrainer) -> None:
     assert trained.sample("a", num_inference_steps=1)[0].size == (16, 16)
     with pytest.raises(RefusedInputError, match="height must be a positive multiple of 8, got 17"):
         trained.sample("a", height=17)
+
+
+def test_solvers_and_inversion_use_the_average_and_the_options_of_the_run(trained: AlignedTrainer) -> None:
+    states: list[float] = []
+    options = {"guidance_scale": 2.0, "method": "rk4", "solver": SolverOptions((0.2, 0.9))}
+    images = trained.sample("ab", 2, generator=seeded(), on_state=lambda number, t, _: states.append(t), **options)
+    assert states == pytest.approx(trained.alignment.times(2, shift=2.0).tolist()) and images[0].size == (16, 16)
+    noise = trained.invert(images, ["ab"], 2)
+    assert noise.shape == (1, 4, 8, 8) and trained.unet.training
+    other = trained.sample("ab", 2, generator=seeded(), method="euler_maruyama")
+    assert other[0].tobytes() != images[0].tobytes()
