@@ -230,7 +230,7 @@ def test_guidance_is_the_lowest_that_the_files_recommend_unless_it_is_given(tiny
             "steps must be 1 to 1000 with trailing spacing",
         ),
         (["--flow_spacing", "trailing", "--prediction_type", "flow_prediction"], 'spacing must be "uniform"'),
-        (["--method", "rk4"], "method"),
+        (["--method", "rk45"], "method"),
         (["--output_dir", "file"], "file cannot be made a folder (File exists): name another"),
     ],
 )
