@@ -111,6 +111,14 @@ def tiny_folder(shared_folder: Callable[[str, Callable[[Path], object]], Path]) 
     return shared_folder("tiny", _save_tiny_pipeline) / "pipeline"
 
 
+@pytest.fixture(scope="session")
+def depth_rooms(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Folder of six rendered rooms of 16 × 16 pixels with their depth, some of it missing."""
+    from d2f_fast.miniature.rooms import write_rooms
+
+    return shared_folder("depth", lambda folder: write_rooms(folder / "rooms", "train", 6, side=16)) / "rooms"
+
+
 def _save_tiny_pipeline(folder: Path) -> None:
     """Write the tokenizer's files into `folder`, and the pipeline into `folder`/pipeline."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel

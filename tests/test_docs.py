@@ -27,7 +27,7 @@ def test_examples_give_what_the_page_says(page: str) -> None:
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.parametrize("page", ["training.md", "reflow.md", "sampling.md", "evaluation.md", "results.md"])
+@pytest.mark.parametrize("page", ["training.md", "reflow.md", "depth.md", "sampling.md", "evaluation.md", "results.md"])
 def test_d2f_commands_of_a_page_parse(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # recipes are named relative to the clone
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)

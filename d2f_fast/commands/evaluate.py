@@ -55,6 +55,8 @@ class Evaluate:
     """Compare generated images with real ones, and measure how straight a model's paths are.
 
     Args:
+        task: What the model does. "text" is for models that generate images. "depth" compares predicted depth with true
+            depth, and has options of its own: see `d2f evaluate --task depth --help`.
         reference: Folder of real images that generated ones are compared with. With --model the images need captions,
             as for `d2f train`, because images are generated for these. At least 14; twice as many as generated ones
             are best. The default None compares nothing, and needs --straightness with --prompts.
@@ -98,6 +100,7 @@ class Evaluate:
             output. It is off by default.
     """
 
+    task: Literal["text"] = option("method", "text")
     reference: str | None = option("data", None)
     images: str | None = option("data", None)
     image_column: str | None = option("data", None)

@@ -63,7 +63,9 @@ class SampledModel(NamedTuple):
         return scheduler
 
 
-def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> SampledModel:
+def load_with_lora(
+    model: str, lora: Sequence[str], options: ModelOptions, shift: float | None, *, context_images: int = 0
+) -> SampledModel:
     """Load a model, and merge LoRA into it.
 
     Args:
@@ -71,6 +73,8 @@ def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift
         lora: LoRA as PATH or PATH:SCALE.
         options: Options of the model.
         shift: Shift of the sampling; None takes that of the tags.
+        context_images: Number of images whose latents the network sees; see `BaseModel.see_images`. 0 leaves the
+            network as it is.
 
     Raises:
         RefusedInputError: The model or a LoRA cannot be used, or the tags of two LoRA contradict each other.
@@ -82,7 +86,10 @@ def load_with_lora(model: str, lora: Sequence[str], options: ModelOptions, shift
     if lora and (sentence := other_autoencoder(common_tags([file.path for file, _ in adapters], shift), options)):
         print(f"d2f: {sentence}", file=sys.stderr)
     pipeline, facts = load_model(model, options=options)
-    fingerprints = BaseModel(pipeline, options, facts).fingerprints()
+    base = BaseModel(pipeline, options, facts)
+    fingerprints = base.fingerprints()
+    if context_images:
+        base.see_images(context_images)
     merged = [fuse_adapter(pipeline, adapter, scale) for adapter, scale in adapters]
     if of_training.pop("vae_reflection_padding", False):
         facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipeline.vae, True))

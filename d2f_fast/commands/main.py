@@ -14,11 +14,13 @@ from d2f_fast import __version__
 from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.demo import Demo
 from d2f_fast.commands.evaluate import Evaluate
+from d2f_fast.commands.evaluate_depth import EvaluateDepth
 from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
 from d2f_fast.commands.inspect import Inspect
 from d2f_fast.commands.options import Command, description, options_of, parse_options
 from d2f_fast.commands.pairs import Pairs
 from d2f_fast.commands.sample import Sample
+from d2f_fast.commands.sample_depth import SampleDepth
 from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.stopping import run_until_stopped, unless_stopped
@@ -31,6 +33,11 @@ COMMANDS: Mapping[str, type[Command]] = {
     "evaluate": Evaluate,
     "convert": Convert,
     "inspect": Inspect,
+}
+# Commands whose options depend on --task.
+TASKS: Mapping[tuple[str, str], type[Command]] = {
+    ("sample", "depth"): SampleDepth,
+    ("evaluate", "depth"): EvaluateDepth,
 }
 
 
@@ -78,7 +85,25 @@ def parse(arguments: Sequence[str]) -> Command:
         for other, command in COMMANDS.items()
         for option in options_of(command)
     }
-    return parse_options(COMMANDS[name], arguments[1:], name, {**elsewhere, **FOREIGN_OPTIONS.get(name, {})})
+    foreign = {**elsewhere, **FOREIGN_OPTIONS.get(name, {})}
+    task = task_of(arguments)
+    if (name, task) in TASKS:
+        return parse_options(TASKS[name, task], arguments[1:], f"{name} --task {task}", foreign)
+    return parse_options(COMMANDS[name], arguments[1:], name, foreign)
+
+
+def task_of(arguments: Sequence[str]) -> str:
+    """Return the word that follows `--task`, also as `--task=word`; "" where there is none.
+
+    Args:
+        arguments: words of a command line.
+    """
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == "--task":
+            return following
+        if word.startswith("--task="):
+            return word.partition("=")[2]
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -47,6 +47,8 @@ class Sample:
 
     Args:
         prompts: One or more prompts; one image is generated for each.
+        task: What the model does. "text" generates images of prompts. "depth" predicts the depth of images, and has
+            options of its own: see `d2f sample --task depth --help`.
         model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file.
             "miniature", which the default None means, is the small model inside this package.
         lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE; the scale is 1 if left out.
@@ -101,6 +103,7 @@ class Sample:
     """
 
     prompts: tuple[str, ...] = field(metadata={"group": "image"})
+    task: Literal["text"] = option("image", "text")
     model: str | None = option("model", None)
     lora: tuple[str, ...] = option("model", ())
     model_options: ModelOptions = field(default_factory=ModelOptions)
@@ -130,7 +133,7 @@ class Sample:
             RefusedInputError: An option, the model, the LoRA file or the output folder cannot be used.
         """
         from d2f_fast.files.atomic import make_folder
-        from d2f_fast.models.configs import downsampling_of, read_configs
+        from d2f_fast.models.configs import check_sees_no_image, downsampling_of, read_configs
 
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
@@ -145,6 +148,7 @@ class Sample:
         elif self.onnx_provider is not None:
             raise RefusedInputError("onnx_provider needs --onnx: add --onnx FOLDER, or leave onnx_provider out")
         elif (configs := read_configs(self._model, self.model_options)) is not None:
+            check_sees_no_image(self._model, configs)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
         for adapter in map(parse_lora, self.lora):
             check_lora_file(adapter.path)
@@ -160,7 +164,7 @@ class Sample:
         self.check()
         output = Path(self.output_dir)
         with locked_folder(output):  # Two commands would mix their images.
-            return self._generate(output, _earlier_rows(output))
+            return self._generate(output, earlier_rows(output))
 
     def _generate(self, output: Path, earlier: list[Any]) -> dict[str, Any]:
         """Generate the images, and write them into a folder that no other command uses."""
@@ -314,8 +318,11 @@ class Sample:
         )
 
 
-def _earlier_rows(output: Path) -> list[Any]:
+def earlier_rows(output: Path) -> list[Any]:
     """Return the rows of the images that are in the output folder already.
+
+    Args:
+        output: Output folder of the command.
 
     Raises:
         RefusedInputError: The folder holds the record of another command, which would be lost.

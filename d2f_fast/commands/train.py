@@ -1,16 +1,18 @@
-"""`d2f train`: finetune a model on captioned images, or on pairs of noise and latents."""
+"""`d2f train`: finetune a model on captioned images, on pairs of noise and latents, or on images with depth."""
 
 import dataclasses
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.config import TrainingConfig, check_options, option
+from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.lora.source import check_lora_file, parse_lora
@@ -21,6 +23,8 @@ from d2f_fast.training.launch import check_launch
 from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_files
 
 if TYPE_CHECKING:
+    from d2f_fast.data.depth_encoding import DepthDataset
+    from d2f_fast.data.depth_images import DepthImages
     from d2f_fast.data.image_folder import CaptionedImages
     from d2f_fast.data.pairs import PairDataset
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
@@ -33,11 +37,14 @@ _OF_IMAGE_TRAINING = ("center_crop", "random_flip", "cache_latents")
 
 @dataclass(frozen=True)
 class Train:
-    """Finetune a model on captioned images, or on pairs of noise and latents.
+    """Finetune a model on captioned images, on pairs of noise and latents, or on depth.
 
     Args:
+        task: What the model learns. "text" generates images of captions. "depth" predicts the depth of an image: the
+            folder then holds images and their depth, and the result also is a folder for diffusers'
+            MarigoldDepthPipeline.
         train_data_dir: Folder of the training images, with captions in metadata.jsonl or in one text file beside each
-            image. Either this or --pairs is needed.
+            image; with --task depth, with the sub-folders rgb and depth. Either this or --pairs is needed.
         pairs: Pairs of noise and latents in place of images: folders of `d2f pairs`, or tar files, of which a range of
             numbers is written {000000..000009}.tar. The published reflow shards of SD1.5 are read as they are. The
             default None trains on images.
@@ -54,6 +61,7 @@ class Train:
             with metadata.jsonl has no such files, and does not take this option.
         model_options: Options of the base model.
         teacher_options: Options of the teacher.
+        depth_options: Options of the depth.
         options: Options of the training itself.
         dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
             default.
@@ -61,6 +69,7 @@ class Train:
             place of the path that was written. It is off by default.
     """
 
+    task: Literal["text", "depth"] = option("method", "text")
     train_data_dir: str | None = option("data", None)
     pairs: tuple[str, ...] | None = option("data", None)
     pairs_of_another_model: bool = option("data", False)
@@ -70,6 +79,7 @@ class Train:
     caption_extension: str | None = option("data", None)
     model_options: ModelOptions = field(default_factory=ModelOptions)
     teacher_options: TeacherOptions = field(default_factory=TeacherOptions)
+    depth_options: DepthOptions = field(default_factory=DepthOptions)
     options: TrainingConfig = field(default_factory=TrainingConfig)
     dry_run: bool = False
     json: bool = False
@@ -94,10 +104,12 @@ class Train:
         with locked_folder(output) if writes else nullcontext():
             return self._train(dataset, output)
 
-    def _train(self, dataset: "CaptionedImages | PairDataset", output: Path) -> dict[str, Any]:
+    def _train(self, found: "CaptionedImages | PairDataset | DepthImages", output: Path) -> dict[str, Any]:
         """Train and save in an output folder that no other run uses."""
         started = time.monotonic()
         silence_libraries()
+        from d2f_fast.data.depth_encoding import DepthDataset, options_for_depth
+        from d2f_fast.data.depth_images import DepthImages
         from d2f_fast.data.pair_encoding import options_for_pairs
         from d2f_fast.data.pairs import PairDataset
         from d2f_fast.files.run_record import write_run_record
@@ -105,10 +117,13 @@ class Train:
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
         from d2f_fast.training.trainer import AlignedTrainer
 
+        dataset = DepthDataset(found, self.depth_options) if isinstance(found, DepthImages) else found
         options = self.teacher_options.settle(self.options)
         options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
+        options = options_for_depth(options) if isinstance(dataset, DepthDataset) else options
         trainer = AlignedTrainer.from_pretrained(
-            self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options
+            *(self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options),
+            context_images=int(self.task == "depth"),
         )
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
@@ -123,7 +138,13 @@ class Train:
                 return result | {"output": str(output)}
             is_lora = self.options.adapter == "lora"
             # A run that goes on from a checkpoint replaces its own result; `check` has refused any other folder.
-            saved = trainer.save_lora(output) if is_lora else trainer.save_pipeline(output / "pipeline", replace=True)
+            if is_lora:
+                saved = trainer.save_lora(output)
+            if not is_lora or isinstance(dataset, DepthDataset):
+                saved = trainer.save_pipeline(output / "pipeline", replace=True)
+            if isinstance(dataset, DepthDataset) and dataset.invalid:
+                share = sum(dataset.invalid.values()) / len(dataset.invalid)
+                print(f"d2f: {share:.2%} of the pixels had no depth in range, and no part in the loss", file=sys.stderr)
             method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
             row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
             row |= {"model": dataclasses.asdict(facts)}
@@ -138,8 +159,11 @@ class Train:
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
 
-    def _say_what_is_trained_on(self, trainer: "AlignedTrainer", dataset: "CaptionedImages | PairDataset") -> None:
+    def _say_what_is_trained_on(
+        self, trainer: "AlignedTrainer", dataset: "CaptionedImages | PairDataset | DepthDataset"
+    ) -> None:
         """Print the size and the number of the images, how often each is repeated, and whether captions are cut."""
+        from d2f_fast.data.depth_encoding import DepthDataset
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.long_captions import find_long_captions
         from d2f_fast.data.order import steps_per_epoch
@@ -149,7 +173,10 @@ class Train:
         source = "the model's own size" if self.options.resolution is None else "option --resolution"
         lines = [f"trained at {side} x {side} pixels ({source})"]
         images = "images"
-        if not isinstance(dataset, CaptionedImages):
+        if isinstance(dataset, DepthDataset):
+            kinds = f"layout {dataset.images.layout}, normalisation {dataset.options.depth_normalization}"
+            lines.append(f"depth is learned from {dataset.images.folder} ({kinds})")
+        elif not isinstance(dataset, CaptionedImages):
             made = pair_tags(dataset)
             end = ": sample the result without guidance" if trainer.teacher is None else ""
             lines.append(
@@ -186,8 +213,9 @@ class Train:
         if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, trainer.tags, run) is None:
             print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
-    def _data_set(self) -> "CaptionedImages | PairDataset":
+    def _data_set(self) -> "CaptionedImages | PairDataset | DepthImages":
         """Return the images or pairs, once everything that can be refused without torch has been checked."""
+        from d2f_fast.data.depth_images import find_depth_images
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.pairs import PairDataset
         from d2f_fast.models.configs import check_training, read_configs
@@ -204,15 +232,17 @@ class Train:
             check_flow_schedule(self.model_options, "objective fm")
         check_teacher_files(self.teacher_options, self.pretrained_model_name_or_path, self.model_options)
         if (configs := read_configs(self.pretrained_model_name_or_path, self.model_options)) is not None:
-            check_training(configs, self.options.resolution)
+            check_training(configs, self.options.resolution, images=int(self.task == "depth"))
         refuse_used_folder(output, self.options.resume_from_checkpoint)
         if self.train_data_dir is None:
             return PairDataset(self.pairs or (), of_another_model=self.pairs_of_another_model)
+        if self.task == "depth":
+            return find_depth_images(self.train_data_dir, self.depth_options)
         return CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
 
     def _check_pipeline(self, folder: Path) -> None:
-        """Refuse a full finetuning that would replace the result of another run."""
-        if self.options.adapter != "full" or not folder.exists():
+        """Refuse a run that writes a pipeline and would replace the result of another run."""
+        if (self.options.adapter != "full" and self.task != "depth") or not folder.exists():
             return
         if self.options.resume_from_checkpoint is None:
             raise RefusedInputError(
@@ -226,13 +256,14 @@ class Train:
             )
 
     def _check_data(self) -> None:
-        """Refuse a folder that does not exist, images together with pairs, and options that have no effect on pairs."""
+        """Refuse a folder that does not exist, images together with pairs, and options that have no effect."""
+        self._check_task()
         if self.train_data_dir is not None:
             if self.pairs:
                 raise RefusedInputError("give either --train_data_dir or --pairs: a run trains on one of them")
             if not (folder := Path(self.train_data_dir)).is_dir():
                 raise RefusedInputError(
-                    f"train_data_dir: {printable(folder)} is not a folder: give the folder of the captioned images"
+                    f"train_data_dir: {printable(folder)} is not a folder: give the folder of the training images"
                 )
             return
         if not self.pairs:
@@ -240,7 +271,34 @@ class Train:
                 "give --train_data_dir, the folder of the captioned images, or --pairs, what d2f pairs made"
             )
         for holder, names in ((self, _OF_IMAGES), (self.options, _OF_IMAGE_TRAINING)):
-            defaults = {each.name: each.default for each in dataclasses.fields(holder)}
-            for name in names:
-                if getattr(holder, name) != defaults[name]:
-                    raise RefusedInputError(f"{name} has no effect on pairs: leave it out")
+            _refuse_given(holder, names, "has no effect on pairs: leave it out")
+
+    def _check_task(self) -> None:
+        """Refuse options that have no effect on the task."""
+        if self.task == "text":
+            names = [each.name for each in dataclasses.fields(self.depth_options)]
+            _refuse_given(self.depth_options, names, "needs --task depth: add it, or leave the option out")
+            return
+        if self.train_data_dir is None:
+            raise RefusedInputError("task depth needs --train_data_dir, a folder of images with their depth")
+        cure = "has no effect with --task depth, which reads no captions: leave it out"
+        _refuse_given(self, _OF_IMAGES, cure)
+        _refuse_given(self.teacher_options, ("teacher",), "does not go with --task depth: leave it out")
+        _refuse_given(self.options, ("caption_dropout",), cure)
+
+
+def _refuse_given(options: Any, names: Iterable[str], why: str) -> None:
+    """Refuse options that do not have their defaults.
+
+    Args:
+        options: Dataclass of options.
+        names: Names of those that must not be given.
+        why: End of the message, which says why and what to do.
+
+    Raises:
+        RefusedInputError: One of them is given.
+    """
+    defaults = {each.name: each.default for each in dataclasses.fields(options)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            raise RefusedInputError(f"{name} {why}")

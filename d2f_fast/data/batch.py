@@ -21,6 +21,8 @@ class Batch(TypedDict, total=False):
         mean, std: [b, C, h, w] floating; mean and standard deviation of the autoencoder's posterior, not scaled. Each
             step samples new latents from them. Second form of the images.
         pixel_values: [b, 3, H, W] floating in [-1, 1]; images that the step encodes. Third form of the images.
+        context: [b, k · C, h, w] floating; latents, in the scale of the network, of the k images that the network sees
+            before its own latents. Only for a network that takes them, see `BaseModel.see_images`.
         noise: [b, C, h, w] floating; noise that belongs to the latents of each pair. Left out, each step samples it.
         encoder_hidden_states: [b, L, D] floating; output of the text encoder. First form of the texts.
         input_ids: [b, L] int64; token ids that the step encodes. Second form of the texts, for models with one text
@@ -37,6 +39,7 @@ class Batch(TypedDict, total=False):
     mean: Tensor
     std: Tensor
     pixel_values: Tensor
+    context: Tensor
     noise: Tensor
     encoder_hidden_states: Tensor
     input_ids: Tensor
@@ -62,7 +65,7 @@ def check_batch(batch: Batch) -> None:
         raise RefusedInputError(f"a batch with mean needs std, got {', '.join(given)}")
     if "noise" in given and images != "latents":
         raise RefusedInputError(f"a batch with noise needs the latents that it belongs to, got {', '.join(given)}")
-    further = [name for name in ("noise", "mask") if given.get(name) is not None]
+    further = [name for name in ("noise", "context", "mask") if given.get(name) is not None]
     maps = [images, *(["std"] if images == "mean" else []), *further]
     values = {name: given[name] for name in (*maps, texts)} | dict(batch.get("added_cond_kwargs") or {})
     tensors: dict[str, Tensor] = {}

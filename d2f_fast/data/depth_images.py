@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.file_names import is_image
 from d2f_fast.errors import DatasetError, printable
 
@@ -165,6 +166,19 @@ class DepthImages:
                 f"{name}: no pixel has a depth between {self.least:g} and {self.most:g} m ({found}): {unit}, or remove"
                 " the image"
             )
+
+
+def find_depth_images(folder: str | os.PathLike[str], options: DepthOptions) -> DepthImages:
+    """Return the images of a folder with their depth, read as the options say.
+
+    Args:
+        folder: Folder in one of the layouts.
+        options: Options of the depth.
+
+    Raises:
+        DatasetError: The folder cannot be used; see `DepthImages`.
+    """
+    return DepthImages(folder, scale=options.depth_scale, least=options.depth_min, most=options.depth_max)
 
 
 def _layout_of(folder: Path) -> DepthLayout:

@@ -9,12 +9,13 @@ Depth is the distance from the image plane along the optical axis. A network lea
 which only the true depth gives, they are known up to a scale and a shift of y.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-DepthNormalization = Literal["affine", "log", "disparity"]
+from d2f_fast.data.depth_options import DepthNormalization
+
 _LOWER_QUANTILE: dict[DepthNormalization, float] = {"affine": 0.02, "log": 0.01, "disparity": 0.02}
 
 

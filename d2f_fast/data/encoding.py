@@ -194,7 +194,7 @@ def empty_slice(model: BaseModel, plan: BatchPlan, height: int, width: int) -> B
     """
     unet = model.unet.config
     return {
-        "latents": torch.empty(0, unet.in_channels, height, width),
+        "latents": torch.empty(0, unet.out_channels, height, width),
         "encoder_hidden_states": torch.empty(0, 1, unet.cross_attention_dim),
         "offset": plan.offset,
         "global_batch_size": plan.global_batch_size,

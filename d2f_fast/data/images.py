@@ -128,24 +128,42 @@ def preprocess(
     Raises:
         ValueError: The resized image would have more than 2**26 pixels.
     """
-    short = min(image.size)
-    width, height = (resolution * side // short for side in image.size)
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"{image.width}x{image.height} pixels are too elongated for resolution {resolution}: crop the image"
-        )
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    spare = (height - resolution, width - resolution)
-    if center_crop:
-        top, left = (round(pixels / 2) for pixels in spare)
-    else:
-        top, left = (int(position * (pixels + 1)) for position, pixels in zip(crop, spare, strict=True))
+    size, (left, top) = crop_of(image.size, resolution, center_crop, crop)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     image = image.crop((left, top, left + resolution, top + resolution))
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     values = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
     return (values / 127.5 - 1).contiguous()
+
+
+def crop_of(
+    size: tuple[int, int], resolution: int, center_crop: bool, crop: tuple[float, float] = (0.0, 0.0)
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return to which size an image is resized, and where its square is cropped.
+
+    Args:
+        size: Width and height of the image, in pixels.
+        resolution: Side of the square, in pixels.
+        center_crop: Whether the middle is cropped. Otherwise `crop` gives the position.
+        crop: Position of the crop, (vertical, horizontal), each in [0, 1).
+
+    Returns:
+        Width and height of the resized image; left and top of the square in it.
+
+    Raises:
+        ValueError: The resized image would have more than 2**26 pixels.
+    """
+    width, height = (resolution * side // min(size) for side in size)
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ValueError(f"{size[0]}x{size[1]} pixels are too elongated for resolution {resolution}: crop the image")
+    spare = (height - resolution, width - resolution)
+    if center_crop:
+        top, left = (round(pixels / 2) for pixels in spare)
+    else:
+        top, left = (int(position * (pixels + 1)) for position, pixels in zip(crop, spare, strict=True))
+    return (width, height), (left, top)
 
 
 def _strip_to_rgb(strip: Image.Image) -> Image.Image:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2f_fast.data.depth_normalization import DepthNormalization, from_depth, to_depth
+from d2f_fast.data.depth_normalization import from_depth, to_depth
+from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.evaluation.distances import Interval, bootstrap_interval
 
 LEAST_DEPTH = 1e-6

@@ -17,6 +17,7 @@ from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
 from d2f_fast.models.autoencoder import posterior_of, prepare_autoencoder
 from d2f_fast.models.configs import downsampling_of, resolution_of
+from d2f_fast.models.conv_in import widen_conv_in
 from d2f_fast.models.facts import ModelFacts, state_facts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
@@ -140,7 +141,24 @@ class BaseModel:
 
     def latents_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the shape [C, h, w] of the latents of images of a size in pixels."""
-        return int(self.unet.config.in_channels), height // self.downsampling, width // self.downsampling
+        return int(self.unet.config.out_channels), height // self.downsampling, width // self.downsampling
+
+    @property
+    def context_images(self) -> int:
+        """Return the number of images whose latents the network takes beside its own; 0 for text-to-image."""
+        return int(self.unet.config.in_channels // self.unet.config.out_channels) - 1
+
+    def see_images(self, images: int = 1) -> None:
+        """Let the network take the latents of images beside its own; one that takes as many already stays as it is.
+
+        Args:
+            images: Number of images, at least 1.
+
+        Raises:
+            ModelError: The network takes other inputs; see `widen_conv_in`.
+        """
+        if self.unet.config.in_channels != (1 + images) * self.unet.config.out_channels:
+            widen_conv_in(self.unet, images)
 
     @property
     def tokenizers(self) -> list["PreTrainedTokenizerBase"]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.models.folder import cached_folder, check_folder, read_config
 from d2f_fast.models.names import MINIATURE, check_autoencoder_name, is_single_file
 from d2f_fast.models.options import ModelOptions, check_model
@@ -96,22 +96,41 @@ def resolution_of(unet: Mapping[str, Any], downsampling: int) -> int:
     return shorter * downsampling
 
 
-def check_training(configs: ModelConfigs, resolution: int | None) -> None:
+def check_sees_no_image(model: str, configs: ModelConfigs) -> None:
+    """Refuse a model whose network takes images beside its latents, which the prompts of `d2f sample` do not give.
+
+    Args:
+        model: Name of the model, for the message.
+        configs: Configurations of the model.
+
+    Raises:
+        ModelError: The UNet takes other channels than those of its latents.
+    """
+    channels, latents = configs.unet.get("in_channels", 4), configs.vae.get("latent_channels", 4)
+    if channels != latents:
+        raise ModelError(
+            f"{printable(model)} takes {channels} channels, and its latents have {latents}: add --task depth for a"
+            " model of depth, or give a text-to-image model"
+        )
+
+
+def check_training(configs: ModelConfigs, resolution: int | None, images: int = 0) -> None:
     """Refuse a model that would fail in its first training step.
 
     Args:
         configs: Configurations of the model.
         resolution: Side of the training images in pixels; None for the model's own size.
+        images: Number of images whose latents the network sees beside its own; 0 for text-to-image. A model of that
+            number is accepted, and so is a text-to-image model, which is widened.
 
     Raises:
-        ModelError: The UNet takes an input that text-to-image training does not give.
+        ModelError: The UNet takes an input that the training does not give.
         RefusedInputError: The autoencoder has no latents of the resolution, or nothing says what it is.
     """
     unet, latents = configs.unet, configs.vae.get("latent_channels", 4)
-    if (channels := unet.get("in_channels", 4)) != latents:
-        raise ModelError(
-            f"the UNet takes {channels} channels and the autoencoder makes {latents}: give a text-to-image model"
-        )
+    if (channels := unet.get("in_channels", 4)) not in (latents, latents * (1 + images)):
+        kind = f"text-to-image model, or one of {latents * (1 + images)} channels" if images else "text-to-image model"
+        raise ModelError(f"the UNet takes {channels} channels and the autoencoder makes {latents}: give a {kind}")
     for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
         if unet.get(name) is not None:
             raise ModelError(

@@ -15,7 +15,7 @@ from d2f_fast.errors import ModelError, printable
 from d2f_fast.miniature import load_miniature
 from d2f_fast.models.autoencoder import check_fits, load_autoencoder, prepare_autoencoder
 from d2f_fast.models.facts import ModelFacts, state_facts
-from d2f_fast.models.folder import cached_folder, check_folder, unet_half_type
+from d2f_fast.models.folder import cached_folder, check_folder, read_config, unet_half_type
 from d2f_fast.models.names import MINIATURE, is_single_file
 from d2f_fast.models.options import ModelOptions, check_model
 from d2f_fast.models.single_file import load_single_file
@@ -102,6 +102,8 @@ def _load_folder(model: str, dtype: torch.dtype, options: ModelOptions, unet_as_
         types = {"default": dtype}
         if unet_as_stored:
             types["unet"] = unet_half_type(Path(model), options.variant) or dtype
+        if read_config(Path(model) / "model_index.json").get("_class_name") == "MarigoldDepthPipeline":
+            loading = {name: value for name, value in loading.items() if "safety_checker" not in name}
         return DiffusionPipeline.from_pretrained(model, dtype=types, **loading)
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch
+from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder
 from d2f_fast.data.encoding import BatchEncoder
 from d2f_fast.data.loading import ImageDataset, load_ahead
 from d2f_fast.data.order import BatchPlan, plan_batches
@@ -15,6 +16,7 @@ from d2f_fast.data.pairs import PairDataset
 from d2f_fast.models.base_model import BaseModel
 
 Loaded = TypeVar("Loaded")
+TrainingData: TypeAlias = ImageDataset | PairDataset | DepthDataset
 
 
 class Processes(Protocol):
@@ -28,7 +30,7 @@ class Processes(Protocol):
 
 
 def encoded_batches(
-    dataset: ImageDataset | PairDataset,
+    dataset: TrainingData,
     model: BaseModel,
     config: TrainingConfig,
     fingerprints: Mapping[str, str],
@@ -38,7 +40,7 @@ def encoded_batches(
     """Yield this process' slice of each global batch that is left of a run.
 
     Args:
-        dataset: Captioned images, or pairs of noise and latents.
+        dataset: Captioned images, pairs of noise and latents, or images with depth.
         model: Base model of the run.
         config: Options of the run.
         fingerprints: Hashes of the base model before training; see `BaseModel.fingerprints`.
@@ -57,6 +59,9 @@ def encoded_batches(
     if isinstance(dataset, PairDataset):
         pairs = PairEncoder(model, config, dataset, fingerprints)
         yield from _loaded_ahead(left, pairs.load, pairs.encode, config)
+    elif isinstance(dataset, DepthDataset):
+        depth = DepthEncoder(model, config, dataset)
+        yield from _loaded_ahead(left, depth.load, depth.encode, config)
     else:
         images = BatchEncoder(model, config)
         yield from _loaded_ahead(left, partial(images.load, dataset), images.encode, config)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from d2f_fast.data.batch import Batch, check_values
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
 
@@ -22,7 +23,8 @@ class StepInputs(NamedTuple):
     Attributes:
         latents, noise: [b, C, h, w] float32; the noise is that of the batch where it has one.
         t: [b] float32 flow times in [0, 1].
-        condition: "encoder_hidden_states" [b, L, D], and the other inputs of the network, [b, ...] each.
+        condition: "encoder_hidden_states" [b, L, D], "context" [b, k · C, h, w] where the network sees images, and the
+            other inputs of the network, [b, ...] each.
         mask: weight of each element, broadcastable to the latents; None weights all alike.
         global_size: number of samples in the global batch, over which the loss is the mean.
     """
@@ -66,13 +68,14 @@ class InputSampler:
             step: number of optimizer steps taken before this one.
 
         Raises:
-            RefusedInputError: in the first batch, a value is outside its range. Later ones are not read, because that
-                would wait for the device.
+            RefusedInputError: the batch has another context than the network takes; or, in the first batch, a value is
+                outside its range. Later ones are not read, because that would wait for the device.
         """
         if self._checks_values:
             tokens = self._model.pipeline.text_encoder.get_input_embeddings() if "input_ids" in batch else None
             check_values(batch, None if tokens is None else tokens.num_embeddings)
             self._checks_values = False
+        check_context(batch, self._model)
         generator = torch.Generator(self._device).manual_seed(step_seed(self._seed, step))
         posterior = self._posterior(batch)
         shape = next(iter(posterior.values())).shape
@@ -128,6 +131,8 @@ class InputSampler:
                 ids = self._on_device(batch["input_ids"])
                 condition = {"encoder_hidden_states": self._model.pipeline.text_encoder(ids)[0]}
         condition |= batch.get("added_cond_kwargs") or {}
+        if "context" in batch:
+            condition["context"] = batch["context"]
         # Cast to the type of the frozen weights, which may differ from that of the text encoder or the cache. Sizes
         # stay as they are: bfloat16 would round them.
         dtype = self._model.unet.conv_in.weight.dtype
@@ -144,6 +149,25 @@ class InputSampler:
         if self._device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor.to(self._device)
+
+
+def check_context(batch: Batch, model: BaseModel) -> None:
+    """Refuse a batch without the context that the network takes, or with one that it does not take.
+
+    Args:
+        batch: this process' slice of the global batch.
+        model: base model of the run.
+
+    Raises:
+        RefusedInputError: the number of channels is another one.
+    """
+    got = batch["context"].shape[1] if "context" in batch else 0
+    wanted = model.unet.config.in_channels - model.unet.config.out_channels
+    if got != wanted:
+        raise RefusedInputError(
+            f"context must have the {wanted} channels that the network takes beside its own latents, got {got}: give a"
+            " batch with the latents of the images, or a network that sees none"
+        )
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
-from d2f_fast.training.summary import recommended_steps
+from d2f_fast.training.summary import predicts_depth, recommended_steps
 
 CARD_FILE = "README.md"
 # A card that has this line is replaced by the next run into the folder; any other README.md is somebody's own.
@@ -35,6 +35,8 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     guidance, cfg = (", guidance_scale=1", ", CFG scale 1") if built_in else ("", "")
     predicts_flow = tags["d2f.prediction_type"] == "flow_prediction"
     model = f"--model BASE --lora {shlex.quote(name)}" if is_lora else f"--model {shlex.quote(f'{name}/pipeline')}"
+    if predicts_depth(tags):
+        return _depth_recipe(name, model, steps)
     lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps {steps}`"]
     if tags.get("d2f.fm_form") == "published":
         return lines  # No other program feeds the network the flow time itself.
@@ -80,6 +82,22 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     return lines
 
 
+def _placeholders(tags: Mapping[str, str], is_lora: bool) -> str:
+    """Return what the words in capitals of the recipe stand for."""
+    if predicts_depth(tags):
+        return "IMAGE is the file of an image; in diffusers, the image itself."
+    return "BASE is the base model, and TEXT the caption." if is_lora else "TEXT is the caption."
+
+
+def _depth_recipe(name: str, model: str, steps: int) -> list[str]:
+    """Return how to predict depth with a result: in this package, and in diffusers."""
+    loaded = f'MarigoldDepthPipeline.from_pretrained("{name}/pipeline")'
+    return [
+        f"d2f_fast: `d2f sample --task depth {model} --image IMAGE --num_inference_steps {steps}`",
+        f"diffusers: `{loaded}(IMAGE, num_inference_steps={steps}).prediction`",
+    ]
+
+
 def write_model_card(
     folder: StrPath, base_model: str, config: TrainingConfig, tags: Mapping[str, str], result: Mapping[str, object]
 ) -> Path | None:
@@ -117,7 +135,7 @@ def _card(
     data = ModelCardData(
         base_model=published,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="depth-estimation" if predicts_depth(tags) else "text-to-image",
         tags=["diff2flow", "flow-matching", "stable-diffusion", *(["lora"] if is_lora else [])],
     )
     kind = "full finetuning"
@@ -150,11 +168,11 @@ def _card(
         if tags["d2f.objective"] == "diff2flow"
         else f"A {kind}, trained by `d2f_fast` on the objective `{tags['d2f.objective']}`.",
         "",
-        f"## Generate images in {_WORDS.get(steps, steps)} steps",
+        f"## {'Predict depth' if predicts_depth(tags) else 'Generate images'} in {_WORDS.get(steps, steps)} steps",
         "",
         *(f"- {line}" for line in recipe(folder, tags, folder.resolve().name)),
         "",
-        "BASE is the base model, and TEXT the caption." if is_lora else "TEXT is the caption.",
+        _placeholders(tags, is_lora),
         "",
         "## Training",
         "",

@@ -55,7 +55,7 @@ def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
     """
     if config.objective == "fm":
         check_flow_schedule(model.options, "objective fm")
-    check_training(ModelConfigs(model.unet.config, model.vae.config), config.resolution)
+    check_training(ModelConfigs(model.unet.config, model.vae.config), config.resolution, model.context_images)
     is_float16 = any(parameter.dtype == torch.float16 for parameter in model.unet.parameters())
     if is_float16 and not model.unet_as_stored:  # The run rounds stored weights itself.
         raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")

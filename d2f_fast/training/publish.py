@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import nn
 
 from d2f_fast.config import DEFAULT_LORA_FORMAT, TrainingConfig
@@ -20,11 +20,12 @@ from d2f_fast.lora.write import lora_state_dict, save_lora
 from d2f_fast.models.autoencoder import autoencoder_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule
+from d2f_fast.models.marigold import depth_scheduler, marigold_pipeline
 from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.step import TrainingStep
-from d2f_fast.training.summary import recommended_steps, summary_tags
+from d2f_fast.training.summary import predicts_depth, recommended_steps, summary_tags
 
 
 def publish_lora(
@@ -101,6 +102,8 @@ def publish_pipeline(
 ) -> Path:
     """Write a model as a diffusers pipeline with a stock scheduler; a LoRA is merged into its weights.
 
+    A model that predicts depth becomes a `MarigoldDepthPipeline`, any other a pipeline of the base model's class.
+
     The folder also loads with transformers 4; see `save_pipeline_folder`.
 
     Args:
@@ -120,9 +123,12 @@ def publish_pipeline(
     """
     pipeline = model.pipeline
     check_finite_weights(model.unet)
-    scheduler = saved_scheduler(config, model, objective)
-    parts = {**pipeline.components, "unet": merged_unet(model.unet), "scheduler": scheduler}
-    saved = type(pipeline)(**parts)
+    scheduler, unet = saved_scheduler(config, model, objective, tags), merged_unet(model.unet)
+    if predicts_depth(tags):
+        resolution = config.resolution or model.resolution
+        saved = marigold_pipeline(pipeline, unet, scheduler, tags["d2f.depth_normalization"], resolution)
+    else:
+        saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": scheduler})
     with atomic_folder(folder, replace=replace) as temporary:
         save_pipeline_folder(saved, temporary)
         write_json(temporary / "d2f.json", tags)
@@ -144,14 +150,15 @@ def check_finite_weights(unet: nn.Module) -> None:
 
 
 def saved_scheduler(
-    config: TrainingConfig, model: BaseModel, objective: Objective
-) -> DPMSolverMultistepScheduler | EulerDiscreteScheduler | Diff2FlowScheduler:
+    config: TrainingConfig, model: BaseModel, objective: Objective, tags: Mapping[str, str]
+) -> DPMSolverMultistepScheduler | EulerDiscreteScheduler | DDIMScheduler | Diff2FlowScheduler:
     """Return the scheduler that a saved pipeline gets: a stock one that samples the trained network, if there is one.
 
     Args:
         config: options of the run.
         model: base model of the run.
         objective: objective that the network was trained on.
+        tags: entries of `tags_of`.
     """
     flow = objective.flow
     if uses_published_form(flow):
@@ -162,6 +169,8 @@ def saved_scheduler(
         )
     if isinstance(flow, NaiveFlow):
         return stock_flow_scheduler(flow.num_train_timesteps, config.recommended_shift)
+    if predicts_depth(tags):
+        return depth_scheduler(model.pipeline.scheduler)
     return same_schedule(
         model.pipeline.scheduler, EulerDiscreteScheduler, timestep_spacing="trailing", final_sigmas_type="zero"
     )

@@ -201,9 +201,12 @@ class TrainingStep:
     ) -> Tensor:
         """Return the loss of each sample: align, call the network, compare."""
         sample, timestep = self.objective.inputs(latents, noise, t)
-        added = {name: value for name, value in condition.items() if name != "encoder_hidden_states"} or None
+        added = {name: x for name, x in condition.items() if name not in ("encoder_hidden_states", "context")} or None
+        sample = sample.to(self.unet.conv_in.weight.dtype)  # unet.dtype walks through every module
+        if "context" in condition:
+            sample = torch.cat([condition["context"], sample], 1)
         output = self.unet(
-            sample.to(self.unet.conv_in.weight.dtype),  # unet.dtype walks through every module
+            sample,
             timestep,
             encoder_hidden_states=condition["encoder_hidden_states"],
             added_cond_kwargs=added,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from d2f_fast.config import DEFAULT_GUIDANCE, TrainingConfig
+from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.lora.start import StartingLora
 
@@ -44,6 +45,25 @@ def pair_tags(dataset: PairDataset, *, taught: bool = False) -> dict[str, str]:
     }
 
 
+def depth_tags(dataset: DepthDataset) -> dict[str, str]:
+    """Return the entries that say that a model predicts depth, and what it has learned of it.
+
+    Args:
+        dataset: The images with depth.
+    """
+    return {
+        "d2f.task": "depth",
+        "d2f.depth_normalization": dataset.options.depth_normalization,
+        "d2f.depth_images": str(len(dataset)),
+        "d2f.recommended_guidance": "1.0",
+    }
+
+
+def predicts_depth(tags: Mapping[str, object]) -> bool:
+    """Return whether tags are those of a model that predicts depth."""
+    return tags.get("d2f.task") == "depth"
+
+
 def summary_tags(
     config: TrainingConfig, tags: dict[str, str], steps: int, batch_size: int, start: StartingLora | None = None
 ) -> dict[str, str]:
@@ -77,7 +97,9 @@ def summary_tags(
         "ss_learning_rate": str(config.learning_rate),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_seed": str(config.seed),
-        "modelspec.usage_hint": f"{sampling_steps} steps, guidance {guidance:g}, {_sampler(tags)}",
+        "modelspec.usage_hint": f"{sampling_steps} steps, guidance {guidance:g}, {_sampler(tags)}"
+        if not predicts_depth(tags)
+        else f"{sampling_steps} steps; predicts depth, with d2f sample --task depth",
     }
     if start is not None:
         entries["d2f.init_lora"] = f"{start.path.name} {start.identity}"

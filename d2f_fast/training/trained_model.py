@@ -11,18 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from d2f_fast.config import SamplingMethod, Spacing, TrainingConfig
-from d2f_fast.data.loading import ImageDataset
+from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.solve import OnState, Sampling, generate_images, invert_images
 from d2f_fast.sampling.solver_options import SolverOptions
+from d2f_fast.training.batches import TrainingData
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.network import inputs_in_float32
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.publish import publish_lora, publish_pipeline, tags_of
-from d2f_fast.training.summary import pair_tags
+from d2f_fast.training.summary import depth_tags, pair_tags
 from d2f_fast.training.teacher import TeacherModel
 
 if TYPE_CHECKING:
@@ -180,8 +181,9 @@ class TrainedModel(ABC):
         with self.averaged():
             return publish_pipeline(self.model, self.objective, self.config, self.tags, folder, replace=replace)
 
-    def _tags(self, dataset: ImageDataset | PairDataset | None = None) -> dict[str, str]:
+    def _tags(self, dataset: TrainingData | None = None) -> dict[str, str]:
         """Return the entries of a file's header that describe the result, once the data is known with those of it."""
         taught = {} if self.teacher is None else self.teacher.tags()
         of_data = pair_tags(dataset, taught=bool(taught)) if isinstance(dataset, PairDataset) else {}
+        of_data = depth_tags(dataset) if isinstance(dataset, DepthDataset) else of_data
         return tags_of(self.config, self.objective, self.model, of_data | taught)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch, check_batch
-from d2f_fast.data.loading import ImageDataset, check_dataset
-from d2f_fast.data.pairs import PairDataset
+from d2f_fast.data.depth_encoding import DepthDataset
+from d2f_fast.data.loading import check_dataset
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
-from d2f_fast.training.batches import encoded_batches
+from d2f_fast.training.batches import TrainingData, encoded_batches
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.launch import precision_of
@@ -122,6 +122,7 @@ class AlignedTrainer(TrainedModel):
         self._agreement = Agreement(self.device, num_processes)
         self._learning_rate = learning_rates(config)
         self.global_step, self._samples = 0, 0
+        self._data_settings: dict[str, str | int | float] = {}
 
     @classmethod
     def from_pretrained(
@@ -130,6 +131,8 @@ class AlignedTrainer(TrainedModel):
         config: TrainingConfig | None = None,
         model_options: ModelOptions | None = None,
         teacher_options: TeacherOptions | None = None,
+        *,
+        context_images: int = 0,
     ) -> "AlignedTrainer":
         """Return the trainer of a hub id, a pipeline folder, a `.safetensors` file, or a loaded diffusers pipeline.
 
@@ -138,6 +141,8 @@ class AlignedTrainer(TrainedModel):
             config: options of the run; None for the defaults.
             model_options: options of the base model; None for the defaults, which take all from the model itself.
             teacher_options: options of the teacher; None for no teacher.
+            context_images: number of images whose latents the network sees beside its own, 1 for depth. A text-to-image
+                model is widened, see `BaseModel.see_images`; 0 leaves it as it is.
 
         Raises:
             ModelError: the model cannot be loaded or trained; see `BaseModel` and `load_pipeline`.
@@ -145,9 +150,12 @@ class AlignedTrainer(TrainedModel):
         """
         config = config or TrainingConfig()
         check_tracker(config.report_to)  # before the model is loaded, which may take minutes
-        if not isinstance(model, str | Path):
-            return cls(BaseModel(model, model_options), config, teacher_options)
-        loaded = BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config))
+        if isinstance(model, str | Path):
+            loaded = BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config))
+        else:
+            loaded = BaseModel(model, model_options)
+        if context_images:
+            loaded.see_images(context_images)
         return cls(loaded, config, teacher_options)
 
     @property
@@ -163,12 +171,13 @@ class AlignedTrainer(TrainedModel):
 
     # The run
 
-    def fit(self, dataset: ImageDataset | PairDataset) -> RunResult:
+    def fit(self, dataset: TrainingData) -> RunResult:
         """Train on a dataset until `max_train_steps`, with checkpoints, log and progress bar.
 
         Args:
-            dataset: `PairDataset`; or samples {"image": PIL image, "text": caption or captions}, and a length. Optional
-                methods `key(index)` and `captions(index)` save reading cached images; see `data.loading.ImageDataset`.
+            dataset: `PairDataset`; `DepthDataset`, for a network that sees one image (`BaseModel.see_images`); or
+                samples {"image": PIL image, "text": caption or captions}, and a length. Optional methods `key(index)`
+                and `captions(index)` save reading cached images; see `data.loading.ImageDataset`.
 
         Returns:
             Steps taken, last loss, skipped steps, and seconds of this call.
@@ -212,15 +221,17 @@ class AlignedTrainer(TrainedModel):
         """Return whether this process may not end at once: steps are unsaved, or other processes would wait for it."""
         return self.global_step > self._checkpoints.saved_step or self.accelerator.num_processes > 1
 
-    def _begin(self, dataset: ImageDataset | PairDataset, stack: ExitStack) -> tuple[RunLog, Generator[Batch]]:
+    def _begin(self, dataset: TrainingData, stack: ExitStack) -> tuple[RunLog, Generator[Batch]]:
         """Lock the output folder, continue from a checkpoint, and return the log and the batches, closed by `stack`."""
         config, main, self._samples = self.config, self.accelerator.is_main_process, len(dataset)
         if main:
             stack.enter_context(locked_folder(config.output_dir))
         self._training_step.tags = self.tags = self._tags(dataset)
+        of_depth = [dataset.options] if isinstance(dataset, DepthDataset) else []
+        self._data_settings = dataset.settings() if isinstance(dataset, DepthDataset) else {}
         self._resume()
         if main:
-            write_options(config.output_dir, self.model.options, self.teacher_options, config)
+            write_options(config.output_dir, self.model.options, self.teacher_options, *of_depth, config)
         logger.info("%s", self.paths)
         log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
         if self._half_base is not None:
@@ -293,4 +304,5 @@ class AlignedTrainer(TrainedModel):
     def _identity(self) -> dict[str, object]:
         """Return the settings that a continuation must match."""
         own = run_identity(self.config, self._precision, self._base_model, self.model, self.global_batch_size)
+        own |= {f"depth_{name}": value for name, value in self._data_settings.items()}
         return own if self.teacher is None else own | {"teacher": self.teacher.identity}

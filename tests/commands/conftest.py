@@ -33,3 +33,14 @@ def train(images: Path, tiny_folder: Path) -> Callable[..., int]:
         return main(["train", *paths, "--output_dir", str(output), *options, *more])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def depth_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, depth_rooms: Path) -> Path:
+    """Folder of a short run of the tiny model on depth, with its LoRA and its pipeline. No test may change it."""
+    output = tmp_path_factory.mktemp("depth") / "run"
+    paths = ["--train_data_dir", str(depth_rooms), "--pretrained_model_name_or_path", str(tiny_folder)]
+    options = ["--max_train_steps", "2", "--resolution", "16", "--train_batch_size", "2", "--rank", "2"]
+    options += ["--learning_rate", "1e-2", "--depth_normalization", "disparity", "--ema_decay", "0"]
+    assert main(["train", "--task", "depth", *paths, "--output_dir", str(output), *options]) == 0
+    return output

@@ -9,13 +9,15 @@ from typing import get_args
 import pytest
 import tyro
 
-from d2f_fast.commands.main import COMMANDS, main, parse
+from d2f_fast.commands.main import COMMANDS, TASKS, main, parse
 from d2f_fast.commands.options import argument_texts, options_of
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 
 OPTIONS = {
-    f"{name} {option.field.name}": option for name, command in COMMANDS.items() for option in options_of(command)
+    f"{name} {option.field.name}": option
+    for name, command in (*COMMANDS.items(), *((" ".join(key), command) for key, command in TASKS.items()))
+    for option in options_of(command)
 }
 TRAIN = ["train", "--train_data_dir", "x"]
 
@@ -65,7 +67,7 @@ def test_training_options_are_in_six_groups(help_of):
 
 
 def test_each_documented_option_exists():
-    for command in (*COMMANDS.values(), TrainingConfig):
+    for command in (*COMMANDS.values(), *TASKS.values(), TrainingConfig):
         assert list(argument_texts(command)) == list(command.__dataclass_fields__)
 
 

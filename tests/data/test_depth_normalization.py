@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from d2f_fast.data.depth_normalization import (
     DepthLimits,
-    DepthNormalization,
     denormalize_depth,
     normalize_depth,
     valid_pixels,
     valid_share,
 )
+from d2f_fast.data.depth_options import DepthNormalization
 
 KINDS = get_args(DepthNormalization)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from d2f_fast.data.depth_normalization import DepthNormalization
+from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.evaluation.depth import (
     DepthErrors,
     align_depth,

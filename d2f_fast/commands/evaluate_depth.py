@@ -1,0 +1,171 @@
+"""`d2f evaluate --task depth`: compare predicted depth with true depth."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from d2f_fast.commands.sample_depth import MAX_ENSEMBLE
+from d2f_fast.config import MAX_SIDE, MAX_STEPS, at_least, check_options, check_seed, option
+from d2f_fast.data.depth_options import DepthOptions
+from d2f_fast.files.lock import locked_folder
+from d2f_fast.lora.source import check_lora_file, parse_lora
+from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    from d2f_fast.data.depth_images import DepthImages
+
+_TITLES = {
+    "abs_rel": "AbsRel, lower is better",
+    "delta1": "δ1, higher is better",
+    "rmse": "RMSE in m, lower is better",
+    "log10": "log10, lower is better",
+}
+
+
+@dataclass(frozen=True)
+class EvaluateDepth:
+    """Compare the depth that a model predicts with the true depth of images, by Marigold's protocol.
+
+    Args:
+        reference: Folder of images with their depth, as for `d2f train --task depth`.
+        model: Model that predicts depth, as for `d2f sample --task depth`.
+        task: What the model does: "depth", which these options belong to.
+        lora: One or more LoRA of `d2f train --task depth`, as for `d2f sample --task depth`. The default is none.
+        model_options: Options of the base model.
+        depth_scale: Number in the depth files that stands for one metre, as for `d2f train`. The default None means
+            metres, or the unit of a known data set.
+        depth_min: Smallest depth in metres that counts; predictions are clipped to it. The default is 0, for all.
+        depth_max: Largest depth in metres that counts; predictions are clipped to it. The default None means that of a
+            known data set, and none for a plain folder.
+        num_samples: Number of images, from the first of the folder on. The default None takes them all.
+        num_inference_steps: Number of sampling steps, as for `d2f sample --task depth`.
+        sampler: How the model is sampled, as for `d2f sample --task depth`.
+        ensemble_size: Number of predictions that are combined for each image, as for `d2f sample --task depth`.
+        processing_resolution: Longer side at which images are processed, as for `d2f sample --task depth`.
+        seed: Seed of the noise and of the intervals, from 0 to 2**63 - 1.
+        output_dir: Folder that receives metrics.json, which is replaced.
+        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
+            default.
+        json: Print the result as one line of JSON, in place of the path of the folder; the table then goes to the error
+            output. It is off by default.
+    """
+
+    reference: str = field(metadata={"group": "data"})
+    model: str = field(metadata={"group": "model"})
+    task: Literal["depth"] = option("method", "depth")
+    lora: tuple[str, ...] = option("model", ())
+    model_options: ModelOptions = field(default_factory=ModelOptions)
+    depth_scale: float | None = option("data", None)
+    depth_min: float = option("data", 0.0)
+    depth_max: float | None = option("data", None)
+    num_samples: int | None = option("sampling", None, at_least(1, MAX_STEPS))
+    num_inference_steps: int | None = option("sampling", None, at_least(1, 1000))
+    sampler: Literal["saved", "flow"] = option("sampling", "saved")
+    ensemble_size: int = option("sampling", 1, at_least(1, MAX_ENSEMBLE))
+    processing_resolution: int | None = option("image", None, at_least(0, MAX_SIDE))
+    seed: int = option("sampling", 0, check_seed)
+    output_dir: str = option("image", "d2f-evaluation")
+    dry_run: bool = False
+    json: bool = False
+
+    def check(self) -> None:
+        """Refuse, before the slow imports and the measurements, what would be refused after them.
+
+        Raises:
+            RefusedInputError: An option, the folder, the LoRA file or the output folder cannot be used.
+        """
+        from d2f_fast.files.atomic import make_folder
+
+        check_options(self)
+        self._images()
+        for adapter in map(parse_lora, self.lora):
+            check_lora_file(adapter.path)
+        if Path(self.output_dir).exists():
+            make_folder(self.output_dir)  # This refuses a file of that name.
+
+    def run(self) -> dict[str, Any]:
+        """Measure, write what was measured, and return it.
+
+        Raises:
+            RefusedInputError: An option, an image, the model or the output folder cannot be used.
+        """
+        self.check()
+        output = Path(self.output_dir)
+        with locked_folder(output):
+            return self._measure(output)
+
+    def _measure(self, output: Path) -> dict[str, Any]:
+        """Measure, and write into a folder that no other command uses."""
+        started = time.monotonic()
+        silence_libraries()
+        from d2f_fast.commands.depth_model import check_depth_model, check_ensemble, load_depth_model
+        from d2f_fast.evaluation.depth import error_intervals
+        from d2f_fast.files.run_record import write_run_record
+        from d2f_fast.tasks.depth import measure_depth
+
+        check_ensemble(self.ensemble_size)
+        check_depth_model(self.model, self.lora, self.model_options)
+        images = self._images()
+        count = min(len(images), self.num_samples or len(images))
+        model = load_depth_model(self.model, self.lora, self.model_options, self.sampler)
+
+        def progress(done: int) -> None:
+            if done % 50 == 0:
+                print(f"d2f: {done} of {count} images", file=sys.stderr)
+
+        errors = measure_depth(
+            model,
+            images,
+            count,
+            progress,
+            steps=self.num_inference_steps,
+            ensemble_size=self.ensemble_size,
+            processing_resolution=self.processing_resolution,
+            seed=self.seed,
+        )
+        row = {
+            "task": "depth",
+            "sampler": self.sampler,
+            "steps": self.num_inference_steps or model.pipeline.default_denoising_steps,
+            "ensemble_size": self.ensemble_size,
+            "normalization": model.normalization,
+            "model": self.model,
+            "lora": list(self.lora),
+            "reference": self.reference,
+            "samples": count,
+            "seed": self.seed,
+            **{name: asdict(interval) for name, interval in error_intervals(errors, seed=self.seed).items()},
+        }
+        write_run_record(output, "d2f evaluate", self.seed, time.monotonic() - started, [row])
+        print("\n".join(depth_table(row)), file=sys.stderr if self.json else sys.stdout)
+        return row | {"output": str(output)}
+
+    def _images(self) -> "DepthImages":
+        """Return the images with their depth."""
+        from d2f_fast.data.depth_images import find_depth_images
+
+        units = DepthOptions(depth_scale=self.depth_scale, depth_min=self.depth_min, depth_max=self.depth_max)
+        return find_depth_images(self.reference, units)
+
+
+def depth_table(row: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the table of a row.
+
+    Args:
+        row: Row of metrics.json.
+    """
+    steps, ensemble = row["steps"], row["ensemble_size"]
+    return [
+        f"Depth of {row['samples']} images at {steps} step{'' if steps == 1 else 's'}, ensemble of {ensemble}",
+        "",
+        "| measure | mean | 95 % interval |",
+        "|---|---|---|",
+        *(
+            f"| {title} | {row[name]['value']:.4f} | {row[name]['low']:.4f} to {row[name]['high']:.4f} |"
+            for name, title in _TITLES.items()
+        ),
+    ]

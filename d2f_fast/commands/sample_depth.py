@@ -1,0 +1,186 @@
+"""`d2f sample --task depth`: predict the depth of images."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from d2f_fast.commands.sample import earlier_rows
+from d2f_fast.config import MAX_SIDE, at_least, check_options, check_seed, option
+from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.files.lock import locked_folder
+from d2f_fast.lora.source import check_lora_file, parse_lora
+from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    from d2f_fast.tasks.depth import DepthPrediction
+
+MAX_ENSEMBLE = 1000
+
+
+@dataclass(frozen=True)
+class SampleDepth:
+    """Predict the depth of images with a model of `d2f train --task depth`, in few steps.
+
+    Args:
+        image: One or more image files, or folders of images.
+        model: Model that predicts depth: the folder `pipeline` of a run of `d2f train --task depth`, a Marigold folder
+            or Hugging Face id; or, together with --lora, the text-to-image model that the LoRA was trained on.
+        task: What the model does: "depth", which these options belong to.
+        lora: One or more LoRA of `d2f train --task depth`, each as PATH or PATH:SCALE, that are merged into the model.
+            The default is none.
+        model_options: Options of the base model.
+        num_inference_steps: Number of sampling steps, each of which evaluates the network once. The default None takes
+            the number saved with the model, which is 4 after a run of this package. Stock schedulers are exact for
+            numbers that divide 1000.
+        sampler: Where the sampling steps are. "saved" uses the scheduler saved with the model, which gives the depth
+            that every other program gets. "flow" steps evenly in flow time from t = 0, as `d2f sample` does for images.
+        ensemble_size: Number of predictions from different noise that are combined into one, which takes that many
+            times as long. From 2 on, their spread is written as the uncertainty; this needs SciPy. The default 1
+            combines none.
+        processing_resolution: Longer side, in pixels, at which an image is processed; the depth is resized to the size
+            of the image. 0 processes it at its own size. The default None takes that of the model.
+        seed: Seed of the noise, from 0 to 2**63 - 1. Every image starts from the same noise, so that its depth does not
+            depend on the other images.
+        output_dir: Folder that receives NAME.npy (float32 in [0, 1]), NAME_16bit.png and the coloured NAME_preview.png
+            of each image, NAME_uncertainty.npy with --ensemble_size, and metrics.json. No file is replaced.
+        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
+            default.
+        json: Print the result (steps, number and paths of the files) as one line of JSON, in place of the path of the
+            folder. It is off by default.
+    """
+
+    image: tuple[str, ...] = field(metadata={"group": "image"})
+    model: str = field(metadata={"group": "model"})
+    task: Literal["depth"] = option("method", "depth")
+    lora: tuple[str, ...] = option("model", ())
+    model_options: ModelOptions = field(default_factory=ModelOptions)
+    num_inference_steps: int | None = option("sampling", None, at_least(1, 1000))
+    sampler: Literal["saved", "flow"] = option("sampling", "saved")
+    ensemble_size: int = option("sampling", 1, at_least(1, MAX_ENSEMBLE))
+    processing_resolution: int | None = option("image", None, at_least(0, MAX_SIDE))
+    seed: int = option("sampling", 0, check_seed)
+    output_dir: str = option("image", "d2f-depth")
+    dry_run: bool = False
+    json: bool = False
+
+    def check(self) -> None:
+        """Refuse, before the slow imports and the sampling, what would be refused after them.
+
+        Raises:
+            RefusedInputError: An option, an image, the model, the LoRA file or the output folder cannot be used.
+        """
+        from d2f_fast.files.atomic import make_folder
+
+        check_options(self)
+        output = Path(self.output_dir)
+        for path in self._images():
+            if (existing := output / f"{path.stem}.npy").exists():
+                raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
+        for adapter in map(parse_lora, self.lora):
+            check_lora_file(adapter.path)
+        if output.exists():
+            make_folder(output)  # This refuses a file of that name.
+
+    def run(self) -> dict[str, Any]:
+        """Predict the depth of the images, write it, and return what was written.
+
+        Raises:
+            RefusedInputError: An option, an image, the model or the output folder cannot be used.
+        """
+        self.check()
+        output = Path(self.output_dir)
+        with locked_folder(output):
+            return self._predict(output, earlier_rows(output))
+
+    def _predict(self, output: Path, earlier: list[Any]) -> dict[str, Any]:
+        """Predict, and write into a folder that no other command uses."""
+        started = time.monotonic()
+        silence_libraries()
+        from d2f_fast.commands.depth_model import check_depth_model, check_ensemble, load_depth_model
+        from d2f_fast.data.images import read_image, to_rgb
+        from d2f_fast.data.loading import refused_sample
+        from d2f_fast.files.run_record import write_run_record
+
+        check_ensemble(self.ensemble_size)
+        check_depth_model(self.model, self.lora, self.model_options)
+        model = load_depth_model(self.model, self.lora, self.model_options, self.sampler)
+        files: list[Path] = []
+        for path in self._images():
+            with refused_sample(printable(path)):
+                image = to_rgb(read_image(path))
+            prediction = model.predict(
+                image,
+                steps=self.num_inference_steps,
+                ensemble_size=self.ensemble_size,
+                processing_resolution=self.processing_resolution,
+                seed=self.seed,
+            )
+            files += write_prediction(output / path.stem, prediction)
+        steps = self.num_inference_steps or model.pipeline.default_denoising_steps
+        row = {
+            "task": "depth",
+            "sampler": self.sampler,
+            "steps": steps,
+            "ensemble_size": self.ensemble_size,
+            "normalization": model.normalization,
+            "seed": self.seed,
+            "model": self.model,
+            "lora": list(self.lora),
+            "samples": len(self._images()),
+        }
+        rows = [*earlier, row | {"files": [file.name for file in files]}]
+        write_run_record(output, "d2f sample", self.seed, time.monotonic() - started, rows)
+        return row | {"files": [str(file) for file in files], "output": str(output)}
+
+    def _images(self) -> list[Path]:
+        """Return the image files, those of folders in the order of their names.
+
+        Raises:
+            RefusedInputError: There is none, one does not exist, or two have the same name.
+        """
+        from d2f_fast.data.image_folder import find_image_files
+
+        if not self.image:
+            raise RefusedInputError("image: give at least one image file, or a folder of images")
+        found: dict[str, Path] = {}
+        for entry in map(Path, self.image):
+            if not entry.exists():
+                raise RefusedInputError(f"image: {printable(entry)} does not exist: give an image file or a folder")
+            for path in find_image_files(entry) if entry.is_dir() else [entry]:
+                if (other := found.setdefault(path.stem, path)) is not path:
+                    raise RefusedInputError(
+                        f"image: {printable(path)} and {printable(other)} would have one name in output_dir: rename one"
+                    )
+        return list(found.values())
+
+
+def write_prediction(stem: Path, prediction: "DepthPrediction") -> list[Path]:
+    """Write the depth of one image, each file whole or not at all, and return the files.
+
+    Args:
+        stem: Path of the files without their endings.
+        prediction: Predicted depth.
+
+    Raises:
+        RefusedInputError: The disk is full.
+    """
+    import numpy as np
+
+    from d2f_fast.files.atomic import atomic_path
+    from d2f_fast.tasks.depth import colour_preview, depth_png
+
+    arrays = {".npy": prediction.values, "_uncertainty.npy": prediction.uncertainty}
+    pictures = {"_16bit.png": depth_png(prediction), "_preview.png": colour_preview(prediction)}
+    written = []
+    for ending, values in arrays.items():
+        if values is not None:
+            with atomic_path(path := stem.with_name(stem.name + ending)) as temporary, temporary.open("wb") as file:
+                np.save(file, values.astype(np.float32))
+            written.append(path)
+    for ending, image in pictures.items():
+        with atomic_path(path := stem.with_name(stem.name + ending)) as temporary:
+            image.save(temporary, format="PNG")
+        written.append(path)
+    return written

@@ -1,0 +1,93 @@
+"""Build a stock `MarigoldDepthPipeline` of a network that was trained on depth, which loads without this package."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DDIMScheduler, MarigoldDepthPipeline
+from torch import Tensor
+
+from d2f_fast.errors import ModelError
+from d2f_fast.models.facts import same_schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+
+DEFAULT_STEPS = 4
+
+
+@torch.no_grad()
+def empty_text(pipeline: "DiffusionPipeline") -> Tensor:
+    """Return the encoded empty prompt without padding, [1, 2, D], which is all the text that Marigold uses.
+
+    Args:
+        pipeline: Pipeline with one tokenizer and one text encoder.
+    """
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    ids = tokenizer(
+        "", padding="do_not_pad", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    encoded: Tensor = encoder(ids.to(encoder.device))[0]
+    return encoded
+
+
+def check_one_text_encoder(pipeline: "DiffusionPipeline") -> None:
+    """Refuse a model that Marigold's pipeline cannot hold.
+
+    Args:
+        pipeline: Pipeline of the base model.
+
+    Raises:
+        ModelError: It has two text encoders, as SDXL, or none.
+    """
+    if getattr(pipeline, "text_encoder_2", None) is not None or getattr(pipeline, "text_encoder", None) is None:
+        raise ModelError("depth needs a model with one text encoder: give one of Stable Diffusion 1.x or 2.x")
+
+
+def depth_scheduler(scheduler: "SchedulerMixin") -> DDIMScheduler:
+    """Return the stock scheduler of a depth model: DDIM with trailing timesteps, which ends at clean latents.
+
+    Args:
+        scheduler: Scheduler of the base model, whose noise table and prediction type are taken.
+    """
+    return same_schedule(
+        scheduler,
+        DDIMScheduler,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        thresholding=False,
+        steps_offset=0,
+    )
+
+
+def marigold_pipeline(
+    pipeline: "DiffusionPipeline",
+    unet: "UNet2DConditionModel",
+    scheduler: "SchedulerMixin",
+    normalization: str,
+    resolution: int,
+    steps: int = DEFAULT_STEPS,
+) -> MarigoldDepthPipeline:
+    """Return the stock pipeline that predicts depth with a trained network.
+
+    Args:
+        pipeline: Pipeline of the base model, which gives the autoencoder, the text encoder and the tokenizer.
+        unet: Network that sees the latents of an image before those of its depth.
+        scheduler: Scheduler that samples it.
+        normalization: Normalisation that it was trained with. Stock programs know "disparity", and take all others for
+            depth; of "log", what they show is the logarithm.
+        resolution: Longer side at which images are processed unless another one is asked for, in pixels.
+        steps: Number of sampling steps unless another one is asked for.
+    """
+    return MarigoldDepthPipeline(
+        unet=unet,
+        vae=pipeline.vae,
+        scheduler=scheduler,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        prediction_type="disparity" if normalization == "disparity" else "depth",
+        scale_invariant=True,
+        shift_invariant=True,
+        default_denoising_steps=steps,
+        default_processing_resolution=resolution,
+    )

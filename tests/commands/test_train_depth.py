@@ -1,0 +1,71 @@
+"""`d2f train --task depth`: what a run writes, and options that are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from d2f_fast.commands.main import main
+
+
+def test_run_writes_a_lora_a_stock_folder_and_how_to_use_them(depth_run: Path) -> None:
+    index = json.loads((depth_run / "pipeline/model_index.json").read_text())
+    assert index["_class_name"] == "MarigoldDepthPipeline" and index["prediction_type"] == "disparity"
+    assert json.loads((depth_run / "pipeline/unet/config.json").read_text())["in_channels"] == 8
+    assert (depth_run / "pytorch_lora_weights.safetensors").is_file() and not list(depth_run.glob("*_kohya*"))
+    card = (depth_run / "README.md").read_text()
+    assert "pipeline_tag: depth-estimation" in card and "## Predict depth in four steps" in card
+    assert "d2f sample --task depth --model run/pipeline --image IMAGE --num_inference_steps 4" in card
+    assert 'MarigoldDepthPipeline.from_pretrained("run/pipeline")(IMAGE, num_inference_steps=4).prediction' in card
+    config = json.loads((depth_run / "config.json").read_text())
+    assert config["depth_normalization"] == "disparity" and config["first_last_layers"] is True
+    assert json.loads((depth_run / "metrics.json").read_text())["results"][0]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "task depth needs --train_data_dir, a folder of images with their depth"),
+        (["--train_data_dir", "DATA", "--caption_dropout", "0.1"], "caption_dropout has no effect with --task depth"),
+        (["--train_data_dir", "DATA", "--caption_column", "a"], "caption_column has no effect with --task depth"),
+        (["--train_data_dir", "DATA", "--depth_scale", "-1"], "depth_scale must be positive and finite"),
+        (["--train_data_dir", "DATA", "--teacher", "base"], "teacher does not go with --task depth: leave it out"),
+        (["--train_data_dir", "DATA/rgb"], "holds no images with depth: expected the sub-folders rgb and depth"),
+        (["--train_data_dir", "DATA", "--pairs", "DATA"], "give either --train_data_dir or --pairs"),
+    ],
+)
+def test_options_that_do_not_go_with_depth_are_refused(
+    options: list[str], sentence: str, depth_rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.replace("DATA", str(depth_rooms)) for word in options]
+    assert main(["train", "--task", "depth", *words, "--output_dir", str(tmp_path / "x"), "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_options_of_depth_need_its_task(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--train_data_dir", str(images), "--depth_normalization", "log", "--dry_run"]) == 2
+    assert "depth_normalization needs --task depth: add it, or leave the option out" in capsys.readouterr().err
+
+
+def test_damaged_depth_stops_the_run_in_one_line_that_names_the_file(
+    depth_rooms: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("rgb", "depth"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rgb/a.png").write_bytes((depth_rooms / "rgb/00000.png").read_bytes())
+    (tmp_path / "depth/a.npy").write_bytes(b"damaged")
+    paths = ["--train_data_dir", str(tmp_path), "--pretrained_model_name_or_path", str(tiny_folder)]
+    options = ["--resolution", "16", "--output_dir", str(tmp_path / "run"), "--max_train_steps", "1"]
+    assert main(["train", "--task", "depth", *paths, *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "a.npy cannot be read as a depth map" in error
+
+
+def test_result_of_another_run_is_not_replaced(
+    depth_rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    words = ["--train_data_dir", str(depth_rooms), "--output_dir", str(tmp_path), "--dry_run"]
+    assert main(["train", "--task", "depth", *words]) == 2
+    assert "pipeline exists: continue its run with --resume_from_checkpoint latest" in capsys.readouterr().err

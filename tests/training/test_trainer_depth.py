@@ -1,0 +1,162 @@
+"""Training on depth: the masked loss, invalid pixels, exact continuation, and the saved folder in stock diffusers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, MarigoldDepthPipeline
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder, options_for_depth
+from d2f_fast.data.depth_images import find_depth_images
+from d2f_fast.data.depth_options import DepthOptions
+from d2f_fast.data.order import plan_batches
+from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.marigold import empty_text
+from d2f_fast.training.trainer import AlignedTrainer
+
+MakeTrainer = Callable[..., AlignedTrainer]
+
+
+@pytest.fixture
+def make_trainer(tiny_pipeline: Any, make_config: Callable[..., TrainingConfig], tmp_path: Path) -> MakeTrainer:
+    """Return a function that makes a trainer of the tiny model that sees one image."""
+
+    def make(output: str = "run", **options: Any) -> AlignedTrainer:
+        config = options_for_depth(make_config(tmp_path / output, random_flip=True, **options))
+        return AlignedTrainer.from_pretrained(tiny_pipeline(), config, context_images=1)
+
+    return make
+
+
+def dataset_of(folder: Path, **options: Any) -> DepthDataset:
+    depth_options = DepthOptions(**options)
+    return DepthDataset(find_depth_images(folder, depth_options), depth_options)
+
+
+def weights(trainer: AlignedTrainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.trainable.values()]
+
+
+def first_batch(trainer: AlignedTrainer, dataset: DepthDataset) -> Any:
+    encoder = DepthEncoder(trainer.model, trainer.config, dataset)
+    plan = next(islice(plan_batches(len(dataset), 4, 0), 1))
+    return encoder.encode(plan, encoder.load(plan))
+
+
+def test_loss_is_the_mean_over_valid_latents_of_a_network_that_sees_the_image(
+    make_trainer: MakeTrainer, depth_rooms: Path
+) -> None:
+    trainer = make_trainer()
+    batch = first_batch(trainer, dataset_of(depth_rooms))
+    batch["mask"] = torch.rand(4, 1, 8, 8)
+    inputs = trainer._inputs.sample(batch, 0)
+    t, latents, noise = inputs.t.double(), inputs.latents.double(), inputs.noise.double()
+    with torch.no_grad():
+        x = t[:, None, None, None] * latents + (1 - t[:, None, None, None]) * noise
+        sample = trainer.alignment.to_sample(x.float(), inputs.t)
+        text = empty_text(trainer.model.pipeline).expand(4, -1, -1)
+        unet_input = torch.cat([batch["context"], sample], 1)
+        output = trainer.unet(unet_input, trainer.alignment.timestep(inputs.t), text).sample
+        velocity = trainer.alignment.velocity(output, sample, inputs.t)
+    error = (velocity - (latents - noise)).square().mean(dim=1, keepdim=True)
+    expected = ((error * batch["mask"]).sum((1, 2, 3)) / batch["mask"].sum((1, 2, 3))).mean()
+    assert trainer.step(batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_depth_of_invalid_pixels_changes_no_gradient(
+    make_trainer: MakeTrainer, depth_rooms: Path, tmp_path: Path
+) -> None:
+    results = []
+    for number, wrong in enumerate((np.nan, 0.0, 1e9)):
+        folder = Path(shutil.copytree(depth_rooms, tmp_path / f"rooms{number}"))
+        for path in (folder / "depth").glob("*.npy"):
+            depth = np.load(path)
+            depth[3:5] = np.nan
+            np.save(path, np.where(np.isnan(depth), np.float32(wrong), depth))
+        trainer = make_trainer(f"run{number}", max_train_steps=1, cache_latents=False)
+        trainer.fit(dataset_of(folder, depth_max=1000.0))
+        results.append(weights(trainer))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+
+
+def test_continued_run_is_equal_bit_for_bit(make_trainer: MakeTrainer, depth_rooms: Path) -> None:
+    whole = make_trainer("whole", max_train_steps=3)
+    whole.fit(dataset_of(depth_rooms))
+    make_trainer("parts", max_train_steps=1).fit(dataset_of(depth_rooms))
+    again = make_trainer("parts", max_train_steps=3, resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match="depth_normalization was 'affine' and is now 'log': resume with the"):
+        again.fit(dataset_of(depth_rooms, depth_normalization="log"))
+    again.fit(dataset_of(depth_rooms))
+    assert again.global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_saved_model_gives_the_same_depth_in_stock_diffusers(
+    make_trainer: MakeTrainer, tiny_pipeline: Any, depth_rooms: Path, tmp_path: Path, adapter: str
+) -> None:
+    trainer = make_trainer(adapter=adapter, max_train_steps=2)
+    trainer.fit(dataset_of(depth_rooms, depth_normalization="log"))
+    folder = trainer.save_pipeline(tmp_path / "pipeline")
+    stock = MarigoldDepthPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    assert type(stock.scheduler) is DDIMScheduler
+    assert (stock.config.default_denoising_steps, stock.config.default_processing_resolution) == (4, 16)
+    assert json.loads((folder / "d2f.json").read_text())["d2f.depth_normalization"] == "log"
+    image, noise = torch.rand(1, 3, 16, 16), torch.randn(1, 4, 8, 8)
+    got = stock(image, latents=noise).prediction[0, ..., 0]
+    # The trained network itself, along flow time, from the same noise at the same times.
+    alignment, model = trainer.alignment, trainer.model
+    times = [*alignment.flow_time(torch.tensor([999.0, 749.0, 499.0, 249.0])).tolist(), 1.0]
+    with torch.no_grad(), trainer.averaged():
+        context = model.scale_latents(model.encode_images(image * 2 - 1)["mean"])
+        text, x = empty_text(model.pipeline), alignment.to_flow(noise, torch.tensor([times[0]]))
+        for t, following in pairwise(times):
+            now = torch.tensor([t])
+            sample = alignment.to_sample(x, now)
+            output = trainer.unet(torch.cat([context, sample], 1), alignment.timestep(now), text).sample
+            x = x + (following - t) * alignment.velocity(output, sample, now)
+        expected = (model.decode(x).mean(1).clamp(-1, 1) + 1) / 2
+    assert np.abs(got - expected[0].numpy()).max() <= 1e-5
+    assert got.std() > 1e-3
+    if adapter == "lora":
+        path = trainer.save_lora(tmp_path / "lora")
+        base = BaseModel(tiny_pipeline())
+        base.see_images()
+        base.unet.load_lora_adapter(str(path.parent), weight_name=path.name, prefix="unet")
+        network_input = torch.cat([context, noise], 1)
+        with torch.no_grad():
+            reloaded, merged = (unet.eval()(network_input, 500, text).sample for unet in (base.unet, stock.unet))
+        assert (reloaded - merged).norm() <= 1e-4 * merged.norm()
+
+
+def test_batch_with_another_context_than_the_network_takes_is_refused(
+    make_trainer: MakeTrainer, make_batch: Callable[..., Any], depth_rooms: Path, tiny_pipeline: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    batch = first_batch(trainer, dataset_of(depth_rooms))
+    without = {name: value for name, value in batch.items() if name != "context"}
+    with pytest.raises(RefusedInputError, match=r"context must have the 4 channels .* got 0"):
+        trainer.step(without)
+    text = AlignedTrainer.from_pretrained(tiny_pipeline(), TrainingConfig(output_dir=str(tmp_path), resolution=16))
+    with pytest.raises(RefusedInputError, match=r"context must have the 0 channels .* got 4"):
+        text.step(batch)
+
+
+def test_model_of_a_depth_run_is_trained_further(make_trainer: MakeTrainer, depth_rooms: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(max_train_steps=1)
+    trainer.fit(dataset_of(depth_rooms))
+    folder = trainer.save_pipeline(tmp_path / "pipeline")
+    config = TrainingConfig(output_dir=str(tmp_path / "more"), resolution=16, max_train_steps=1)
+    again = AlignedTrainer.from_pretrained(folder, options_for_depth(config), context_images=1)
+    assert again.unet.config.in_channels == 8 and again.trainable["conv_in.lora_A.default.weight"].shape[0] == 72
+    again.fit(dataset_of(depth_rooms))
+    assert again.global_step == 1
