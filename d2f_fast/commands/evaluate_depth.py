@@ -16,7 +16,7 @@ from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
-    from d2f_fast.data.depth_images import DepthImages
+    from d2f_fast.data.depth_source import DepthSource
 
 _TITLES = {
     "abs_rel": "AbsRel, lower is better",
@@ -144,9 +144,9 @@ class EvaluateDepth:
         print("\n".join(depth_table(row)), file=sys.stderr if self.json else sys.stdout)
         return row | {"output": str(output)}
 
-    def _images(self) -> "DepthImages":
+    def _images(self) -> "DepthSource":
         """Return the images with their depth."""
-        from d2f_fast.data.depth_images import find_depth_images
+        from d2f_fast.data.depth_data import find_depth_images
 
         units = DepthOptions(depth_scale=self.depth_scale, depth_min=self.depth_min, depth_max=self.depth_max)
         return find_depth_images(self.reference, units)

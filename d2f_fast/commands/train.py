@@ -24,7 +24,7 @@ from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_file
 
 if TYPE_CHECKING:
     from d2f_fast.data.depth_encoding import DepthDataset
-    from d2f_fast.data.depth_images import DepthImages
+    from d2f_fast.data.depth_source import DepthSource
     from d2f_fast.data.image_folder import CaptionedImages
     from d2f_fast.data.pairs import PairDataset
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
@@ -104,12 +104,12 @@ class Train:
         with locked_folder(output) if writes else nullcontext():
             return self._train(dataset, output)
 
-    def _train(self, found: "CaptionedImages | PairDataset | DepthImages", output: Path) -> dict[str, Any]:
+    def _train(self, found: "CaptionedImages | PairDataset | DepthSource", output: Path) -> dict[str, Any]:
         """Train and save in an output folder that no other run uses."""
         started = time.monotonic()
         silence_libraries()
         from d2f_fast.data.depth_encoding import DepthDataset, options_for_depth
-        from d2f_fast.data.depth_images import DepthImages
+        from d2f_fast.data.depth_source import DepthSource
         from d2f_fast.data.pair_encoding import options_for_pairs
         from d2f_fast.data.pairs import PairDataset
         from d2f_fast.files.run_record import write_run_record
@@ -117,7 +117,7 @@ class Train:
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
         from d2f_fast.training.trainer import AlignedTrainer
 
-        dataset = DepthDataset(found, self.depth_options) if isinstance(found, DepthImages) else found
+        dataset = DepthDataset(found, self.depth_options) if isinstance(found, DepthSource) else found
         options = self.teacher_options.settle(self.options)
         options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
         options = options_for_depth(options) if isinstance(dataset, DepthDataset) else options
@@ -175,7 +175,7 @@ class Train:
         images = "images"
         if isinstance(dataset, DepthDataset):
             kinds = f"layout {dataset.images.layout}, normalisation {dataset.options.depth_normalization}"
-            lines.append(f"depth is learned from {dataset.images.folder} ({kinds})")
+            lines.append(f"depth is learned from {printable(dataset.images.place)} ({kinds})")
         elif not isinstance(dataset, CaptionedImages):
             made = pair_tags(dataset)
             end = ": sample the result without guidance" if trainer.teacher is None else ""
@@ -213,9 +213,9 @@ class Train:
         if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, trainer.tags, run) is None:
             print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
-    def _data_set(self) -> "CaptionedImages | PairDataset | DepthImages":
+    def _data_set(self) -> "CaptionedImages | PairDataset | DepthSource":
         """Return the images or pairs, once everything that can be refused without torch has been checked."""
-        from d2f_fast.data.depth_images import find_depth_images
+        from d2f_fast.data.depth_data import find_depth_images
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.pairs import PairDataset
         from d2f_fast.models.configs import check_training, read_configs

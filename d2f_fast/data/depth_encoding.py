@@ -16,12 +16,12 @@ from torch import Tensor
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch
 from d2f_fast.data.cache import CacheKey, TensorCache
-from d2f_fast.data.depth_images import DepthImages, DepthSample
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.depth_pixels import DepthPixels, depth_pixels
+from d2f_fast.data.depth_source import DepthSample, DepthSource
 from d2f_fast.data.encoding import empty_slice
 from d2f_fast.data.order import Augmentation, BatchPlan
-from d2f_fast.errors import DatasetError, printable
+from d2f_fast.errors import DatasetError
 from d2f_fast.files.hashes import FileHashes
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.marigold import check_one_text_encoder, empty_text
@@ -43,7 +43,7 @@ class DepthDataset:
         invalid: Share of the pixels without a depth, of each image that was read, by its index.
     """
 
-    def __init__(self, images: DepthImages, options: DepthOptions | None = None) -> None:
+    def __init__(self, images: DepthSource, options: DepthOptions | None = None) -> None:
         self.images, self.options = images, options or DepthOptions()
         self.invalid: dict[int, float] = {}
 
@@ -80,25 +80,23 @@ class DepthCache(TensorCache):
         super().__init__(folder, settings, torch.float32)
         self._hashes = FileHashes(self.folder / "hashes.jsonl")
 
-    def key(self, image: Path, depth: Path, flip: bool) -> CacheKey:
+    def key(self, dataset: DepthDataset, index: int, flip: bool) -> CacheKey:
         """Return the key of one orientation of an image and its depth.
 
         Args:
-            image: File of the image.
-            depth: File of its depth.
+            dataset: Images with depth.
+            index: Index of the image.
             flip: Whether the orientation is the mirrored one.
 
         Raises:
             DatasetError: A file cannot be read.
             RefusedInputError: The index of the hashes cannot be written.
         """
-        content: dict[str, str | bool] = {"flip": flip}
-        for name, path in (("image", image), ("depth", depth)):
-            try:
-                content[name] = self._hashes(path)
-            except OSError as error:
-                raise DatasetError(f"{printable(path)} cannot be read ({error.strerror}): check the file") from error
-        return self._key(printable(image), content)
+        try:
+            content = dataset.images.content(index, self._hashes)
+        except OSError as error:
+            raise DatasetError(f"image {index} cannot be read ({error}): check the files") from error
+        return self._key(f"image {index}", {"flip": flip, "content": content})
 
 
 @dataclass
@@ -152,9 +150,8 @@ class DepthEncoder:
         loaded = LoadedDepth()
         for position, (index, augmentation) in enumerate(zip(plan.index, plan.augmentations, strict=True)):
             if self._cache is not None:
-                files = self._dataset.images.files(index)
                 flip = self._config.random_flip and augmentation.mirrored
-                loaded.keys.append(key := self._cache.key(files.image, files.depth, flip))
+                loaded.keys.append(key := self._cache.key(self._dataset, index, flip))
                 loaded.found |= (found := self._cache.read([key]))
                 if found:
                     continue

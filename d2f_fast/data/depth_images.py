@@ -13,22 +13,18 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from d2f_fast.data.depth_options import DepthOptions
+from d2f_fast.data.depth_source import DepthSample, DepthSource, check_sizes, check_units
 from d2f_fast.data.file_names import is_image
 from d2f_fast.errors import DatasetError, printable
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 DepthLayout = Literal["plain", "vkitti2", "hypersim"]
 EXPECTED_LAYOUTS = (
     "expected the sub-folders rgb and depth with files of the same names (rgb/a.png and depth/a.png, .npy or .exr), or"
-    " the folders Scene01 … of Virtual KITTI 2, or ai_001_001 … of Hypersim"
+    " the folders Scene01 … of Virtual KITTI 2, ai_001_001 … of Hypersim, or shards *.tar with image.png and depth.npy"
 )
 _DEPTH_EXTENSIONS = (".png", ".npy", ".exr")  # those of `depth_files`, which imports torch
 _NAMED = 3  # files that a message names
@@ -63,23 +59,7 @@ class DepthFiles(NamedTuple):
     depth: Path
 
 
-class DepthSample(NamedTuple):
-    """One image with its depth.
-
-    Attributes:
-        image: Image of mode "RGB".
-        depth: Depth in metres, [H, W]; what it holds where it is not valid has no meaning.
-        valid: Which pixels have a depth, [H, W]; at least one has.
-        name: Name of the image in messages.
-    """
-
-    image: "Image.Image"
-    depth: NDArray[np.float32]
-    valid: NDArray[np.bool_]
-    name: str
-
-
-class DepthImages:
+class DepthImages(DepthSource):
     """Read images with their depth from a folder, whose layout is detected. An image is decoded only when asked for.
 
     Args:
@@ -89,11 +69,8 @@ class DepthImages:
         most: Largest depth that counts, in metres; None for that of the layout.
 
     Attributes:
-        folder: Folder of the images.
+        place: Folder of the images.
         layout: Layout that was found.
-        scale: Number in the depth files that stands for one metre; None for files in metres.
-        least: Smallest depth that counts, in metres.
-        most: Largest depth that counts, in metres; infinite for none.
 
     Raises:
         DatasetError: The folder has no known layout, holds no images, or an image or a depth has no partner. When a
@@ -108,15 +85,15 @@ class DepthImages:
         least: float = 0.0,
         most: float | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.layout = _layout_of(self.folder)
-        convention = _CONVENTIONS[self.layout]
+        self.place = Path(folder)
+        layout = _layout_of(self.place)
+        self.layout, convention = layout, _CONVENTIONS[layout]
         self.scale = convention.scale if scale is None else scale
         self.least, self.most = least, convention.most if most is None else most
         self._plausible = convention.plausible
-        self._files = list(_FINDERS[self.layout](self.folder))
+        self._files = list(_FINDERS[layout](self.place))
         if not self._files:
-            raise DatasetError(f"{printable(self.folder)} holds no images with depth: {EXPECTED_LAYOUTS}")
+            raise DatasetError(f"{printable(self.place)} holds no images with depth: {EXPECTED_LAYOUTS}")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -135,50 +112,16 @@ class DepthImages:
                 raise DatasetError(f"{name} is turned by its EXIF entry, and its depth is not: save it upright")
             image = to_rgb(stored)
         depth = read_depth(files.depth, self.scale)
-        if depth.shape != (image.height, image.width):
-            raise DatasetError(
-                f"{name} has {image.width}x{image.height} pixels and {depth_name} {depth.shape[1]}x{depth.shape[0]}:"
-                " give both in the same size"
-            )
+        check_sizes(image, depth, name, depth_name)
         if self.layout == "hypersim":
             depth = plane_depth_of_distance(depth)
         valid = valid_pixels(depth, self.least, self.most)
-        self._check_units(depth, valid, depth_name)
+        check_units(depth, valid, depth_name, plausible=self._plausible, source=self)
         return DepthSample(image, depth, valid, name)
 
-    def files(self, index: int) -> DepthFiles:
-        """Return the files of an image, without reading them."""
-        return self._files[index]
-
-    def _check_units(self, depth: NDArray[np.float32], valid: NDArray[np.bool_], name: str) -> None:
-        """Refuse a depth map without a valid pixel, or with depths that no scene of its data set has."""
-        positive = depth[np.isfinite(depth) & (depth > 0)]
-        median = float(np.median(positive)) if positive.size else 0.0
-        unit = "check its unit, which --depth_scale states, and --depth_min and --depth_max"
-        if median > self._plausible:
-            raise DatasetError(
-                f"{name}: half of the pixels are beyond {median:.4g} m, and {self._plausible:g} m is the most that can"
-                f" be right: {unit}"
-            )
-        if not valid.any():
-            found = f"they are around {median:.4g} m" if positive.size else "none is finite and positive"
-            raise DatasetError(
-                f"{name}: no pixel has a depth between {self.least:g} and {self.most:g} m ({found}): {unit}, or remove"
-                " the image"
-            )
-
-
-def find_depth_images(folder: str | os.PathLike[str], options: DepthOptions) -> DepthImages:
-    """Return the images of a folder with their depth, read as the options say.
-
-    Args:
-        folder: Folder in one of the layouts.
-        options: Options of the depth.
-
-    Raises:
-        DatasetError: The folder cannot be used; see `DepthImages`.
-    """
-    return DepthImages(folder, scale=options.depth_scale, least=options.depth_min, most=options.depth_max)
+    def content(self, index: int, hash_of_file: Callable[[Path], str]) -> str:
+        """Return the hashes of the files of an image; see `DepthSource.content`."""
+        return " ".join(map(hash_of_file, self._files[index]))
 
 
 def _layout_of(folder: Path) -> DepthLayout:

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast.data.depth_images import DepthSample
 from d2f_fast.data.depth_normalization import normalize_depth, valid_share
 from d2f_fast.data.depth_options import DepthNormalization
+from d2f_fast.data.depth_source import DepthSample
 from d2f_fast.data.images import crop_of, preprocess
 from d2f_fast.data.loading import refused_sample
 from d2f_fast.data.order import Augmentation

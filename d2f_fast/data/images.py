@@ -1,5 +1,6 @@
 """Decode image files, convert them to 8-bit RGB, and make training pixels of them."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -29,6 +30,22 @@ _TURNS = {
 # Pillow warns of images above its own limit, which is larger than the one here; the refusal says the same. The filter
 # is the last of the list, so that it changes no filter of the user.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Decode the bytes of a PNG, JPEG, WebP or BMP image, and leave its mode and orientation as they are stored.
+
+    Args:
+        content: Bytes of an image of at most 2**26 pixels.
+
+    Raises:
+        ValueError: The image has more than 2**26 pixels. Pillow raises exceptions of other types for damaged ones.
+    """
+    with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
+        image.load()
+        return image
 
 
 def read_image(path: Path) -> Image.Image:

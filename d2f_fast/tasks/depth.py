@@ -22,7 +22,7 @@ from d2f_fast.evaluation.depth import DepthErrors, align_depth, depth_errors
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
-    from d2f_fast.data.depth_images import DepthImages
+    from d2f_fast.data.depth_source import DepthSource
 
 DepthSampler = Literal["saved", "flow"]
 
@@ -143,7 +143,7 @@ def depth_png(prediction: DepthPrediction) -> Image.Image:
 
 
 def measure_depth(
-    model: DepthModel, images: "DepthImages", count: int, progress: Callable[[int], object], **options: Any
+    model: DepthModel, images: "DepthSource", count: int, progress: Callable[[int], object], **options: Any
 ) -> list[DepthErrors]:
     """Predict the depth of images, and return the errors of each.
 

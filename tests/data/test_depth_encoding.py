@@ -12,8 +12,8 @@ import torch
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import check_batch
+from d2f_fast.data.depth_data import find_depth_images
 from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder, options_for_depth
-from d2f_fast.data.depth_images import find_depth_images
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.depth_pixels import depth_pixels
 from d2f_fast.data.order import BatchPlan, plan_batches

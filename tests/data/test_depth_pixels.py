@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from d2f_fast.data.depth_images import DepthSample
 from d2f_fast.data.depth_pixels import depth_pixels
+from d2f_fast.data.depth_source import DepthSample
 from d2f_fast.data.order import Augmentation
 
 

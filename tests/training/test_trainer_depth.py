@@ -13,8 +13,8 @@ import torch
 from diffusers import DDIMScheduler, MarigoldDepthPipeline
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.data.depth_data import find_depth_images
 from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder, options_for_depth
-from d2f_fast.data.depth_images import find_depth_images
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.order import plan_batches
 from d2f_fast.errors import CheckpointError, RefusedInputError

@@ -1,0 +1,22 @@
+"""The layout of a folder decides how its depth is read."""
+
+import tarfile
+from pathlib import Path
+
+from d2f_fast.data.depth_data import find_depth_images
+from d2f_fast.data.depth_images import DepthImages
+from d2f_fast.data.depth_options import DepthOptions
+from d2f_fast.data.depth_shards import DepthShards
+
+
+def test_folder_of_files_and_folder_of_shards_are_told_apart(depth_rooms: Path, tmp_path: Path) -> None:
+    options = DepthOptions(depth_min=0.5, depth_max=5.0, depth_scale=2.0)
+    images = find_depth_images(depth_rooms, options)
+    assert isinstance(images, DepthImages)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(depth_rooms / "rgb/00000.png", "a.image.png")
+        tar.add(depth_rooms / "depth/00000.npy", "a.depth.npy")
+    shards = find_depth_images(tmp_path, options)
+    assert isinstance(shards, DepthShards)
+    for source in (images, shards):
+        assert (source.scale, source.least, source.most) == (2.0, 0.5, 5.0)
