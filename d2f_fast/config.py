@@ -302,6 +302,9 @@ class TrainingConfig:
             is stopped by SIGTERM or Ctrl-C.
         checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. None keeps all of them.
             The checkpoint before the newest one stays until a finite step has followed the newest.
+        validation_steps: Number of optimizer steps between two measurements of the loss on held-out samples; the first
+            is made before the first step. It needs --validation_data_dir or --validation_pairs. The default 0 turns it
+            off.
         lora_format: Which LoRA files are written at the end. "diffusers" writes pytorch_lora_weights.safetensors for
             diffusers, "kohya" writes a file for ComfyUI, A1111, Forge and kohya's scripts, named after output_dir
             (my_run_kohya.safetensors), and "both" writes the two. The default None means "both". With --adapter full
@@ -363,6 +366,7 @@ class TrainingConfig:
     cuda_graph: bool = option("memory and speed", False)
     checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0, MAX_STEPS))
     checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1, MAX_STEPS))
+    validation_steps: int = option("checkpoints and logs", 0, at_least(0, MAX_STEPS))
     lora_format: LoraFormat | None = option("checkpoints and logs", None)
     resume_from_checkpoint: str | None = option("checkpoints and logs", None)
     logging_steps: int = option("checkpoints and logs", 10, at_least(1, MAX_STEPS))

@@ -56,6 +56,8 @@ FOREIGN_OPTIONS: Mapping[str, Mapping[str, str]] = {
         "resume": "give --resume_from_checkpoint",
         "xformers": _ATTENTION,
         "sdpa": _ATTENTION,
+        "validate_every_n_steps": "give --validation_steps",
+        "validation_split": "give --validation_data_dir, a folder of held-out images",
         "sample_prompts": _LATER,
         "log_with": "give --report_to",
         # diffusers

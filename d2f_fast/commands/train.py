@@ -50,6 +50,9 @@ class Train:
             default None trains on images.
         pairs_of_another_model: Accept pairs that another model made than the one that is trained, such as a larger one
             with the same latents. It is off by default.
+        validation_data_dir: Folder of held-out captioned images, of the same layout, whose loss is measured every
+            --validation_steps; 64 of them at most. The default None measures no such loss.
+        validation_pairs: Held-out pairs in place of images, as for --pairs. The default None measures no such loss.
         pretrained_model_name_or_path: Model to start from: a Hugging Face id, a diffusers pipeline folder, or one
             .safetensors file. The default "miniature" is the small model inside this package.
         image_column: Image column, as image folders of Hugging Face name it: "image", which the default None means,
@@ -73,6 +76,8 @@ class Train:
     train_data_dir: str | None = option("data", None)
     pairs: tuple[str, ...] | None = option("data", None)
     pairs_of_another_model: bool = option("data", False)
+    validation_data_dir: str | None = option("data", None)
+    validation_pairs: tuple[str, ...] | None = option("data", None)
     pretrained_model_name_or_path: str = option("model", MINIATURE)
     image_column: str | None = option("data", None)
     caption_column: str | None = option("data", None)
@@ -91,6 +96,7 @@ class Train:
             RefusedInputError: The data, the model, the output folder or an option cannot be used.
         """
         self._data_set()
+        self._validation_set()
 
     def run(self) -> dict[str, Any]:
         """Train the model, save the result, and return what was trained and where it was written.
@@ -133,7 +139,7 @@ class Train:
             self._say_what_is_trained_on(trainer, dataset)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
         with stop_signals(trainer.has_unsaved_steps, announce=trainer.accelerator.is_main_process) as signals:
-            result = trainer.fit(dataset)
+            result = trainer.fit(dataset, self._validation_set())
             if not trainer.accelerator.is_main_process:
                 return result | {"output": str(output)}
             is_lora = self.options.adapter == "lora"
@@ -207,7 +213,7 @@ class Train:
         """Print how to generate images with the result, and write the same into its model card."""
         from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
 
-        run = {"steps": result["steps"], "images_per_step": trainer.global_batch_size}
+        run = {**result, "images_per_step": trainer.global_batch_size}
         for line in recipe(output, trainer.tags):
             print(f"d2f: {line}", file=sys.stderr)
         if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, trainer.tags, run) is None:
@@ -239,6 +245,28 @@ class Train:
         if self.task == "depth":
             return find_depth_images(self.train_data_dir, self.depth_options)
         return CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
+
+    def _validation_set(self) -> "CaptionedImages | PairDataset | None":
+        """Return the held-out images or pairs, once what can be refused without torch has been checked."""
+        from d2f_fast.data.image_folder import CaptionedImages
+        from d2f_fast.data.pairs import PairDataset
+
+        folder, pairs, steps = self.validation_data_dir, self.validation_pairs, self.options.validation_steps
+        if folder is None and not pairs:
+            if steps:
+                raise RefusedInputError(
+                    "validation_steps needs held-out samples: add --validation_data_dir or --validation_pairs"
+                )
+            return None
+        if folder is not None and pairs:
+            raise RefusedInputError("give either --validation_data_dir or --validation_pairs")
+        if not steps:
+            raise RefusedInputError("held-out samples need --validation_steps, how often their loss is measured")
+        if folder is None:
+            return PairDataset(pairs or (), of_another_model=self.pairs_of_another_model)
+        if not Path(folder).is_dir():
+            raise RefusedInputError(f"validation_data_dir: {printable(folder)} is not a folder: correct the path")
+        return CaptionedImages(folder, self.image_column, self.caption_column, self.caption_extension)
 
     def _check_pipeline(self, folder: Path) -> None:
         """Refuse a run that writes a pipeline and would replace the result of another run."""
@@ -284,6 +312,8 @@ class Train:
         cure = "has no effect with --task depth, which reads no captions: leave it out"
         _refuse_given(self, _OF_IMAGES, cure)
         _refuse_given(self.teacher_options, ("teacher",), "does not go with --task depth: leave it out")
+        held_out = "validation_data_dir", "validation_pairs"
+        _refuse_given(self, held_out, "does not go with --task depth: leave it out, and use d2f evaluate")
         _refuse_given(self.options, ("caption_dropout",), cure)
 
 

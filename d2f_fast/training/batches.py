@@ -1,9 +1,9 @@
 """Make the batches of a run: plan them, load them ahead of the step, and encode what the cache lacks."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch
@@ -15,7 +15,6 @@ from d2f_fast.data.pair_encoding import PairEncoder
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.models.base_model import BaseModel
 
-Loaded = TypeVar("Loaded")
 TrainingData: TypeAlias = ImageDataset | PairDataset | DepthDataset
 
 
@@ -56,23 +55,30 @@ def encoded_batches(
     size = config.train_batch_size * config.gradient_accumulation_steps * count
     plans = plan_batches(len(dataset), size, config.seed, step, rank=rank, world_size=count)
     left = islice(plans, config.max_train_steps - step)
+    load, encode = loader_and_encoder(dataset, model, config, fingerprints)
+    for plan, loaded in load_ahead(left, load, config.dataloader_num_workers):
+        yield encode(plan, loaded)
+
+
+def loader_and_encoder(
+    dataset: TrainingData, model: BaseModel, config: TrainingConfig, fingerprints: Mapping[str, str]
+) -> tuple[Callable[[BatchPlan], Any], Callable[[BatchPlan, Any], Batch]]:
+    """Return the function that loads the samples of a plan, in any thread, and the one that makes a batch of them.
+
+    Args:
+        dataset: Captioned images, pairs of noise and latents, or images with depth.
+        model: Base model of the run.
+        config: Options of the run.
+        fingerprints: Hashes of the base model before training; see `BaseModel.fingerprints`.
+
+    Raises:
+        RefusedInputError: Pairs do not fit the model, or the cache's folder cannot be made.
+    """
     if isinstance(dataset, PairDataset):
         pairs = PairEncoder(model, config, dataset, fingerprints)
-        yield from _loaded_ahead(left, pairs.load, pairs.encode, config)
-    elif isinstance(dataset, DepthDataset):
+        return pairs.load, pairs.encode
+    if isinstance(dataset, DepthDataset):
         depth = DepthEncoder(model, config, dataset)
-        yield from _loaded_ahead(left, depth.load, depth.encode, config)
-    else:
-        images = BatchEncoder(model, config)
-        yield from _loaded_ahead(left, partial(images.load, dataset), images.encode, config)
-
-
-def _loaded_ahead(
-    plans: Iterator[BatchPlan],
-    load: Callable[[BatchPlan], Loaded],
-    encode: Callable[[BatchPlan, Loaded], Batch],
-    config: TrainingConfig,
-) -> Iterator[Batch]:
-    """Yield the batch of each plan; threads load the next ones meanwhile."""
-    for plan, loaded in load_ahead(plans, load, config.dataloader_num_workers):
-        yield encode(plan, loaded)
+        return depth.load, depth.encode
+    images = BatchEncoder(model, config)
+    return partial(images.load, dataset), images.encode

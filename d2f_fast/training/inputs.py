@@ -6,6 +6,7 @@ changes nothing.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from d2f_fast.data.batch import Batch, check_values
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
+
+_FIXED_SEED = 0
 
 
 class StepInputs(NamedTuple):
@@ -100,6 +103,33 @@ class InputSampler:
         mask = batch.get("mask")
         mask = None if mask is None else self._on_device(mask)
         return StepInputs(latents, noise, t, self._condition(batch, dropped), mask, global_size)
+
+    def fixed(self, batch: Batch, index: Sequence[int]) -> StepInputs:
+        """Return inputs that are the same each time: mean latents, all captions, and noise and times of the samples.
+
+        Args:
+            batch: samples.
+            index: number of each sample, which decides its noise and its time t in [0, 1).
+
+        Raises:
+            RefusedInputError: the batch has another context than the network takes.
+        """
+        check_context(batch, self._model)
+        posterior = self._posterior(batch)
+        latents = posterior["latents"] if "latents" in posterior else self._model.scale_latents(posterior["mean"])
+        noise, t = [], []
+        for number in index:
+            generator = torch.Generator().manual_seed(step_seed(_FIXED_SEED, number))
+            t.append(torch.rand((), generator=generator))
+            noise.append(torch.randn(latents.shape[1:], generator=generator))
+        own = self._on_device(batch["noise"]).float() if "noise" in batch else torch.stack(noise).to(self._device)
+        if self._device.type == "cuda":
+            latents, own = (x.contiguous(memory_format=torch.channels_last) for x in (latents, own))
+        mask = batch.get("mask")
+        none = torch.zeros(len(index), dtype=torch.bool, device=self._device)
+        condition = self._condition(batch, none)
+        mask = None if mask is None else self._on_device(mask)
+        return StepInputs(latents, own, torch.stack(t).to(self._device), condition, mask, len(index))
 
     def empty_condition(self) -> dict[str, Tensor]:
         """Return the condition of the empty prompt, [1, ...] each, encoded once; empty if no caption is dropped."""

@@ -109,7 +109,8 @@ def write_model_card(
             path of this machine.
         config: Options of the run.
         tags: Entries of the result's header; see `tags_of`.
-        result: Number of "steps" of the run, and of "images_per_step", over all processes and passes.
+        result: Number of "steps" of the run, and of "images_per_step", over all processes and passes, and where they
+            were measured the "validation_losses".
 
     Returns:
         The file, or None where the folder holds a README.md that no run wrote, which is kept.
@@ -152,6 +153,7 @@ def _card(
         "resolution": f"{config.resolution} px",
         "learning rate": config.learning_rate,
         **({"trained on pairs with guidance": tags["d2f.pairs_guidance"]} if "d2f.pairs_guidance" in tags else {}),
+        **_validation_row(result.get("validation_losses")),
         "shift in training": tags["d2f.training_shift"],
         "shift for sampling": tags["d2f.shift"],
         "seed": config.seed,
@@ -180,3 +182,12 @@ def _card(
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
+
+
+def _validation_row(losses: object) -> dict[str, str]:
+    """Return the row of the card that holds the loss on held-out samples; empty where none was measured."""
+    if not isinstance(losses, list):
+        return {}
+    by_time = ", ".join(f"{loss:.4g}" for loss in losses)
+    mean = sum(losses) / len(losses)
+    return {"loss on held-out samples": f"{mean:.4g}; in {len(losses)} parts of time from noise to image {by_time}"}

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -123,12 +124,30 @@ class RunLog:
         if not self._writes:
             return
         row = {"step": step, "loss": self.last_loss, "lr": lr, "images_per_second": rate}
+        self._append(row | {"skipped_steps": skipped_steps})
+        self._accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=step)
+
+    def write_validation(self, step: int, losses: Sequence[float]) -> None:
+        """Log the loss on held-out samples.
+
+        Args:
+            step: number of steps taken.
+            losses: mean loss of each segment of flow time, from noise to image; it may be NaN or infinite.
+        """
+        mean = sum(losses) / len(losses)
+        finite = [loss if math.isfinite(loss) else None for loss in losses]
+        self._append({"step": step, "validation_loss": mean if math.isfinite(mean) else None, "by_time": finite})
+        edges = [segment / len(losses) for segment in range(len(losses))]
+        by_time = {f"validation_loss/t={edge:.3f}": loss for edge, loss in zip(edges, losses, strict=True)}
+        self._accelerator.log({"validation_loss": mean, **by_time}, step=step)
+
+    def _append(self, row: Mapping[str, object]) -> None:
+        """Append a row to the log; a log that cannot be written does not stop the run."""
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps(row | {"skipped_steps": skipped_steps}) + "\n")
-        except OSError as error:  # a log that cannot be written does not stop the run
-            logger.warning("%s: step %s is not logged (%s)", self._path, step, error.strerror)
-        self._accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=step)
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            logger.warning("%s: step %s is not logged (%s)", self._path, row["step"], error.strerror)
 
     def _cut(self, step: int) -> None:
         """Drop the rows after `step`: a run logged them that was killed, and these steps are taken again."""

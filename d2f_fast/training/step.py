@@ -139,19 +139,31 @@ class TrainingStep:
         total = torch.full((), float("nan") if dry else 0.0, device=self._device)
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(inputs.latents), self.config.train_batch_size):
-            part = inputs.part(first, self.config.train_batch_size)
-            latents, noise = part.latents, part.noise
-            if self._teacher is not None:
-                with self._autocast():
-                    latents, noise = self._teacher.line(latents, noise, part.t, part.condition)
-            with self._autocast():
-                per_sample = self.loss(latents, noise, part.t, part.condition, part.mask)
+            per_sample = self._part_loss(inputs.part(first, self.config.train_batch_size), self.loss)
             # A sum over the global batch: the size of the micro-batches and slices changes nothing.
             torch.autograd.backward(per_sample.sum() / inputs.global_size)
             total += per_sample.detach().sum()
         summed = self._num_processes > 1 and not dry
         self._update(total, summed=summed)
         return total / (inputs.global_size if summed else max(len(inputs.latents), 1))
+
+    @torch.no_grad()
+    def losses(self, inputs: StepInputs) -> Tensor:
+        """Return the loss of each sample, [b] float32, without training on it and without the compiled code.
+
+        Args:
+            inputs: samples of one micro-batch.
+        """
+        return self._part_loss(inputs, self._loss).float()
+
+    def _part_loss(self, part: StepInputs, loss: LossPerSample) -> Tensor:
+        """Return the loss of each sample of a micro-batch, against the teacher where there is one."""
+        latents, noise = part.latents, part.noise
+        if self._teacher is not None:
+            with self._autocast():
+                latents, noise = self._teacher.line(latents, noise, part.t, part.condition)
+        with self._autocast():
+            return loss(latents, noise, part.t, part.condition, part.mask)
 
     def is_whole(self) -> bool:
         """Return whether a step that failed has left weights and average as they were; a captured one does not say."""

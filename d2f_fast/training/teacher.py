@@ -138,6 +138,8 @@ def load_teacher(options: TeacherOptions, model: BaseModel, config: TrainingConf
     """
     if options.teacher is None:
         return None
+    if model.unet.config.in_channels != model.unet.config.out_channels:
+        raise ModelError("a teacher does not go with a network that also sees an image: leave teacher out")
     loras = [(read_lora(path), scale) for path, scale in map(parse_lora, options.teacher_lora)]
     unet: UNet2DConditionModel | None
     if options.teacher == BASE:

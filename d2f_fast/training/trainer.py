@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ from d2f_fast.training.stop import Stop
 from d2f_fast.training.teacher import load_teacher, start_teacher
 from d2f_fast.training.teacher_options import TeacherOptions
 from d2f_fast.training.trained_model import TrainedModel
+from d2f_fast.training.validation import Validation, start_validation
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,12 +59,15 @@ class RunResult(TypedDict):
         loss: last logged loss; None where it was not finite, or no step was left to take.
         skipped_steps: number of steps that changed nothing because they were not finite.
         seconds: wall time of this call.
+        validation_losses: last mean loss on held-out samples in each of 8 segments of flow time, from noise to image;
+            missing where none was measured.
     """
 
     steps: int
     loss: float | None
     skipped_steps: int
     seconds: float
+    validation_losses: NotRequired[list[float]]
 
 
 class AlignedTrainer(TrainedModel):
@@ -123,6 +127,8 @@ class AlignedTrainer(TrainedModel):
         self._learning_rate = learning_rates(config)
         self.global_step, self._samples = 0, 0
         self._data_settings: dict[str, str | int | float] = {}
+        self._validation: Validation | None = None
+        self._validation_losses: list[float] | None = None
 
     @classmethod
     def from_pretrained(
@@ -171,13 +177,14 @@ class AlignedTrainer(TrainedModel):
 
     # The run
 
-    def fit(self, dataset: TrainingData) -> RunResult:
+    def fit(self, dataset: TrainingData, validation: TrainingData | None = None) -> RunResult:
         """Train on a dataset until `max_train_steps`, with checkpoints, log and progress bar.
 
         Args:
             dataset: `PairDataset`; `DepthDataset`, for a network that sees one image (`BaseModel.see_images`); or
                 samples {"image": PIL image, "text": caption or captions}, and a length. Optional methods `key(index)`
                 and `captions(index)` save reading cached images; see `data.loading.ImageDataset`.
+            validation: held-out samples, whose loss is measured every `validation_steps`; None for none.
 
         Returns:
             Steps taken, last loss, skipped steps, and seconds of this call.
@@ -190,14 +197,16 @@ class AlignedTrainer(TrainedModel):
             LostProcessError: another process of the run has ended.
             NonFiniteRunError: ten steps in a row were not finite, or a weight is not; the last checkpoint is intact.
         """
-        check_dataset(dataset)
+        for samples in (dataset, validation):
+            if samples is not None:
+                check_dataset(samples)
         batch: Batch | None = None
         main, whole = self.accelerator.is_main_process, self._training_step.is_whole
         with stop_signals(self.has_unsaved_steps, announce=main) as signals:
             stop = Stop(self._agreement, signals, self._save_unsaved_steps, main)
             with ExitStack() as stack:
                 try:
-                    log, batches = self._begin(dataset, stack)
+                    log, batches = self._begin(dataset, validation, stack)
                 except RefusedInputError as error:
                     stop.where_agreed(error, self.global_step)
                     raise
@@ -215,13 +224,18 @@ class AlignedTrainer(TrainedModel):
                     loss = stop.where_a_step_fails(partial(self.step, batch), self.global_step, whole)
                     failure = self._log_and_save(log, batch, loss)
         skipped = int(self._training_step.skipped)
-        return RunResult(steps=self.global_step, loss=log.last_loss, skipped_steps=skipped, seconds=log.seconds)
+        result = RunResult(steps=self.global_step, loss=log.last_loss, skipped_steps=skipped, seconds=log.seconds)
+        if self._validation_losses is not None:
+            result["validation_losses"] = self._validation_losses
+        return result
 
     def has_unsaved_steps(self) -> bool:
         """Return whether this process may not end at once: steps are unsaved, or other processes would wait for it."""
         return self.global_step > self._checkpoints.saved_step or self.accelerator.num_processes > 1
 
-    def _begin(self, dataset: TrainingData, stack: ExitStack) -> tuple[RunLog, Generator[Batch]]:
+    def _begin(
+        self, dataset: TrainingData, validation: TrainingData | None, stack: ExitStack
+    ) -> tuple[RunLog, Generator[Batch]]:
         """Lock the output folder, continue from a checkpoint, and return the log and the batches, closed by `stack`."""
         config, main, self._samples = self.config, self.accelerator.is_main_process, len(dataset)
         if main:
@@ -237,6 +251,12 @@ class AlignedTrainer(TrainedModel):
         if self._half_base is not None:
             # A given pipeline comes back as it was.
             stack.enter_context(self._half_base.in_use(restore=not self.model.unet_as_stored))
+        self._validation, self._validation_losses = None, None
+        if validation is not None and config.validation_steps and main:
+            parts = self.model, config, self._fingerprints, self._inputs, self._training_step
+            self._validation = start_validation(validation, *parts)
+            if self.global_step == 0:
+                self._validate(log)
         batches = encoded_batches(dataset, self.model, config, self._fingerprints, self.accelerator, self.global_step)
         return log, stack.enter_context(closing(batches))
 
@@ -275,6 +295,8 @@ class AlignedTrainer(TrainedModel):
                 if self._checkpoints.refuse_non_finite_steps(step):
                     self._checkpoints.delete_old(config, step)
                 log.write(step, loss.item(), self._learning_rate(step), int(self._training_step.skipped))
+            if config.validation_steps and (done or step % config.validation_steps == 0):
+                self._validate(log)
             if config.checkpointing_steps and (done or step % config.checkpointing_steps == 0):
                 self._save_checkpoint(regular=not done)
         except NonFiniteRunError:
@@ -282,6 +304,14 @@ class AlignedTrainer(TrainedModel):
         except Exception as error:
             return error
         return None
+
+    def _validate(self, log: RunLog) -> None:
+        """Measure the loss of the averaged weights on held-out samples, in the process that has them."""
+        if self._validation is None:
+            return
+        with self.averaged(exact_base=False):
+            self._validation_losses = self._validation.measure()
+        log.write_validation(self.global_step, self._validation_losses)
 
     def _save_checkpoint(self, *, regular: bool = False) -> None:
         """Save `checkpoint-N`; see `RunCheckpoints.save`."""

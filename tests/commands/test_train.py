@@ -315,3 +315,22 @@ def test_run_names_the_teacher_and_refuses_one_that_does_not_fit(train, tmp_path
         assert train(tmp_path / "refused", *given) == 2
         assert sentence in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "refused" / "config.json").exists()
+
+
+def test_loss_on_held_out_images_is_logged_and_shown_in_the_card(train, images, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--validation_steps", "1", "--validation_data_dir", str(images)) == 0
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 1, 2]
+    (row,) = json.loads((output / "metrics.json").read_text())["results"]
+    assert len(row["validation_losses"]) == 8
+    assert "| loss on held-out samples | " in (output / "README.md").read_text()
+    for given, sentence in (
+        (["--validation_steps", "1"], "validation_steps needs held-out samples: add --validation_data_dir or --valid"),
+        (["--validation_data_dir", "x"], "held-out samples need --validation_steps, how often their loss is measured"),
+        (["--validation_steps", "1", "--validation_data_dir", "x"], "validation_data_dir: x is not a folder"),
+        (["--validation_steps", "1", "--validation_pairs", "x"], "x: there is no such shard"),
+    ):
+        capsys.readouterr()
+        assert train(tmp_path / "refused", *given) == 2
+        assert sentence in capsys.readouterr().err
