@@ -17,13 +17,14 @@ from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.family import family_of
 from d2f_fast.lora.float32_weights import computing_in_float32, float32_stand_ins
-from d2f_fast.lora.inject import ADAPTER, lora_layers
+from d2f_fast.lora.inject import ADAPTER, CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, lora_layers
 from d2f_fast.lora.key_names import KOHYA_PREFIX, text_module, unet_layer_names
 from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.scales import ADAPTER_METADATA
 
 _RELOADED = "reloaded"
+_LAYERS_WITH_THEIR_OWN_RANK = tuple(f".{name}" for name in (*CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER))
 
 
 def check_peft_file(unet: UNet2DConditionModel, path: StrPath) -> None:
@@ -101,12 +102,18 @@ def check_text_layers(path: StrPath, layers: Mapping[str, LoraLayerWeights]) -> 
 def uniform_scale_metadata(ranks: Mapping[str, int], component: str = "unet") -> dict[str, Any]:
     """Return peft's configuration of an adapter whose layers all have alpha = rank, a scale of 1.
 
+    The patterns name the convolutions that have a rank of their own even where it equals that of the other layers:
+    peft swaps one adapter for another in place (hot-swapping) only where both have the same `alpha_pattern`, so that of
+    a file must not depend on the rank of the other layers.
+
     Args:
         ranks: Rank of each adapted layer.
         component: Component of the pipeline that the layers belong to.
     """
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    pattern = {name: r for name, r in ranks.items() if r != common}
+    own = {name for name in ranks if f".{name}".endswith(_LAYERS_WITH_THEIR_OWN_RANK)}
+    others = [rank for name, rank in ranks.items() if name not in own] or list(ranks.values())
+    common = max(others, key=others.count)
+    pattern = {name: rank for name, rank in ranks.items() if rank != common or name in own}
     adapter = {
         "r": common,
         "lora_alpha": common,

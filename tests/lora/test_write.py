@@ -75,6 +75,24 @@ def test_stock_pipeline_loads_the_same_adapter(
         assert torch.equal(got, expected)
 
 
+def test_file_of_another_rank_is_hot_swapped_in_a_stock_pipeline(
+    tiny_folder: Path, tmp_path: Path, forward: Any, randomize: Any, relative: Any
+) -> None:
+    outputs = []
+    for rank in (4, 8):  # 4 is the rank of the last layer, too
+        unet = stock_pipeline(tiny_folder).unet
+        inject_lora(unet, rank, conv_rank=8, first_last_layers=True)
+        randomize(unet)
+        save_lora(unet, tmp_path / str(rank))
+        outputs.append(forward(unet))
+    pipeline = stock_pipeline(tiny_folder)
+    pipeline.enable_lora_hotswap(target_rank=36)
+    for rank, expected in zip((4, 8), outputs, strict=True):
+        pipeline.load_lora_weights(tmp_path / str(rank), adapter_name="style", hotswap=rank == 8)
+        assert relative(forward(pipeline.unet) - expected, expected) <= 1e-6
+    assert relative(outputs[1] - outputs[0], outputs[0]) > 0.01
+
+
 def test_file_has_peft_keys_folded_scale_and_header(tmp_path: Path, unet: Any, randomize: Any) -> None:
     inject_lora(unet, 2, alpha=3.0, conv_rank=5, first_last_layers=True)
     randomize(unet)
