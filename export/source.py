@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2f_fast.errors import ModelError
-from d2f_fast.files.json_file import read_json
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.read import check_tags, common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.tags import recommended_guidance, saved_tags
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 
@@ -20,11 +20,13 @@ class Sampling(NamedTuple):
     Attributes:
         flow: flow that reads its output.
         shift: factor on (1 - t) / t at each step.
+        guidance_scale: guidance that its files recommend; None for no recommendation.
         vae_reflection_padding: whether the files of its training ask for an autoencoder that pads by reflection.
     """
 
     flow: Flow
     shift: float
+    guidance_scale: float | None
     vae_reflection_padding: bool
 
 
@@ -40,7 +42,7 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
     Raises:
         ModelError: the tags cannot be used, or the network is of the published form of naive flow matching.
     """
-    tags = common_tags(adapters, shift) if adapters else _folder_tags(Path(source))
+    tags = common_tags(adapters, shift) if adapters else saved_tags(source)
     check_tags(source, tags, shift)
     flow, own = model.flow, Diff2FlowScheduler.from_config(model.pipeline.scheduler.config)
     try:
@@ -57,16 +59,7 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
             f"{source}: the network is fed the flow time itself (fm_form published), which no stock sampler of the"
             " exported folder does: sample it with d2f sample"
         )
-    return Sampling(flow, shift, tags.get("d2f.vae_reflection_padding") == "true")
-
-
-def _folder_tags(folder: Path) -> dict[str, str]:
-    """Return the tags that this package wrote into the folder of a pipeline; there are none in any other."""
-    file = folder / "d2f.json"
-    tags = read_json(file) if file.is_file() else {}
-    if not isinstance(tags, dict):
-        raise ModelError(f"{file} is not a JSON object: restore it, or remove it")
-    return tags
+    return Sampling(flow, shift, recommended_guidance(source, adapters), tags.get("d2f.vae_reflection_padding") == "true")
 
 
 def load_model(model: str, options: ModelOptions | None = None) -> BaseModel:

@@ -82,7 +82,7 @@ def load_with_lora(
     # Files that cannot be used are refused before the model is loaded, which takes longer.
     adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, lora)]
     of_training = options_of_training(model, lora, options, shift)
-    guidance = recommended_guidance(model, lora)
+    guidance = recommended_guidance(model, [file.path for file, _ in adapters])
     if lora and (sentence := other_autoencoder(common_tags([file.path for file, _ in adapters], shift), options)):
         print(f"d2f: {sentence}", file=sys.stderr)
     pipeline, facts = load_model(model, options=options)
@@ -108,11 +108,8 @@ def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, 
     Raises:
         RefusedInputError: The tags cannot be used, or contradict each other.
     """
-    source = ", ".join(lora) or Path(model) / "d2f.json"
-    if lora:
-        tags = common_tags([parse_lora(entry).path for entry in lora], shift)
-    else:
-        tags = read_json(source) if Path(source).is_file() else {}
+    source = ", ".join(lora) or tags_source(model)
+    tags = common_tags([parse_lora(entry).path for entry in lora], shift) if lora else saved_tags(model)
     chosen: dict[str, Any] = {"prediction_type": options.prediction_type, "shift": shift}
     try:
         tags = dict(tags)
@@ -130,32 +127,3 @@ def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, 
     except (AttributeError, TypeError, ValueError) as error:
         raise RefusedInputError(f"{source} holds no usable tags ({error}): write the model again") from error
     return {name: value for name, value in chosen.items() if value is not None}
-
-
-def recommended_guidance(model: str, lora: Sequence[str]) -> float | None:
-    """Return the lowest guidance scale that the tags of the model and of the LoRA recommend; None for no tags.
-
-    What was trained on pairs has its guidance built in, so that guidance of another one would be added to it.
-
-    Args:
-        model: Model as it was given.
-        lora: LoRA as PATH or PATH:SCALE.
-
-    Raises:
-        RefusedInputError: A scale cannot be used.
-    """
-    folder = Path(model) / "d2f.json"
-    sources = {str(path): lora_tags(path) for path, _ in map(parse_lora, lora)}
-    sources |= {str(folder): read_json(folder)} if folder.is_file() else {}
-    scales = []
-    for source, tags in sources.items():
-        found = tags.get("d2f.recommended_guidance") if isinstance(tags, dict) else None
-        if found is not None:
-            try:
-                scales.append(float(found))
-                check_guidance("guidance_scale", scales[-1])
-            except (TypeError, ValueError) as error:
-                raise RefusedInputError(
-                    f"{printable(source)} holds no usable d2f.recommended_guidance ({error}): give --guidance_scale"
-                ) from error
-    return min(scales, default=None)

@@ -23,7 +23,7 @@ from d2f_fast.lora.family import Family, family_of_config
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.layer_weights import LayerWeights
 from d2f_fast.lora.match import canonical_names, match_layers
-from d2f_fast.lora.read import TAG_PREFIX, read_lora
+from d2f_fast.lora.read import read_lora
 from d2f_fast.models.facts import check_prediction_type
 from d2f_fast.models.folder import check_real_weights
 from d2f_fast.models.load import load_pipeline
@@ -33,11 +33,11 @@ from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.reflection_padding import CONFIG_ENTRY
 from d2f_fast.models.save import save_pipeline_folder
 from d2f_fast.models.skeleton import skeleton_of_folder
+from d2f_fast.models.tags import TAGS_FILE, saved_tags
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-TAGS_FILE = "d2f.json"
 # Options that state what the scheduler's configuration may be wrong about.
 _STATED = ("prediction_type", "rescale_betas_zero_snr")
 # Tags that are wrong once another prediction type or schedule is stated.
@@ -282,7 +282,7 @@ def stored_dtype(model: str) -> torch.dtype:
 
 
 def tags_of_model(model: str, options: ModelOptions | None = None) -> dict[str, str]:
-    """Return the entries of a model that begin with "d2f.", from its `d2f.json` or the header of its file.
+    """Return the tags of a model, less those that options contradict; see `saved_tags`.
 
     Args:
         model: Pipeline folder, hub id, or `.safetensors` file.
@@ -290,17 +290,10 @@ def tags_of_model(model: str, options: ModelOptions | None = None) -> dict[str, 
             default None leaves none out.
 
     Raises:
+        ModelError: `d2f.json` is not a JSON object.
         CheckpointError: The file is missing, damaged, or a pickle.
     """
-    path = Path(model)
-    if path.suffix == ".safetensors":
-        found: Any = lazy_tensors(path)[1]
-    else:
-        found = read_json(path / TAGS_FILE) if (path / TAGS_FILE).is_file() else {}
-    if not isinstance(found, dict):
-        raise ModelError(f"{path / TAGS_FILE} is not a JSON object: remove it")
-    tags = {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
-    options = options or ModelOptions()
+    tags, options = saved_tags(model), options or ModelOptions()
     stated: dict[str, str | None] = {"d2f.prediction_type": options.prediction_type}
     if options.rescale_betas_zero_snr is not None:
         stated["d2f.zero_snr"] = str(options.rescale_betas_zero_snr).lower()

@@ -1,0 +1,92 @@
+"""Read the entries of a model that say how it was trained and is to be sampled, and those of LoRA with it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from d2f_fast.config import check_guidance
+from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.files.atomic import StrPath
+from d2f_fast.files.json_file import read_json
+from d2f_fast.files.tensor_header import read_tensor_header
+from d2f_fast.lora.read import TAG_PREFIX, common_tags, lora_tags
+
+TAGS_FILE = "d2f.json"
+_GUIDANCE = "d2f.recommended_guidance"
+# What the samplers of this package take from the tags.
+_OF_SAMPLING = ("d2f.shift", _GUIDANCE, "d2f.recommended_steps", "d2f.recommended_sigmas")
+
+
+def tags_source(model: str) -> Path:
+    """Return the file that holds the tags of a model, whether or not it is there: the model's own, or its d2f.json."""
+    path = Path(model)
+    return path if path.suffix == ".safetensors" else path / TAGS_FILE
+
+
+def saved_tags(model: str) -> dict[str, str]:
+    """Return the entries of a model that begin with "d2f.", from its `d2f.json` or the header of its file.
+
+    Args:
+        model: Pipeline folder, hub id, or `.safetensors` file; a hub id has none.
+
+    Raises:
+        ModelError: `d2f.json` is not a JSON object.
+        CheckpointError: The file is missing, damaged, or a pickle.
+    """
+    source = tags_source(model)
+    if source.suffix == ".safetensors":
+        found: object = read_tensor_header(source).metadata
+    else:
+        found = read_json(source) if source.is_file() else {}
+    if not isinstance(found, dict):
+        raise ModelError(f"{printable(source)} is not a JSON object: restore it, or remove it")
+    return {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
+
+
+def recommended_guidance(model: str, loras: Sequence[StrPath]) -> float | None:
+    """Return the lowest guidance scale that the tags of a model and of LoRA recommend; None for no tags.
+
+    What was trained on pairs has its guidance built in, so that guidance of another one would be added to it.
+
+    Args:
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        loras: LoRA files or folders that are used with it.
+
+    Raises:
+        RefusedInputError: A scale cannot be used.
+    """
+    tagged = {str(tags_source(model)): saved_tags(model)} | {str(path): lora_tags(path) for path in loras}
+    scales = []
+    for source, tags in tagged.items():
+        if (found := tags.get(_GUIDANCE)) is not None:
+            try:
+                scales.append(float(found))
+                check_guidance("guidance_scale", scales[-1])
+            except ValueError as error:
+                raise RefusedInputError(
+                    f"{printable(source)} holds no usable {_GUIDANCE} ({error}): give --guidance_scale"
+                ) from error
+    return min(scales, default=None)
+
+
+def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]) -> tuple[dict[str, str], list[str]]:
+    """Return the tags of a model with LoRA merged into it, and the names of those on which the LoRA differ.
+
+    Args:
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        tags: Its tags. Those that a LoRA has, too, are replaced.
+        loras: LoRA files or folders.
+
+    Returns:
+        The tags, with the lowest guidance that any of them recommends; and the names of further entries about sampling
+        that the LoRA state differently, and that are left out.
+
+    Raises:
+        ModelError: One LoRA makes the network predict the flow velocity and another does not, or their forms differ.
+        RefusedInputError: A guidance scale cannot be used.
+    """
+    common = common_tags(loras, shift=1.0)  # Where their shifts differ, none is taken.
+    stated = {name for path in loras for name in lora_tags(path)}
+    merged = {name: value for name, value in tags.items() if name not in stated} | common
+    if (guidance := recommended_guidance(model, loras)) is not None:
+        merged[_GUIDANCE] = str(guidance)
+    return merged, [name for name in _OF_SAMPLING if name in stated and name not in merged]
