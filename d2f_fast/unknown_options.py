@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from d2f_fast.errors import RefusedInputError, printable
 
-_MOST_SUGGESTIONS, _LEAST_LIKENESS = 3, 0.6
+_MOST_SUGGESTIONS, _LEAST_LIKENESS, _LEAST_START = 3, 0.6, 3
 
 
 def refuse_unknown_options(
@@ -52,7 +52,9 @@ def advice(name: str, names: Collection[str], foreign: Mapping[str, str]) -> str
 
 
 def _likeness(name: str, other: str) -> float:
-    """Return how alike two names are in [0, 1], by their letters, or by the words of one that are in the other."""
+    """Return how alike two names are in [0, 1]: by their letters, by the words of one in the other, or by a start."""
+    if len(name) >= _LEAST_START and other.startswith(name):
+        return 1.0
     words = set(name.split("_"))
     by_letters = difflib.SequenceMatcher(None, name, other).ratio()
     return max(by_letters, 0.9 * len(words & set(other.split("_"))) / len(words))

@@ -85,7 +85,8 @@ class ExportJob:
         self.model = load_model(options.model, options.model_options)
         self.adapters = [fuse_adapter(self.model.pipeline, path, scale) for path, scale in options.adapters]
         adapters = [path for path, _ in options.adapters]
-        self.flow, self.shift, reflects = sampling_of(self.model, options.model, adapters, options.shift)
+        sampling = sampling_of(self.model, options.model, adapters, options.shift)
+        self.flow, self.shift, self.recommended_guidance, reflects = sampling
         if reflects and options.vae_reflection_padding is None:
             set_reflection_padding(self.model.vae, True)
         self.components = self._components()
@@ -294,6 +295,7 @@ class ExportJob:
             "taken_for": str(self.model.facts),
             "model_options": {name: value for name in MODEL_OPTIONS if (value := getattr(options, name)) is not None},
             "guidance": options.guidance,
+            "recommended_guidance": self.recommended_guidance,
             "with_vae": options.with_vae,
             "unroll": options.unroll,
             "static": options.static,

@@ -18,7 +18,7 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.exported_files import latent_sides, read_object, read_tables, read_tokenizer
 from d2f_fast.export.noise import standard_normal
 from d2f_fast.export.sessions import Array, GraphSessions, Provider
-from d2f_fast.sampling.options import check_negative_prompt
+from d2f_fast.sampling.options import check_negative_prompt, guidance_or_default
 
 Form = Literal["loop", "folder", "unrolled"]
 _REPORT_KEYS = ("guidance", "with_vae", "unroll", "static")
@@ -72,6 +72,13 @@ class OnnxPipeline:
         self.tokenizers = {name: read_tokenizer(self.folder, name) for _, name in self._encoders()}
 
     @property
+    def recommended_guidance(self) -> float | None:
+        """Return the guidance scale that was saved with the model or LoRA; None for no recommendation."""
+        found = self.report.get("recommended_guidance")
+        check_guidance(f"{self.folder}: recommended_guidance", found)
+        return found
+
+    @property
     def is_xl(self) -> bool:
         """Return whether the network takes SDXL's pooled text and image sizes."""
         return bool(self._unet_config.get("addition_embed_type") == "text_time")
@@ -86,7 +93,7 @@ class OnnxPipeline:
         prompts: str | Sequence[str],
         *,
         steps: int = 4,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
@@ -100,10 +107,11 @@ class OnnxPipeline:
         Args:
             prompts: one text or several; a static export takes exactly its batch.
             steps: number of network evaluations; the export must have a table for it.
-            guidance_scale: strength of classifier-free guidance; 1 and 0 turn it off, which halves the work, and other
-                values below 1 are refused. The Loop always evaluates both halves, so without guidance the network is
-                run step by step, as in the folder form; graphs of a static or unrolled export evaluate both halves even
-                then. An export without guidance takes only 1 and 0.
+            guidance_scale: strength of classifier-free guidance; None takes the one saved with the model or LoRA, or
+                else 3. 1 and 0 turn it off, which halves the work, and other values below 1 are refused. The Loop
+                always evaluates both halves, so without guidance the network is run step by step, as in the folder
+                form; graphs of a static or unrolled export evaluate both halves even then. An export without guidance
+                takes only 1 and 0.
             negative_prompt: text to steer away from, with a guidance_scale above 1; empty for none.
             height: height in pixels; None for the model's own, or the export's where it is static.
             width: width in pixels; None likewise.
@@ -118,6 +126,7 @@ class OnnxPipeline:
             RefusedInputError: the export cannot serve a size, a number of steps or another argument.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        guidance_scale = guidance_or_default(guidance_scale, self.recommended_guidance)
         self._check_call(prompts, guidance_scale, seed)
         check_negative_prompt(negative_prompt, guidance_scale)
         table = self._table(steps)

@@ -32,6 +32,7 @@ class Report(TypedDict):
     adapters: file, scale, number of layers and relative weight change of each merged LoRA.
     precision: number format of each component's weights.
     shift: factor on (1 - t) / t at each step of the sampler.
+    recommended_guidance: guidance scale that the model's and the LoRA's files recommend; None for no recommendation.
     parity: a row for each comparison with torch.
     tensorrt: result of the static TensorRT check of each graph, by path.
     trtexec: command that builds an engine of each graph.
@@ -53,6 +54,7 @@ class Report(TypedDict):
     taken_for: str
     model_options: dict[str, Any]
     guidance: bool
+    recommended_guidance: float | None
     with_vae: bool
     unroll: int
     static: str | None

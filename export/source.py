@@ -59,7 +59,8 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
             f"{source}: the network is fed the flow time itself (fm_form published), which no stock sampler of the"
             " exported folder does: sample it with d2f sample"
         )
-    return Sampling(flow, shift, recommended_guidance(source, adapters), tags.get("d2f.vae_reflection_padding") == "true")
+    guidance = recommended_guidance(source, adapters)
+    return Sampling(flow, shift, guidance, tags.get("d2f.vae_reflection_padding") == "true")
 
 
 def load_model(model: str, options: ModelOptions | None = None) -> BaseModel:

@@ -14,6 +14,7 @@ NAMES = ("rank", "max_train_steps", "logging_steps", "lora_alpha", "random_flip"
         ("rnak", "the nearest is --rank"),
         ("steps", "the nearest are --max_train_steps, --logging_steps"),
         ("prompt", "the nearest is --prompts"),
+        ("random", "the nearest are --random_flip, --rank"),
         ("network_dim", "give --rank"),
         ("telescope", "nothing is like it, leave it out"),
     ],

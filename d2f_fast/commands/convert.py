@@ -16,6 +16,7 @@ from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DPMSolverMultistepScheduler
 
     from d2f_fast.lora.forms import Networks
     from d2f_fast.lora.resize import Layers
@@ -64,8 +65,9 @@ class Convert:
             it in full, differs; give --rank. The default None extracts nothing.
         rank: Largest rank of a LoRA in the output. Layers of a larger rank are cut to it as closely as possible. The
             default None keeps every rank.
-        base_model: Diffusers folder of the model that a LoRA belongs to. It is needed only where the LoRA does not show
-            that it is of Stable Diffusion 1.x, 2.x or SDXL, or if its layers are not those of the published model.
+        base_model: Diffusers folder of the model that a LoRA belongs to, or "miniature". It is needed only where the
+            LoRA does not show that it is of Stable Diffusion 1.x, 2.x or SDXL, or if its layers are not those of the
+            published model.
         model_options: Options of the model.
         overwrite: Replace an output that exists. It is off by default, so that such an output is refused. A folder that
             holds anything but a model is never replaced.
@@ -211,26 +213,52 @@ class Convert:
         from d2f_fast.models.load import load_model
 
         dtype = None if self.dtype is None else _torch_dtype(self.dtype)
-        if form == "single_file" and (not self.lora or convert.can_stream(source.name, self.model_options)):
+        loras = [parse_lora(entry) for entry in self.lora]
+        tags, scheduler = self._tags_with_lora(source)
+        if form == "single_file" and (not loras or convert.can_stream(source.name, self.model_options)):
             model = convert.read_model(source.name, self.model_options)
-            if self.lora:
-                model = convert.with_lora(model, [parse_lora(entry) for entry in self.lora], dtype)
+            if loras:
+                model = convert.with_lora(model, loras, dtype)
         else:
             kept = convert.stored_dtype(source.name)
-            loaded = load_model(source.name, kept if not self.lora else _torch_dtype("fp32"), self.model_options)
-            for path, scale in map(parse_lora, self.lora):
+            loaded = load_model(source.name, kept if not loras else _torch_dtype("fp32"), self.model_options)
+            for path, scale in loras:
                 fuse_adapter(loaded.pipeline, path, scale)
             print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
-            tags = convert.tags_of_model(source.name, self.model_options)
             dtype = dtype or kept
             if form == "diffusers":
+                loaded.pipeline.scheduler = scheduler or loaded.pipeline.scheduler
                 convert.write_folder(loaded.pipeline, output, dtype, tags, overwrite=self.overwrite)
-                return {"family": loaded.facts.family, "prediction_type": loaded.facts.prediction_type}
+                kind = tags.get("d2f.prediction_type", loaded.facts.prediction_type)
+                return {"family": loaded.facts.family, "prediction_type": kind}
             model = convert.weights_of_pipeline(loaded.pipeline, source.name, tags)
+        if scheduler is not None:
+            model = replace(model, configs={**model.configs, "scheduler": dict(scheduler.config)})
         make_folder(output.parent)
-        for warning in convert.write_single_file(model, output, dtype):
+        for warning in convert.write_single_file(replace(model, tags=tags), output, dtype):
             print(f"d2f: {warning}", file=sys.stderr)
         return {"family": model.family, "prediction_type": model.prediction_type}
+
+    def _tags_with_lora(self, source: Input) -> "tuple[dict[str, str], DPMSolverMultistepScheduler | None]":
+        """Return the tags of the result, and its scheduler where the LoRA make the network predict the flow."""
+        from d2f_fast.models.convert import tags_of_model
+        from d2f_fast.models.save import stock_flow_scheduler
+        from d2f_fast.models.tags import tags_of_merged
+
+        tags = tags_of_model(source.name, self.model_options)
+        if not self.lora:
+            return tags, None
+        of_model = tags.get("d2f.prediction_type")
+        merged, differing = tags_of_merged(source.name, tags, [parse_lora(entry).path for entry in self.lora])
+        for name in differing:
+            print(f"d2f: the LoRA files differ in {name}, and the result does not state it", file=sys.stderr)
+        if merged.get("d2f.fm_form") == "published":
+            raise RefusedInputError(
+                "--lora was trained with --fm_form published, whose models other programs do not sample: keep the LoRA"
+                " as a file of its own, for d2f sample"
+            )
+        becomes_flow = merged.get("d2f.prediction_type") == "flow_prediction" != of_model
+        return merged, stock_flow_scheduler(1000, float(merged.get("d2f.shift", 1))) if becomes_flow else None
 
     def _convert_lora(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
         """Write a LoRA, with others joined to it, and return details of the result."""
@@ -284,9 +312,12 @@ class Convert:
 
     def _networks(self, family: Any, model: "ModelWeights | None" = None) -> "Networks | None":
         """Return the networks that the layers of a LoRA are named after, or None where they are not known."""
+        from d2f_fast.models.configs import MINIATURE_FOLDER
         from d2f_fast.models.skeleton import skeleton_of_family, skeleton_of_folder
 
         folder = self.base_model if model is None else model.source
+        if folder == MINIATURE:
+            return skeleton_of_folder(MINIATURE_FOLDER)
         if folder is not None and Path(folder).is_dir():
             return skeleton_of_folder(Path(folder))
         if self.base_model is not None:

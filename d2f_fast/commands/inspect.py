@@ -10,6 +10,8 @@ from typing import Any
 
 from d2f_fast.config import check_text
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
+from d2f_fast.models.configs import MINIATURE_FOLDER
+from d2f_fast.models.names import MINIATURE
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -19,7 +21,7 @@ class Inspect:
     """Say what a model, a LoRA, a cache, a data set or a run is, and what is odd about it.
 
     Args:
-        path: Folder or .safetensors file. Only names, configurations and headers are read, and nothing is loaded.
+        path: Folder or .safetensors file, or "miniature". Only names, configurations and headers are read, and nothing is loaded.
         dry_run: Check the path, print the options that would be used, as JSON, and stop. It is off by default.
         json: Print the description as one line of JSON, in place of a table. It is off by default.
     """
@@ -35,7 +37,7 @@ class Inspect:
             RefusedInputError: There is no such path.
         """
         check_text("path", self.path)
-        if not os.path.exists(self.path):
+        if self.path != MINIATURE and not os.path.exists(self.path):
             raise RefusedInputError(f"{printable(self.path)}: no such file or folder; check the path")
 
     def run(self) -> dict[str, Any]:
@@ -45,7 +47,7 @@ class Inspect:
             RefusedInputError: There is no such path, or nothing that is known here is in it.
         """
         self.check()
-        path = Path(self.path)
+        path = MINIATURE_FOLDER if self.path == MINIATURE else Path(self.path)
         description = describe(path)
         return {**description, "output": str(path) if self.json else _text(path, description)}
 

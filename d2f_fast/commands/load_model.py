@@ -3,14 +3,12 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2f_fast.config import Spacing, check_guidance
-from d2f_fast.errors import RefusedInputError, printable
-from d2f_fast.files.json_file import read_json
+from d2f_fast.config import Spacing
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.merge import MergedLora, fuse_adapter
-from d2f_fast.lora.read import check_tags, common_tags, lora_tags, read_lora
+from d2f_fast.lora.read import check_tags, common_tags, read_lora
 from d2f_fast.lora.source import parse_lora
 from d2f_fast.models.autoencoder import other_autoencoder
 from d2f_fast.models.base_model import BaseModel
@@ -18,6 +16,7 @@ from d2f_fast.models.facts import ModelFacts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
+from d2f_fast.models.tags import recommended_guidance, saved_tags, tags_source
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from typing import (
     get_type_hints,
 )
 
-from d2f_fast.config import OptionGroup, spell_out_flags
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.config import OptionGroup, spell_out_flags, words_of
+from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.unknown_options import refuse_unknown_options
 
 CONFIG_HELP = (
@@ -112,6 +112,7 @@ def parse_options(
     options = list(options_of(command))
     names = ("config", *(option.field.name for option in options))
     refuse_unknown_options(arguments, f"d2f {name}", names, foreign)
+    _refuse_values(arguments, {option.field.name: option.hint for option in options})
     given: dict[str, Any] = {}
     if path := _config_path(arguments):
         from d2f_fast.commands.config_file import option_value, read_config
@@ -133,6 +134,53 @@ def parse_options(
     typed = dataclasses.asdict(parsed)
     leaves = {key: value for group in typed.values() if isinstance(group, dict) for key, value in group.items()}
     return _construct(command, typed | leaves)
+
+
+def _refuse_values(arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
+    """Refuse a number or a word that an option does not take, in one line, where tyro would print a box.
+
+    Args:
+        arguments: words after the command's name, all of whose options are known.
+        hints: type of each option by name. Those that are no number and no `Literal`, alone or in a union with None,
+            are left to tyro.
+
+    Raises:
+        RefusedInputError: A value is missing or of another type.
+    """
+    for position, word in enumerate(arguments):
+        given, inline, value = word.partition("=")
+        name = given.removeprefix("--").replace("-", "_")
+        if not given.startswith("--") or name not in hints:
+            continue
+        parts = {hints[name], *get_args(hints[name])} if type(None) in get_args(hints[name]) else {hints[name]}
+        words = words_of(hints[name])
+        number = next((part for part in (int, float) if part in parts), None)
+        if number is None and not words:
+            continue
+        if not inline:
+            value = next(iter(arguments[position + 1 :]), "--")
+        if value.startswith("--"):
+            raise RefusedInputError(f"--{name} needs a value: give {_choice(words) if words else 'a number'}")
+        if value == "None" and type(None) in parts:
+            continue
+        if words and value not in words:
+            raise RefusedInputError(f"{name} must be {_choice(words)}, got {printable(value)}")
+        if number is not None and not _is_number(value, number):
+            kind = "a whole number" if number is int else "a number"
+            raise RefusedInputError(f"{name} must be {kind}, got {printable(value)}")
+
+
+def _choice(words: Sequence[str]) -> str:
+    """Return the words of a choice as a sentence has them."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _is_number(text: str, kind: type[int] | type[float]) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _config_path(arguments: Sequence[str]) -> Path | None:

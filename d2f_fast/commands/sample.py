@@ -174,7 +174,7 @@ class Sample:
         from d2f_fast.sampling.png_text import png_text
 
         first = _next_number(output)
-        images, taken = self._with_diffusers(output, first) if self.onnx is None else (self._with_onnx(self.onnx), {})
+        images, taken = self._with_diffusers(output, first) if self.onnx is None else self._with_onnx(self.onnx)
         files = [output / f"{first + i:03d}.png" for i in range(len(images))]
         row = self._row(taken, images[0])
         for position, (file, image, prompt) in enumerate(zip(files, images, self.prompts, strict=True)):
@@ -301,21 +301,23 @@ class Sample:
         generator = torch.Generator().manual_seed(self.seed)
         return generate_images(model, self.prompts, sampling, generator, noise, on_state), taken
 
-    def _with_onnx(self, folder: str) -> "list[Image]":
+    def _with_onnx(self, folder: str) -> "tuple[list[Image], dict[str, Any]]":
         """Generate the images with ONNX Runtime, from an exported folder."""
         from d2f_fast.export.inference import OnnxPipeline
         from d2f_fast.export.sessions import PROVIDERS
 
         providers = None if self.onnx_provider in ("auto", None) else PROVIDERS[self.onnx_provider]
-        return OnnxPipeline(folder, providers=providers)(
+        pipeline = OnnxPipeline(folder, providers=providers)
+        images = pipeline(
             self.prompts,
             steps=self.num_inference_steps,
-            guidance_scale=guidance_or_default(self.guidance_scale),
+            guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,
             seed=self.seed,
         )
+        return images, {"guidance_scale": pipeline.recommended_guidance}
 
 
 def earlier_rows(output: Path) -> list[Any]:

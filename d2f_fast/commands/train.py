@@ -131,6 +131,7 @@ class Train:
             *(self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options),
             context_images=int(self.task == "depth"),
         )
+        trainer.command_options = self._own_options()
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
             taught = [] if trainer.teacher is None else [str(trainer.teacher)]
@@ -165,6 +166,15 @@ class Train:
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
 
+    def _own_options(self) -> dict[str, object]:
+        """Return the options of the command itself, without those of the training, the model and the teacher."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in values.items()
+            if not dataclasses.is_dataclass(value) and name not in ("dry_run", "json")
+        }
+
     def _say_what_is_trained_on(
         self, trainer: "AlignedTrainer", dataset: "CaptionedImages | PairDataset | DepthDataset"
     ) -> None:
@@ -198,8 +208,16 @@ class Train:
                 f" them: {', '.join(repeats)}{more}"
             )
         size, steps = trainer.global_batch_size, self.options.max_train_steps
-        epochs = steps / steps_per_epoch(len(dataset), size)
-        lines.append(f"{len(dataset)} {images}, {size} per step: {steps} steps are {epochs:.4g} epochs")
+        an_epoch = steps_per_epoch(len(dataset), size)
+        lines.append(
+            f"{len(dataset)} {images}, {size} per step: an epoch has {an_epoch} steps, and {steps} steps are"
+            f" {steps / an_epoch:.4g} epochs"
+        )
+        if (warmup := self.options.lr_warmup_steps) >= steps:
+            lines.append(
+                f"lr_warmup_steps {warmup} is not shorter than the run: the learning rate only reaches"
+                f" {steps / warmup:.0%} of {self.options.learning_rate:g}"
+            )
         # The model that made pairs cut long prompts, too.
         if (
             isinstance(dataset, CaptionedImages)

@@ -40,7 +40,8 @@ def parse_lora(entry: str) -> LoraSource:
         ModelError: The scale is larger than 1000 or smaller than -1000, or what follows a file's name is no number.
     """
     path, _, scale = entry.rpartition(":")
-    if path.endswith(".safetensors") and not _NUMBER.fullmatch(scale) and not os.path.exists(entry):
+    is_path = path.endswith(".safetensors") or os.path.isdir(path)
+    if is_path and not _NUMBER.fullmatch(scale) and not os.path.exists(entry):
         raise ModelError(f"LoRA {printable(entry)}: {printable(scale)!r} is no number: give FILE or FILE:STRENGTH")
     if not path or not _NUMBER.fullmatch(scale) or os.path.exists(entry):
         return LoraSource(Path(entry), 1.0)

@@ -8,7 +8,7 @@ from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
-from d2f_fast.lora.read import TAG_PREFIX, common_tags, lora_tags
+from d2f_fast.lora.read import TAG_PREFIX, check_tags, common_tags, lora_tags
 
 TAGS_FILE = "d2f.json"
 _GUIDANCE = "d2f.recommended_guidance"
@@ -34,7 +34,7 @@ def saved_tags(model: str) -> dict[str, str]:
     """
     source = tags_source(model)
     if source.suffix == ".safetensors":
-        found: object = read_tensor_header(source).metadata
+        found: object = read_tensor_header(source).entries
     else:
         found = read_json(source) if source.is_file() else {}
     if not isinstance(found, dict):
@@ -81,12 +81,14 @@ def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]
         that the LoRA state differently, and that are left out.
 
     Raises:
-        ModelError: One LoRA makes the network predict the flow velocity and another does not, or their forms differ.
+        ModelError: One LoRA makes the network predict the flow velocity and another does not, their forms differ, or
+            a tag has a value that it cannot have.
         RefusedInputError: A guidance scale cannot be used.
     """
     common = common_tags(loras, shift=1.0)  # Where their shifts differ, none is taken.
     stated = {name for path in loras for name in lora_tags(path)}
     merged = {name: value for name, value in tags.items() if name not in stated} | common
+    check_tags(", ".join(map(str, loras)), merged)
     if (guidance := recommended_guidance(model, loras)) is not None:
         merged[_GUIDANCE] = str(guidance)
     return merged, [name for name in _OF_SAMPLING if name in stated and name not in merged]

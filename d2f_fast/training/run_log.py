@@ -41,14 +41,15 @@ def check_tracker(report_to: str) -> None:
         )
 
 
-def write_options(folder: str, *parts: "DataclassInstance") -> None:
+def write_options(folder: str, command: Mapping[str, object], *parts: "DataclassInstance") -> None:
     """Write the options of a run to `config.json`.
 
     Args:
         folder: output folder of the run, made where it is missing.
+        command: options of the command that started the run, such as the model and the data; {} for none.
         parts: dataclasses of options.
     """
-    options = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+    options = dict(command) | {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
     write_json(make_folder(folder) / "config.json", options)
 
 

@@ -100,7 +100,8 @@ class Stop:
         name = signal.Signals(number).name
         if steps_taken == 0:
             return InterruptedRunError(f"stopped by {name} before the first step", number)
-        saved = f"not saved ({problem})" if problem else "saved"
+        goes_on = f"saved as checkpoint-{steps_taken}, which --resume_from_checkpoint latest continues"
+        saved = f"not saved ({problem})" if problem else goes_on
         return InterruptedRunError(f"stopped by {name} after step {steps_taken}: {saved}", number)
 
     def _agreed_problem(self) -> str:

@@ -85,6 +85,7 @@ class AlignedTrainer(TrainedModel):
         config: options of the run, with what the base model settles where it was left open: objective and resolution.
         objective: objective that the network is trained on.
         tags: entries of a file's header that describe the result and how to sample it.
+        command_options: further options that `config.json` records, such as the names of the model and the data.
         trainable: trained parameters by name.
         ema: average of the trained parameters; None where `ema_decay` is 0.
         optimizer: fused AdamW.
@@ -129,6 +130,7 @@ class AlignedTrainer(TrainedModel):
         self._data_settings: dict[str, str | int | float] = {}
         self._validation: Validation | None = None
         self._validation_losses: list[float] | None = None
+        self.command_options: dict[str, object] = {}
 
     @classmethod
     def from_pretrained(
@@ -245,7 +247,8 @@ class AlignedTrainer(TrainedModel):
         self._data_settings = dataset.settings() if isinstance(dataset, DepthDataset) else {}
         self._resume()
         if main:
-            write_options(config.output_dir, self.model.options, self.teacher_options, *of_depth, config)
+            options = self.model.options, self.teacher_options, *of_depth, config
+            write_options(config.output_dir, self.command_options, *options)
         logger.info("%s", self.paths)
         log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
         if self._half_base is not None:

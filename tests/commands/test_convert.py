@@ -17,12 +17,15 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from d2f_fast.commands.load_model import options_of_training
 from d2f_fast.commands.main import main
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
 from d2f_fast.models import single_file_header
 from d2f_fast.models.convert import read_model, tags_of_model
+from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.tags import recommended_guidance, saved_tags
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -171,6 +174,64 @@ def test_lora_are_merged_into_the_model(narrow_pipeline: Any, loras: Any, conver
     query = "transformer_blocks.0.attn2.to_q.weight"
     for original, name in (("0.0.weight", "conv_in.weight"), (f"1.1.{query}", f"down_blocks.0.attentions.0.{query}")):
         assert torch.equal(single[f"model.diffusion_model.input_blocks.{original}"], want[name])
+
+
+@pytest.fixture
+def tagged(loras: Any, tmp_path: Path) -> Callable[..., Path]:
+    """Function `tagged(name, tags)` that copies a LoRA file and gives the copy these tags."""
+
+    def write(name: str, tags: dict[str, str]) -> Path:
+        save_file(load_file(loras[0]), tmp_path / name, metadata={f"d2f.{key}": text for key, text in tags.items()})
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
+def test_merged_model_says_how_its_lora_is_sampled(
+    narrow_pipeline: Any, tagged: Any, convert: Any, tmp_path: Path, output: str
+) -> None:
+    tags = {"shift": "3.0", "recommended_guidance": "1.0", "recommended_steps": "2", "pairs_guidance": "4.0"}
+    convert(narrow_pipeline("sd1"), tmp_path / output, "--lora", f"{tagged('reflow.safetensors', tags)}:0.5")
+    merged = str(tmp_path / output)
+    assert saved_tags(merged) == {f"d2f.{name}": value for name, value in tags.items()}
+    assert recommended_guidance(merged, []) == 1
+    assert options_of_training(merged, [], ModelOptions(), None)["shift"] == 3
+
+
+@pytest.mark.parametrize("output", ["merged", "merged.safetensors"])
+def test_lora_of_naive_flow_matching_makes_the_model_predict_the_flow(
+    narrow_pipeline: Any, tagged: Any, convert: Any, tmp_path: Path, output: str
+) -> None:
+    lora = tagged("flow.safetensors", {"prediction_type": "flow_prediction", "fm_form": "diffusers", "shift": "2.5"})
+    result = convert(narrow_pipeline("sd1"), tmp_path / output, "--lora", lora)
+    assert result["prediction_type"] == "flow_prediction"
+    if output == "merged":
+        scheduler = json.loads((tmp_path / output / "scheduler/scheduler_config.json").read_text())
+        assert scheduler["prediction_type"] == "flow_prediction" and scheduler["flow_shift"] == 2.5
+    else:
+        with safe_open(tmp_path / output, framework="pt") as file:
+            assert file.metadata()["modelspec.prediction_type"] == "flow_prediction"
+
+
+def test_lora_of_the_published_form_is_not_merged(
+    narrow_pipeline: Any, tagged: Any, refused: Any, tmp_path: Path
+) -> None:
+    lora = tagged("flow.safetensors", {"prediction_type": "flow_prediction", "fm_form": "published"})
+    line = refused(narrow_pipeline("sd1"), tmp_path / "merged", "--lora", lora)
+    assert "--lora was trained with --fm_form published" in line and not (tmp_path / "merged").exists()
+
+
+def test_what_merged_lora_do_not_agree_on_is_said(
+    narrow_pipeline: Any, tagged: Any, capsys: Any, tmp_path: Path
+) -> None:
+    loras = [
+        str(tagged(f"{shift}.safetensors", {"shift": shift, "recommended_guidance": guidance}))
+        for shift, guidance in (("1.0", "3.0"), ("2.0", "1.0"))
+    ]
+    assert main(["convert", str(narrow_pipeline("sd1")), str(tmp_path / "merged"), "--lora", *loras]) == 0
+    assert "the LoRA files differ in d2f.shift, and the result does not state it" in capsys.readouterr().err
+    assert saved_tags(str(tmp_path / "merged")) == {"d2f.recommended_guidance": "1.0"}
 
 
 def test_peft_and_kohya_files_are_converted_into_each_other(loras: Any, convert: Any, tmp_path: Path) -> None:

@@ -114,12 +114,7 @@ def test_second_configuration_file_is_refused(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["sample"], "--prompts"),
-        ([*TRAIN, "--rank", "many"], "--rank"),
-        ([*TRAIN, "--objective", "other"], "diff2flow"),
-    ],
+    ("arguments", "words"), [(["sample"], "--prompts"), ([*TRAIN, "--random_flip", "maybe"], "maybe")]
 )
 def test_arguments_that_cannot_be_parsed_end_with_exit_code_2(arguments, words, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -151,6 +146,21 @@ def test_number_that_no_run_can_use_is_refused(option):
                 check(name, value)
     if option.field.default is not dataclasses.MISSING:
         check(name, option.field.default)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--resolution", "64,64"], "resolution must be a whole number, got 64,64"),
+        (["--learning-rate=fast"], "learning_rate must be a number, got fast"),
+        (["--mixed_precision", "fp16"], "mixed_precision must be no or bf16, got fp16"),
+        (["--max_train_steps", "--json"], "--max_train_steps needs a value: give a number"),
+        (["--objective"], "--objective needs a value: give diff2flow, fm or diffusion"),
+    ],
+)
+def test_value_of_another_type_is_refused_in_one_line(arguments, line, capsys):
+    assert main([*TRAIN, *arguments]) == 2
+    assert capsys.readouterr().err == f"d2f: {line}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -36,14 +36,16 @@ def test_lora_training_saves_the_lora_its_metrics_and_its_options(train, tmp_pat
     assert printed.out.strip() == str(output / "pytorch_lora_weights.safetensors")
     assert (output / "run_kohya.safetensors").is_file()
     assert sum(line.startswith("d2f: step on ") for line in printed.err.splitlines()) == 1
-    assert "d2f: 3 images, 2 per step: 2 steps are 1 epochs\n" in printed.err
+    assert "d2f: 3 images, 2 per step: an epoch has 2 steps, and 2 steps are 1 epochs\n" in printed.err
     metrics = json.loads((output / "metrics.json").read_text())
     card = (output / "README.md").read_text()
     for line in ("ManualSigmas (`17.61, 3, 1, 0.3333, 0`)", "`<lora:run_kohya:1>`"):
         assert line in printed.err and line in card
     assert metrics["command"] == "d2f train" and metrics["peak_memory_bytes"] > 0
     assert metrics["results"][0]["steps"] == 2
-    assert json.loads((output / "config.json").read_text())["rank"] == 2
+    options = json.loads((output / "config.json").read_text())
+    assert options["rank"] == 2 and "json" not in options
+    assert Path(options["train_data_dir"]).is_dir() and Path(options["pretrained_model_name_or_path"]).is_dir()
 
 
 def test_lora_format_chooses_the_saved_file(train, tmp_path, capsys):
@@ -123,7 +125,10 @@ def test_model_is_rectified_twice_from_its_own_pairs(tiny_folder, tmp_path, caps
     assert main([*train, "--rank", "2", "--pairs", "pairs1", "--output_dir", "run1"]) == 0
     said = capsys.readouterr().err
     assert "pairs of 2 shards, made with guidance 2 and solver euler, 3 steps: sample the result without" in said
-    assert "6 pairs, 4 per step: 2 steps are 1 epochs" in said and "--num_inference_steps 2`" in said
+    assert (
+        "6 pairs, 4 per step: an epoch has 2 steps, and 2 steps are 1 epochs" in said
+        and "--num_inference_steps 2`" in said
+    )
     options = json.loads(Path("run1", "config.json").read_text())
     assert options["caption_dropout"] == 0 and options["resolution"] == 16
     assert main(["sample", "--model", model, "--lora", "run1", "--prompts", "ab"]) == 0
@@ -286,13 +291,14 @@ def test_repeats_and_cut_captions_are_said_before_the_training(train, images, tm
     for suffix in (".png", ".txt"):
         (images / f"0{suffix}").rename(images / "10_cat" / f"0{suffix}")
     (images / "2.txt").write_text("a b " * 500)
-    assert train(tmp_path / "run") == 0
+    assert train(tmp_path / "run", "--lr_scheduler", "cosine", "--lr_warmup_steps", "4") == 0
     error = capsys.readouterr().err
+    assert "d2f: lr_warmup_steps 4 is not shorter than the run: the learning rate only reaches 50% of 0.0001\n" in error
     assert (
         "d2f: 3 image files count as 12 images, because the numbers of folders repeat them: 10_cat 10 times\n"
-        "d2f: 12 images, 2 per step: 2 steps are 0.3333 epochs\n"
-        "d2f: 1 of 2 captions is longer than the "
+        "d2f: 12 images, 2 per step: an epoch has 6 steps, and 2 steps are 0.3333 epochs\n"
     ) in error
+    assert ("d2f: 1 of 2 captions is longer than the ") in error
     assert f"which does not see the rest; the first is that of {images / '2.png'}\n" in error
 
 

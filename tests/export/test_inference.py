@@ -131,6 +131,15 @@ def test_seed_gives_the_images_of_torch(form, exported_miniature, short_miniatur
     assert np.abs(np.stack(got).astype(int) - np.stack(want)).max() <= 1
 
 
+def test_guidance_saved_with_the_weights_is_the_default(exported):
+    pipeline = OnnxPipeline(exported[0])
+    images = [np.asarray(pipeline(["ab"], steps=2, guidance_scale=scale)[0]) for scale in (3.0, 1.0)]
+    assert not np.array_equal(*images)
+    for saved, image in zip((None, 1.0), images, strict=True):
+        pipeline.report["recommended_guidance"] = saved
+        assert np.array_equal(np.asarray(pipeline(["ab"], steps=2)[0]), image)
+
+
 def test_sample_command_generates_with_an_export_folder(exported, tmp_path, capsys):
     command = ["sample", "--prompts", "ab", "cd", "--onnx", str(exported[0]), "--output_dir", str(tmp_path / "a")]
     assert main([*command, "--json"]) == 0

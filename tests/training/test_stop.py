@@ -85,7 +85,12 @@ def test_defect_is_raised_as_it_is_with_a_note() -> None:
     [
         (None, True, LostProcessError, r"^another process of this run has ended; step 4 is saved$"),
         (None, False, LostProcessError, r"step 4 is not saved \(only the first process writes files\)$"),
-        (signal.SIGTERM, True, InterruptedRunError, r"^stopped by SIGTERM after step 4: saved$"),
+        (
+            signal.SIGTERM,
+            True,
+            InterruptedRunError,
+            r"^stopped by SIGTERM after step 4: saved as checkpoint-4, which --resume_from_checkpoint latest continues$",
+        ),
     ],
 )
 def test_process_left_alone_saves_what_it_can(received: int | None, writes: bool, error: Any, sentence: str) -> None:
