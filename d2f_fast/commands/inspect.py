@@ -21,7 +21,8 @@ class Inspect:
     """Say what a model, a LoRA, a cache, a data set or a run is, and what is odd about it.
 
     Args:
-        path: Folder or .safetensors file, or "miniature". Only names, configurations and headers are read, and nothing is loaded.
+        path: Folder or .safetensors file, or "miniature". Only names, configurations and headers are read, and nothing
+            is loaded.
         dry_run: Check the path, print the options that would be used, as JSON, and stop. It is off by default.
         json: Print the description as one line of JSON, in place of a table. It is off by default.
     """
