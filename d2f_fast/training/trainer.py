@@ -247,8 +247,8 @@ class AlignedTrainer(TrainedModel):
         self._data_settings = dataset.settings() if isinstance(dataset, DepthDataset) else {}
         self._resume()
         if main:
-            options = self.model.options, self.teacher_options, *of_depth, config
-            write_options(config.output_dir, self.command_options, *options)
+            own = self.command_options
+            write_options(config.output_dir, own, self.model.options, self.teacher_options, *of_depth, config)
         logger.info("%s", self.paths)
         log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
         if self._half_base is not None:
