@@ -1,7 +1,7 @@
 """`d2f convert`: convert models and LoRA files between the forms that other programs read."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -214,7 +214,7 @@ class Convert:
 
         dtype = None if self.dtype is None else _torch_dtype(self.dtype)
         loras = [parse_lora(entry) for entry in self.lora]
-        tags, scheduler = self._tags_with_lora(source)
+        tags, scheduler = _tags_with_lora(source.name, self.model_options, [path for path, _ in loras])
         if form == "single_file" and (not loras or convert.can_stream(source.name, self.model_options)):
             model = convert.read_model(source.name, self.model_options)
             if loras:
@@ -238,27 +238,6 @@ class Convert:
         for warning in convert.write_single_file(replace(model, tags=tags), output, dtype):
             print(f"d2f: {warning}", file=sys.stderr)
         return {"family": model.family, "prediction_type": model.prediction_type}
-
-    def _tags_with_lora(self, source: Input) -> "tuple[dict[str, str], DPMSolverMultistepScheduler | None]":
-        """Return the tags of the result, and its scheduler where the LoRA make the network predict the flow."""
-        from d2f_fast.models.convert import tags_of_model
-        from d2f_fast.models.save import stock_flow_scheduler
-        from d2f_fast.models.tags import tags_of_merged
-
-        tags = tags_of_model(source.name, self.model_options)
-        if not self.lora:
-            return tags, None
-        of_model = tags.get("d2f.prediction_type")
-        merged, differing = tags_of_merged(source.name, tags, [parse_lora(entry).path for entry in self.lora])
-        for name in differing:
-            print(f"d2f: the LoRA files differ in {name}, and the result does not state it", file=sys.stderr)
-        if merged.get("d2f.fm_form") == "published":
-            raise RefusedInputError(
-                "--lora was trained with --fm_form published, whose models other programs do not sample: keep the LoRA"
-                " as a file of its own, for d2f sample"
-            )
-        becomes_flow = merged.get("d2f.prediction_type") == "flow_prediction" != of_model
-        return merged, stock_flow_scheduler(1000, float(merged.get("d2f.shift", 1))) if becomes_flow else None
 
     def _convert_lora(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
         """Write a LoRA, with others joined to it, and return details of the result."""
@@ -368,3 +347,35 @@ def _torch_dtype(name: str) -> "torch.dtype":
     import torch
 
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _tags_with_lora(
+    model: str, options: ModelOptions, loras: Sequence[Path]
+) -> "tuple[dict[str, str], DPMSolverMultistepScheduler | None]":
+    """Return the tags of a model with LoRA, and its scheduler where the LoRA make the network predict the flow.
+
+    Args:
+        model: Model as it was given.
+        options: Options of the model.
+        loras: LoRA files or folders that are merged into it; none leave the model's own tags.
+
+    Raises:
+        RefusedInputError: A LoRA is of a form that other programs do not sample, or a tag cannot be used.
+    """
+    from d2f_fast.models.convert import tags_of_model
+    from d2f_fast.models.save import stock_flow_scheduler
+    from d2f_fast.models.tags import tags_of_merged
+
+    tags = tags_of_model(model, options)
+    if not loras:
+        return tags, None
+    merged, differing = tags_of_merged(model, tags, loras)
+    for name in differing:
+        print(f"d2f: the LoRA files differ in {name}, and the result does not state it", file=sys.stderr)
+    if merged.get("d2f.fm_form") == "published":
+        raise RefusedInputError(
+            "--lora was trained with --fm_form published, whose models other programs do not sample: keep the LoRA as a"
+            " file of its own, for d2f sample"
+        )
+    becomes_flow = merged.get("d2f.prediction_type") == "flow_prediction" != tags.get("d2f.prediction_type")
+    return merged, stock_flow_scheduler(1000, float(merged.get("d2f.shift", 1))) if becomes_flow else None
