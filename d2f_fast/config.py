@@ -237,6 +237,9 @@ class TrainingConfig:
             above 1 train more on noisy images; 1 turns it off. The objective "diffusion" takes only 1.
         sampling_shift: The same factor for sampling, which is saved with the result as a recommendation, and which
             `d2f sample` uses; it does not change the training. The default None takes that of --flow_shift.
+        distill: Train the jump from noise to image in one step, and no other time, on the noise and latents of --pairs.
+            It is the last stage after reflow, from whose result it starts, and the result is sampled in one step. It
+            goes with the objectives "diff2flow" and "fm", and is off by default.
         adapter: Which weights are trained. "lora" trains small LoRA layers and leaves the base model unchanged; "full"
             trains every weight of the UNet and saves a whole pipeline.
         init_lora: LoRA to start from, as PATH or PATH:SCALE, in any format that `d2f sample --lora` takes but DoRA. Its
@@ -335,6 +338,7 @@ class TrainingConfig:
     logit_std: float | None = option("method", None, positive(100.0))
     flow_shift: float = option("method", 1.0, positive(MAX_SHIFT))
     sampling_shift: float | None = option("method", None, positive(MAX_SHIFT))
+    distill: bool = option("method", False)
     adapter: Literal["lora", "full"] = option("model", "lora")
     init_lora: str | None = option("model", None)
     rank: int | None = option("model", None, at_least(1, MAX_RANK))

@@ -23,6 +23,13 @@ _FIXED_BY_DIFFUSION = {
     "timestep_sampling": ("uniform", "leave it out, whole timesteps are sampled evenly"),
     "flow_shift": (1.0, "leave it out, or give --sampling_shift to save a shift for sampling"),
 }
+# Values that options keep where one time alone is trained.
+_WITHOUT_EFFECT_AT_ONE_TIME: "dict[str, tuple[object, ...]]" = {
+    "timestep_sampling": ("uniform",),
+    "flow_shift": (1.0,),
+    "loss_weighting": (None, "flow"),
+    "snr_gamma": (None,),
+}
 # Options of the LoRA. A full finetuning takes them only where they state that there are no such layers.
 _OF_THE_LORA = ("init_lora", "rank", "lora_alpha", "conv_rank", "first_last_layers", "target_modules", "lora_format")
 
@@ -37,6 +44,7 @@ def check_pairs(config: "TrainingConfig") -> None:
         RefusedInputError: An option does not go with another; the message says what to leave out or to add.
     """
     _check_objective(config)
+    _check_distillation(config)
     _check_weighting(config)
     _check_times(config)
     _check_adapter(config)
@@ -63,6 +71,22 @@ def _check_objective(config: "TrainingConfig") -> None:
             f"fm_form {config.fm_form} does not go with the objective {config.objective}: add --objective fm, or leave"
             " fm_form out"
         )
+
+
+def _check_distillation(config: "TrainingConfig") -> None:
+    """Refuse what has no effect, or another meaning, where the start of the flow is the only time that is trained."""
+    if not config.distill:
+        return
+    if config.objective == "diffusion":
+        raise RefusedInputError(
+            "distill does not go with the objective diffusion, whose first timestep is not pure noise: give --objective"
+            " diff2flow"
+        )
+    for name, values in _WITHOUT_EFFECT_AT_ONE_TIME.items():
+        if (given := getattr(config, name)) not in values:
+            raise RefusedInputError(
+                f"{name} has no effect with distill, which trains one time alone, got {given}: leave it out"
+            )
 
 
 def _check_weighting(config: "TrainingConfig") -> None:

@@ -85,3 +85,19 @@ def test_options_that_act_together_are_accepted(options):
 def test_gamma_that_is_not_a_positive_number_is_refused(gamma):
     with pytest.raises(RefusedInputError, match="snr_gamma must be positive and finite"):
         TrainingConfig(snr_gamma=gamma)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"objective": "diffusion"}, "distill does not go with the objective diffusion"),
+        ({"timestep_sampling": "mode"}, "timestep_sampling has no effect with distill, .*, got mode: leave it out"),
+        ({"flow_shift": 2.0}, "flow_shift has no effect with distill"),
+        ({"loss_weighting": "native"}, "loss_weighting has no effect with distill"),
+        ({"snr_gamma": 5.0}, "snr_gamma has no effect with distill"),
+    ],
+)
+def test_options_of_the_times_are_refused_where_one_time_is_trained(given, sentence):
+    TrainingConfig(distill=True, loss_weighting="flow")
+    with pytest.raises(RefusedInputError, match=sentence):
+        TrainingConfig(distill=True, **given)

@@ -304,6 +304,8 @@ class Train:
     def _check_data(self) -> None:
         """Refuse a folder that does not exist, images together with pairs, and options that have no effect."""
         self._check_task()
+        if self.options.distill and not self.pairs:
+            raise RefusedInputError("distill needs --pairs, whose noise and latents are the two ends of the jump")
         if self.train_data_dir is not None:
             if self.pairs:
                 raise RefusedInputError("give either --train_data_dir or --pairs: a run trains on one of them")

@@ -15,7 +15,7 @@ from d2f_fast.training.summary import predicts_depth, recommended_steps
 CARD_FILE = "README.md"
 # A card that has this line is replaced by the next run into the folder; any other README.md is somebody's own.
 _MARK = "<!-- Written by d2f_fast. A later run into this folder replaces this file. -->"
-_WORDS = {2: "two", 4: "four"}
+_WORDS = {1: "one step", 2: "two steps", 4: "four steps"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -170,7 +170,7 @@ def _card(
         if tags["d2f.objective"] == "diff2flow"
         else f"A {kind}, trained by `d2f_fast` on the objective `{tags['d2f.objective']}`.",
         "",
-        f"## {'Predict depth' if predicts_depth(tags) else 'Generate images'} in {_WORDS.get(steps, steps)} steps",
+        f"## {'Predict depth' if predicts_depth(tags) else 'Generate images'} in {_WORDS.get(steps, f'{steps} steps')}",
         "",
         *(f"- {line}" for line in recipe(folder, tags, folder.resolve().name)),
         "",

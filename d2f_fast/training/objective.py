@@ -44,6 +44,7 @@ class Objective:
         flow_shift: positive factor on the sigmas (1 - t) / t of the sampled times; 1 leaves them as they are.
         fm_form: form of "fm" on a diffusion model; the other objectives, and a base model that predicts the flow and
             has a form of its own, ignore it.
+        distill: whether t = 0 is the only time, at which the velocity is the jump from noise to latents.
 
     Raises:
         ValueError: the name is unknown, or the base model predicts the flow and the name is not "fm".
@@ -58,6 +59,7 @@ class Objective:
     logit_std: float = 1.0
     flow_shift: float = 1.0
     fm_form: FlowForm = "diffusers"
+    distill: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a name that would be treated as "diff2flow"."""
@@ -86,6 +88,8 @@ class Objective:
         Returns:
             [batch] float32 in [0, 1].
         """
+        if self.distill:
+            return torch.zeros(batch, device=device)
         if self.name == "diffusion":
             steps = torch.randint(self.base_flow.num_train_timesteps, (batch,), generator=generator, device=device)
             return self.base_flow.flow_time(steps.to(torch.float32))
@@ -223,6 +227,7 @@ def make_objective(config: TrainingConfig, base_flow: Flow) -> Objective:
         config.logit_std or 1.0,
         config.flow_shift,
         config.fm_form or "diffusers",
+        config.distill,
     )
 
 
@@ -240,5 +245,6 @@ def method_line(config: TrainingConfig, base_flow: Flow) -> str:
     }
     if config.fm_form == "published":
         learns["fm"] = "naive flow matching in the published form (fed t, learns latents - noise)"
-    line = f"objective {config.objective}: {learns[str(config.objective)]}; the base model predicts"
+    jump = ", at t = 0 alone (the jump from noise to image)" if config.distill else ""
+    line = f"objective {config.objective}: {learns[str(config.objective)]}{jump}; the base model predicts"
     return f"{line} {base_flow.prediction_type}"

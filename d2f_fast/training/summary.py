@@ -16,7 +16,7 @@ def recommended_steps(tags: Mapping[str, str]) -> int:
     return int(tags.get("d2f.recommended_steps", RECOMMENDED_STEPS))
 
 
-def pair_tags(dataset: PairDataset, *, taught: bool = False) -> dict[str, str]:
+def pair_tags(dataset: PairDataset, *, taught: bool = False, distilled: bool = False) -> dict[str, str]:
     """Return the entries that say what pairs a model was trained on, and how it is therefore sampled.
 
     The guidance of the pairs is built into the trained model, so that it is sampled without guidance.
@@ -25,6 +25,7 @@ def pair_tags(dataset: PairDataset, *, taught: bool = False) -> dict[str, str]:
         dataset: The pairs. Those without a meta.json, as the published ones, do not say how they were made.
         taught: Whether the pairs only give the states at which a teacher's velocity is learned, so that neither their
             guidance nor their straight lines are.
+        distilled: Whether the jump from noise to image alone is learned.
     """
     scales = dataset.common_meta("guidance_scale_range")
     steps, solver = dataset.common_meta("steps"), dataset.common_meta("solver")
@@ -40,7 +41,8 @@ def pair_tags(dataset: PairDataset, *, taught: bool = False) -> dict[str, str]:
         "d2f.pairs": str(len(dataset)),
         "d2f.pairs_guidance": guidance,
         "d2f.pairs_solver": how,
-        "d2f.recommended_steps": str(RECOMMENDED_STEPS_AFTER_PAIRS),
+        "d2f.recommended_steps": str(1 if distilled else RECOMMENDED_STEPS_AFTER_PAIRS),
+        **({"d2f.distilled": "true"} if distilled else {}),
         "d2f.recommended_guidance": "1.0",
     }
 
@@ -81,6 +83,7 @@ def summary_tags(
         "modelspec.usage_hint" for people.
     """
     sampling_steps = recommended_steps(tags)
+    counted = "1 step" if sampling_steps == 1 else f"{sampling_steps} steps"
     guidance = float(tags.get("d2f.recommended_guidance", DEFAULT_GUIDANCE))
     entries = {
         "d2f.steps": str(steps),
@@ -97,7 +100,7 @@ def summary_tags(
         "ss_learning_rate": str(config.learning_rate),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_seed": str(config.seed),
-        "modelspec.usage_hint": f"{sampling_steps} steps, guidance {guidance:g}, {_sampler(tags)}"
+        "modelspec.usage_hint": f"{counted}, guidance {guidance:g}, {_sampler(tags)}"
         if not predicts_depth(tags)
         else f"{sampling_steps} steps; predicts depth, with d2f sample --task depth",
     }

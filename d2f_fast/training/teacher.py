@@ -174,11 +174,16 @@ def start_teacher(
         compile: Whether the teacher's network is compiled.
 
     Raises:
-        RefusedInputError: The teacher is the network itself, read in the same way and without guidance, or `init_lora`
-            adapts text encoders.
+        RefusedInputError: The teacher is the network itself, read in the same way and without guidance, `init_lora`
+            adapts text encoders, or the run distills.
     """
     if teacher is None:
         return None
+    if objective.distill:
+        raise RefusedInputError(
+            "distill learns the jump from noise to the image of its pair, and a teacher the velocity along the way:"
+            " leave one of the two out"
+        )
     if teacher.name == BASE and teacher.guidance_scale <= 1 and _reading(teacher.flow) == _reading(objective.flow):
         raise RefusedInputError(
             f"teacher base has nothing to teach with the objective {objective.name}, which reads the network in the"

@@ -184,6 +184,9 @@ class TrainedModel(ABC):
     def _tags(self, dataset: TrainingData | None = None) -> dict[str, str]:
         """Return the entries of a file's header that describe the result, once the data is known with those of it."""
         taught = {} if self.teacher is None else self.teacher.tags()
-        of_data = pair_tags(dataset, taught=bool(taught)) if isinstance(dataset, PairDataset) else {}
-        of_data = depth_tags(dataset) if isinstance(dataset, DepthDataset) else of_data
+        of_data: dict[str, str] = {}
+        if isinstance(dataset, PairDataset):
+            of_data = pair_tags(dataset, taught=bool(taught), distilled=self.config.distill)
+        elif isinstance(dataset, DepthDataset):
+            of_data = depth_tags(dataset)
         return tags_of(self.config, self.objective, self.model, of_data | taught)

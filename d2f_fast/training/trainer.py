@@ -16,6 +16,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch, check_batch
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.loading import check_dataset
+from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.base_model import BaseModel
@@ -200,8 +201,11 @@ class AlignedTrainer(TrainedModel):
             NonFiniteRunError: ten steps in a row were not finite, or a weight is not; the last checkpoint is intact.
         """
         for samples in (dataset, validation):
-            if samples is not None:
-                check_dataset(samples)
+            if samples is None:
+                continue
+            check_dataset(samples)
+            if self.config.distill and not isinstance(samples, PairDataset):
+                raise RefusedInputError("distill learns the jump from the noise of pairs: give pairs, or leave it out")
         batch: Batch | None = None
         main, whole = self.accelerator.is_main_process, self._training_step.is_whole
         with stop_signals(self.has_unsaved_steps, announce=main) as signals:

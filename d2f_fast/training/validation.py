@@ -31,11 +31,16 @@ class Validation:
         self._inputs, self._step = list(inputs), step
 
     def measure(self) -> list[float]:
-        """Return the mean loss of each segment, from that of the noise to that of the images."""
+        """Return the mean loss of each segment, from that of the noise to that of the images.
+
+        A run that distills has the time 0 alone, and one loss.
+        """
         count = sum(len(part.latents) for part in self._inputs)
+        distills = self._step.objective.distill
         losses = []
-        for segment in range(SEGMENTS):
-            moved = (part._replace(t=(segment + part.t) / SEGMENTS) for part in self._inputs)
+        for segment in range(1 if distills else SEGMENTS):
+            times = (part.t * 0 if distills else (segment + part.t) / SEGMENTS for part in self._inputs)
+            moved = (part._replace(t=t) for part, t in zip(self._inputs, times, strict=True))
             losses.append(sum(self._step.losses(part).double().sum().item() for part in moved) / count)
         return losses
 

@@ -10,8 +10,11 @@ import torch
 
 from d2f_fast.data.batch import check_batch
 from d2f_fast.data.pairs import PairDataset
-from d2f_fast.errors import DatasetError
+from d2f_fast.errors import DatasetError, RefusedInputError
 from d2f_fast.files.tensor_file import read_metadata
+from d2f_fast.sampling.integrate import sample_flow, unet_velocity
+from d2f_fast.training.model_card import recipe
+from d2f_fast.training.teacher import TeacherModel, start_teacher
 
 META = {"guidance_scale_range": [2.0, 5.0], "steps": 25, "solver": "heun"}
 
@@ -103,3 +106,33 @@ def test_pairs_that_do_not_fit_end_the_run_before_its_first_step(
     with pytest.raises(DatasetError, match="has latents of 8 channels, and the model takes 4"):
         trainer.fit(PairDataset([write_pairs(tmp_path / "0.tar", shape=(8, 8, 8))]))
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "fm"}, {"adapter": "full"}], ids=str)
+def test_distillation_learns_the_jump_from_noise_to_latents(
+    next_inputs: Any, make_batch: Any, make_trainer: Any, options: dict[str, Any]
+) -> None:
+    trainer, noise = make_trainer(distill=True, caption_dropout=0.0, **options), torch.randn(4, 4, 8, 8)
+    given = make_batch(noise=noise)
+    inputs = next_inputs(trainer, given)
+    assert torch.equal(inputs.t, torch.zeros(4))
+    with torch.no_grad():  # One step of the sampler from the noise of each pair.
+        velocity = unet_velocity(trainer.unet, trainer.objective.flow, given["encoder_hidden_states"])
+        latents = sample_flow(velocity, noise, 1)
+    expected = (latents - inputs.latents).square().mean()
+    assert trainer.step(given).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_distilled_lora_is_sampled_in_one_step(
+    pairs: PairDataset, make_trainer: Any, images: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(max_train_steps=1, checkpointing_steps=0, distill=True, validation_steps=1)
+    assert len(trainer.fit(pairs, pairs)["validation_losses"]) == 1
+    header = read_metadata(trainer.save_lora(tmp_path / "out"))
+    assert header["d2f.recommended_steps"] == "1" and header["d2f.distilled"] == "true"
+    assert header["modelspec.usage_hint"] == "1 step, guidance 1, sampler Euler with the sigmas 14.61, 0"
+    assert recipe(tmp_path / "out", trainer.tags)[0].endswith("--num_inference_steps 1`")
+    with pytest.raises(RefusedInputError, match="distill learns the jump from the noise of pairs: give pairs"):
+        make_trainer("other", distill=True).fit(images())
+    with pytest.raises(RefusedInputError, match=r"distill learns the jump .* leave one of the two out"):
+        start_teacher(TeacherModel("base", "", trainer.model.flow, None, 2.0), trainer.objective, trainer.model, "no")
