@@ -1,4 +1,4 @@
-"""`d2f inspect`: say what a model, a LoRA, a cache, a data set or a run is, and what is odd about it."""
+"""`d2f inspect`: say what a model, a LoRA, a data set, a run or another result is, and what is odd about it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a model, a LoRA, a cache, a data set or a run is, and what is odd about it.
+    """Say what a model, a LoRA, a data set, a run or another result is, and what is odd about it.
 
     Args:
         path: Folder or .safetensors file, or "miniature". Only names, configurations and headers are read, and nothing
@@ -62,13 +62,17 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         RefusedInputError: Nothing that is known here is in it, or a file is damaged or a pickle.
     """
+    from d2f_fast.commands.describe_results import describe_checkpoint, describe_export, describe_pairs
     from d2f_fast.commands.kind import kind_of
     from d2f_fast.data.describe import describe_cache, describe_data_set
     from d2f_fast.lora.describe import describe_lora
     from d2f_fast.lora.source import check_lora_file
     from d2f_fast.models.describe import describe_model_file, describe_model_folder
 
+    described = {"export": describe_export, "checkpoint": describe_checkpoint, "pairs": describe_pairs}
     kind = kind_of(path)
+    if kind in described:
+        return described[kind](path)
     if kind == "model folder":
         return describe_model_folder(path)
     if kind == "model file":
@@ -108,6 +112,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "kind": "run",
         "last logged step": _last_step(folder / "log.jsonl"),
         "command": _command(folder / "metrics.json"),
+        **_source(folder / "config.json"),
         "checkpoints": ", ".join(path.name for path in checkpoints) or "none",
         "results": {path.name: describe(path) for path in results},
         "bytes": bytes_below(folder),
@@ -162,6 +167,18 @@ def _command(path: Path) -> str:
         return f"{record['command']}, seed {record['seed']}"
     except (CheckpointError, TypeError, KeyError):
         return "not recorded"
+
+
+def _source(path: Path) -> dict[str, str]:
+    """Return the names of the model and of the data in the options of a run."""
+    from d2f_fast.files.json_file import read_json
+
+    names = {"base model": "pretrained_model_name_or_path", "images": "train_data_dir", "pairs": "pairs"}
+    try:
+        options = read_json(path)
+        return {label: str(options[name]) for label, name in names.items() if options.get(name)}
+    except (CheckpointError, AttributeError):
+        return {}
 
 
 def _text(path: Path, description: Mapping[str, Any], indent: str = "") -> str:

@@ -1,4 +1,4 @@
-"""See from its name and its files what a path holds: a model, a LoRA, a cache, a data set or a run. No torch."""
+"""See from its name and its files what a path holds: a model, a LoRA, a data set, a run or its parts. No torch."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,9 @@ from d2f_fast.lora.file_keys import split_key
 from d2f_fast.models.names import ORIGINAL_PREFIXES, refuse_pickle
 
 _MOST_FILES = 20_000  # in which an image is looked for
-Kind = Literal["model folder", "model file", "LoRA", "cache", "run", "data set", "unknown file"]
+Kind = Literal[
+    "model folder", "model file", "LoRA", "cache", "run", "checkpoint", "pairs", "export", "data set", "unknown file"
+]
 
 
 def kind_of(path: Path) -> Kind:
@@ -43,9 +45,15 @@ def kind_of_header(header: TensorHeader) -> Kind:
 
 def _kind_of_folder(folder: Path) -> Kind:
     """Return what a folder holds, from the names of its files."""
-    if (folder / "model_index.json").is_file():
-        return "model folder"
     names = {entry.name for entry in folder.iterdir()}
+    if {"export.json", "model_index.json"} <= names:
+        return "export"
+    if "model_index.json" in names:
+        return "model folder"
+    if {"manifest.json", "state.json"} <= names:
+        return "checkpoint"
+    if "pairs.json" in names:
+        return "pairs"
     if names & {"log.jsonl", "pipeline"} or any(re.fullmatch(r"checkpoint-\d+", name) for name in names):
         return "run"
     if any(name.endswith(".safetensors") for name in names):
@@ -55,6 +63,6 @@ def _kind_of_folder(folder: Path) -> Kind:
     if METADATA_FILE in names or any(is_image(path.name) for path in files_below(folder, _MOST_FILES)):
         return "data set"
     raise RefusedInputError(
-        f"{printable(folder)} holds neither a model, a LoRA, a cache, a run nor images among its first"
-        f" {_MOST_FILES:,} files: check the path"
+        f"{printable(folder)} holds neither a model, a LoRA, a cache, a run, pairs, an export nor images among its"
+        f" first {_MOST_FILES:,} files: check the path"
     )

@@ -49,6 +49,10 @@ def test_run_is_described_with_its_results(train: Any, tmp_path: Path, inspect: 
     found = inspect(tmp_path / "run")
     assert found["kind"] == "run" and found["command"].startswith("d2f train, seed ")
     assert found["last logged step"].startswith("2, loss ")
+    assert Path(found["base model"]).is_dir() and Path(found["images"]).is_dir()
+    checkpoint = inspect(tmp_path / "run" / "checkpoint-1")
+    assert (checkpoint["kind"], checkpoint["step"]) == ("checkpoint of a run", 1)
+    assert [result["names"] for result in checkpoint["results"].values()] == ["peft"]
     assert "checkpoint-1" in found["checkpoints"] and found["odd"] == []
     assert [result["names"] for result in found["results"].values()] == ["peft", "kohya, diffusers blocks"]
     (tmp_path / "run" / "checkpoint-1" / "manifest.json").unlink()
@@ -86,7 +90,7 @@ def test_tree_of_many_files_is_not_walked_to_its_end(
         ("none", "none: no such file or folder; check the path"),
         ("a.ckpt", "a.ckpt is a pickle, which can run code: convert it to safetensors first"),
         ("cut.safetensors", "cut.safetensors: not an intact safetensors file"),
-        ("empty", "empty holds neither a model, a LoRA, a cache, a run nor images"),
+        ("empty", "empty holds neither a model, a LoRA, a cache, a run, pairs, an export nor images"),
     ],
 )
 def test_path_that_cannot_be_described_is_refused(

@@ -38,6 +38,15 @@ def test_kind_of_a_folder_is_seen_from_its_files(tiny_folder: Path, tmp_path: Pa
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}")
     assert {kind_of(tmp_path / name) for name in ("run", "full", "begun")} == {"run"}
+    for kind, files in (
+        ("export", ("export.json", "model_index.json")),
+        ("checkpoint", ("manifest.json", "state.json", "a.safetensors")),
+        ("pairs", ("pairs.json", "000000.tar")),
+    ):
+        (tmp_path / f"a {kind}").mkdir()
+        for name in files:
+            (tmp_path / f"a {kind}" / name).write_text("{}")
+        assert kind_of(tmp_path / f"a {kind}") == kind
     (tmp_path / "cache/0f").mkdir(parents=True)
     (tmp_path / "cache/0f/0f3.safetensors").write_bytes(b"")
     assert kind_of(tmp_path / "cache") == "cache"
@@ -49,7 +58,9 @@ def test_kind_of_a_folder_is_seen_from_its_files(tiny_folder: Path, tmp_path: Pa
 def test_pickle_and_folder_of_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"a\.ckpt is a pickle, which can run code: convert it to safetensors first"):
         kind_of(tmp_path / "a.ckpt")
-    with pytest.raises(RefusedInputError, match="holds neither a model, a LoRA, a cache, a run nor images"):
+    with pytest.raises(
+        RefusedInputError, match="holds neither a model, a LoRA, a cache, a run, pairs, an export nor images"
+    ):
         kind_of(tmp_path)
 
 
