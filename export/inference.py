@@ -279,7 +279,9 @@ class OnnxPipeline:
     def _table(self, steps: int) -> dict[str, list[float]]:
         if steps not in self.tables:
             known = ", ".join(map(str, sorted(self.tables)))
-            raise RefusedInputError(f"steps must be one of {known}, got {steps}: export with --steps for others")
+            raise RefusedInputError(
+                f"{steps} steps: this export has tables for {known}: export with --steps for others"
+            )
         return self.tables[steps]
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:

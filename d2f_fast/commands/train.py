@@ -143,6 +143,8 @@ class Train:
             result = trainer.fit(dataset, self._validation_set())
             if not trainer.accelerator.is_main_process:
                 return result | {"output": str(output)}
+            if result["loss"] is None and not result["skipped_steps"]:
+                print(f"d2f: step {result['steps']} was taken before: raise max_train_steps to go on", file=sys.stderr)
             is_lora = self.options.adapter == "lora"
             # A run that goes on from a checkpoint replaces its own result; `check` has refused any other folder.
             if is_lora:

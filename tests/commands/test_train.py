@@ -199,6 +199,9 @@ def test_finished_full_finetuning_is_extended_in_place(train, tmp_path, capsys):
     assert train(output, *options) == 0
     extended = [*options, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
     assert train(output, *extended) == 0
+    assert "was taken before" not in capsys.readouterr().err
+    assert train(output, *extended) == 0
+    assert "d2f: step 3 was taken before: raise max_train_steps to go on\n" in capsys.readouterr().err
     saved = StableDiffusionPipeline.from_pretrained(output / "pipeline").unet.state_dict()
     average, _ = read_tensors(output / "checkpoint-3" / "ema.safetensors")
     assert all(torch.equal(tensor, average[f"shadow.{name}"]) for name, tensor in saved.items())

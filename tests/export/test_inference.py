@@ -152,7 +152,10 @@ def test_sample_command_generates_with_an_export_folder(exported, tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--num_inference_steps", "5"], "steps must be one of 1, 2, 4, 8, got 5: export with --steps for others"),
+        (
+            ["--num_inference_steps", "5"],
+            "5 steps: this export has tables for 1, 2, 4, 8: export with --steps for others",
+        ),
         (["--height", "17"], "height 17 is not a multiple of 2"),
         (["--shift", "3"], "shift was settled when"),
         (["--lora", "run"], "lora was settled when"),
