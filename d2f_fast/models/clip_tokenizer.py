@@ -20,7 +20,7 @@ _MAX_BYTES = 64 * 2**20
 _HUB_ID = "openai/clip-vit-large-patch14"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _CURE = (
-    "pip install 'd2f_fast[single-file]', or give --tokenizer_name_or_path a folder with vocab.json and merges.txt,"
+    "pip install open_clip_torch, or give --tokenizer_name_or_path a folder with vocab.json and merges.txt,"
     " such as the tokenizer folder of any diffusers pipeline of Stable Diffusion"
 )
 

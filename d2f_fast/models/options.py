@@ -22,7 +22,7 @@ class ModelOptions:
             default None takes it from the model's own files.
         tokenizer_name_or_path: Folder with CLIP's vocab.json and merges.txt, or a diffusers pipeline folder, for a
             model that is one .safetensors file, which holds no tokenizer. The default None takes the vocabulary from
-            the installed package open_clip_torch (pip install 'd2f_fast[single-file]').
+            the package open_clip_torch, where it is installed.
         pretrained_vae_model_name_or_path: Autoencoder in place of the model's own: a hub id, a folder, or one
             .safetensors file, which takes its configuration from the model's own. Its latents must have as many
             channels as the UNet's. It is saved with a full finetuning. The default None keeps the model's own.

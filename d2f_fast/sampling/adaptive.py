@@ -41,7 +41,7 @@ def sample_flow_adaptive(
         from torchdiffeq import odeint
     except ImportError as error:
         raise RefusedInputError(
-            'the method "dopri5" needs torchdiffeq: pip install "d2f_fast[adaptive]", or choose another method'
+            'the method "dopri5" needs torchdiffeq: pip install torchdiffeq, or choose another method'
         ) from error
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")

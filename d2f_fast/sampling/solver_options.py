@@ -64,7 +64,7 @@ class SolverOptions:
             )
         if method == "dopri5" and find_spec("torchdiffeq") is None:
             raise RefusedInputError(
-                'the method "dopri5" needs torchdiffeq: pip install "d2f_fast[adaptive]", or choose another method'
+                'the method "dopri5" needs torchdiffeq: pip install torchdiffeq, or choose another method'
             )
 
     def given(self) -> dict[str, object]:

