@@ -66,7 +66,7 @@ def test_pad_token_that_the_vocabulary_lacks_is_not_added(tiny_folder: Path) -> 
 def test_missing_vocabulary_is_refused_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("d2f_fast.models.clip_tokenizer._PACKAGES", ())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"no installed package has CLIP's: pip install 'd2f_fast\[single-file\]', or"):
+    with pytest.raises(ModelError, match=r"no installed package has CLIP's: pip install open_clip_torch, or"):
         clip_tokenizer(None, "!", 77, 49408)
     for source, sentence in (
         ("./nothing", "nothing is not a folder"),
