@@ -13,6 +13,7 @@ from torch import Tensor
 from d2f_fast.config import SamplingMethod, Spacing, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
@@ -145,7 +146,16 @@ class TrainedModel(ABC):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Hold the averaged weights inside a `with` block, and feed the network its own type."""
+        """Hold the averaged weights inside a `with` block, and feed the network its own type.
+
+        Raises:
+            RefusedInputError: the network sees images beside its own latents, which prompts do not give.
+        """
+        if self.model.context_images:
+            raise RefusedInputError(
+                "the network sees an image beside its own latents, and prompts give none: save_pipeline, and call the"
+                " MarigoldDepthPipeline of that folder"
+            )
         cast = inputs_in_float32(self.unet) if self.config.adapter == "full" else nullcontext()
         with self.averaged(), cast:
             yield

@@ -20,6 +20,7 @@ from d2f_fast.data.order import plan_batches
 from d2f_fast.errors import CheckpointError, RefusedInputError
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.marigold import empty_text
+from d2f_fast.tasks.depth import DepthModel
 from d2f_fast.training.trainer import AlignedTrainer
 
 MakeTrainer = Callable[..., AlignedTrainer]
@@ -136,6 +137,31 @@ def test_saved_model_gives_the_same_depth_in_stock_diffusers(
         with torch.no_grad():
             reloaded, merged = (unet.eval()(network_input, 500, text).sample for unet in (base.unet, stock.unet))
         assert (reloaded - merged).norm() <= 1e-4 * merged.norm()
+
+
+def test_naive_flow_is_saved_with_a_stock_scheduler_and_follows_its_own_flow(
+    make_trainer: MakeTrainer, depth_rooms: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(objective="fm", max_train_steps=1)
+    trainer.fit(dataset_of(depth_rooms))
+    stock = MarigoldDepthPipeline.from_pretrained(trainer.save_pipeline(tmp_path / "pipeline"))
+    assert type(stock.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    stock.set_progress_bar_config(disable=True)
+    image, noise = torch.rand(1, 3, 16, 16), torch.randn(1, 4, 8, 8)
+    rounded = stock(image, latents=noise, num_inference_steps=2).prediction[0, ..., 0]
+    exact = DepthModel(stock, "affine", {}).sampled_by("flow").pipeline(image, latents=noise, num_inference_steps=2)
+    model = trainer.model
+    with torch.no_grad():
+        context = model.scale_latents(model.encode_images(image * 2 - 1)["mean"])
+        x, text = noise, empty_text(model.pipeline)
+        for t in (0.0, 0.5):  # it learns noise - latents, at 1000 (1 - t)
+            output = stock.unet(torch.cat([context, x], 1), torch.tensor(1000 * (1 - t)), text).sample
+            x = x - 0.5 * output
+        expected = (model.decode(x).mean(1).clamp(-1, 1) + 1)[0].numpy() / 2
+    assert np.abs(exact.prediction[0, ..., 0] - expected).max() <= 1e-5
+    assert np.abs(rounded - expected).max() <= 0.05  # the stock scheduler starts at 0.999 and rounds its timesteps
+    with pytest.raises(RefusedInputError, match="sees an image beside its own latents, and prompts give none"):
+        trainer.sample("a")
 
 
 def test_batch_with_another_context_than_the_network_takes_is_refused(
