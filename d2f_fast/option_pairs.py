@@ -53,6 +53,10 @@ def check_pairs(config: "TrainingConfig") -> None:
         raise RefusedInputError(
             f"train_batch_size times gradient_accumulation_steps must be at most {_MAX_STEP:,}, got {size}"
         )
+    if config.validation_prompts and not config.validation_steps:
+        raise RefusedInputError(
+            "validation_prompts needs validation_steps, how often images are generated: add --validation_steps 500"
+        )
     if config.cache_latents and not config.center_crop:
         raise RefusedInputError(
             "cache_latents needs center_crop, because a random crop differs each time: add --no_cache_latents, or"

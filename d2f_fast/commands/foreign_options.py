@@ -13,7 +13,6 @@ _FAMILY = "the family is read from the model: leave it out"
 _ATTENTION = "attention is PyTorch's own fused one: leave it out"
 _SIZE = "give --resolution"
 _AUTHOR = "nothing is uploaded: leave it out, and upload the output folder"
-_LATER = "give the prompt to `d2f sample`, with the run or a checkpoint as --lora"
 
 # By command; a name is that of train_network.py and sdxl_train_network.py, of diffusers' train_text_to_image_lora.py
 # and train_dreambooth_lora.py, or of gen_img.py and the pipelines.
@@ -58,7 +57,8 @@ FOREIGN_OPTIONS: Mapping[str, Mapping[str, str]] = {
         "sdpa": _ATTENTION,
         "validate_every_n_steps": "give --validation_steps",
         "validation_split": "give --validation_data_dir, a folder of held-out images",
-        "sample_prompts": _LATER,
+        "sample_prompts": "give --validation_prompts and --validation_steps",
+        "sample_every_n_steps": "give --validation_steps",
         "log_with": "give --report_to",
         # diffusers
         "model": "give --pretrained_model_name_or_path",
@@ -77,8 +77,8 @@ FOREIGN_OPTIONS: Mapping[str, Mapping[str, str]] = {
         "enable_xformers_memory_efficient_attention": _ATTENTION,
         "allow_tf32": "give --mixed_precision bf16 to be faster",
         "train_text_encoder": _UNET_ONLY,
-        "validation_prompt": _LATER,
-        "validation_epochs": _LATER,
+        "validation_prompt": "give --validation_prompts and --validation_steps",
+        "validation_epochs": "give --validation_steps",
         "push_to_hub": _AUTHOR,
         "hub_model_id": _AUTHOR,
         "non_ema_revision": "give --revision",

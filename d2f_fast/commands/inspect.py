@@ -13,6 +13,7 @@ from d2f_fast.errors import CheckpointError, RefusedInputError, printable
 from d2f_fast.models.configs import MINIATURE_FOLDER
 from d2f_fast.models.names import MINIATURE
 
+_MOST_LETTERS = 300  # of a value in the table; the thumbnail of a LoRA has thousands
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -204,4 +205,5 @@ def _value(name: str, value: object) -> str:
     if name == "bytes" and isinstance(value, int):
         power = min(len(_UNITS) - 1, max(0, (len(str(value)) - 1) // 3))
         return f"{value / 1000**power:.4g} {_UNITS[power]}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}… ({len(text):,} letters)"

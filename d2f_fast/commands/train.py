@@ -273,9 +273,10 @@ class Train:
 
         folder, pairs, steps = self.validation_data_dir, self.validation_pairs, self.options.validation_steps
         if folder is None and not pairs:
-            if steps:
+            if steps and not self.options.validation_prompts:
                 raise RefusedInputError(
-                    "validation_steps needs held-out samples: add --validation_data_dir or --validation_pairs"
+                    "validation_steps needs something to validate with: add --validation_prompts, --validation_data_dir"
+                    " or --validation_pairs"
                 )
             return None
         if folder is not None and pairs:
@@ -336,7 +337,7 @@ class Train:
         _refuse_given(self.teacher_options, ("teacher",), "does not go with --task depth: leave it out")
         held_out = "validation_data_dir", "validation_pairs"
         _refuse_given(self, held_out, "does not go with --task depth: leave it out, and use d2f evaluate")
-        _refuse_given(self.options, ("caption_dropout",), cure)
+        _refuse_given(self.options, ("caption_dropout", "validation_prompts"), cure)
 
 
 def _refuse_given(options: Any, names: Iterable[str], why: str) -> None:

@@ -32,7 +32,8 @@ _FREE_ON_RESUME = {
     *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
     *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "cuda_graph"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
-    *("gradient_checkpointing", "lora_format", "sampling_shift", "validation_steps"),
+    *("gradient_checkpointing", "lora_format", "sampling_shift"),
+    *("validation_steps", "validation_prompts"),
 }
 
 

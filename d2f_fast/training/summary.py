@@ -61,6 +61,11 @@ def depth_tags(dataset: DepthDataset) -> dict[str, str]:
     }
 
 
+def recommended_guidance(tags: Mapping[str, str]) -> float:
+    """Return the guidance scale to sample with."""
+    return float(tags.get("d2f.recommended_guidance", DEFAULT_GUIDANCE))
+
+
 def predicts_depth(tags: Mapping[str, object]) -> bool:
     """Return whether tags are those of a model that predicts depth."""
     return tags.get("d2f.task") == "depth"
@@ -84,7 +89,7 @@ def summary_tags(
     """
     sampling_steps = recommended_steps(tags)
     counted = "1 step" if sampling_steps == 1 else f"{sampling_steps} steps"
-    guidance = float(tags.get("d2f.recommended_guidance", DEFAULT_GUIDANCE))
+    guidance = recommended_guidance(tags)
     entries = {
         "d2f.steps": str(steps),
         "d2f.batch_size": str(batch_size),

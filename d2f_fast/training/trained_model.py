@@ -43,6 +43,7 @@ class TrainedModel(ABC):
         ema: average of the trained parameters; None where `ema_decay` is 0.
         tags: entries of a file's header that describe the result and how to sample it.
         global_step: number of optimizer steps taken.
+        thumbnail: last image of the first validation prompt, as `modelspec.thumbnail` has it; None for none.
     """
 
     model: BaseModel
@@ -53,6 +54,7 @@ class TrainedModel(ABC):
     ema: EMA | None
     tags: dict[str, str]
     global_step: int
+    thumbnail: str | None
     _half_base: HalfBase | None
 
     @property
@@ -184,7 +186,8 @@ class TrainedModel(ABC):
         """Write the averaged adapter to the LoRA files of `lora_format`; see `publish_lora`."""
         run = self.global_step, self.global_batch_size
         with self.averaged(exact_base=False):
-            return publish_lora(self.model, self.objective, self.config, self.tags, folder, *run)
+            tags = self.tags | ({} if self.thumbnail is None else {"modelspec.thumbnail": self.thumbnail})
+            return publish_lora(self.model, self.objective, self.config, tags, folder, *run)
 
     def save_pipeline(self, folder: str | Path, *, replace: bool = False) -> Path:
         """Write the averaged model as a diffusers pipeline, and return its folder; see `publish_pipeline`."""

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+import torch
 from torch import Tensor
 
 from d2f_fast.config import TrainingConfig
@@ -41,10 +42,12 @@ from d2f_fast.training.run_log import RunLog, check_tracker, write_options
 from d2f_fast.training.signals import stop_signals
 from d2f_fast.training.step import TrainingStep, keep_compiled_code, learning_rates
 from d2f_fast.training.stop import Stop
+from d2f_fast.training.summary import recommended_guidance, recommended_steps
 from d2f_fast.training.teacher import load_teacher, start_teacher
 from d2f_fast.training.teacher_options import TeacherOptions
 from d2f_fast.training.trained_model import TrainedModel
 from d2f_fast.training.validation import Validation, start_validation
+from d2f_fast.training.validation_images import log_validation_images, thumbnail, write_validation_images
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -129,6 +132,7 @@ class AlignedTrainer(TrainedModel):
         self._learning_rate = learning_rates(config)
         self.global_step, self._samples = 0, 0
         self._data_settings: dict[str, str | int | float] = {}
+        self.thumbnail: str | None = None
         self._validation: Validation | None = None
         self._validation_losses: list[float] | None = None
         self.command_options: dict[str, object] = {}
@@ -262,8 +266,10 @@ class AlignedTrainer(TrainedModel):
         if validation is not None and config.validation_steps and main:
             parts = self.model, config, self._fingerprints, self._inputs, self._training_step
             self._validation = start_validation(validation, *parts)
-            if self.global_step == 0:
-                self._validate(log)
+        if config.validation_steps and self.global_step == 0:
+            self._validate(log)
+        elif self.global_step == config.max_train_steps:
+            self._generate_validation_images()
         batches = encoded_batches(dataset, self.model, config, self._fingerprints, self.accelerator, self.global_step)
         return log, stack.enter_context(closing(batches))
 
@@ -313,12 +319,23 @@ class AlignedTrainer(TrainedModel):
         return None
 
     def _validate(self, log: RunLog) -> None:
-        """Measure the loss of the averaged weights on held-out samples, in the process that has them."""
-        if self._validation is None:
-            return
-        with self.averaged(exact_base=False):
-            self._validation_losses = self._validation.measure()
-        log.write_validation(self.global_step, self._validation_losses)
+        """Measure the loss on held-out samples, where there are any, and generate the images of validation prompts."""
+        if self._validation is not None:
+            with self.averaged(exact_base=False):
+                self._validation_losses = self._validation.measure()
+            log.write_validation(self.global_step, self._validation_losses)
+        self._generate_validation_images()
+
+    def _generate_validation_images(self) -> None:
+        """Write one image for each validation prompt, in the main process, from the same noise each time."""
+        config = self.config
+        if config.validation_prompts and self.accelerator.is_main_process:
+            steps, guidance = recommended_steps(self.tags), recommended_guidance(self.tags)
+            generator = torch.Generator().manual_seed(config.seed)
+            images = self.sample(config.validation_prompts, steps, guidance, generator=generator)
+            write_validation_images(images, config.output_dir, self.global_step)
+            log_validation_images(self.accelerator, images, self.global_step)
+            self.thumbnail = thumbnail(images[0])
 
     def _save_checkpoint(self, *, regular: bool = False) -> None:
         """Save `checkpoint-N`; see `RunCheckpoints.save`."""

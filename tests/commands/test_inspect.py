@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from d2f_fast.commands import kind
 from d2f_fast.commands.main import main
@@ -41,6 +41,13 @@ def test_lora_data_set_and_unknown_file_are_described(adapted: Any, images: Path
     assert found["kind"] == "safetensors file of another kind" and found["output"] == str(tmp_path / "a.safetensors")
     save_file({}, tmp_path / "empty.safetensors")
     assert inspect(tmp_path / "empty.safetensors")["odd"] == ["it holds no tensors"]
+
+
+def test_long_value_is_cut_in_the_table(adapted: Any, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(load_file(adapted[1]["peft"]), path, {"modelspec.thumbnail": "a" * 5000})
+    assert main(["inspect", str(path)]) == 0
+    assert f"{'a' * 300}… (5,000 letters)" in capsys.readouterr().out
 
 
 def test_run_is_described_with_its_results(train: Any, tmp_path: Path, inspect: Any, capsys: Any) -> None:
