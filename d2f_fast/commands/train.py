@@ -131,7 +131,7 @@ class Train:
             *(self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options),
             context_images=int(self.task == "depth"),
         )
-        trainer.command_options = self._own_options()
+        trainer.command_options = _own_options(self)
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
             taught = [] if trainer.teacher is None else [str(trainer.teacher)]
@@ -167,15 +167,6 @@ class Train:
             name = signal.Signals(number).name
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
-
-    def _own_options(self) -> dict[str, object]:
-        """Return the options of the command itself, without those of the training, the model and the teacher."""
-        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return {
-            name: value
-            for name, value in values.items()
-            if not dataclasses.is_dataclass(value) and name not in ("dry_run", "json")
-        }
 
     def _say_what_is_trained_on(
         self, trainer: "AlignedTrainer", dataset: "CaptionedImages | PairDataset | DepthDataset"
@@ -338,6 +329,16 @@ class Train:
         held_out = "validation_data_dir", "validation_pairs"
         _refuse_given(self, held_out, "does not go with --task depth: leave it out, and use d2f evaluate")
         _refuse_given(self.options, ("caption_dropout", "validation_prompts"), cure)
+
+
+def _own_options(command: Train) -> dict[str, object]:
+    """Return the options of the command itself, without those of the training, the model and the teacher."""
+    values = {each.name: getattr(command, each.name) for each in dataclasses.fields(command)}
+    return {
+        name: value
+        for name, value in values.items()
+        if not dataclasses.is_dataclass(value) and name not in ("dry_run", "json")
+    }
 
 
 def _refuse_given(options: Any, names: Iterable[str], why: str) -> None:
