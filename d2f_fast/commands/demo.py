@@ -10,7 +10,7 @@ from d2f_fast.models.library_messages import silence_libraries
 
 @dataclass(frozen=True)
 class Demo:
-    """Train the embedded miniature model in four ways, sample each, and write a report.
+    """Train and sample the embedded miniature model, compare the results, and write a report.
 
     Args:
         output_dir: Folder that receives report.html, images, LoRA files and metrics.json; files of an earlier demo are

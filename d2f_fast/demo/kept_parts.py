@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import Tensor
 
 from d2f_fast.demo.measurements import Measurements
-from d2f_fast.demo.samplers import Sampler
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
 from d2f_fast.files.atomic import make_folder
 from d2f_fast.files.json_file import read_json, write_json
@@ -100,11 +99,7 @@ class KeptParts:
             "passes": measurements.progress.n - passes,
             "seconds": time.monotonic() - started,
         }
-        images = {
-            _IMAGES + json.dumps([network, sampler.name, sampler.spacing, steps]): tensor
-            for (network, sampler, steps), tensor in measurements.shown.items()
-            if (network, sampler, steps) not in shown
-        }
+        images = {_IMAGES + json.dumps(key): tensor for key, tensor in measurements.shown.items() if key not in shown}
         write_tensors(path, {_WEIGHT + key: w for key, w in weights.items()} | images, {"part": json.dumps(part)})
         return weights
 
@@ -126,8 +121,8 @@ class KeptParts:
         weights, shown = {}, {}
         for key, tensor in tensors.items():
             if key.startswith(_IMAGES):
-                network, name, spacing, steps = json.loads(key.removeprefix(_IMAGES))
-                shown[network, Sampler(name, spacing), steps] = tensor
+                section, name, number = json.loads(key.removeprefix(_IMAGES))
+                shown[section, name, number] = tensor
             else:
                 weights[key.removeprefix(_WEIGHT)] = tensor
         measurements.rows += rows

@@ -1,9 +1,4 @@
-"""Define the networks that the demo finetunes, and train them.
-
-Naive flow matching has two forms. `fm` teaches the network noise - latents, as diffusers' flow-matching models return
-it; that has the sign of the noise that the network was pretrained to return. `fm_paper` teaches it latents - noise,
-the paper's baseline.
-"""
+"""Define the networks that the demo trains, and train them; load the reflow LoRA that is part of the package."""
 
 import copy
 import dataclasses
@@ -12,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from d2f_fast.config import ObjectiveName, TrainingConfig
+from d2f_fast.config import FlowForm, ObjectiveName, TrainingConfig
 from d2f_fast.demo.generation import single_threaded_operations
 from d2f_fast.demo.settings import DemoSettings
 from d2f_fast.lora.merge import merged_unet
@@ -28,30 +24,31 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 PipelineLoader = Callable[[], "StableDiffusionPipeline"]
+COLOURS_OF_A_NAME = 2  # in the training images; the others would only be encoded once and hardly seen
 
 
 @dataclass(frozen=True)
 class Network:
-    """One way to finetune the base model.
+    """One way to train the base model.
 
     Args:
         objective: the trainer's name of the training objective.
-        negated: whether the network learns the negative of the objective's target. Its LoRA fits a base model with a
-            negated output, which nobody has, so it is not saved, and its brightness is not measured.
-        curve_evaluations_only: whether its quality is measured at the curves' number of evaluations only.
+        fm_form: form of naive flow matching; None for the other objectives.
     """
 
     objective: ObjectiveName
-    negated: bool = False
-    curve_evaluations_only: bool = False
+    fm_form: FlowForm | None = None
 
 
-NETWORKS: Mapping[str, Network] = {
-    "diff2flow": Network("diff2flow"),
-    "fm": Network("fm"),
-    "fm_paper": Network("fm", negated=True, curve_evaluations_only=True),
+# Networks that are trained further on the style that the base knows. The published form is the paper's baseline.
+CONTINUED: Mapping[str, Network] = {
+    "fm": Network("fm", "published"),
     "diffusion": Network("diffusion"),
+    "diff2flow": Network("diff2flow"),
 }
+# The network that learns the second style.
+STYLE = "style"
+NETWORKS: Mapping[str, Network] = {**CONTINUED, STYLE: Network("diff2flow")}
 
 
 class CaptionedImage(TypedDict):
@@ -61,24 +58,34 @@ class CaptionedImage(TypedDict):
     text: str
 
 
-class StyleDataset:
-    """Captioned images of some names in one style, each name on every background, held in memory.
+class EmojiDataset:
+    """Captioned images of one style, held in memory.
 
     Args:
-        names: indices of the names.
+        items: content of the images.
         style: style of the images, one of `emoji.STYLES`.
     """
 
-    def __init__(self, names: Sequence[int], style: str = "fluent") -> None:
-        chosen = [emoji.Emoji(name, colour) for name in names for colour in range(len(emoji.BACKGROUNDS))]
-        self._images = to_pil(emoji.render(chosen, style))
-        self._texts = [emoji.caption(item.name, item.colour) for item in chosen]
+    def __init__(self, items: Sequence[emoji.Emoji], style: str) -> None:
+        self._images = to_pil(emoji.render(items, style))
+        self._texts = [emoji.caption(item.name, item.colour) for item in items]
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> CaptionedImage:
         return {"image": self._images[index], "text": self._texts[index]}
+
+
+def training_items(names: Sequence[int], seed: int) -> list[emoji.Emoji]:
+    """Return each name on two random colours that the base was trained on, each mirrored with probability 1/2."""
+    rng = np.random.default_rng(seed)
+    items = []
+    for name in names:
+        colours = [c for c in range(len(emoji.BACKGROUNDS)) if (name, c) not in emoji.held_out_pairs()]
+        chosen = rng.permutation(colours)[:COLOURS_OF_A_NAME]
+        items += [emoji.Emoji(name, int(colour), bool(rng.random() < 0.5)) for colour in chosen]
+    return items
 
 
 def make_trainer(
@@ -89,9 +96,7 @@ def make_trainer(
     seed: int,
     folder: Path,
 ) -> AlignedTrainer:
-    """Make the trainer of one network.
-
-    The trainers differ in objective and learning rate alone; `fm_paper` also starts from a negated output.
+    """Make the trainer of one network. The trainers of continued training differ in the objective alone.
 
     Args:
         load_pipeline: loads a new copy of the base model at each call.
@@ -101,32 +106,25 @@ def make_trainer(
         seed: seed of initial weights, data order, noise and times.
         folder: folder for the run's files, and for the cache of encoded images that all runs share.
     """
-    pipeline = load_pipeline()
-    if NETWORKS[network].negated:
-        # The objective's target is noise - latents. If a network returns the negative of its former output, learning
-        # that target means for its former output learning latents - noise.
-        with torch.no_grad():
-            for parameter in pipeline.unet.conv_out.parameters():
-                parameter.neg_()
     config = TrainingConfig(
         output_dir=str(folder / network),
         cache_dir=str(folder / "cache"),
         objective=NETWORKS[network].objective,
+        fm_form=NETWORKS[network].fm_form,
         rank=settings.rank,
         resolution=emoji.SIZE,
-        random_flip=True,
         train_batch_size=settings.batch_size,
-        max_train_steps=settings.training_steps,
+        max_train_steps=settings.curve_points[-1],
         learning_rate=learning_rate,
         ema_decay=settings.ema_decay,
         checkpointing_steps=0,
         seed=seed,
     )
-    return AlignedTrainer.from_pretrained(pipeline, config)
+    return AlignedTrainer.from_pretrained(load_pipeline(), config)
 
 
 def train_in_parts(
-    trainer: AlignedTrainer, dataset: StyleDataset, points: Sequence[int], measure: Callable[[int], None]
+    trainer: AlignedTrainer, dataset: EmojiDataset, points: Sequence[int], measure: Callable[[int], None]
 ) -> None:
     """Train up to each of some steps in turn, and measure there.
 

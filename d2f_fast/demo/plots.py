@@ -9,7 +9,6 @@ COLOURS = {
     "base": "#7a7a85",
     "diff2flow": "#0b7a75",
     "fm": "#d1495b",
-    "fm_paper": "#e8998d",
     "diffusion": "#3d5a98",
     "real": "#b08900",
 }

@@ -1,14 +1,12 @@
-"""Run the whole method on the embedded miniature, measure it, and write one folder (`d2f demo`).
+"""Run the package's method on the embedded miniature, measure it, and write one folder (`d2f demo`).
 
-The base model knows one style of images. LoRA runs of equal length, data order and seeds teach it a second style: as
-aligned flow matching (diff2flow), as naive flow matching (fm, fm_paper), and by its own loss (diffusion). Each network,
-and the untouched base, then generates images with every sampler of `samplers`, from the same noise and with the same
-guidance, so that each network can be compared at its best.
+Four comparisons, each with images and numbers:
 
-Work of the default settings, in forward passes of the UNet on one image, where guidance counts twice: training 4 x 160
-steps x 32; quality 4 networks x 4 samplers x ((2 + 4) evaluations x 200 images + 8 x 128 + 25 x 48), and 4 x 4 x 200
-for `fm_paper`, together 114,000; training curves 4 x 7 points x 4 x 128, 29,000; brightness 7 networks and samplers x 2
-groups x 4 x 1000, 112,000. Each generated image is decoded once: 27,000 images.
+1. The untouched base by its own sampler and along the flow: the same images.
+2. The base trained further on the style that it knows, by aligned flow matching, by naive flow matching in the form
+   that the paper's code has, and by its own loss, from the same start, data order, seed and learning rate.
+3. The base, and the reflow LoRA that is part of the package, at few network evaluations.
+4. A LoRA that learns a second style, on names in its training and on held-out names.
 """
 
 import dataclasses
@@ -24,28 +22,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2f_fast import __version__
-from d2f_fast.demo.comparisons import comparisons
 from d2f_fast.demo.evaluation_set import EvaluationSet
 from d2f_fast.demo.kept_parts import KeptParts
-from d2f_fast.demo.measurements import Measurements, ideal_brightness_rows
+from d2f_fast.demo.measurements import BASE, REFLOW, Measurements
 from d2f_fast.demo.networks import (
-    NETWORKS,
+    CONTINUED,
+    STYLE,
+    EmojiDataset,
     PipelineLoader,
-    StyleDataset,
     averaged_weights,
     make_trainer,
     set_weights,
     train_in_parts,
+    training_items,
     with_merged_unet,
 )
-from d2f_fast.demo.report import GridColumns, write_report
-from d2f_fast.demo.samplers import SAMPLERS
-from d2f_fast.demo.settings import DemoSettings, TunedSettings
-from d2f_fast.evaluation import features as imagenet
+from d2f_fast.demo.report import write_report
+from d2f_fast.demo.settings import DemoSettings
+from d2f_fast.files.hashes import file_sha256
 from d2f_fast.files.run_record import write_run_record
-from d2f_fast.miniature import emoji, load_miniature
+from d2f_fast.lora.merge import fuse_adapter
+from d2f_fast.miniature import REFLOW_LORA, emoji, load_miniature
 from d2f_fast.miniature.classifier import Classifier, load_classifier
-from d2f_fast.models.base_model import BaseModel, to_pil
+from d2f_fast.models.base_model import BaseModel
 from d2f_fast.stopping import StopRequestedError
 
 
@@ -55,6 +54,7 @@ def run_demo(
     settings: DemoSettings | None = None,
     load_pipeline: PipelineLoader = load_miniature,
     classifier: Classifier | None = None,
+    reflow_lora: Path = REFLOW_LORA,
 ) -> Path:
     """Run the demo, and write the report, image grids, LoRA files and `metrics.json` into a folder.
 
@@ -63,10 +63,11 @@ def run_demo(
 
     Args:
         output_dir: output folder; it is made if it does not exist.
-        seed: seed of training, noise and bootstrap; the learning rates were tuned with another seed.
+        seed: seed of training, noise and bootstrap.
         settings: sizes; None for those of `d2f demo`.
         load_pipeline: loads a new copy of the base model at each call, because training changes it.
         classifier: classifier that measures the images; None for the miniature's own.
+        reflow_lora: reflow LoRA of the base model.
 
     Returns:
         Path of `report.html`.
@@ -78,27 +79,23 @@ def run_demo(
     settings, started, output = settings or DemoSettings(), time.monotonic(), Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     base = BaseModel(load_pipeline())
-    kept = KeptParts(output, _identity(settings, seed, base))
+    kept = KeptParts(output, _identity(settings, seed, base, reflow_lora))
     if done := len(kept):
         print(f"d2f: going on with an unfinished demo: {done} parts are finished in {kept.folder}", file=sys.stderr)
-    names, count = sorted(emoji.held_out_names()), max(settings.images.values())
     try:
-        evaluation_set = EvaluationSet(names, count, classifier or load_classifier(), seed)
-        shown_positions = evaluation_set.one_of_each_colour(min(settings.images.values()))
+        sets = _evaluation_sets(settings, classifier or load_classifier(), seed)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             progress = stack.enter_context(tqdm(total=forward_passes(settings), unit="pass", unit_scale=True))
-            measurements = Measurements(settings, evaluation_set, seed, shown_positions, progress)
+            measurements = Measurements(settings, *sets, seed, progress)
             measure_base(base, measurements, kept)
-            for network in NETWORKS:
-                train_and_measure(network, measurements, kept, load_pipeline, folder, output)
-        rows = measurements.rows + comparisons(measurements.rows)
-        columns = GridColumns(
-            [evaluation_set.prompts[i] for i in shown_positions], to_pil(evaluation_set.real[shown_positions])
-        )
+            measure_reflow(load_pipeline, reflow_lora, measurements, kept)
+            for network in CONTINUED:
+                train_further(network, measurements, kept, load_pipeline, folder)
+            train_style(measurements, kept, load_pipeline, folder, output)
         seconds = time.monotonic() - started + kept.seconds_taken
-        report = write_report(output, rows, measurements.shown, columns, seed, seconds)
-        write_run_record(output, "d2f demo", seed, seconds, rows)
+        report = write_report(output, measurements, seconds)
+        write_run_record(output, "d2f demo", seed, seconds, measurements.rows)
     except StopRequestedError as stop:
         kept_now = f"{len(kept)} parts are finished in {kept.folder}: the same command goes on from them"
         raise StopRequestedError(stop.number, kept_now if len(kept) else "") from stop
@@ -107,85 +104,133 @@ def run_demo(
 
 
 def measure_base(base: BaseModel, measurements: Measurements, kept: KeptParts) -> None:
-    """Measure the autoencoder, a perfect network and the base model.
+    """Measure the untouched base model.
 
     Args:
-        base: the untouched base model.
+        base: the base model; its scheduler is replaced by DDIM's.
+        measurements: measurements of the demo, to which these are added.
+        kept: finished parts, which are not measured again.
+    """
+    kept.measure("same-images", measurements, lambda: measurements.measure_same_images(base))
+    kept.measure("base-few-steps", measurements, lambda: measurements.measure_few_steps(base, BASE))
+    kept.measure("base-style", measurements, lambda: measurements.measure_style(base, BASE))
+
+
+def measure_reflow(
+    load_pipeline: PipelineLoader, reflow_lora: Path, measurements: Measurements, kept: KeptParts
+) -> None:
+    """Measure the base model with the reflow LoRA.
+
+    Args:
+        load_pipeline: loads a new copy of the base model.
+        reflow_lora: file of the LoRA.
         measurements: measurements of the demo, to which these are added.
         kept: finished parts, which are not measured again.
     """
 
-    def measure_quality() -> None:
-        measurements.measure_autoencoder(base)
-        measurements.rows += ideal_brightness_rows(base.alignment)
-        measurements.measure_quality(base, "base")
+    def measure() -> None:
+        pipeline = load_pipeline()
+        fuse_adapter(pipeline, reflow_lora, 1.0)
+        measurements.measure_few_steps(BaseModel(pipeline), REFLOW)
 
-    kept.measure("base-quality", measurements, measure_quality)
-    kept.measure("base-brightness", measurements, lambda: measurements.measure_brightness(base, "base"))
+    kept.measure("reflow-few-steps", measurements, measure)
 
 
-def train_and_measure(
-    network: str,
-    measurements: Measurements,
-    kept: KeptParts,
-    load_pipeline: PipelineLoader,
-    folder: Path,
-    output: Path,
+def train_further(
+    network: str, measurements: Measurements, kept: KeptParts, load_pipeline: PipelineLoader, folder: Path
 ) -> None:
-    """Train one network, measure it during and after training, and save its LoRA.
+    """Train one network on the style that the base knows, and measure it during training.
 
     Args:
-        network: name of the network, a key of `NETWORKS`.
+        network: name of the network, a key of `CONTINUED`.
         measurements: measurements of the demo, to which the network's are added.
         kept: finished parts, which are neither trained nor measured again.
         load_pipeline: loads a new copy of the base model.
         folder: folder for the training run's own files.
-        output: folder in which a folder of the network's name gets the LoRA files.
     """
-    tuned, held_out = TunedSettings.read(), emoji.held_out_names()
-    settings = measurements.settings
-    trainer = make_trainer(load_pipeline, settings, network, tuned.learning_rate[network], measurements.seed, folder)
-
-    def measure(step: int) -> None:
-        measurements.measure_training(with_merged_unet(trainer.model), network, tuned.sampler[network], step)
+    settings, seed = measurements.settings, measurements.seed
 
     def train() -> Mapping[str, Tensor]:
-        dataset = StyleDataset([name for name in emoji.names_in_both_styles() if name not in held_out])
-        train_in_parts(trainer, dataset, settings.curve_points(), measure)
+        trainer = make_trainer(load_pipeline, settings, network, settings.learning_rate, seed, folder)
+        dataset = EmojiDataset(training_items(range(len(emoji.names())), seed), "noto")
+
+        def measure(step: int) -> None:
+            model, flow = with_merged_unet(trainer.model), trainer.objective.flow
+            measurements.measure_training(model, flow, network, step, settings.learning_rate)
+
+        train_in_parts(trainer, dataset, settings.curve_points, measure)
+        return {}
+
+    kept.train(f"{network}-training", measurements, train)
+
+
+def train_style(
+    measurements: Measurements, kept: KeptParts, load_pipeline: PipelineLoader, folder: Path, output: Path
+) -> None:
+    """Train the LoRA of the second style, measure it, and save it.
+
+    Args:
+        measurements: measurements of the demo, to which the network's are added.
+        kept: finished parts, which are neither trained nor measured again.
+        load_pipeline: loads a new copy of the base model.
+        folder: folder for the training run's own files.
+        output: folder in which the folder "style" gets the LoRA files.
+    """
+    settings, seed = measurements.settings, measurements.seed
+    trainer = make_trainer(load_pipeline, settings, STYLE, settings.style_learning_rate, seed, folder)
+
+    def train() -> Mapping[str, Tensor]:
+        dataset = EmojiDataset(training_items(names_of_style_training(), seed), "fluent")
+        train_in_parts(trainer, dataset, settings.curve_points[-1:], lambda step: None)
         return averaged_weights(trainer)
 
-    set_weights(trainer, kept.train(f"{network}-training", measurements, train), settings.training_steps)
+    set_weights(trainer, kept.train("style-training", measurements, train), settings.curve_points[-1])
     with trainer.averaged():
         model = with_merged_unet(trainer.model)
-    kept.measure(f"{network}-quality", measurements, lambda: measurements.measure_quality(model, network))
-    if not NETWORKS[network].negated:
-        kept.measure(f"{network}-brightness", measurements, lambda: measurements.measure_brightness(model, network))
-        trainer.save_lora(output / network)
+    kept.measure("style", measurements, lambda: measurements.measure_style(model, STYLE))
+    trainer.save_lora(output / STYLE)
 
 
-def _identity(settings: DemoSettings, seed: int, base: BaseModel) -> dict[str, object]:
+def names_of_style_training() -> list[int]:
+    """Return the names on which the second style is learned."""
+    held_out = emoji.held_out_names()
+    return [name for name in emoji.names_in_both_styles() if name not in held_out]
+
+
+def _evaluation_sets(
+    settings: DemoSettings, classifier: Classifier, seed: int
+) -> tuple[EvaluationSet, EvaluationSet, EvaluationSet]:
+    """Return what is measured on: the base's own style, then the second one for names in training and held-out ones."""
+
+    def make(names: range | list[int], count: int, style: str) -> EvaluationSet:
+        return EvaluationSet(
+            names, count, classifier, style, settings.reference_images, seed, settings.bootstrap_repeats
+        )
+
+    return (
+        make(range(len(emoji.names())), settings.images, "noto"),
+        make(names_of_style_training(), settings.style_images, "fluent"),
+        make(sorted(emoji.held_out_names()), settings.style_images, "fluent"),
+    )
+
+
+def _identity(settings: DemoSettings, seed: int, base: BaseModel, reflow_lora: Path) -> dict[str, object]:
     """Return everything that the results of a demo depend on, as far as another run could differ in it."""
     return {
         "seed": seed,
         **dataclasses.asdict(settings),
         "base model": base.fingerprint("unet", "vae", "text_encoder", most=4096),
-        "tuned settings": dataclasses.asdict(TunedSettings.read()),
-        "ImageNet features": imagenet.is_installed(),
+        "reflow LoRA": file_sha256(reflow_lora),
         "version of d2f_fast": __version__,
         **{f"version of {name}": version(name) for name in ("torch", "diffusers", "peft")},
     }
 
 
 def forward_passes(settings: DemoSettings) -> int:
-    """Return the number of network evaluations, counted in images, that the progress bar expects."""
-    evaluations = settings.curve_evaluations
-    only_curve = sum(network.curve_evaluations_only for network in NETWORKS.values())
-    whole = 1 + len(NETWORKS) - only_curve  # The base is measured like a finetuned network.
-    quality = whole * sum(len(SAMPLERS) * steps * count for steps, count in settings.images.items())
-    quality += only_curve * len(SAMPLERS) * evaluations * settings.images.get(evaluations, 0)
-    # At two evaluations DPM-Solver++ is DDIM for all of these networks but the naive-flow one.
-    quality -= (whole - 1) * 2 * settings.images.get(2, 0)
-    curves = len(NETWORKS) * len(settings.curve_points()) * settings.curve_images * evaluations
-    # Two samplers and two groups of captions for each network, but a single sampler for naive flow.
-    brightness = (2 * whole - 1) * 2 * settings.brightness_images * evaluations
-    return quality + curves + brightness
+    """Return the number of network evaluations for images that the progress bar expects; training is not counted."""
+    same = 3 * 2 * settings.own_steps * settings.own_images
+    curves = len(CONTINUED) * len(settings.curve_points) * settings.curve_evaluations * settings.images
+    guided = sum(2 * (evaluations // 2) for evaluations in settings.evaluations)
+    few_steps = (2 * sum(settings.evaluations) + guided) * settings.images
+    style = 2 * 2 * 2 * (settings.style_evaluations // 2) * settings.style_images
+    return same + curves + few_steps + style

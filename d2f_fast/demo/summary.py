@@ -2,131 +2,86 @@
 
 from collections.abc import Sequence
 
-from d2f_fast.demo.comparisons import best
-from d2f_fast.demo.rows import Row, sampler_of, select, training_curve
-from d2f_fast.evaluation.features import NAME
+from d2f_fast.demo.rows import Row, Section, best_within, excess, select, training_curve, verdict
 
-NAMES = {
-    "base": "the untouched base",
-    "diff2flow": "the aligned LoRA (diff2flow)",
-    "fm": "the naive-flow LoRA (fm)",
-    "fm_paper": "the naive-flow LoRA with the paper's sign (fm_paper)",
-    "diffusion": "the diffusion LoRA",
-}
-VERBS = {"better": "beats", "worse": "loses to", "level": "cannot be distinguished from"}
+VERBS = {"better": "is lower than", "worse": "is higher than", "level": "cannot be distinguished from"}
+EARLY = 20  # training steps of the aligned LoRA that are compared with a whole run of the naive one
 
 
-def summary(rows: Sequence[Row], steps: int) -> list[str]:
-    """Return one statement on each measurement.
-
-    Args:
-        rows: rows of the results, comparisons included.
-        steps: number of network evaluations at which the networks are compared.
-    """
-    ours = best(rows, "diff2flow", steps)
-    statements = [
-        f"With {steps} network evaluations for each image and its best sampler, {NAMES['diff2flow']} has a Fréchet"
-        f" distance (lower is better) of {_distance(ours)} to real images. Other real images have"
-        f" {ours['frechet_floor']:.3g}.",
-        *(_comparison(row) for row in select(rows, "comparison", steps=steps)),
-        *(_training_steps(row) for row in select(rows, "steps_to_reach")),
-        _imagenet(rows, steps),
-        _loss(rows),
-        *(
-            statement
-            for count in sorted({2, steps})
-            if _was_measured(rows, count)
-            for statement in _spacing(rows, count)
-        ),
-        _grey_bias(rows),
-    ]
-    return [statement for statement in statements if statement]
-
-
-def _was_measured(rows: Sequence[Row], steps: int, objective: str = "base") -> bool:
-    return bool(select(rows, "quality", steps=steps, objective=objective))
+def readings(rows: Sequence[Row]) -> dict[Section, list[str]]:
+    """Return what the numbers of each section say, a sentence or two for each."""
+    return {
+        "same_images": _same_images(rows),
+        "continued": _continued(rows),
+        "few_steps": _few_steps(rows),
+        "style": _style(rows),
+    }
 
 
 def _distance(row: Row) -> str:
-    interval = f"{row['frechet_low']:.3g} to {row['frechet_high']:.3g}"
-    return f"{row['frechet_distance']:.3g} ({interval}, {row['samples']} images, {sampler_of(row).label})"
+    return f"{row['frechet_distance']:.3g} ({row['frechet_low']:.3g} to {row['frechet_high']:.3g})"
 
 
-def _comparison(row: Row) -> str:
-    """Say which of two networks is better."""
-    other: Row = {
-        "measure": row["measure"],
-        "sampler": row["against_sampler"],
-        "spacing": row["against_spacing"],
-    }
-    sampler, name = sampler_of(other), NAMES[row["against"]]
-    if row["against"] == "base" and sampler.name == "flow" and sampler.spacing == "uniform":
-        name = "the base, sampled along the flow without training,"
-    ratio = f", {row['excess_ratio']:.2g} times as far above real images" if row["excess_ratio"] else ""
-    return f"It {VERBS[row['verdict']]} {name} with {sampler.label} ({row['against_frechet_distance']:.3g}{ratio})."
-
-
-def _training_steps(row: Row) -> str:
-    """Say how soon the aligned network reaches the final distance of another one."""
-    other, budget = NAMES[row["against"]], row["budget"]
-    if row["training_steps"] is None:
-        return f"It did not reach the final distance of {other} within {budget} training steps."
-    return (
-        f"It reached the final distance of {other} ({row['frechet_distance']:.3g}, after {budget} training steps) by"
-        f" step {row['training_steps']}, the first measured point at or below it."
-    )
-
-
-def _imagenet(rows: Sequence[Row], steps: int) -> str:
-    """Give the distances of the same images in the ImageNet features; empty if the packages are not installed."""
-    order = ("diff2flow", "fm", "fm_paper", "diffusion", "base")
-    chosen = {name: best(rows, name, steps) for name in order if _was_measured(rows, steps, name)}
-    if "imagenet_frechet_distance" not in chosen["diff2flow"]:
-        return ""
-    parts = [f"{row['imagenet_frechet_distance']:.3g} for {name}" for name, row in chosen.items()]
-    return (
-        f"In the features of a network trained on ImageNet ({NAME}) the same images have distances of"
-        f" {', '.join(parts)}, and real images have {chosen['diff2flow']['imagenet_frechet_floor']:.3g}."
-    )
-
-
-def _loss(rows: Sequence[Row]) -> str:
-    """Give the loss before and after training."""
-    parts = []
-    for objective in ("diff2flow", "fm", "fm_paper", "diffusion"):
-        curve = training_curve(rows, objective)
-        parts.append(f"{curve[0][1]['flow_loss']:.3g} to {curve[-1][1]['flow_loss']:.3g} for {objective}")
-    return f"The flow loss on held-out images went from {', '.join(parts)}."
-
-
-def _spacing(rows: Sequence[Row], steps: int) -> list[str]:
-    """Say how much of the difference between networks is the node spacing, and how much is training."""
-    parts = []
-    for objective in ("diff2flow", "diffusion"):
-        uniform, trailing = (
-            select(rows, "quality", objective=objective, sampler="flow", spacing=spacing, steps=steps)[0]
-            for spacing in ("uniform", "trailing")
-        )
-        parts.append((uniform["frechet_distance"], trailing["frechet_distance"]))
-    (ours_uniform, ours_trailing), (theirs_uniform, theirs_trailing) = parts
+def _same_images(rows: Sequence[Row]) -> list[str]:
+    """Say how much the images of the two samplers differ."""
+    (row,) = select(rows, "same_images")
     return [
-        f"At {steps} evaluations, trailing nodes in place of uniform ones change the distance of diff2flow from"
-        f" {ours_uniform:.3g} to {ours_trailing:.3g}, and that of diffusion from {theirs_uniform:.3g} to"
-        f" {theirs_trailing:.3g}.",
-        f"At {steps} evaluations on equal nodes, the distance of diff2flow minus that of diffusion is"
-        f" {ours_uniform - theirs_uniform:+.3g} (uniform) and {ours_trailing - theirs_trailing:+.3g} (trailing). Below"
-        " 0, diff2flow is better.",
+        f"The untouched weights, sampled by the base's own DDIM and by Euler's method along the flow between the same"
+        f" {row['steps']} times, give the same {row['samples']} images: no pixel differs by more than"
+        f" {row['largest_difference']:.2g} of 255."
     ]
 
 
-def _grey_bias(rows: Sequence[Row]) -> str:
-    """Give the spread of brightness of each network and sampler."""
-    found = [
-        (row["grey_bias"], f"{row['objective']} with {sampler_of(row).label}")
-        for row in select(rows, "grey_bias", captions="no colour")
+def _continued(rows: Sequence[Row]) -> list[str]:
+    """Compare the early aligned LoRA with the naive one after its whole training, and say where each begins."""
+    aligned, naive, diffusion = (training_curve(rows, name) for name in ("diff2flow", "fm", "diffusion"))
+    early, row = next(pair for pair in reversed(aligned) if pair[0] <= EARLY)
+    last, other = naive[-1]
+    return [
+        f"After {early} training steps the aligned LoRA has a Fréchet distance (lower is better) of {_distance(row)},"
+        f" which {VERBS[verdict(row, other)]} that of the naive LoRA after {last}: {_distance(other)}.",
+        f"Before training, the aligned network is the base, with {aligned[0][1]['frechet_distance']:.3g}, and the"
+        f" naive one has {naive[0][1]['frechet_distance']:.3g}. After {last} steps the aligned LoRA has"
+        f" {aligned[-1][1]['frechet_distance']:.3g}, and the LoRA with the diffusion loss"
+        f" {diffusion[-1][1]['frechet_distance']:.3g}. Other real images have {other['frechet_floor']:.3g}.",
     ]
-    (least, lowest), (most, highest) = min(found), max(found)
-    return (
-        "For captions without a colour, images have a spread of brightness of"
-        f" {least:.2f} ({lowest}) to {most:.2f} ({highest}) times that of real images; 1 is best."
+
+
+def _few_steps(rows: Sequence[Row]) -> list[str]:
+    """Compare the reflow LoRA with the base at the best of its settings."""
+    counts = sorted({row["allowed"] for row in select(rows, "few_steps", network="reflow")})
+    few, most = [count for count in counts if count <= 2], counts[-1]
+    sentences = []
+    for count in few:
+        (ours,), base = (
+            select(rows, "few_steps", network="reflow", evaluations=count),
+            best_within(rows, "base", few[-1]),
+        )
+        sentences.append(
+            f"With {_times(count)} for each image, the reflow LoRA has a Fréchet distance of {_distance(ours)}, which"
+            f" {VERBS[verdict(ours, base)]} that of the base at the best of its settings with at most {few[-1]},"
+            f" {_distance(base)}."
+        )
+    teacher = best_within(rows, "base", most)
+    sentences.append(
+        f"With at most {_times(most)} the base reaches {_distance(teacher)}; other real images have"
+        f" {teacher['frechet_floor']:.3g}."
     )
+    return sentences
+
+
+def _times(count: int) -> str:
+    return f"{count} network evaluation{'' if count == 1 else 's'}"
+
+
+def _style(rows: Sequence[Row]) -> list[str]:
+    """Give distance and right names of the style LoRA and of the base."""
+    sentences = []
+    for names, of_names in (("trained", "names in the training"), ("held out", "names that it never saw")):
+        (ours,), (base,) = (select(rows, "style", network=network, names=names) for network in ("style", "base"))
+        sentences.append(
+            f"On {of_names}, the LoRA's images are {excess(ours):.3g} above real images of the second style"
+            f" (the base's {excess(base):.3g}), and {ours['name_top5']:.0%} have the right name among the classifier's"
+            f" first five (the base's {base['name_top5']:.0%})."
+        )
+    return sentences

@@ -1,7 +1,7 @@
 """Load the embedded miniature Stable Diffusion.
 
-The folder also holds its captioned images (`emoji`), a classifier of them, and the scripts that made all of this
-(`build` and the files it uses).
+The folder also holds its captioned images (`emoji`), a classifier of them, a reflow LoRA, and the scripts that made all
+of this (`build` and the files it uses).
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 MINIATURE = Path(__file__).parent / "pipeline"
+REFLOW_LORA = Path(__file__).parent / "reflow.safetensors"
 
 
 def load_miniature(**kwargs: Any) -> "StableDiffusionPipeline":

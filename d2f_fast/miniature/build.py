@@ -6,6 +6,7 @@ python -m d2f_fast.miniature.build vae
 python -m d2f_fast.miniature.build tokenizer
 python -m d2f_fast.miniature.build denoiser --state denoiser.safetensors
 python -m d2f_fast.miniature.build classifier
+python -m d2f_fast.miniature.build reflow --folder reflow
 python -m d2f_fast.miniature.build evaluate
 
 The shipped text encoder and UNet were trained for 8,600 steps of 64 images on two CPU cores, in two parts: 3,640 steps
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from d2f_fast.miniature.build_classifier import build_classifier
 from d2f_fast.miniature.build_denoiser import build_denoiser
+from d2f_fast.miniature.build_reflow import build_reflow
 from d2f_fast.miniature.build_sheets import build_sheets
 from d2f_fast.miniature.build_tokenizer import build_tokenizer
 from d2f_fast.miniature.build_vae import build_vae
@@ -30,6 +32,7 @@ BUILDERS: dict[str, Callable[..., None]] = {
     "tokenizer": build_tokenizer,
     "denoiser": build_denoiser,
     "classifier": build_classifier,
+    "reflow": build_reflow,
     "evaluate": evaluate,
 }
 
@@ -68,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "seconds between two saves (default %(default)s)"
     stage.add_argument("--save_every_s", type=float, default=600, help=text)
     add_training(add("classifier", "Train the classifier of names and styles."), 2000, 128, 3e-3)
+    stage = add("reflow", "Make pairs, and train the reflow LoRA on them.")
+    stage.add_argument("--folder", type=Path, required=True, help="folder for the pairs and the run")
+    stage.add_argument("--pairs", type=int, default=3072, help="number of pairs (default %(default)s)")
+    stage.add_argument("--steps", type=int, default=1000, help="training steps (default %(default)s)")
     stage = add("evaluate", "Print how many generated images show the background colour and name of their caption.")
     text = "images of trained combinations, and of held-out ones (default %(default)s)"
     stage.add_argument("--count", type=int, default=1000, help=text)

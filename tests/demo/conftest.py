@@ -29,18 +29,17 @@ def model(load: Callable[[], StableDiffusionPipeline]) -> BaseModel:
 def make_row() -> Callable[..., dict[str, Any]]:
     """Return a function that makes a row of one network at a distance, with an interval of `half` on both sides."""
 
-    def make(objective: str, distance: float, half: float = 0.05, steps: int = 4, **entries: Any) -> dict[str, Any]:
+    def make(section: str, network: str, distance: float, half: float = 0.5, **entries: Any) -> dict[str, Any]:
         return {
-            "measure": "quality",
-            "objective": objective,
-            "sampler": "flow",
-            "spacing": "uniform",
-            "steps": steps,
+            "section": section,
+            "network": network,
             "samples": 10,
             "frechet_distance": distance,
             "frechet_low": distance - half,
             "frechet_high": distance + half,
-            "frechet_floor": 0.1,
+            "frechet_floor": 1.0,
+            "name_top1": 0.5,
+            "name_top5": 0.75,
             **entries,
         }
 
@@ -49,21 +48,25 @@ def make_row() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def make_rows(make_row: Callable[..., dict[str, Any]]) -> Callable[..., Rows]:
-    """Return a function that makes all measured rows of a run whose networks end at the given distances."""
+    """Return a function that makes the rows of a demo from the distances that decide its sentences."""
 
-    def make(diff2flow: float, fm: float, diffusion: float, base: float, fm_paper: float = 2.0) -> Rows:
-        distances = {"base": base, "diff2flow": diff2flow, "fm": fm, "fm_paper": fm_paper, "diffusion": diffusion}
-        quality = [
-            make_row(name, distance + extra, spacing=spacing)
-            for name, distance in distances.items()
-            for spacing, extra in (("uniform", 0.0), ("trailing", 0.01))
+    def make(aligned: float, naive: float, reflow: float, base: float) -> Rows:
+        same = {"section": "same_images", "network": "base", "samples": 3, "steps": 25, "largest_difference": 0.013}
+        curves = [
+            make_row("continued", network, distance + (9.0 if step == 0 else 0.0), training_steps=step)
+            for network, distance in (("diff2flow", aligned), ("fm", naive), ("diffusion", 4.0))
+            for step in (0, 10, 20, 40)
         ]
-        training = [
-            make_row(name, distances[name] + late, measure="training", training_steps=step, flow_loss=1.0 + late)
-            for name in ("diff2flow", "fm", "fm_paper", "diffusion")
-            for step, late in ((0, 9.0), (10, 1.0), (40, 0.0))
+        few_steps = [
+            make_row("few_steps", network, distance / count, evaluations=count, allowed=count, guidance_scale=1.0)
+            for network, distance in (("reflow", reflow), ("base", base))
+            for count in (1, 2, 25)
         ]
-        brightness = {"grey_bias": 0.9, "grey_bias_low": 0.8, "grey_bias_high": 1}
-        return [*quality, *training, make_row("base", 0.0, measure="grey_bias", captions="no colour", **brightness)]
+        style = [
+            make_row("style", network, distance, names=names)
+            for network, distance in (("base", 90.0), ("style", 11.0))
+            for names in ("trained", "held out")
+        ]
+        return [same, *curves, *few_steps, *style]
 
     return make

@@ -1,25 +1,27 @@
-"""Test the measurements of the demo that are not images of the evaluation set."""
+"""Test the measurement that compares the two samplers of the same weights."""
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
+
 import torch
+from tqdm import tqdm
 
-from d2f_fast.demo.generation import start_noise
-from d2f_fast.demo.measurements import flow_loss
-from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.demo.measurements import Measurements
+from d2f_fast.demo.settings import DemoSettings
 from d2f_fast.models.base_model import BaseModel
 
-PROMPTS = ["a cat on a red background", "a boot on a black background"]
 
-
-def test_flow_loss_equals_the_training_objective_at_the_same_times(model: BaseModel) -> None:
-    images = torch.rand(4, 3, 32, 32) * 2 - 1
-    noise, prompts = start_noise(4, model, 0), PROMPTS * 2
-    latents = model.scale_latents(model.encode_images(images)["mean"])
-    t = (torch.arange(4) + 0.5) / 4
-    condition = model.encode_prompts(prompts)["encoder_hidden_states"]
-    x_t = t[:, None, None, None] * latents + (1 - t[:, None, None, None]) * noise
-    with torch.no_grad():
-        output = model.unet(x_t, 1000 * (1 - t), encoder_hidden_states=condition).sample
-    expected = (-output - (latents - noise)).square().mean().item()
-    assert flow_loss(model, NaiveFlow(), images, prompts, noise) == pytest.approx(expected, rel=1e-5)
-    assert flow_loss(model, model.alignment, images, prompts, noise) != pytest.approx(expected, rel=1e-2)
+def test_base_generates_the_same_images_by_its_own_sampler_and_along_the_flow(model: BaseModel) -> None:
+    domain: Any = SimpleNamespace(
+        prompts=["a cat", "a boot", "a hat", "a dog"], one_of_each_colour=lambda: [1, 3], count=4
+    )
+    settings = DemoSettings(own_steps=4, own_images=3)
+    measurements = Measurements(settings, domain, domain, domain, 0, tqdm(disable=True))
+    measurements.measure_same_images(model)
+    (row,) = measurements.rows
+    assert row["samples"] == 3 and row["evaluations"] == 8
+    assert row["largest_difference"] < 0.1
+    shown = {name: images for (_, name, _), images in measurements.shown.items()}
+    assert {name: len(images) for name, images in shown.items()} == {"ddim": 2, "same times": 2, "even times": 2}
+    torch.testing.assert_close(shown["same times"], shown["ddim"], rtol=0, atol=1e-3)
+    assert (shown["even times"] - shown["ddim"]).abs().max() > 1e-2

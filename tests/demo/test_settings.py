@@ -1,11 +1,14 @@
-"""Test the tuned settings that the package ships."""
+"""Test the default sizes of the demo."""
 
-from d2f_fast.demo.samplers import SAMPLERS
-from d2f_fast.demo.settings import TunedSettings
+from d2f_fast.demo.run import forward_passes
+from d2f_fast.demo.settings import DemoSettings
 
 
-def test_tuned_settings_hold_a_rate_and_a_sampler_for_each_network() -> None:
-    tuned = TunedSettings.read()
-    assert set(tuned.learning_rate) == set(tuned.sampler) == {"diff2flow", "fm", "fm_paper", "diffusion"}
-    assert all(1e-5 < rate < 1e-1 for rate in tuned.learning_rate.values())
-    assert all(sampler in SAMPLERS for sampler in tuned.sampler.values())
+def test_default_sizes_rise_from_the_untrained_network_and_from_one_evaluation() -> None:
+    settings = DemoSettings()
+    assert settings.curve_points == (0, 10, 20, 40, 80, 160)
+    assert settings.evaluations == (1, 2, 4, 25)
+
+
+def test_default_demo_makes_four_tenths_of_127_thousand_evaluations_at_most() -> None:
+    assert forward_passes(DemoSettings()) <= 0.4 * 127_000

@@ -3,40 +3,33 @@
 from collections.abc import Callable
 from typing import Any
 
-from d2f_fast.demo.comparisons import comparisons
-from d2f_fast.demo.summary import summary
+from d2f_fast.demo.summary import readings
 
 Rows = list[dict[str, Any]]
 
 
-def test_summary_reports_wins_and_losses(make_rows: Callable[..., Rows]) -> None:
-    won = make_rows(diff2flow=0.3, fm=1.5, diffusion=0.31, base=0.9)
-    lost = make_rows(diff2flow=1.5, fm=0.3, diffusion=0.31, base=0.9)
-    texts = [" ".join(summary([*rows, *comparisons(rows)], 4)) for rows in (won, lost)]
-    assert "beats the naive-flow LoRA (fm)" in texts[0]
-    assert "beats the naive-flow LoRA with the paper's sign (fm_paper)" in texts[0]
-    assert "cannot be distinguished from the diffusion LoRA" in texts[0]
-    assert "7 times as far above real images" in texts[0]
-    assert "by step 10, the first measured point" in texts[0]
-    assert "loses to the naive-flow LoRA (fm)" in texts[1]
-    assert "loses to the base, sampled along the flow without training," in texts[1]
-    assert "did not reach the final distance" in texts[1]
+def test_readings_report_wins_and_losses(make_rows: Callable[..., Rows]) -> None:
+    won: Any = make_rows(aligned=5.0, naive=90.0, reflow=6.0, base=40.0)
+    lost: Any = make_rows(aligned=90.0, naive=5.0, reflow=40.0, base=6.0)
+    wins, losses = readings(won), readings(lost)
+    first = "After 20 training steps the aligned LoRA has a Fréchet distance (lower is better) of"
+    assert wins["continued"][0] == (
+        f"{first} 5 (4.5 to 5.5), which is lower than that of the naive LoRA after 40: 90 (89.5 to 90.5)."
+    )
+    assert losses["continued"][0].startswith(f"{first} 90 (89.5 to 90.5), which is higher than")
+    assert "the aligned network is the base, with 14, and the naive one has 99." in wins["continued"][1]
+    assert wins["few_steps"][0] == (
+        "With 1 network evaluation for each image, the reflow LoRA has a Fréchet distance of 6 (5.5 to 6.5), which is"
+        " lower than that of the base at the best of its settings with at most 2, 20 (19.5 to 20.5)."
+    )
+    assert "is higher than" in losses["few_steps"][0] and "is higher than" in losses["few_steps"][1]
+    assert "With at most 25 network evaluations the base reaches 1.6" in wins["few_steps"][-1]
+    assert "no pixel differs by more than 0.013 of 255" in wins["same_images"][0]
+    assert "images are 10 above real images of the second style (the base's 89), and 75%" in wins["style"][1]
 
 
-def test_each_statement_is_short_and_says_which_direction_is_better(make_rows: Callable[..., Rows]) -> None:
-    rows = make_rows(diff2flow=0.3, fm=1.5, diffusion=0.31, base=0.9)
-    statements = summary([*rows, *comparisons(rows)], 4)
-    assert len(statements) >= 8
-    assert max(len(statement.split()) for statement in statements) <= 50
-    assert "Fréchet distance (lower is better)" in statements[0]
-
-
-def test_summary_gives_imagenet_distances_only_if_they_were_measured(make_rows: Callable[..., Rows]) -> None:
-    rows = make_rows(diff2flow=0.3, fm=1.5, diffusion=0.31, base=0.9)
-    rows += comparisons(rows)
-    assert "ImageNet" not in " ".join(summary(rows, 4))
-    for row in rows:
-        row |= {f"imagenet_{key}": 10 * value for key, value in row.items() if key.startswith("frechet")}
-    text = " ".join(summary(rows, 4))
-    assert "the same images have distances of 3 for diff2flow, 15 for fm" in text
-    assert "real images have 1." in text
+def test_each_sentence_is_short(make_rows: Callable[..., Rows]) -> None:
+    rows: Any = make_rows(aligned=5.0, naive=5.2, reflow=6.0, base=6.2)
+    sentences = [sentence for section in readings(rows).values() for sentence in section]
+    assert max(len(sentence.split(". ")[0].split()) for sentence in sentences) <= 50
+    assert sum("cannot be distinguished from" in sentence for sentence in sentences) == 2

@@ -6,7 +6,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from d2f_fast.evaluation.accuracy import corner_colours
-from d2f_fast.miniature import MINIATURE, emoji
+from d2f_fast.lora.read import read_lora
+from d2f_fast.miniature import MINIATURE, REFLOW_LORA, emoji
 
 
 def generate(pipe: StableDiffusionPipeline, caption: str, seed: int, steps: int = 2) -> np.ndarray:
@@ -41,7 +42,7 @@ def test_generated_background_has_the_captioned_colour(pipe: StableDiffusionPipe
 
 def test_shipped_weights_are_finite_and_half_precision() -> None:
     files = sorted(MINIATURE.parent.rglob("*.safetensors"))
-    assert len(files) == 4
+    assert len(files) == 5
     for path in files:
         for key, tensor in load_file(path).items():
             if tensor.is_floating_point():
@@ -54,3 +55,10 @@ def test_package_is_small_and_holds_no_local_path() -> None:
     assert sum(path.stat().st_size for path in files) < 16e6
     for path in MINIATURE.rglob("*config.json"):
         assert "_name_or_path" not in path.read_text(), path
+
+
+def test_shipped_reflow_lora_is_small_and_says_how_to_sample_it() -> None:
+    header = read_lora(REFLOW_LORA).header
+    assert REFLOW_LORA.stat().st_size < 1.5e6
+    assert header["d2f.recommended_guidance"] == "1.0" and header["d2f.recommended_steps"] == "2"
+    assert header["d2f.data"] == "pairs" and header["d2f.pairs_guidance"] == "2"

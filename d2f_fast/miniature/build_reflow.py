@@ -1,0 +1,67 @@
+"""Make the miniature's reflow LoRA: the stage `reflow` of `build.py`.
+
+The miniature makes pairs of noise and latents for the captions of its images, with and without a background colour, and
+a LoRA is trained on them, by the two commands that users have. The file holds the LoRA in float16.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from d2f_fast.files.hashes import file_sha256
+from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.lora.source import LORA_FILE
+from d2f_fast.miniature import REFLOW_LORA, emoji
+
+SEED = 22
+PAIR_OPTIONS = {"guidance_scale": 2, "num_inference_steps": 12, "batch_size": 64, "seed": SEED}
+# More of the training is spent near the noise, where one or two steps decide everything.
+TRAINING_OPTIONS = {
+    "rank": 20,
+    "conv_rank": 20,
+    "train_batch_size": 32,
+    "learning_rate": 1.5e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 50,
+    "ema_decay": 0.99,
+    "flow_shift": 3,
+    "sampling_shift": 1,
+    "checkpointing_steps": 0,
+    "lora_format": "diffusers",
+    "seed": SEED,
+}
+
+
+def prompts() -> list[str]:
+    """Return every caption, with each background colour and without, in a random order."""
+    colours = [*range(len(emoji.BACKGROUNDS)), None]
+    captions = [emoji.caption(name, colour) for name in range(len(emoji.names())) for colour in colours]
+    order = np.random.default_rng(SEED).permutation(len(captions))
+    return [captions[i] for i in order]
+
+
+def build_reflow(folder: Path, pairs: int, steps: int) -> None:
+    """Make the pairs, train the LoRA, and write it into the package.
+
+    Args:
+        folder: folder for the prompts, the pairs and the run; finished pairs in it are kept.
+        pairs: number of pairs.
+        steps: training steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("\n".join(prompts()) + "\n")
+    places = {"prompts_file": folder / "prompts.txt", "num_pairs": pairs, "output_dir": folder / "pairs"}
+    _d2f("pairs", {**places, **PAIR_OPTIONS})
+    places = {"pairs": folder / "pairs", "max_train_steps": steps, "output_dir": folder / "lora"}
+    _d2f("train", {**places, **TRAINING_OPTIONS}, "--first_last_layers")
+    tensors, header = read_tensors(folder / "lora" / LORA_FILE)
+    write_tensors(REFLOW_LORA, {name: tensor.half() for name, tensor in tensors.items()}, header)
+    print(f"{REFLOW_LORA}: {REFLOW_LORA.stat().st_size} bytes, sha256 {file_sha256(REFLOW_LORA)}")
+
+
+def _d2f(command: str, options: dict[str, object], *flags: str) -> None:
+    """Run a command of this package."""
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, "-m", "d2f_fast", command, *words, *flags], check=True)
