@@ -254,11 +254,12 @@ def _merge(lora: LoraFile, scale: float, source: BaseModel, unet: "UNet2DConditi
 
 def _frozen(unet: "UNet2DConditionModel", device: torch.device, precision: str) -> "UNet2DConditionModel":
     """Return a network that is never trained, on its device, in the types that autocast gives its products."""
-    unet = unet.requires_grad_(False).eval().to(device)
-    if precision == "bf16":
+    unet = unet.requires_grad_(False).eval()
+    if precision == "bf16":  # Before the move, so that the device never holds the float32 weights.
         for module in unet.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(torch.bfloat16)
+    unet = unet.to(device)
     return unet.to(memory_format=torch.channels_last) if device.type == "cuda" else unet
 
 

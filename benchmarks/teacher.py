@@ -1,0 +1,146 @@
+"""Measure how fast a network learns the flow from a teacher, and how fast from the data alone, on the miniature.
+
+    python benchmarks/teacher.py --output teacher.json
+
+The miniature, which predicts noise, becomes a rectified-flow checkpoint, in its own domain. After each number of steps
+the relative error of its velocity against that of the aligned base is measured on held-out images; after the last one
+the Fréchet distance of images of four evaluations without guidance, beside that of the base.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.demo.generation import single_threaded_operations
+from d2f_fast.evaluation.feature_space import FeatureSpace
+from d2f_fast.flow.flow import Flow
+from d2f_fast.miniature import emoji, load_miniature
+from d2f_fast.miniature.classifier import load_classifier
+from d2f_fast.models.base_model import BaseModel
+from d2f_fast.sampling.integrate import sample_flow, unet_velocity
+from d2f_fast.sampling.multistep import sample_multistep
+from d2f_fast.training.teacher_options import TeacherOptions
+from d2f_fast.training.trainer import AlignedTrainer
+
+POINTS = (10, 20, 40, 80, 160)
+BATCH, TRAINING, HELD_OUT, IMAGES = 32, 2048, 256, 1000
+LORA = {"adapter": "lora", "rank": 32, "conv_rank": 32, "first_last_layers": True}
+# Options of each case, and whether it trains on generated pairs in place of images.
+CASES: dict[str, tuple[dict[str, Any], str | None, bool]] = {
+    f"{name}, lr {rate:g}, {kind}": ({**options, "learning_rate": rate}, teacher, kind == "teacher, pairs alone")
+    for (name, options, rate), (kind, teacher) in itertools.product(
+        (("full", {"adapter": "full"}, 3e-4), ("full", {"adapter": "full"}, 1e-3), ("lora", LORA, 1e-3)),
+        (("data", None), ("teacher", "base"), ("teacher, pairs alone", "base")),
+    )
+}
+
+
+class Trial:
+    """Data, base model and measurements that all cases share."""
+
+    def __init__(self) -> None:
+        self.base = BaseModel(load_miniature())
+        items = [(n, c) for n in range(len(emoji.names())) for c in range(len(emoji.BACKGROUNDS))]
+        held_out = [item for item in items if item in emoji.held_out_pairs()]
+        seen = [item for item in items if item not in emoji.held_out_pairs()]
+        order = np.random.default_rng(0)
+        chosen = [seen[i] for i in order.permutation(len(seen))[:TRAINING]]
+        measured = [held_out[i] for i in order.permutation(len(held_out))]
+        self.latents, self.texts = self._encoded(chosen)
+        self.real_latents, self.real_texts = self._encoded(measured[:HELD_OUT])
+        generator = torch.Generator().manual_seed(1)
+        self.noise = torch.randn(self.real_latents.shape, generator=generator)
+        self.t = (torch.arange(HELD_OUT) + 0.5) / HELD_OUT
+        self.reference = self.velocity(self.base, self.base.flow)
+        self.captions = [emoji.caption(*measured[i % len(measured)]) for i in range(IMAGES)]
+        self.start = torch.randn((IMAGES, *self.latents.shape[1:]), generator=generator)
+        halves = [emoji.render([emoji.Emoji(*item) for item in part], "noto") for part in (seen[::4], seen[2::4])]
+        self.space = FeatureSpace(load_classifier().features, *halves, seed=0)
+        self.pair_noise = torch.randn(self.latents.shape, generator=generator)
+        self.pair_latents = torch.cat([
+            sample_multistep(unet_velocity(self.base.unet, self.base.flow, text), noise, self.base.flow.times(15))
+            for text, noise in zip(self.texts.split(64), self.pair_noise.split(64), strict=True)
+        ])  # fmt: skip
+
+    def _encoded(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Return latents and text of images."""
+        pixels = emoji.render([emoji.Emoji(*item) for item in items], "noto")
+        mean = self.base.encode_images(pixels)["mean"]
+        texts = self.base.encode_prompts([emoji.caption(*item) for item in items])["encoder_hidden_states"]
+        return self.base.scale_latents(mean), texts
+
+    def velocity(self, model: BaseModel, flow: Flow) -> Tensor:
+        """Return the velocity at the held-out states."""
+        x_t = flow.interpolate(self.real_latents, self.noise, self.t)
+        return unet_velocity(model.unet, flow, self.real_texts)(x_t, self.t)
+
+    def error(self, model: BaseModel, flow: Flow) -> float:
+        """Return the relative error of a network's velocity against that of the aligned base."""
+        return float((self.velocity(model, flow) - self.reference).norm() / self.reference.norm())
+
+    def distance(self, model: BaseModel, flow: Flow) -> float:
+        """Return the Fréchet distance of images of four evaluations, above that of real images."""
+        images = []
+        for first in range(0, IMAGES, 100):
+            text = model.encode_prompts(self.captions[first : first + 100])["encoder_hidden_states"]
+            end = sample_flow(
+                unet_velocity(model.unet, flow, text), self.start[first : first + 100], times=flow.times(4)
+            )
+            assert isinstance(end, Tensor)
+            images.append(model.decode(end).clamp(-1, 1))
+        found = self.space.measure(torch.cat(images), repeats=2)
+        return found["frechet_distance"] - found["frechet_floor"]
+
+
+def measure(trial: Trial, case: str, seed: int) -> dict[str, Any]:
+    """Train one case, and return its row."""
+    options, teacher, of_pairs = CASES[case]
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainingConfig(
+            output_dir=folder, objective="fm", train_batch_size=BATCH, ema_decay=0.0, seed=seed, **options
+        )
+        trainer = AlignedTrainer.from_pretrained(load_miniature(), config, teacher_options=TeacherOptions(teacher))
+    order, errors, started = np.random.default_rng(seed), [], time.process_time()
+    for step in range(1, POINTS[-1] + 1):
+        index = torch.from_numpy(order.integers(TRAINING, size=BATCH))
+        batch = {"latents": trial.latents[index], "encoder_hidden_states": trial.texts[index]}
+        if of_pairs:
+            batch |= {"latents": trial.pair_latents[index], "noise": trial.pair_noise[index]}
+        trainer.step(batch)  # type: ignore[arg-type]
+        if step in POINTS:
+            with torch.no_grad():
+                errors.append(round(trial.error(trainer.model, trainer.objective.flow), 4))
+    seconds = time.process_time() - started
+    with torch.no_grad():
+        distance = trial.distance(trainer.model, trainer.objective.flow)
+    return {"case": case, "seed": seed, "error": errors, "distance": round(distance, 2), "cpu_seconds": round(seconds)}
+
+
+def main() -> None:
+    """Measure all cases, and write a row of each as it is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("teacher.json"), help="file of the rows")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of each case")
+    arguments = parser.parse_args()
+    with single_threaded_operations():
+        with torch.no_grad():
+            trial = Trial()
+            rows = [{"case": "aligned base", "distance": round(trial.distance(trial.base, trial.base.flow), 2)}]
+        print(rows[0], flush=True)
+        for seed, case in itertools.product(range(arguments.seeds), CASES):
+            rows.append(measure(trial, case, seed))
+            print(rows[-1], flush=True)
+            arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
