@@ -311,7 +311,7 @@ class TrainingConfig:
         validation_prompts: Prompts of which every validation generates one image each, always from the same noise, in
             the steps and with the guidance that are recommended for the result. They are written to
             output_dir/validation, and the first one of the last step is the thumbnail in the LoRA files. The default
-            is none.
+            None generates none.
         lora_format: Which LoRA files are written at the end. "diffusers" writes pytorch_lora_weights.safetensors for
             diffusers, "kohya" writes a file for ComfyUI, A1111, Forge and kohya's scripts, named after output_dir
             (my_run_kohya.safetensors), and "both" writes the two. The default None means "both". With --adapter full
@@ -375,7 +375,7 @@ class TrainingConfig:
     checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0, MAX_STEPS))
     checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1, MAX_STEPS))
     validation_steps: int = option("checkpoints and logs", 0, at_least(0, MAX_STEPS))
-    validation_prompts: tuple[str, ...] = option("checkpoints and logs", ())
+    validation_prompts: tuple[str, ...] | None = option("checkpoints and logs", None)
     lora_format: LoraFormat | None = option("checkpoints and logs", None)
     resume_from_checkpoint: str | None = option("checkpoints and logs", None)
     logging_steps: int = option("checkpoints and logs", 10, at_least(1, MAX_STEPS))

@@ -140,7 +140,7 @@ def load_teacher(options: TeacherOptions, model: BaseModel, config: TrainingConf
         return None
     if model.unet.config.in_channels != model.unet.config.out_channels:
         raise ModelError("a teacher does not go with a network that also sees an image: leave teacher out")
-    loras = [(read_lora(path), scale) for path, scale in map(parse_lora, options.teacher_lora)]
+    loras = [(read_lora(path), scale) for path, scale in map(parse_lora, options.teacher_lora or ())]
     unet: UNet2DConditionModel | None
     if options.teacher == BASE:
         source, unet = model, None
@@ -224,7 +224,7 @@ def _loaded(options: TeacherOptions, model: BaseModel) -> BaseModel:
 
 def _flow_of(options: TeacherOptions, source: BaseModel) -> Flow:
     """Return the flow by which the teacher's network is read."""
-    paths = [parse_lora(entry).path for entry in options.teacher_lora]
+    paths = [parse_lora(entry).path for entry in options.teacher_lora or ()]
     tags = common_tags(paths, shift=1.0) if paths else {}  # Its shift is not used.
     wanted, steps = options.teacher_prediction_type, source.flow.num_train_timesteps
     if wanted in (None, "flow_prediction") and tags.get("d2f.prediction_type") == "flow_prediction":

@@ -35,7 +35,7 @@ class TeacherOptions:
             built in, so that it is sampled without guidance. 1 and 0 turn it off, and other values below 1 are refused.
             The default None means 1. Guidance doubles the teacher's part of a step.
         teacher_lora: One or more LoRA that are merged into the teacher, each as PATH or PATH:SCALE, in any format that
-            `d2f sample --lora` takes. They must adapt the UNet alone. The default is none.
+            `d2f sample --lora` takes. They must adapt the UNet alone. The default None merges none.
         teacher_prediction_type: What the teacher predicts, where its files are wrong or silent, as --prediction_type
             does for the base model. With the teacher "base" it says how the base model is read as a teacher. The
             default None takes it from the teacher's own files.
@@ -46,7 +46,7 @@ class TeacherOptions:
 
     teacher: str | None = option("method", None)
     teacher_guidance_scale: float | None = option("method", None, check_guidance)
-    teacher_lora: tuple[str, ...] = option("method", ())
+    teacher_lora: tuple[str, ...] | None = option("method", None)
     teacher_prediction_type: PredictionType | None = option("method", None)
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ def check_teacher_files(options: TeacherOptions, base: str, base_options: ModelO
     """
     if options.teacher is None:
         return
-    for entry in options.teacher_lora:
+    for entry in options.teacher_lora or ():
         check_lora_file(parse_lora(entry).path)
     if options.teacher == BASE:
         return
