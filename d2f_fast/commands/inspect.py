@@ -1,4 +1,4 @@
-"""`d2f inspect`: say what a model, a LoRA, a data set, a run or another result is, and what is odd about it."""
+"""`d2f inspect`: say what a model, a LoRA, a data set or a result is, and what is odd about it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a model, a LoRA, a data set, a run or another result is, and what is odd about it.
+    """Say what a model, a LoRA, a data set or a result is, and what is odd about it.
 
     Args:
         path: Folder or .safetensors file, or "miniature". Only names, configurations and headers are read, and nothing
