@@ -274,7 +274,7 @@ def append(row: Mapping[str, Any], table: str = "", folder: Path | None = None) 
     row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **measured_on(), **row}
     path = path_of(table, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = path.open().readline().strip() if path.exists() else ",".join(row)
+    header = path.read_text().partition("\n")[0].strip() if path.exists() else ",".join(row)
     assert header == ",".join(row), f"{path} has other columns than this version writes: move it away"
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
