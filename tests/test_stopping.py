@@ -191,10 +191,10 @@ def work():
 
 
 def test_help_whose_output_has_no_reader_ends_quietly():
-    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
-    reader.wait()
-    command = [sys.executable, "-m", "d2f_fast", "train", "--help"]
-    done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, timeout=60)
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
+        reader.wait()
+        command = [sys.executable, "-m", "d2f_fast", "train", "--help"]
+        done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (141, "")
 
 

@@ -336,7 +336,7 @@ def test_loss_on_held_out_images_is_logged_and_shown_in_the_card(train, images, 
     assert len(row["validation_losses"]) == 8
     assert "| loss on held-out samples | " in (output / "README.md").read_text()
     for given, sentence in (
-        (["--validation_steps", "1"], "validation_steps needs held-out samples: add --validation_data_dir or --valid"),
+        (["--validation_steps", "1"], "validation_steps needs something to validate with: add --validation_prompts, "),
         (["--validation_data_dir", "x"], "held-out samples need --validation_steps, how often their loss is measured"),
         (["--validation_steps", "1", "--validation_data_dir", "x"], "validation_data_dir: x is not a folder"),
         (["--validation_steps", "1", "--validation_pairs", "x"], "x: there is no such shard"),

@@ -101,8 +101,11 @@ def test_flow_of_a_network_that_predicts_the_flow_has_no_alignment(flow_xl: Any)
 def test_flow_matching_scheduler_and_option_make_a_flow_model(flow_xl: Any) -> None:
     flow_xl.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert BaseModel(flow_xl).flow.prediction_type == "flow_prediction"
-    with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler serves only flow_prediction, and --pred"):
-        BaseModel(flow_xl, ModelOptions(prediction_type="epsilon"))
+    # An option that states a diffusion prediction comes with the noise table of Stable Diffusion.
+    alignment = BaseModel(flow_xl, ModelOptions(prediction_type="epsilon")).alignment
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert alignment.prediction_type == "epsilon"
+    assert alignment.schedule.alphas_cumprod[-1].item() == pytest.approx((1 - betas).prod().item(), rel=1e-4)
     flow_xl.scheduler = DDIMScheduler()
     model = BaseModel(flow_xl, ModelOptions(prediction_type="flow_prediction"))
     assert isinstance(model.flow, NaiveFlow)
