@@ -152,7 +152,7 @@ def faults(ended: dict[str, Any]) -> list[str]:
         allowed |= {143}  # The one that got no signal is ended by SIGTERM where the run had not begun.
     found += [f"exit code {code}" for code in ended["codes"] if code not in allowed]
     for text in ended["errors"]:
-        for word in [line for line in text.splitlines() if line.endswith("saved") and "after step" in line]:
+        for word in [line for line in text.splitlines() if ": saved as" in line and "after step" in line]:
             if f"after step {ended['saved']}: saved" not in word:
                 found.append(f"not true: {word}")
     return found
