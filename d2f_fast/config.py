@@ -164,6 +164,11 @@ def words_of(hint: Any) -> tuple[str, ...]:
     return next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal), ())
 
 
+def choice_of(words: Sequence[str]) -> str:
+    """Return the words of a choice as a sentence has them."""
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
 def spell_out_flags(arguments: Sequence[str], names: Iterable[str]) -> list[str]:
     """Return arguments in which a flag of three states has its value, which the option parser asks for.
 
@@ -198,7 +203,7 @@ def check_options(options: Any) -> None:
         value, words = getattr(options, declared.name), words_of(hints[declared.name])
         check_text(declared.name, value)
         if words and value not in words and not (value is None and type(None) in get_args(hints[declared.name])):
-            raise RefusedInputError(f"{declared.name} must be {', '.join(words[:-1])} or {words[-1]}, got {value}")
+            raise RefusedInputError(f"{declared.name} must be {choice_of(words)}, got {value}")
         if check := declared.metadata.get("check"):
             check(declared.name, value)
 

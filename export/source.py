@@ -10,7 +10,7 @@ from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.read import check_tags, common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import recommended_guidance, saved_tags
+from d2f_fast.models.tags import lowest_guidance, saved_tags
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 
@@ -59,7 +59,7 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
             f"{source}: the network is fed the flow time itself (fm_form published), which no stock sampler of the"
             " exported folder does: sample it with d2f sample"
         )
-    guidance = recommended_guidance(source, adapters)
+    guidance = lowest_guidance(source, adapters)
     return Sampling(flow, shift, guidance, tags.get("d2f.vae_reflection_padding") == "true")
 
 

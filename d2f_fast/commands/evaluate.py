@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.config import (
     MAX_BATCH,
     MAX_SHIFT,
@@ -21,7 +22,6 @@ from d2f_fast.config import (
 )
 from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import check_negative_prompt, check_steps, guidance_or_default, image_size
@@ -151,7 +151,6 @@ class Evaluate:
 
     def _checked_files(self) -> ImageFiles:
         """Return the images, once everything that can be refused without torch has been checked."""
-        from d2f_fast.files.atomic import make_folder
         from d2f_fast.models.configs import downsampling_of, read_configs
 
         check_options(self)
@@ -164,10 +163,7 @@ class Evaluate:
         check_steps(self.method, self.num_inference_steps)
         if self.model is not None and (configs := read_configs(self.model, self.model_options)) is not None:
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        for adapter in map(parse_lora, self.lora):
-            check_lora_file(adapter.path)
-        if Path(self.output_dir).exists():
-            make_folder(self.output_dir)  # This refuses a file of that name.
+        check_lora_and_output(self.lora, self.output_dir)
         return self._files()
 
     def _check_what_is_evaluated(self) -> None:

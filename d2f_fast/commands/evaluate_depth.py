@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.commands.sample_depth import MAX_ENSEMBLE
 from d2f_fast.config import MAX_SIDE, MAX_STEPS, at_least, check_options, check_seed, option
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.options import ModelOptions
 
@@ -78,14 +78,9 @@ class EvaluateDepth:
         Raises:
             RefusedInputError: An option, the folder, the LoRA file or the output folder cannot be used.
         """
-        from d2f_fast.files.atomic import make_folder
-
         check_options(self)
         self._images()
-        for adapter in map(parse_lora, self.lora):
-            check_lora_file(adapter.path)
-        if Path(self.output_dir).exists():
-            make_folder(self.output_dir)  # This refuses a file of that name.
+        check_lora_and_output(self.lora, self.output_dir)
 
     def run(self) -> dict[str, Any]:
         """Measure, write what was measured, and return it.

@@ -16,7 +16,7 @@ from d2f_fast.models.facts import ModelFacts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
-from d2f_fast.models.tags import recommended_guidance, saved_tags, tags_source
+from d2f_fast.models.tags import lowest_guidance, saved_tags, tags_source
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def load_with_lora(
     # Files that cannot be used are refused before the model is loaded, which takes longer.
     adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, lora)]
     of_training = options_of_training(model, lora, options, shift)
-    guidance = recommended_guidance(model, [file.path for file, _ in adapters])
+    guidance = lowest_guidance(model, [file.path for file, _ in adapters])
     if lora and (sentence := other_autoencoder(common_tags([file.path for file, _ in adapters], shift), options)):
         print(f"d2f: {sentence}", file=sys.stderr)
     pipeline, facts = load_model(model, options=options)

@@ -25,7 +25,7 @@ from typing import (
     get_type_hints,
 )
 
-from d2f_fast.config import OptionGroup, spell_out_flags, words_of
+from d2f_fast.config import OptionGroup, choice_of, spell_out_flags, words_of
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.unknown_options import refuse_unknown_options
 
@@ -160,19 +160,14 @@ def _refuse_values(arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
         if not inline:
             value = next(iter(arguments[position + 1 :]), "--")
         if value.startswith("--"):
-            raise RefusedInputError(f"--{name} needs a value: give {_choice(words) if words else 'a number'}")
+            raise RefusedInputError(f"--{name} needs a value: give {choice_of(words) if words else 'a number'}")
         if value == "None" and type(None) in parts:
             continue
         if words and value not in words:
-            raise RefusedInputError(f"{name} must be {_choice(words)}, got {printable(value)}")
+            raise RefusedInputError(f"{name} must be {choice_of(words)}, got {printable(value)}")
         if number is not None and not _is_number(value, number):
             kind = "a whole number" if number is int else "a number"
             raise RefusedInputError(f"{name} must be {kind}, got {printable(value)}")
-
-
-def _choice(words: Sequence[str]) -> str:
-    """Return the words of a choice as a sentence has them."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _is_number(text: str, kind: type[int] | type[float]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.config import (
     MAX_BATCH,
     MAX_GUIDANCE,
@@ -23,7 +24,6 @@ from d2f_fast.config import (
     positive,
 )
 from d2f_fast.errors import RefusedInputError, printable
-from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
@@ -242,7 +242,6 @@ class Pairs:
 
     def _checked_prompts(self) -> list[str]:
         """Return the prompts, once everything that can be refused without torch has been checked."""
-        from d2f_fast.files.atomic import make_folder
         from d2f_fast.models.configs import downsampling_of, read_configs
 
         if self.prompts_file is None and self.train_data_dir is None:
@@ -266,8 +265,5 @@ class Pairs:
         check_negative_prompt(self.negative_prompt, self.guidance_scale_max or self.guidance_scale)
         if (configs := read_configs(self.model, self.model_options)) is not None:
             self._size(configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        for adapter in map(parse_lora, self.lora):
-            check_lora_file(adapter.path)
-        if Path(self.output_dir).exists():
-            make_folder(self.output_dir)  # This refuses a file of that name.
+        check_lora_and_output(self.lora, self.output_dir)
         return list(self._prompts())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast import __version__
+from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.commands.sample_files import check_start
 from d2f_fast.config import (
     DEFAULT_GUIDANCE,
@@ -27,7 +28,7 @@ from d2f_fast.config import (
 )
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.lora.source import check_lora_file, parse_lora
+from d2f_fast.lora.source import parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
@@ -132,7 +133,6 @@ class Sample:
         Raises:
             RefusedInputError: An option, the model, the LoRA file or the output folder cannot be used.
         """
-        from d2f_fast.files.atomic import make_folder
         from d2f_fast.models.configs import check_sees_no_image, downsampling_of, read_configs
 
         if not self.prompts or not all(self.prompts):
@@ -150,10 +150,7 @@ class Sample:
         elif (configs := read_configs(self._model, self.model_options)) is not None:
             check_sees_no_image(self._model, configs)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        for adapter in map(parse_lora, self.lora):
-            check_lora_file(adapter.path)
-        if Path(self.output_dir).exists():
-            make_folder(self.output_dir)  # This refuses a file of that name.
+        check_lora_and_output(self.lora, self.output_dir)
 
     def run(self) -> dict[str, Any]:
         """Generate the images, write them, and return what was generated and where it was written.

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.commands.sample import earlier_rows
 from d2f_fast.config import MAX_SIDE, at_least, check_options, check_seed, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.options import ModelOptions
 
@@ -71,17 +71,12 @@ class SampleDepth:
         Raises:
             RefusedInputError: An option, an image, the model, the LoRA file or the output folder cannot be used.
         """
-        from d2f_fast.files.atomic import make_folder
-
         check_options(self)
         output = Path(self.output_dir)
         for path in self._images():
             if (existing := output / f"{path.stem}.npy").exists():
                 raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
-        for adapter in map(parse_lora, self.lora):
-            check_lora_file(adapter.path)
-        if output.exists():
-            make_folder(output)  # This refuses a file of that name.
+        check_lora_and_output(self.lora, self.output_dir)
 
     def run(self) -> dict[str, Any]:
         """Predict the depth of the images, write it, and return what was written.

@@ -42,7 +42,7 @@ def saved_tags(model: str) -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
 
 
-def recommended_guidance(model: str, loras: Sequence[StrPath]) -> float | None:
+def lowest_guidance(model: str, loras: Sequence[StrPath]) -> float | None:
     """Return the lowest guidance scale that the tags of a model and of LoRA recommend; None for no tags.
 
     What was trained on pairs has its guidance built in, so that guidance of another one would be added to it.
@@ -54,7 +54,12 @@ def recommended_guidance(model: str, loras: Sequence[StrPath]) -> float | None:
     Raises:
         RefusedInputError: A scale cannot be used.
     """
-    tagged = {str(tags_source(model)): saved_tags(model)} | {str(path): lora_tags(path) for path in loras}
+    own = {str(tags_source(model)): saved_tags(model)}
+    return _lowest_guidance(own | {str(path): lora_tags(path) for path in loras})
+
+
+def _lowest_guidance(tagged: Mapping[str, Mapping[str, str]]) -> float | None:
+    """Return the lowest guidance scale in the tags of several files, by the names of the files; None for none."""
     scales = []
     for source, tags in tagged.items():
         if (found := tags.get(_GUIDANCE)) is not None:
@@ -86,9 +91,10 @@ def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]
         RefusedInputError: A guidance scale cannot be used.
     """
     common = common_tags(loras, shift=1.0)  # Where their shifts differ, none is taken.
-    stated = {name for path in loras for name in lora_tags(path)}
+    tagged = {str(path): lora_tags(path) for path in loras}
+    stated = {name for found in tagged.values() for name in found}
     merged = {name: value for name, value in tags.items() if name not in stated} | common
-    check_tags(", ".join(map(str, loras)), merged)
-    if (guidance := recommended_guidance(model, loras)) is not None:
+    check_tags(", ".join(tagged), merged)
+    if (guidance := _lowest_guidance({str(tags_source(model)): tags} | tagged)) is not None:
         merged[_GUIDANCE] = str(guidance)
     return merged, [name for name in _OF_SAMPLING if name in stated and name not in merged]

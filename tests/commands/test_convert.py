@@ -25,7 +25,7 @@ from d2f_fast.lora.read import read_lora
 from d2f_fast.models import single_file_header
 from d2f_fast.models.convert import read_model, tags_of_model
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import recommended_guidance, saved_tags
+from d2f_fast.models.tags import lowest_guidance, saved_tags
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -195,7 +195,7 @@ def test_merged_model_says_how_its_lora_is_sampled(
     convert(narrow_pipeline("sd1"), tmp_path / output, "--lora", f"{tagged('reflow.safetensors', tags)}:0.5")
     merged = str(tmp_path / output)
     assert saved_tags(merged) == {f"d2f.{name}": value for name, value in tags.items()}
-    assert recommended_guidance(merged, []) == 1
+    assert lowest_guidance(merged, []) == 1
     assert options_of_training(merged, [], ModelOptions(), None)["shift"] == 3
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
-from d2f_fast.models.tags import recommended_guidance, saved_tags, tags_of_merged
+from d2f_fast.models.tags import lowest_guidance, saved_tags, tags_of_merged
 
 
 def lora(folder: Path, name: str, **tags: str) -> Path:
@@ -33,15 +33,15 @@ def test_malformed_tags_are_refused(tmp_path: Path) -> None:
 
 def test_lowest_guidance_is_recommended(tmp_path: Path) -> None:
     (tmp_path / "d2f.json").write_text(json.dumps({"d2f.recommended_guidance": "4.0"}))
-    assert recommended_guidance(str(tmp_path), []) == 4
-    assert recommended_guidance(str(tmp_path), [lora(tmp_path, "a", recommended_guidance="1.0")]) == 1
-    assert recommended_guidance("some/hub-id", [lora(tmp_path, "b")]) is None
+    assert lowest_guidance(str(tmp_path), []) == 4
+    assert lowest_guidance(str(tmp_path), [lora(tmp_path, "a", recommended_guidance="1.0")]) == 1
+    assert lowest_guidance("some/hub-id", [lora(tmp_path, "b")]) is None
 
 
 @pytest.mark.parametrize("value", ["0.5", "nan", "strong"])
 def test_guidance_that_cannot_be_used_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(RefusedInputError, match=r"a\.safetensors holds no usable d2f\.recommended_guidance"):
-        recommended_guidance("some/hub-id", [lora(tmp_path, "a", recommended_guidance=value)])
+        lowest_guidance("some/hub-id", [lora(tmp_path, "a", recommended_guidance=value)])
 
 
 def test_merged_model_has_the_tags_of_its_lora(tmp_path: Path) -> None:
