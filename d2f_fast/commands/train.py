@@ -232,9 +232,7 @@ class Train:
 
     def _data_set(self) -> "CaptionedImages | PairDataset | DepthSource":
         """Return the images or pairs, once everything that can be refused without torch has been checked."""
-        from d2f_fast.data.depth_data import find_depth_images
         from d2f_fast.data.image_folder import CaptionedImages
-        from d2f_fast.data.pairs import PairDataset
         from d2f_fast.models.configs import check_training, read_configs
         from d2f_fast.training.checkpoint import refuse_used_folder
 
@@ -252,15 +250,18 @@ class Train:
             check_training(configs, self.options.resolution, images=int(self.task == "depth"))
         refuse_used_folder(output, self.options.resume_from_checkpoint)
         if self.train_data_dir is None:
+            from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
+
             return PairDataset(self.pairs or (), of_another_model=self.pairs_of_another_model)
         if self.task == "depth":
+            from d2f_fast.data.depth_data import find_depth_images  # It imports NumPy.
+
             return find_depth_images(self.train_data_dir, self.depth_options)
         return CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
 
     def _validation_set(self) -> "CaptionedImages | PairDataset | None":
         """Return the held-out images or pairs, once what can be refused without torch has been checked."""
         from d2f_fast.data.image_folder import CaptionedImages
-        from d2f_fast.data.pairs import PairDataset
 
         folder, pairs, steps = self.validation_data_dir, self.validation_pairs, self.options.validation_steps
         if folder is None and not pairs:
@@ -275,6 +276,8 @@ class Train:
         if not steps:
             raise RefusedInputError("held-out samples need --validation_steps, how often their loss is measured")
         if folder is None:
+            from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
+
             return PairDataset(pairs or (), of_another_model=self.pairs_of_another_model)
         if not Path(folder).is_dir():
             raise RefusedInputError(f"validation_data_dir: {printable(folder)} is not a folder: correct the path")
