@@ -14,7 +14,11 @@ import yaml
 from PIL import Image
 
 from benchmarks import estimate
+from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
 from d2f_fast.commands.main import main, parse
+from d2f_fast.commands.options import options_of
+from d2f_fast.commands.train import Train
+from d2f_fast.config import DEFAULT_CAPTION_DROPOUT, DEFAULT_RANK
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +47,56 @@ def test_d2f_commands_of_the_table_of_conversions_parse() -> None:
     assert len(commands) == 8
     for line in commands:
         parse(shlex.split(line))
+
+
+# Tables of options
+
+
+def section(heading: str) -> str:
+    """Return the text below a heading of the training guide, without the marks of code."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    return page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0].replace("`", "")
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Return the cells of the table below a heading of the training guide, without its head."""
+    lines = re.findall(r"^\| (.+) \|$", section(heading), re.MULTILINE)
+    return [line.split(" | ") for line in lines[1:]]
+
+
+def test_table_of_everyday_options_has_the_defaults_of_the_code() -> None:
+    defaults = {option.field.name: option.field.default for option in options_of(Train)}
+    chosen_later: dict[str, object] = {  # what the default None means
+        **{"rank": DEFAULT_RANK, "lora_alpha": "the rank", "caption_dropout": DEFAULT_CAPTION_DROPOUT},
+        **{"mixed_precision": "no", "resolution": "the model's own"},
+    }
+    table = rows("Everyday options")
+    assert len(table) >= 20
+    for flag, stated, _ in table:
+        name = flag.removeprefix("--")
+        default = chosen_later.get(name) if defaults[name] is None else defaults[name]
+        if isinstance(default, bool):
+            assert stated == ("on" if default else "off"), name
+        elif isinstance(default, int | float):
+            assert float(stated) == default, name
+        else:
+            assert stated == default, name
+
+
+def test_table_of_kohyas_options_has_the_answers_of_the_command() -> None:
+    answers = {name: answer.replace("`", "") for name, answer in FOREIGN_OPTIONS["train"].items()}
+    table = rows("Coming from kohya's scripts")
+    assert len(table) >= 20
+    for flags, answer in table:
+        for flag in flags.split(", "):
+            assert answers[flag.removeprefix("--")] == answer
+
+
+def test_options_that_kohya_has_by_the_same_name_are_options_of_training() -> None:
+    words = section("Coming from kohya's scripts").partition("\n|")[0]
+    same = re.findall(r"--(\w+)", words)
+    assert len(same) >= 15
+    assert set(same) <= {option.field.name for option in options_of(Train)}
 
 
 # Recipes
@@ -85,7 +139,9 @@ def test_table_of_recipes_has_their_values() -> None:
     for recipe in RECIPES:
         options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         (row,) = re.findall(rf"^\| \[{recipe.name}\].*", readme, re.MULTILINE)
-        _, _, _, rank, rate, steps, shift, *_ = (cell.strip() for cell in row.split("|"))
+        _, _, _, images, a_step, rank, rate, steps, shift, _ = (cell.strip() for cell in row.split("|"))
+        assert f"{images} captioned images" in recipe.read_text(encoding="utf-8")
+        assert int(a_step) == options["train_batch_size"] * options.get("gradient_accumulation_steps", 1)
         assert rank == str(options.get("rank", "–"))
         assert float(rate) == options["learning_rate"]
         assert (int(steps), float(shift)) == (options["max_train_steps"], options["flow_shift"])

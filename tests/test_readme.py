@@ -51,7 +51,7 @@ def test_training_and_the_use_of_its_result_run(in_folder_of_images: Path, tiny_
     with Image.open(in_folder_of_images / "lighthouse.png") as image:
         assert image.size == (16, 16)
 
-    small = {BASE: str(tiny_folder), "guidance_scale=4.0": "guidance_scale=4.0, width=16, height=16"}
+    small = {BASE: str(tiny_folder), "guidance_scale=7.5": "guidance_scale=7.5, width=16, height=16"}
     names = run_block("load_lora_weights", {}, small)
     assert names["image"].size == (16, 16)
     assert names["pipe"].get_active_adapters()

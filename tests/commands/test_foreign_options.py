@@ -36,7 +36,7 @@ def test_advice_names_options_that_the_command_has(command, name):
     text = FOREIGN_OPTIONS[command][name]
     names = {option.field.name for option in options_of(COMMANDS[command])} | {"dtype"}  # that of d2f convert
     assert name not in names
-    assert set(re.findall(r"--(\w+)", text.replace("as --lora", ""))) <= names
+    assert set(re.findall(r"--(?:no_)?(\w+)", text.replace("as --lora", ""))) <= names
 
 
 @pytest.mark.parametrize("name", sorted({*OF_KOHYA, *OF_DIFFUSERS}))

@@ -67,6 +67,15 @@ def manual_sigmas(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"[-+]?(?:\d*\.*\d+)", text)]
 
 
+def test_lists_of_the_page_are_even_steps_in_flow_time() -> None:
+    page = GRAPHS.with_suffix(".md").read_text(encoding="utf-8")
+    lists = re.findall(r"^\| (\d+) \| `([\d., ]+)` \|$", page, re.MULTILINE)
+    assert [int(steps) for steps, _ in lists] == [1, 2, 4, 8]
+    alignment = Alignment.from_scheduler(load_miniature().scheduler)
+    for steps, text in lists:
+        assert manual_sigmas(text) == pytest.approx(alignment.sigmas(int(steps)), rel=4e-4)
+
+
 @torch.no_grad()
 def comfyui_euler(pipe: Any, noise: Tensor, sigmas: list[float], cfg: float, prompt: str) -> Tensor:
     """Restate what ComfyUI does with SamplerCustom, ManualSigmas and euler for a network that predicts ε.
