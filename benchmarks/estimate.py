@@ -274,7 +274,8 @@ def _run_passes(unet: Any) -> None:
 
 def table(estimates: Mapping[Run, Estimate]) -> list[str]:
     """Return the lines of the Markdown table."""
-    columns = [f"memory, batch {batch}" for batch in BATCHES] + [f"step of {BATCHES[-1]}, {card}" for card in CARDS]
+    columns = [f"memory, batch {batch}" for batch in BATCHES]
+    columns += [f"time a step of {BATCHES[-1]} images, {card}" for card in CARDS]
     lines = [
         f"| model | training | gradient checkpointing | {' | '.join(columns)} |",
         "|---" * (3 + len(columns)) + "|",
