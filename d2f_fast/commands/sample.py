@@ -184,7 +184,7 @@ class Sample:
         return row | {"files": [str(file) for file in files], "output": str(output)}
 
     def _row(self, taken: Mapping[str, Any], image: "Image") -> dict[str, Any]:
-        """Return how the images were generated, as metrics.json records it; `taken` is what the model's files said."""
+        """Return how the images were generated, as metrics.json records it; `taken` is what the model's files say."""
         found = {
             "sampler": "flow",
             "method": self.method,
@@ -287,7 +287,8 @@ class Sample:
             self.flow_spacing,
             loaded.scheduler_options,
         )
-        taken = {**loaded.scheduler_options, "guidance_scale": guidance}
+        shift = float(loaded.flow_scheduler(self.flow_spacing).config["shift"])
+        taken = {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance}
         noise = None if self.noise is None else read_noise(self.noise)
         if self.invert is not None:
             noise, error = invert_images(model, read_images(self.invert), self.prompts, sampling)
@@ -314,7 +315,7 @@ class Sample:
             width=self.width,
             seed=self.seed,
         )
-        return images, {"guidance_scale": pipeline.recommended_guidance}
+        return images, {"shift": pipeline.report.get("shift"), "guidance_scale": pipeline.recommended_guidance}
 
 
 def earlier_rows(output: Path) -> list[Any]:

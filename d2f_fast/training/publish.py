@@ -195,7 +195,7 @@ def tags_of(
         "d2f.loss_weighting": objective.weighting,
         "d2f.training_shift": str(config.flow_shift),
         "d2f.shift": str(config.recommended_shift),
-        "d2f.recommended_sigmas": ", ".join(f"{sigma:.4g}" for sigma in sigmas),
+        "d2f.recommended_sigmas": ", ".join(f"{round(sigma, 4):g}" for sigma in sigmas),
     }
     if isinstance(flow, NaiveFlow):
         tags["d2f.fm_form"] = flow.form

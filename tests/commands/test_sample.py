@@ -97,7 +97,8 @@ def test_shift_and_prediction_type_are_those_of_the_models_flow_scheduler(tiny_f
     assert main(command) == 0
     expected = generated_by_hand(tiny_folder, prediction_type="flow_prediction", shift=3.0)
     for i, image in enumerate(expected):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / f"00{i}.png")), np.asarray(image))
+        written = Image.open(tmp_path / f"00{i}.png")
+        assert np.array_equal(np.asarray(written), np.asarray(image)) and "Shift: 3.0" in written.text["parameters"]
 
 
 def test_reflection_padding_is_an_option_and_is_taken_from_the_tags_of_a_lora(tiny_folder, lora, tmp_path):
@@ -128,8 +129,8 @@ def test_images_are_never_replaced_and_say_how_they_were_generated(tiny_folder, 
     with Image.open(output / "009.png") as image:
         text = image.text["parameters"]
     assert text == (
-        "cd\nNegative prompt: x\nSteps: 1, Sampler: d2f flow euler, Schedule type: uniform, CFG scale: 3.0, Seed: 3,"
-        f' Size: 16x16, Model: pipeline, Lora: "{lora.name}:0.5", Batch size: 2, Batch pos: 1, Version: d2f_fast'
+        "cd\nNegative prompt: x\nSteps: 1, Sampler: d2f flow euler, Schedule type: uniform, Shift: 1.0, CFG scale: 3.0,"
+        f' Seed: 3, Size: 16x16, Model: pipeline, Lora: "{lora.name}:0.5", Batch size: 2, Batch pos: 1, Version: d2f_fast'
         f" {d2f_fast.__version__}"
     )
     first, second = json.loads((output / "metrics.json").read_text())["results"]

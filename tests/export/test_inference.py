@@ -145,6 +145,7 @@ def test_sample_command_generates_with_an_export_folder(exported, tmp_path, caps
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [np.asarray(Image.open(file)).shape for file in result["files"]] == [(16, 16, 3)] * 2
+    assert result["shift"] == 1.0
     assert main([*command, "--seed", "1", "--output_dir", str(tmp_path / "b")]) == 0
     assert (tmp_path / "a/000.png").read_bytes() != (tmp_path / "b/000.png").read_bytes()
 

@@ -15,7 +15,7 @@ TAGS = {
     "d2f.prediction_type": "epsilon",
     "d2f.training_shift": "1.0",
     "d2f.shift": "1.0",
-    "d2f.recommended_sigmas": "17.61, 3, 1, 0.3333, 0",
+    "d2f.recommended_sigmas": "17.6146, 3, 1, 0.3333, 0",
 }
 FLOW_TAGS = {**TAGS, "d2f.objective": "fm", "d2f.prediction_type": "flow_prediction", "d2f.shift": "3.0"}
 RESULT = {"steps": 7, "images_per_step": 32}
@@ -43,24 +43,24 @@ def test_recipe_has_a_line_for_each_program(folder: Path) -> None:
     assert 'load_lora_weights("owls", weight_name="pytorch_lora_weights.safetensors")' in diffusers
     assert "from_config(pipe.scheduler.config)`" in diffusers
     assert "`owls_kohya.safetensors` in models/loras" in comfyui
-    assert "ManualSigmas (`17.61, 3, 1, 0.3333, 0`)" in comfyui
+    assert "ManualSigmas (`17.6146, 3, 1, 0.3333, 0`)" in comfyui
     assert "`<lora:owls_kohya:1>`" in a1111
 
 
 def test_recipe_after_pairs_has_two_steps_and_no_guidance(folder: Path, config: TrainingConfig) -> None:
-    tags = TAGS | {"d2f.recommended_sigmas": "15.6, 1, 0", "d2f.recommended_steps": "2", "d2f.data": "pairs"}
+    tags = TAGS | {"d2f.recommended_sigmas": "15.6146, 1, 0", "d2f.recommended_steps": "2", "d2f.data": "pairs"}
     tags |= {"d2f.pairs_guidance": "2 to 5", "d2f.recommended_guidance": "1.0"}
     d2f, diffusers, comfyui, a1111 = recipe(folder, tags, "owls")
     assert d2f.endswith("--prompts TEXT --num_inference_steps 2`")
     assert diffusers.endswith("and `pipe(TEXT, num_inference_steps=2, guidance_scale=1)`")
-    assert comfyui.endswith("ManualSigmas (`15.6, 1, 0`) and SamplerCustom (euler), with cfg 1")
+    assert comfyui.endswith("ManualSigmas (`15.6146, 1, 0`) and SamplerCustom (euler), with cfg 1")
     assert a1111.endswith("sampler Euler, CFG scale 1")
     card = write_model_card(folder, "base", config, tags, RESULT)
     assert card is not None
     text = card.read_text(encoding="utf-8")
     assert "## Generate images in two steps" in text and "| trained on pairs with guidance | 2 to 5 |" in text
     (folder / "pipeline").mkdir()
-    assert recipe(folder, tags, "owls")[1].endswith("(TEXT, sigmas=[15.6, 1, 0], guidance_scale=1)`")
+    assert recipe(folder, tags, "owls")[1].endswith("(TEXT, sigmas=[15.6146, 1, 0], guidance_scale=1)`")
 
 
 def test_recipe_quotes_a_name_with_spaces_for_the_shell(folder: Path) -> None:
@@ -83,9 +83,9 @@ def test_recipe_of_a_pipeline_passes_its_sigmas(folder: Path) -> None:
     (folder / "pipeline").mkdir()
     d2f, diffusers, comfyui, a1111 = recipe(folder, TAGS, "owls")
     assert "--model owls/pipeline" in d2f
-    assert diffusers.endswith('from_pretrained("owls/pipeline")(TEXT, sigmas=[17.61, 3, 1, 0.3333, 0])`')
+    assert diffusers.endswith('from_pretrained("owls/pipeline")(TEXT, sigmas=[17.6146, 3, 1, 0.3333, 0])`')
     assert "`d2f convert owls/pipeline owls.safetensors`, that file in models/checkpoints" in comfyui
-    assert "ManualSigmas (`17.61, 3, 1, 0.3333, 0`)" in comfyui
+    assert "ManualSigmas (`17.6146, 3, 1, 0.3333, 0`)" in comfyui
     assert a1111 == "A1111, Forge: the same file in models/Stable-diffusion; sampler Euler"
     flow = recipe(folder, FLOW_TAGS)
     assert "FlowMatchEulerDiscreteScheduler(shift=3.0)`" in flow[2] and "sigmas=[1, 0.75, 0.5, 0.25]" in flow[2]

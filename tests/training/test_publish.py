@@ -28,8 +28,8 @@ from d2f_fast.training.trainer import AlignedTrainer
 
 
 @pytest.mark.parametrize(("objective", "scheduler", "shift", "sigmas"), [
-    ("diff2flow", {}, 1.0, "17.61, 3, 1, 0.3333, 0"),
-    ("diff2flow", {}, 2.0, "20.61, 6, 2, 0.6667, 0"),
+    ("diff2flow", {}, 1.0, "17.6146, 3, 1, 0.3333, 0"),
+    ("diff2flow", {}, 2.0, "20.6146, 6, 2, 0.6667, 0"),
     ("diff2flow", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, 1.5, "4096, 4.5, 1.5, 0.5, 0"),
     ("fm", {}, 1.0, "1, 0.75, 0.5, 0.25, 0"),
     ("fm", {}, 2.0, "1, 0.8571, 0.6667, 0.4, 0"),  # 2 s / (1 + s)

@@ -13,7 +13,7 @@ from d2f_fast.training.summary import pair_tags, recommended_steps, summary_tags
 
 def test_summary_names_training_and_recommended_sampling() -> None:
     config = TrainingConfig(learning_rate=2e-5, max_train_steps=9, lr_scheduler="cosine", seed=3, resolution=256)
-    tags = {"d2f.shift": "2.0", "d2f.recommended_sigmas": "17.6, 3, 1, 0.33, 0"}
+    tags = {"d2f.shift": "2.0", "d2f.recommended_sigmas": "17.6146, 3, 1, 0.3333, 0"}
     start = StartingLora(Path("folder/old.safetensors"), 0.5, "ab" * 32, {}, {}, {})
     assert summary_tags(config, tags, 7, 12, start) == tags | {
         "d2f.steps": "7",
@@ -31,7 +31,7 @@ def test_summary_names_training_and_recommended_sampling() -> None:
         "ss_learning_rate": "2e-05",
         "ss_lr_scheduler": "cosine",
         "ss_seed": "3",
-        "modelspec.usage_hint": "4 steps, guidance 3, sampler Euler with the sigmas 17.6, 3, 1, 0.33, 0",
+        "modelspec.usage_hint": "4 steps, guidance 3, sampler Euler with the sigmas 17.6146, 3, 1, 0.3333, 0",
     }
     assert summary_tags(TrainingConfig(ema_decay=0), {}, 7, 12)["d2f.weights"] == "last"
     assert "d2f.init_lora" not in summary_tags(config, tags, 7, 12)

@@ -76,7 +76,7 @@ def test_threads_that_load_change_nothing(
 def test_result_says_that_guidance_is_built_in(pairs: PairDataset, make_trainer: Any, tmp_path: Path) -> None:
     trainer = make_trainer(max_train_steps=1, checkpointing_steps=1)
     trainer.fit(pairs)
-    sigmas = ", ".join(f"{sigma:.4g}" for sigma in trainer.alignment.sigmas(2))
+    sigmas = ", ".join(f"{round(sigma, 4):g}" for sigma in trainer.alignment.sigmas(2))
     expected = {
         "d2f.data": "pairs",
         "d2f.pairs": "10",
@@ -130,7 +130,7 @@ def test_distilled_lora_is_sampled_in_one_step(
     assert len(trainer.fit(pairs, pairs)["validation_losses"]) == 1
     header = read_metadata(trainer.save_lora(tmp_path / "out"))
     assert header["d2f.recommended_steps"] == "1" and header["d2f.distilled"] == "true"
-    assert header["modelspec.usage_hint"] == "1 step, guidance 1, sampler Euler with the sigmas 14.61, 0"
+    assert header["modelspec.usage_hint"] == "1 step, guidance 1, sampler Euler with the sigmas 14.6146, 0"
     assert recipe(tmp_path / "out", trainer.tags)[0].endswith("--num_inference_steps 1`")
     with pytest.raises(RefusedInputError, match="distill learns the jump from the noise of pairs: give pairs"):
         make_trainer("other", distill=True).fit(images())
