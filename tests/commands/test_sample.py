@@ -130,8 +130,8 @@ def test_images_are_never_replaced_and_say_how_they_were_generated(tiny_folder, 
         text = image.text["parameters"]
     assert text == (
         "cd\nNegative prompt: x\nSteps: 1, Sampler: d2f flow euler, Schedule type: uniform, Shift: 1.0, CFG scale: 3.0,"
-        f' Seed: 3, Size: 16x16, Model: pipeline, Lora: "{lora.name}:0.5", Batch size: 2, Batch pos: 1, Version: d2f_fast'
-        f" {d2f_fast.__version__}"
+        f' Seed: 3, Size: 16x16, Model: pipeline, Lora: "{lora.name}:0.5", Batch size: 2, Batch pos: 1, Version:'
+        f" d2f_fast {d2f_fast.__version__}"
     )
     first, second = json.loads((output / "metrics.json").read_text())["results"]
     assert first["prompts"] == ["ab", "cd"] and first["negative_prompt"] == "x" and first["files"] == files[:2]
