@@ -4,7 +4,7 @@ This module imports no torch, so that `d2f --help` answers at once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -31,14 +31,21 @@ Tracker = Literal[
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 LoraFormat = Literal["diffusers", "kohya", "both"]
 OptionGroup = Literal[
-    "model",
+    "essential",
     "data",
+    "model",
+    "LoRA",
+    "ONNX",
+    "depth",
     "method",
+    "teacher",
+    "image",
+    "sampling",
+    "straightness",
     "optimisation",
     "memory and speed",
     "checkpoints and logs",
-    "image",
-    "sampling",
+    "other",
 ]
 DEFAULT_SNR_GAMMA = 5.0
 # Larger values are typing errors, and would fill the memory or give numbers that are not finite.
@@ -144,19 +151,22 @@ def finite(most: float) -> Callable[[str, float | None], None]:
     return partial(check_finite, most=most)
 
 
-def option(group: OptionGroup | None, default: T, check: Callable[[str, Any], None] | None = None) -> T:
-    """Declare an option of a dataclass, together with the title that the command line's help lists it under.
+def option(
+    group: OptionGroup | None, default: T, check: Callable[[str, Any], None] | None = None, metavar: str | None = None
+) -> T:
+    """Declare an option of a dataclass, together with what the command line's help says of it.
 
     Args:
-        group: title in the help; None lists the option first, under no title of its own.
+        group: title of the options in the help that it is listed with; None for none.
         default: default value of the option.
         check: function of the option's name and value, which raises RefusedInputError for a value that cannot be used;
-            None accepts every value.
+            None accepts every value. The help names the limits of the checks of this module.
+        metavar: word that stands for the value in the help; None takes one of the type.
 
     Returns:
         The dataclass field. Its declared type is that of the default, which is how `dataclasses.field` is typed, too.
     """
-    return field(default=default, metadata={"group": group, "check": check})
+    return field(default=default, metadata={"group": group, "check": check, "metavar": metavar})
 
 
 def words_of(hint: Any) -> tuple[str, ...]:
@@ -167,25 +177,6 @@ def words_of(hint: Any) -> tuple[str, ...]:
 def choice_of(words: Sequence[str]) -> str:
     """Return the words of a choice as a sentence has them."""
     return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
-
-
-def spell_out_flags(arguments: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Return arguments in which a flag of three states has its value, which the option parser asks for.
-
-    Args:
-        arguments: words of a command line.
-        names: options of the type `bool | None`. `--name` becomes `--name True`, and `--no_name` becomes
-            `--name False`; a value that follows `--name` stays.
-    """
-    flags = {f"{prefix}{name}": (name, value) for name in names for prefix, value in (("", "True"), ("no_", "False"))}
-    spelled: list[str] = []
-    for i, word in enumerate(arguments):
-        found = flags.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
-        if found is None or (found[1] == "True" and arguments[i + 1 : i + 2] in (["True"], ["False"], ["None"])):
-            spelled.append(word)
-        else:
-            spelled += [f"--{found[0]}", found[1]]
-    return spelled
 
 
 def check_options(options: Any) -> None:
@@ -213,131 +204,147 @@ class TrainingConfig:
     """Hold the options of a training run. An option of the diffusers training scripts has the same name here.
 
     Args:
-        output_dir: Folder that receives checkpoints, logs and the trained weights; it is created if it is missing. A
-            folder with checkpoints is refused unless --resume_from_checkpoint is given, and so is one with the result
-            of a finished run and no checkpoint, or with another run in progress; other files are replaced.
-        objective: What the network learns. "diff2flow" trains flow matching by converting the base model's own time,
-            noisy input and output with formulas; "fm" trains it without them, so that the network learns the flow
-            itself; "diffusion" trains the base model's own loss. The default None takes "fm" for a base model that
-            predicts the flow already (flow_prediction), which takes no other, and "diff2flow" for all others.
-        fm_form: Form of the objective "fm". "diffusers" feeds the network 1000 (1 - t) and teaches it noise - latents;
-            "published" feeds it t itself and teaches it latents - noise, as the code of the Diff2Flow paper does. The
-            default None takes the form of a base model that predicts the flow, and "diffusers" for all others.
-        loss_weighting: Weight of the squared velocity error at each time. "flow" weights all times equally, "native"
-            weights them as the loss of the base model does, and "min_snr" weights nearly clean images less. The
-            default None means "min_snr" where --snr_gamma is given, else "native" for the objective "diffusion", and
-            "flow" for the others. "fm" takes only "flow"; "diffusion" takes "native" and "min_snr", which then is the
-            Min-SNR weight of diffusers' scripts.
-        snr_gamma: Signal-to-noise ratio α²/σ² above which "min_snr" lowers the weight, a positive number. Giving it
-            turns that weighting on. The default None means 5 with --loss_weighting min_snr, and no such weight without.
-        timestep_sampling: Distribution of the training times. "uniform" samples the flow time t (0 is noise, 1 is data)
-            evenly, "logit_normal" and "mode" (the heavy-tailed one of the SD3 paper, with its scale of 1.29) prefer
-            the middle, and "u_shaped" prefers both ends. The objective "diffusion" samples whole timesteps evenly, and
-            takes only the default.
-        logit_mean: Mean of the logit of 1 - t, which is log((1 - t) / t), for "logit_normal" only. Positive values
-            train more on noisy images; the default None means 0, which is centred.
-        logit_std: Standard deviation of the same logit, a positive number, for "logit_normal" only. Larger values
-            train more on very clean and very noisy images. The default None means 1.
-        flow_shift: Factor on the ratio of noise to image, (1 - t) / t, in training, as shift in the SD3 paper. Values
-            above 1 train more on noisy images; 1 turns it off. The objective "diffusion" takes only 1.
-        sampling_shift: The same factor for sampling, which is saved with the result as a recommendation, and which
-            `d2f sample` uses; it does not change the training. The default None takes that of --flow_shift.
-        distill: Train the jump from noise to image in one step, and no other time, on the noise and latents of --pairs.
-            It is the last stage after reflow, from whose result it starts, and the result is sampled in one step. It
-            goes with the objectives "diff2flow" and "fm", and is off by default.
-        adapter: Which weights are trained. "lora" trains small LoRA layers and leaves the base model unchanged; "full"
-            trains every weight of the UNet and saves a whole pipeline.
-        init_lora: LoRA to start from, as PATH or PATH:SCALE, in any format that `d2f sample --lora` takes but DoRA. Its
-            layers and ranks are trained further; what it holds of text encoders is merged into them, and saved again.
-            Options below that state other layers or ranks are refused. The default None starts a new LoRA.
-        rank: Rank of the LoRA layers in attention and feed-forward layers. A larger rank learns more, and makes a
-            larger file. The default None means that of --init_lora, or else 64. With --adapter full, this option and
-            the four below are refused.
-        lora_alpha: Strength of the LoRA layers, whose output is multiplied by lora_alpha / rank. The default None means
-            a factor of 1.
-        conv_rank: Rank of LoRA layers that are added to the convolutions of residual blocks, shortcuts, down- and
-            upsampling: all but the first and the last. 0 adds none, and with --init_lora states that it has none. The
-            default None means what --init_lora has, or else 0.
-        first_last_layers: Also train the UNet's first and last convolution, with LoRA layers of full rank, which can
-            learn any change of their weights. --no_first_last_layers does not train them, and with --init_lora states
-            that it has none of them. The default None means what --init_lora has, or else off.
-        target_modules: Name endings of the layers that get LoRA layers in place of attention and feed-forward, such as
-            to_q to_k. --conv_rank and --first_last_layers still add theirs. The default None takes all attention and
-            feed-forward layers.
-        resolution: Side of the square training images, in pixels. The shorter side of each image is resized to it, and
-            the longer side is cropped. It must be a multiple of the model's downsampling, which is 8 for Stable
-            Diffusion. The default None means the model's own size, such as 512 for SD1.5 and 1024 for SDXL.
-        center_crop: Crop the middle of each image, which is the default. --no_center_crop crops a random position, and
-            needs --no_cache_latents.
-        random_flip: Mirror each image left to right with a probability of one half. The cache then keeps both
-            versions. It is off by default.
-        cache_dir: Folder that keeps encoded images and captions; several runs may share it. Captions are always kept.
-            The default None means the folder "cache" inside output_dir.
-        cache_latents: Keep encoded images on disk, and reuse them in each epoch; this needs --center_crop. It is on by
-            default, and --no_cache_latents encodes every image again each time.
-        caption_dropout: Fraction of captions, in [0, 1), that are replaced by the empty caption, so that guidance works
-            when sampling. 0 keeps every caption. The default None means 0.1, and 0 with `d2f train --pairs`, whose
-            guidance is built in.
-        train_batch_size: Number of images in each forward and backward pass of each process.
-        gradient_accumulation_steps: Number of forward and backward passes whose gradients are averaged into one
-            optimizer step. The default 1 turns accumulation off.
-        max_train_steps: Number of optimizer steps of the whole run, including the steps before a resumed checkpoint.
-        learning_rate: Learning rate of the AdamW optimizer, after warm-up and before any decay.
-        lr_scheduler: Schedule of the learning rate, as diffusers' get_scheduler with its defaults: "cosine" falls to 0
-            along half a wave, "cosine_with_restarts" has one cycle, "polynomial" has power 1 and ends at 1e-7. The
-            default "constant" keeps the rate, and "constant_with_warmup" keeps it after a warm-up.
-        lr_warmup_steps: Number of optimizer steps in which the learning rate rises linearly from 0. The default 0 turns
-            warm-up off. "constant" takes no warm-up, and "constant_with_warmup" needs one.
-        adam_beta1: Decay of AdamW's running mean of the gradient, in [0, 1).
-        adam_beta2: Decay of AdamW's running mean of the squared gradient, in [0, 1).
+        output_dir: Folder for checkpoints, logs and the result; it is created if needed. Give each run a new one. A
+            folder with checkpoints is accepted only with --resume_from_checkpoint; one that holds a finished result
+            without checkpoints, or into which another run is writing, is an error.
+        adapter: Which weights are trained. "lora" trains small added layers and leaves the model unchanged. "full"
+            trains the whole UNet and saves a pipeline, which takes far more memory (README.md has a table). Text
+            encoders are never trained.
+        rank: Rank of the LoRA in attention and feed-forward layers. A larger rank can learn more, and makes a larger
+            file. Not with --adapter full. Default: that of --init_lora, or 64.
+        resolution: Side of the square training images in pixels, a multiple of 8. The shorter side of each image is
+            scaled to it, up or down, and the longer side is cropped. Default: the model's own size, such as 512 for
+            SD1.5 and 1024 for SDXL, or that of --pairs.
+        max_train_steps: Number of optimizer steps of the whole run, including those before a resumed checkpoint. The
+            run says how many epochs they are.
+        train_batch_size: Number of images in each forward and backward pass of each process. There is one process for
+            each GPU.
+        gradient_accumulation_steps: Number of passes whose gradients are averaged into one optimizer step. 1 turns this
+            off.
+        learning_rate: Learning rate of the AdamW optimizer, after warm-up. For --adapter full, docs/recipes/full.yaml
+            takes 3e-5.
+        mixed_precision: Precision of the computation. "bf16" (bfloat16) takes less memory and is faster on recent GPUs;
+            "no" is float32. fp16 is not offered. Default: what `accelerate launch` was set to, or "no".
+        gradient_checkpointing: Save memory by computing activations again in the backward pass, which takes more time.
+        init_lora: LoRA to train further, as PATH or PATH:SCALE, in any format of `d2f sample --lora` except DoRA. Its
+            layers and ranks are kept: other options may repeat but not contradict them. What it holds of the text
+            encoders acts during the run, stays as it is, and is saved again with the result. Default: a new LoRA.
+        lora_alpha: Strength of the LoRA, whose output is multiplied by lora_alpha / rank. Default: the rank, which is a
+            factor of 1.
+        conv_rank: Rank of further LoRA layers in the UNet's convolutions, except its first and last one. 0 adds none.
+            Default: that of --init_lora, or 0.
+        first_last_layers: Also train the UNet's first and last convolution, as the Diff2Flow paper does, with LoRA
+            layers of the largest useful rank. --no_first_last_layers leaves them out. Default: as in --init_lora; for a
+            new LoRA off, and on with --task depth.
+        target_modules: Layers that get a LoRA, by the ends of their names, such as to_q to_k. --conv_rank and
+            --first_last_layers add theirs. Default: all attention and feed-forward layers.
+        lora_format: LoRA files to write at the end: "diffusers" (pytorch_lora_weights.safetensors), "kohya" (for
+            ComfyUI, A1111, Forge and kohya's scripts, named after --output_dir, as my_run_kohya.safetensors), or
+            "both". Default: "both"; "diffusers" with --task depth.
+        center_crop: Crop the middle of each image. --no_center_crop crops at a random position, and needs
+            --no_cache_latents.
+        random_flip: Mirror each image left to right half of the time.
+        cache_dir: Folder that keeps encoded images and captions; several runs may share it. A changed image is encoded
+            again. Default: the folder cache in --output_dir.
+        cache_latents: Keep encoded images on disk and reuse them in each epoch. --no_cache_latents encodes every image
+            again each time. Captions are kept in any case.
+        caption_dropout: Fraction of captions that are replaced by the empty one, which classifier-free guidance needs.
+            0 replaces none. Not with --task depth. Default: 0.1; 0 with --pairs or a --teacher_guidance_scale above 1,
+            whose guidance is built in.
+        objective: Loss of the training. "diff2flow" is flow matching: formulas convert what the model predicts, so that
+            it stays a noise or v prediction model that other programs sample. "fm" is flow matching without the
+            formulas: the network changes until it predicts the velocity itself. "diffusion" is the model's ordinary
+            loss, for comparison. Default: "fm" for a model with flow_prediction, which takes no other; "diff2flow" for
+            all others.
+        fm_form: Convention of the objective "fm", and an error with the others. "diffusers" feeds the network 1000 (1 -
+            t) and teaches it the noise minus the latents, as diffusers' flow models do. "published" feeds it t and
+            teaches it the latents minus the noise, as the code of the Diff2Flow paper does; only this package samples
+            such a model. Default: that of a model with flow_prediction, else "diffusers".
+        loss_weighting: Weight of the squared error of the velocity at each time. "flow" weights all times equally,
+            "native" as the model's own loss does, and "min_snr" weights nearly clean images less. "fm" takes only
+            "flow"; "diffusion" takes "native" and "min_snr", which is then the weight of diffusers' scripts. Default:
+            "min_snr" with --snr_gamma, else "native" for "diffusion" and "flow" for the others.
+        snr_gamma: Gamma of the Min-SNR weighting, which this option turns on. Times with a signal-to-noise ratio above
+            gamma get less weight. Not with --objective fm. Default: no such weighting; 5 with --loss_weighting min_snr.
+        timestep_sampling: How often each time is trained. "uniform" trains all equally, "logit_normal" mostly the
+            middle, "mode" the middle more but also the ends (as in the SD3 paper, with its scale of 1.29), and
+            "u_shaped" mostly both ends. Not with --objective diffusion, which samples whole timesteps evenly.
+        logit_mean: Centre of "logit_normal", and an error with other distributions: the mean of log((1 - t) / t). Above
+            0, noisy images are trained more. Default: 0.
+        logit_std: Width of "logit_normal", and an error with other distributions: the standard deviation of log((1 - t)
+            / t). Larger values train very clean and very noisy images more. Default: 1.
+        flow_shift: Factor on the ratio of noise to image, (1 - t) / t, of the training times that --timestep_sampling
+            gives (the shift of the SD3 paper). Above 1, noisy images are trained more; 1 changes nothing. Not with
+            --objective diffusion.
+        sampling_shift: The same factor for sampling, which does not change the training. It is saved with the result,
+            and `d2f sample` uses it. Default: that of --flow_shift.
+        distill: Train only the jump from noise to image in one step, on --pairs: the last stage after reflow, for
+            sampling in one step. Start it from the reflow result, with --init_lora for a LoRA. Not with --objective
+            diffusion, --teacher, or options that choose or weight times.
+        lr_scheduler: Learning rate over the run, as diffusers' schedule of that name. "constant" keeps it, and
+            "constant_with_warmup" keeps it after --lr_warmup_steps. The others fall to about 0: "linear" and
+            "polynomial" in a straight line, "cosine" along half a wave; "cosine_with_restarts" has one cycle.
+        lr_warmup_steps: Number of optimizer steps in which the learning rate rises from 0. "constant_with_warmup" needs
+            one or more, and "constant" takes none.
+        adam_beta1: Decay of AdamW's running mean of the gradient.
+        adam_beta2: Decay of AdamW's running mean of the squared gradient.
         adam_epsilon: Small number that AdamW adds to its denominator, so that it never divides by zero.
         adam_weight_decay: Strength of AdamW's weight decay. 0 turns it off.
-        max_grad_norm: Gradients are scaled down when the norm of all of them together is larger than this. A very large
-            value, such as 1e9, turns clipping off.
-        ema_decay: Decay per step, in [0, 1), of the moving average of the trained weights, which is used for sampling
-            and saving. 0 turns the average off, so that the last weights are used.
-        mixed_precision: Precision of the forward and backward pass. "no" is float32, and "bf16" is bfloat16 autocast,
-            which is faster on recent GPUs. The default None takes what `accelerate launch` was set to, or else "no".
-        gradient_checkpointing: Compute activations again in the backward pass, which takes less memory and more time.
-            It is off by default.
-        compile: Compile the training step with torch.compile. The first step takes minutes, later ones are faster (see
-            docs/results.md; measured on a CPU only), and the compiled code is kept for the next run. It is off by
-            default.
-        cuda_graph: Record the whole training step as one CUDA graph, which removes the CPU's overhead. It needs an
-            NVIDIA GPU and a single process. Four batch shapes are recorded; further ones run without a graph. It has
-            not been run on a GPU yet, and is off by default.
-        checkpointing_steps: Number of optimizer steps between two checkpoints. 0 saves a checkpoint only when the run
-            is stopped by SIGTERM or Ctrl-C.
-        checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. None keeps all of them.
-            The checkpoint before the newest one stays until a finite step has followed the newest.
-        validation_steps: Number of optimizer steps between two validations, of which the first is made before the first
-            step. It needs --validation_data_dir or --validation_pairs, whose loss is measured, or
-            --validation_prompts. The default 0 turns it off.
-        validation_prompts: Prompts of which every validation generates one image each, always from the same noise, in
-            the steps and with the guidance that are recommended for the result. They are written to
-            output_dir/validation, and the first one of the last step is the thumbnail in the LoRA files. The default
-            None generates none.
-        lora_format: Which LoRA files are written at the end. "diffusers" writes pytorch_lora_weights.safetensors for
-            diffusers, "kohya" writes a file for ComfyUI, A1111, Forge and kohya's scripts, named after output_dir
-            (my_run_kohya.safetensors), and "both" writes the two. The default None means "both". With --adapter full
-            the option is refused.
-        resume_from_checkpoint: Checkpoint to continue from, given as "latest", as a name such as checkpoint-500, or as
-            a path. The default None starts a new run.
-        logging_steps: Number of optimizer steps between two entries of the log, at least 1. The last step is always
-            logged.
-        report_to: Where metrics are sent, besides the file log.jsonl, which is always written. "tensorboard" writes
-            its files into output_dir/logs, and the other names are the trackers that accelerate knows. The tracker
-            must be installed. The default "none" sends metrics nowhere else.
+        max_grad_norm: Largest norm of all gradients together; larger gradients are scaled down to it. A very large
+            value, such as 1e9, turns this off.
+        ema_decay: Decay per step of the moving average of the trained weights, which is what is saved and sampled. It
+            rises to this value over the first steps, so that short runs are averaged over less. It takes 4 bytes of
+            memory for each trained weight. 0 turns it off, and the last weights are saved.
+        compile: Compile the training step with torch.compile. The first step takes minutes; later ones were faster on a
+            CPU, and were not measured on a GPU.
+        cuda_graph: Record the training step once and replay it (a CUDA graph), so that the GPU does not wait for the
+            CPU. It needs an NVIDIA GPU and a single process, and has not been run on a GPU yet.
+        checkpointing_steps: Number of optimizer steps between two checkpoints; 0 makes none. A run that is stopped by
+            Ctrl-C or SIGTERM always saves one.
+        checkpoints_total_limit: Number of checkpoints to keep; older ones are deleted. The word None keeps all. The two
+            newest stay until a step after the newest has succeeded.
+        validation_steps: Number of optimizer steps between two validations; the first one is made before the training.
+            It needs --validation_data_dir, --validation_pairs or --validation_prompts, and they need it. 0 turns it
+            off.
+        validation_prompts: Prompts of which every validation generates one image each, always from the same noise, with
+            the steps and the guidance that are saved with the result. The images are written to output_dir/validation,
+            and the first of the last step is the thumbnail in the LoRA file. Default: none.
+        resume_from_checkpoint: Checkpoint to continue from: "latest", a name such as checkpoint-500, or a path. Give
+            the other options again; one that would change the result must be the same, except a larger
+            --max_train_steps with a constant schedule. Default: a new run.
+        logging_steps: Number of optimizer steps between two lines of log.jsonl. The last step is always logged.
+        report_to: Where metrics are sent, besides the file log.jsonl, which is always written: "tensorboard" (files in
+            output_dir/logs) or another tracker of accelerate, which must be installed. "none" sends them nowhere.
         dataloader_num_workers: Number of threads that read and decode images while the model trains. 0 reads each batch
-            only when it is needed. With 2 or more, a data set of your own must be safe to read from several threads.
-        seed: Seed of everything that is random in training, from 0 to 2**63 - 1: initial LoRA weights, order of the
-            data, crops, noise and times. The same seed and options repeat a run.
+            when it is needed. A data set given in Python must allow as many readers at once.
+        seed: Seed of everything that is random in training: weights of a new LoRA, order of the data, crops, noise and
+            times. On a CPU, the same seed and options repeat a run exactly.
 
     Raises:
         RefusedInputError: An option has a value that it does not take, or two options contradict each other.
     """
 
-    output_dir: str = option("checkpoints and logs", "d2f-output")
+    output_dir: str = option("essential", "d2f-output", metavar="FOLDER")
+    adapter: Literal["lora", "full"] = option("essential", "lora")
+    rank: int | None = option("essential", None, at_least(1, MAX_RANK))
+    resolution: int | None = option("essential", None, at_least(8, MAX_SIDE))
+    max_train_steps: int = option("essential", 1000, at_least(1, MAX_STEPS))
+    train_batch_size: int = option("essential", 4, at_least(1, MAX_BATCH))
+    gradient_accumulation_steps: int = option("essential", 1, at_least(1, MAX_BATCH))
+    learning_rate: float = option("essential", 1e-4, positive(1000.0))
+    mixed_precision: Literal["no", "bf16"] | None = option("essential", None)
+    gradient_checkpointing: bool = option("essential", False)
+    init_lora: str | None = option("LoRA", None, metavar="PATH[:SCALE]")
+    lora_alpha: float | None = option("LoRA", None, positive(1e6))
+    conv_rank: int | None = option("LoRA", None, at_least(0, MAX_RANK))
+    first_last_layers: bool | None = option("LoRA", None)
+    target_modules: tuple[str, ...] | None = option("LoRA", None, metavar="NAME")
+    lora_format: LoraFormat | None = option("LoRA", None)
+    center_crop: bool = option("data", True)
+    random_flip: bool = option("data", False)
+    cache_dir: str | None = option("data", None, metavar="FOLDER")
+    cache_latents: bool = option("data", True)
+    caption_dropout: float | None = option("data", None, check_fraction)
     objective: ObjectiveName | None = option("method", None)
     fm_form: FlowForm | None = option("method", None)
     loss_weighting: LossWeighting | None = option("method", None)
@@ -348,23 +355,6 @@ class TrainingConfig:
     flow_shift: float = option("method", 1.0, positive(MAX_SHIFT))
     sampling_shift: float | None = option("method", None, positive(MAX_SHIFT))
     distill: bool = option("method", False)
-    adapter: Literal["lora", "full"] = option("model", "lora")
-    init_lora: str | None = option("model", None)
-    rank: int | None = option("model", None, at_least(1, MAX_RANK))
-    lora_alpha: float | None = option("model", None, positive(1e6))
-    conv_rank: int | None = option("model", None, at_least(0, MAX_RANK))
-    first_last_layers: bool | None = option("model", None)
-    target_modules: tuple[str, ...] | None = option("model", None)
-    resolution: int | None = option("data", None, at_least(8, MAX_SIDE))
-    center_crop: bool = option("data", True)
-    random_flip: bool = option("data", False)
-    cache_dir: str | None = option("data", None)
-    cache_latents: bool = option("data", True)
-    caption_dropout: float | None = option("data", None, check_fraction)
-    train_batch_size: int = option("optimisation", 4, at_least(1, MAX_BATCH))
-    gradient_accumulation_steps: int = option("optimisation", 1, at_least(1, MAX_BATCH))
-    max_train_steps: int = option("optimisation", 1000, at_least(1, MAX_STEPS))
-    learning_rate: float = option("optimisation", 1e-4, positive(1000.0))
     lr_scheduler: LearningRateSchedule = option("optimisation", "constant")
     lr_warmup_steps: int = option("optimisation", 0, at_least(0, MAX_STEPS))
     adam_beta1: float = option("optimisation", 0.9, check_fraction)
@@ -373,15 +363,12 @@ class TrainingConfig:
     adam_weight_decay: float = option("optimisation", 1e-2, at_least(0, 1000.0))
     max_grad_norm: float = option("optimisation", 1.0, check_positive)
     ema_decay: float = option("optimisation", 0.999, check_fraction)
-    mixed_precision: Literal["no", "bf16"] | None = option("memory and speed", None)
-    gradient_checkpointing: bool = option("memory and speed", False)
     compile: bool = option("memory and speed", False)
     cuda_graph: bool = option("memory and speed", False)
     checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0, MAX_STEPS))
     checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1, MAX_STEPS))
     validation_steps: int = option("checkpoints and logs", 0, at_least(0, MAX_STEPS))
     validation_prompts: tuple[str, ...] | None = option("checkpoints and logs", None)
-    lora_format: LoraFormat | None = option("checkpoints and logs", None)
     resume_from_checkpoint: str | None = option("checkpoints and logs", None)
     logging_steps: int = option("checkpoints and logs", 10, at_least(1, MAX_STEPS))
     report_to: Tracker = option("checkpoints and logs", "none")

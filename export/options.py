@@ -1,10 +1,9 @@
 """Define the options of the export, and refuse wrong ones before a model is loaded. Imports no torch."""
 
 import re
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
-
-import tyro
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from d2f_fast.config import (
     MAX_SHIFT,
@@ -12,13 +11,15 @@ from d2f_fast.config import (
     PredictionType,
     check_number,
     check_options,
-    check_positive,
-    spell_out_flags,
+    finite,
+    option,
+    positive,
 )
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.source import LoraSource, check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.option_help import options_of, parse_groups
 from d2f_fast.unknown_options import refuse_unknown_options
 
 COMPONENTS = ("unet", "text_encoder", "vae_encoder", "vae_decoder", "sampler")
@@ -51,35 +52,39 @@ class SourceOptions:
     """Choose what is exported.
 
     Args:
-        model: Model to export: a hub id, the folder of a diffusers pipeline, a .safetensors file, or "miniature" for
-            the model that comes with this package.
-        lora: LoRA to merge into the model first, as PATH or PATH:SCALE; the scale is 1 if left out. PATH is the folder
-            of a run or of a checkpoint-N, or a file in the format of peft, diffusers, kohya or LyCORIS. Repeat the
-            option for several; without it, nothing is merged.
-        vae: Hub id, folder or .safetensors file of an autoencoder to export in place of the model's own, for example
-            the much smaller madebyollin/taesd. None exports the model's own.
-        prediction_type: What the network predicts, in the words of diffusers. None takes it from the model's own files.
-        rescale_betas_zero_snr: Whether the model was trained with zero terminal SNR; --no_rescale_betas_zero_snr states
-            that it was not. None takes it from the model's own files.
+        model: Model to export: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. "miniature" is
+            the tiny model of 32-pixel emoji inside this package.
+        lora: LoRA to merge into the model first, as PATH or PATH:SCALE, where 1 is the usual scale. PATH is the folder
+            of a run or of its checkpoint-N, or a .safetensors file in the format of diffusers, peft, kohya or LyCORIS.
+            Repeat the option for several. Default: none.
+        vae: Autoencoder (VAE) to export in place of the model's own: a Hugging Face id, a folder, or one .safetensors
+            file, for example the much smaller madebyollin/taesd. It is --pretrained_vae_model_name_or_path of d2f.
+            Default: the model's own.
+        prediction_type: What the network predicts, as for `d2f sample`. Default: read from the model's files.
+        rescale_betas_zero_snr: The model was trained with zero terminal SNR, so that its last timestep is pure noise;
+            --no_rescale_betas_zero_snr says that it was not. Default: read from the model's files.
         tokenizer_name_or_path: Folder with CLIP's vocab.json and merges.txt, for a model that is one .safetensors file.
-            None takes the vocabulary from the installed package open_clip_torch.
-        vae_custom_scale: Factor on the autoencoder's latents. None takes it from its configuration.
-        vae_custom_shift: Number that is subtracted from the autoencoder's latents before the factor. None takes it from
-            its configuration.
-        vae_reflection_padding: Pad the autoencoder's convolutions by reflection, as fine-tunes for EQ-VAE need;
-            --no_vae_reflection_padding pads with zeros. None takes it from the model or the LoRA.
-        variant: Variant of the weight files of a folder or hub id, such as fp16. None takes the files without one.
-        revision: Branch, tag or commit of a hub id. None takes the main branch.
+            Default: the vocabulary in the Python package open_clip_torch, which must then be installed.
+        vae_custom_scale: Factor on the latents, the scaling_factor of the autoencoder. Default: that of its
+            configuration.
+        vae_custom_shift: Number that is subtracted from the latents before that factor. Default: that of the
+            autoencoder's configuration, or 0.
+        vae_reflection_padding: Pad the autoencoder's convolutions by reflection, for an autoencoder that was trained
+            so; --no_vae_reflection_padding pads with zeros. Default: what the files of the model or the LoRA say, or
+            zeros.
+        variant: Variant of the weight files in a folder or under a Hugging Face id, such as fp16. Default: files
+            without a variant.
+        revision: Branch, tag or commit of a Hugging Face id. Default: the main branch.
     """
 
-    model: str = MINIATURE
-    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    vae: str | None = None
+    model: str = option(None, MINIATURE, metavar="MODEL")
+    lora: tuple[str, ...] = field(default=(), metadata={"repeated": True, "metavar": "PATH[:SCALE]"})
+    vae: str | None = option(None, None, metavar="VAE")
     prediction_type: PredictionType | None = None
     rescale_betas_zero_snr: bool | None = None
-    tokenizer_name_or_path: str | None = None
-    vae_custom_scale: float | None = None
-    vae_custom_shift: float | None = None
+    tokenizer_name_or_path: str | None = option(None, None, metavar="FOLDER")
+    vae_custom_scale: float | None = option(None, None, positive(1000.0))
+    vae_custom_shift: float | None = option(None, None, finite(1000.0))
     vae_reflection_padding: bool | None = None
     variant: str | None = None
     revision: str | None = None
@@ -90,14 +95,14 @@ class OutputOptions:
     """Choose where the export goes and what is printed.
 
     Args:
-        output: Folder to write. It appears only once every check has passed.
-        overwrite: Replace an earlier export in the output folder. Without it, a folder with files is refused.
-        keep_failed: If a check fails, keep the graphs in a folder named like the output with "-failed" appended.
-            Without it, they are removed.
-        json: Print the report, the run time in seconds and the peak memory in bytes as JSON instead of a table.
+        output: Folder to write. It appears when the graphs have passed their checks.
+        overwrite: Replace an earlier export in the output folder. A folder with files is an error otherwise.
+        keep_failed: If a check fails, keep the graphs in a folder named like the output with "-failed" at its end. They
+            are deleted otherwise.
+        json: Print the report, the run time in seconds and the peak memory in bytes as JSON, in place of a table.
     """
 
-    output: str = "d2f-onnx"
+    output: str = option(None, "d2f-onnx", metavar="FOLDER")
     overwrite: bool = False
     keep_failed: bool = False
     json: bool = False
@@ -108,45 +113,46 @@ class GraphOptions:
     """Choose which graphs are written, in which shapes and precision.
 
     Args:
-        components: Graphs to write, separated by commas; the default names all that there are. "text_encoder" includes
-            the second text encoder of SDXL.
-        precision: Number format in which the UNet and the text encoders hold their weights and compute. The autoencoder
-            stays float32 unless its config.json has "force_upcast": false; so do inputs, outputs, and the times and
-            coefficients of the steps in steps.json. bf16 also needs --skip_verify.
-        target: Program that runs the graphs. "ort" (ONNX Runtime) writes opset 20. "tensorrt" writes opset 23, in which
-            each normalisation and attention is one operator; no graph has been run with TensorRT yet.
-        opset: Version of ONNX's set of operators. None takes the version of --target, or 23 for bf16.
-        static: Fixed input size as BATCHxHEIGHTxWIDTH, in images and pixels, for example 1x512x512. None lets each run
-            choose its own size.
+        components: Graphs to write, separated by commas. "sampler" is all sampling steps in one graph; it uses the
+            weights of "unet" and needs it. "text_encoder" includes the second text encoder of SDXL.
+        precision: Number format in which the UNet and the text encoders hold their weights and compute. Inputs and
+            outputs are float32. So is the autoencoder, unless its config.json says "force_upcast": false. "bf16" needs
+            --skip_verify.
+        target: Program that runs the graphs: "ort" is ONNX Runtime. For "tensorrt", each normalisation and each
+            attention is one operator; no graph has been run with TensorRT yet.
+        opset: Version of ONNX's set of operators. Default: 20 for "ort", 23 for "tensorrt" and for bf16.
+        static: Fixed input size as BATCHxHEIGHTxWIDTH, in images and pixels, such as 1x512x512; height and width are
+            multiples of 8, at most 16384. Default: each run chooses its size.
     """
 
-    components: str = ",".join(COMPONENTS)
+    components: str = option(None, ",".join(COMPONENTS), metavar="NAME,...")
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     target: Literal["ort", "tensorrt"] = "ort"
     opset: Literal[20, 23] | None = None
-    static: str | None = None
+    static: str | None = option(None, None, metavar="BxHxW")
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Choose what the sampler graph does: all steps from noise to latents in one graph.
+    """Choose what the sampler graph does: all Euler steps from noise to latents in one graph.
 
     Args:
-        steps: Numbers of sampling steps that the sampler can take, separated by commas, each 1 to 1000.
-        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step, above 0; 1 turns it off. None takes the
-            factor saved with the trained weights, or that of the model's flow-matching scheduler, or else 1.
-        guidance: Build classifier-free guidance into the sampler, which doubles the network's batch.
+        steps: Numbers of sampling steps (Euler's method) that the sampler can take, separated by commas, each from 1 to
+            1000.
+        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step; 1 changes nothing. Default: the one
+            saved with the LoRA or model, or that of the model's own flow-matching scheduler, or 1.
+        guidance: Build classifier-free guidance into the sampler, which doubles the network's batch. Its strength is an
+            input of the graph.
         with_vae: Let the sampler also decode its latents, so that it returns an image.
-        unroll: Also write unet/sampler_N.onnx, a sampler of this number N of steps, 1 to 50, without a loop: it holds N
-            copies of the network's operators, which share its weights. It is for engines that run no loops. 0 writes
-            none.
+        unroll: Also write unet/sampler_N.onnx, a sampler of N steps, at most 50, without a loop, for programs that run
+            no loops. It holds N copies of the network's operators, which share its weights. 0 writes none.
     """
 
-    steps: str = "1,2,4,8"
-    shift: float | None = None
+    steps: str = option(None, "1,2,4,8", metavar="N,...")
+    shift: float | None = option(None, None, positive(MAX_SHIFT))
     guidance: bool = True
     with_vae: bool = False
-    unroll: int = 0
+    unroll: int = option(None, 0, metavar="N")
 
 
 @dataclass(frozen=True)
@@ -154,13 +160,13 @@ class CheckOptions:
     """Choose how the graphs are checked against torch.
 
     Args:
-        tolerance: Largest error of each graph, the autoencoder's included: RMS of the difference to torch in float32,
-            divided by the RMS of torch's output, above 0 and below 1. A sampler may differ more, by a factor that
-            export.json names. None allows 1e-5 for fp32 and 3e-3 for fp16.
-        verify_only: Export nothing; compare the export in the output folder with the model again. Give --model, --lora,
-            --vae and --tokenizer_name_or_path as for the export; all other options are read from it.
-        skip_verify: Check that the graphs are valid, but do not run them. bf16 needs this, because ONNX Runtime cannot
-            run bf16 graphs on a CPU.
+        tolerance: Largest error of each graph: RMS of the difference to torch in float32, divided by the RMS of torch's
+            output, above 0 and below 1. A sampler may differ more, because errors grow over its steps; export.json has
+            the factor. Default: 1e-5 for fp32, 3e-3 for fp16.
+        verify_only: Export nothing, and compare the export in the output folder with the model again. Give --model,
+            --lora, --vae and --tokenizer_name_or_path as for the export; it holds all other options.
+        skip_verify: Check that the graphs are valid, but do not run them. bf16 needs this, because ONNX Runtime does
+            not run bf16 graphs on a CPU.
     """
 
     tolerance: float | None = None
@@ -168,18 +174,29 @@ class CheckOptions:
     skip_verify: bool = False
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Export a Stable Diffusion pipeline, aligned or not, to ONNX graphs that are checked against torch.
+class _Program:
+    """Export a Stable Diffusion pipeline to ONNX graphs, which are then compared with torch.
 
-    Exit codes: 0 done, 1 a graph differs from torch, 2 refused input, 143 stopped by SIGTERM.
+    Without --model the miniature is exported, a tiny model inside this package. The export runs on the CPU.
+    docs/deploy.md shows how to run the graphs.
+
+    Exit codes: 0 done, 1 a graph differs from torch, 2 an option or a file cannot be used, 143 stopped by SIGTERM.
+
+    Examples:
+        python export/to_onnx.py --output d2f-onnx
+        python export/to_onnx.py --model MODEL --lora run:0.8 --precision fp16 --output out
+        python export/to_onnx.py --model MODEL --output out --verify_only
     """
 
-    model: SourceOptions
-    output: OutputOptions
-    graphs: Annotated[GraphOptions, tyro.conf.arg(name="shapes and precision")]
-    sampler: SamplerOptions
-    check: CheckOptions
+
+# Groups of the options in the help, by their titles.
+_GROUPS: Mapping[str | None, type] = {
+    "source": SourceOptions,
+    "output": OutputOptions,
+    "shapes and precision": GraphOptions,
+    "sampler": SamplerOptions,
+    "check": CheckOptions,
+}
 
 
 @dataclass(frozen=True)
@@ -199,7 +216,6 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise RefusedInputError(f"tolerance must be above 0 and below 1, got {self.tolerance}")
         check_options(self)
-        check_positive("shift", self.shift, MAX_SHIFT)
         if self.verify_only and self.skip_verify:
             raise RefusedInputError("verify_only and skip_verify exclude each other: give only one of them")
         _ = self.step_counts, self.static_sizes
@@ -214,9 +230,9 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
             )
         if self.unroll < 0 or self.unroll > 50:
             raise RefusedInputError(f"unroll must be 0 to 50, got {self.unroll}: each step is a copy of the network")
-        for option, is_given in {"with_vae": self.with_vae, "unroll": self.unroll > 0}.items():
+        for name, is_given in {"with_vae": self.with_vae, "unroll": self.unroll > 0}.items():
             if is_given and "sampler" not in self.component_names:
-                raise RefusedInputError(f"{option} changes the sampler only: add sampler to components")
+                raise RefusedInputError(f"{name} changes the sampler only: add sampler to components")
         if "sampler" in self.component_names and "unet" not in self.component_names:
             raise RefusedInputError("the sampler uses the weights in unet/: add unet to components")
         if self.with_vae and "vae_decoder" not in self.component_names:
@@ -292,8 +308,8 @@ def parse(arguments: list[str], program: str) -> ExportOptions:
         RefusedInputError: the program has no such option.
         SystemExit: an option has a wrong type (code 2), or help was asked for (code 0).
     """
-    refuse_unknown_options(arguments, program, [option.name for option in fields(ExportOptions)], _FOREIGN_OPTIONS)
-    arguments = spell_out_flags(arguments, ["rescale_betas_zero_snr", "vae_reflection_padding"])
-    groups = tyro.cli(_Groups, prog=program, args=arguments, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
-    held = [getattr(groups, group.name) for group in fields(groups)]
-    return ExportOptions(**{option.name: getattr(group, option.name) for group in held for option in fields(group)})
+    names = [each.name for each in fields(ExportOptions)]
+    refuse_unknown_options(arguments, program, names, _FOREIGN_OPTIONS)
+    groups = {title: list(options_of(group)) for title, group in _GROUPS.items()}
+    values = parse_groups(_Program, groups, arguments, program, given={})
+    return ExportOptions(**{name: values[name] for name in names})

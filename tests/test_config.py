@@ -13,7 +13,6 @@ from d2f_fast.config import (
     TrainingConfig,
     check_options,
     option,
-    spell_out_flags,
     words_of,
 )
 from d2f_fast.errors import RefusedInputError
@@ -86,19 +85,3 @@ def test_check_of_an_option_is_given_its_name_and_value():
 
     check_options(Options())
     assert seen == [("size", 3)]
-
-
-@pytest.mark.parametrize(
-    ("typed", "spelled"),
-    [
-        ("--flag", "--flag True"),
-        ("--no_flag", "--flag False"),
-        ("--no-flag --other 3", "--flag False --other 3"),
-        ("--flag --other 3", "--flag True --other 3"),
-        ("--flag False", "--flag False"),
-        ("--flag None", "--flag None"),
-        ("--other --flags flag", "--other --flags flag"),
-    ],
-)
-def test_flag_of_three_states_is_given_its_value(typed, spelled):
-    assert spell_out_flags(typed.split(), ["flag"]) == spelled.split()

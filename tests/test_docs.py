@@ -16,9 +16,9 @@ from PIL import Image
 from benchmarks import estimate
 from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
 from d2f_fast.commands.main import main, parse
-from d2f_fast.commands.options import options_of
 from d2f_fast.commands.train import Train
 from d2f_fast.config import DEFAULT_CAPTION_DROPOUT, DEFAULT_RANK
+from d2f_fast.option_help import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

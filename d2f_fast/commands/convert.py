@@ -49,45 +49,52 @@ class Input(NamedTuple):
 class Convert:
     """Convert models and LoRA files to other forms; merge, extract and resize LoRA.
 
+    Required: INPUT and OUTPUT. The model options say what INPUT is, and are an error where it is a LoRA.
+
     Args:
-        input: Model or LoRA to convert. A model is a diffusers folder, a .safetensors file with every part, or a hub
-            id; a LoRA is a .safetensors file or the folder of a run, optionally with a strength as FILE:0.8.
-        output: File or folder to write. A name that ends in .safetensors is a file.
-        to: Form of the output: "diffusers" a folder, "single_file" a .safetensors file of the original layout, which
-            ComfyUI, A1111 and Forge read; for a LoRA, "peft" the file of diffusers and "kohya" that of the other
-            programs. The default None takes it from the output: a folder or pytorch_lora_weights.safetensors means
-            "diffusers" or "peft", and any other .safetensors file "single_file" or "kohya".
-        dtype: Type of the weights in the output. The default None keeps that of the input. A merge is computed in
-            float32 and rounded once.
-        lora: LoRA files that are added to the input, each FILE or FILE:STRENGTH: merged into a model, or joined with a
-            LoRA into one, whose ranks add up. The default adds none.
-        extract_lora_from: Base model. The output is then the LoRA by which the input, a model that was finetuned from
-            it in full, differs; give --rank. The default None extracts nothing.
-        rank: Largest rank of a LoRA in the output. Layers of a larger rank are cut to it as closely as possible. The
-            default None keeps every rank.
-        base_model: Diffusers folder of the model that a LoRA belongs to, or "miniature". It is needed only where the
-            LoRA does not show that it is of Stable Diffusion 1.x, 2.x or SDXL, or if its layers are not those of the
-            published model.
+        input: Model or LoRA to convert. A model is a diffusers folder, a .safetensors file with all its parts, or a
+            Hugging Face id; a LoRA is a .safetensors file, with a scale if you like, as FILE:0.8. The folder of a run
+            stands for its result.
+        output: File to write, if the name ends in .safetensors, or folder.
+        to: Form of the output. Of a model, "diffusers" is a folder, and "single_file" one .safetensors file for
+            ComfyUI, A1111 and Forge. Of a LoRA, "peft" is the file that diffusers reads, and "kohya" the one for the
+            other programs. Default: "diffusers" or "peft" if OUTPUT is a folder (or a LoRA named
+            pytorch_lora_weights.safetensors), "single_file" or "kohya" if it is a file.
+        dtype: Type of the weights in the output. Default: that of the input; fp32 with --extract_lora_from.
+        lora: LoRA to add, each as PATH or PATH:SCALE: they are merged into a model, or joined with a LoRA to one whose
+            rank is the sum of the ranks. Default: none.
+        extract_lora_from: Base model of INPUT, which was finetuned from it in full. The output is then a LoRA of what
+            the two differ by; it needs --rank. Default: nothing is extracted.
+        rank: Largest rank of the LoRA in the output. Layers of a larger rank are approximated. Default: the ranks are
+            kept.
+        base_model: Diffusers folder of the model that a LoRA belongs to, or "miniature". It is needed only if that
+            model is none of Stable Diffusion 1.x, 2.x and SDXL, or has other layers. Default: found from the LoRA.
         model_options: Options of the model.
-        overwrite: Replace an output that exists. It is off by default, so that such an output is refused. A folder that
-            holds anything but a model is never replaced.
-        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
-            default.
-        json: Print the result as one line of JSON, in place of the path of the output. It is off by default.
+        overwrite: Replace the output if it exists, which is an error otherwise. A folder that holds anything but a
+            model is never replaced.
+        dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
+            or written. An option that was left open is printed as null.
+        json: Print the result (form, what was written, its size in bytes, path) as one line of JSON, in place of the
+            path of the output.
+
+    Examples:
+        d2f convert run/pipeline style.safetensors --dtype fp16
+        d2f convert MODEL merged.safetensors --lora run:0.8 other.safetensors
+        d2f convert run style_kohya.safetensors --rank 16
     """
 
     input: str = field(metadata={"positional": True})
     output: str = field(metadata={"positional": True})
-    to: OutputForm | None = None
-    dtype: Literal["fp16", "bf16", "fp32"] | None = None
-    lora: tuple[str, ...] = ()
-    extract_lora_from: str | None = None
-    rank: int | None = option(None, None, at_least(1, MAX_RANK))
-    base_model: str | None = None
+    to: OutputForm | None = option("essential", None)
+    dtype: Literal["fp16", "bf16", "fp32"] | None = option("essential", None)
+    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    extract_lora_from: str | None = option("essential", None, metavar="MODEL")
+    rank: int | None = option("essential", None, at_least(1, MAX_RANK))
+    base_model: str | None = option("essential", None, metavar="FOLDER")
     model_options: ModelOptions = field(default_factory=ModelOptions)
-    overwrite: bool = False
-    dry_run: bool = False
-    json: bool = False
+    overwrite: bool = option("essential", False)
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse an input, an output or options that cannot be used.

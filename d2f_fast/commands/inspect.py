@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2f_fast.config import check_text
+from d2f_fast.config import check_text, option
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
 from d2f_fast.models.configs import MINIATURE_FOLDER
 from d2f_fast.models.names import MINIATURE
@@ -22,15 +22,19 @@ class Inspect:
     """Say what a model, a LoRA, a data set or a result is, and what is odd about it.
 
     Args:
-        path: Folder or .safetensors file, or "miniature". Only names, configurations and headers are read, and nothing
-            is loaded.
-        dry_run: Check the path, print the options that would be used, as JSON, and stop. It is off by default.
-        json: Print the description as one line of JSON, in place of a table. It is off by default.
+        path: Folder or .safetensors file on this machine, or "miniature", the tiny model inside this package. Names,
+            configurations and headers are read, and no weights.
+        dry_run: Check that the path exists, print the options as JSON, and stop.
+        json: Print the description as one line of JSON, in place of a table.
+
+    Examples:
+        d2f inspect style.safetensors
+        d2f inspect run --json
     """
 
     path: str = field(metadata={"positional": True})
-    dry_run: bool = False
-    json: bool = False
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse a path that does not exist.

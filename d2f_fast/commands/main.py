@@ -17,12 +17,13 @@ from d2f_fast.commands.evaluate import Evaluate
 from d2f_fast.commands.evaluate_depth import EvaluateDepth
 from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
 from d2f_fast.commands.inspect import Inspect
-from d2f_fast.commands.options import Command, description, options_of, parse_options
+from d2f_fast.commands.options import Command, parse_options
 from d2f_fast.commands.pairs import Pairs
 from d2f_fast.commands.sample import Sample
 from d2f_fast.commands.sample_depth import SampleDepth
 from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.option_help import options_of, purpose
 from d2f_fast.stopping import run_until_stopped, unless_stopped
 
 COMMANDS: Mapping[str, type[Command]] = {
@@ -43,11 +44,12 @@ TASKS: Mapping[tuple[str, str], type[Command]] = {
 
 def help_text() -> str:
     """Return the text of `d2f --help`: what d2f is, its commands, and two examples."""
-    purposes = "\n".join(f"  {name:9}{description(command)}" for name, command in COMMANDS.items())
+    purposes = "\n".join(f"  {name:9}{purpose(command)}" for name, command in COMMANDS.items())
     return f"""usage: d2f [-h] [--version] COMMAND [OPTIONS]
 
-d2f finetunes a Stable Diffusion model on your captioned images with a flow-matching loss, and
-samples from the result in few steps. Formulas convert the model's predictions to the flow.
+d2f finetunes a Stable Diffusion model on your captioned images with a flow-matching loss (the
+Diff2Flow method), and generates images with the result. A second training on pairs that the model
+makes itself (reflow) is for sampling in one to four steps.
 
 commands:
 {purposes}
@@ -56,12 +58,14 @@ options:
   -h, --help  Show this help and stop. `d2f COMMAND --help` explains the options of a command.
   --version   Print the version of d2f and stop.
 
-Each command also takes its options from a YAML file (--config FILE), shows them without running
-(--dry_run), and prints its result as JSON (--json).
+The options of a command may also come from a YAML file (--config FILE). --dry_run shows all options
+without running, and --json prints the result as JSON. In a clone, `python export/to_onnx.py --help`
+explains the export to ONNX.
 
 examples:
+  d2f demo
   d2f train --train_data_dir photos --pretrained_model_name_or_path MODEL --output_dir run
-  d2f sample --prompts "a red fox" --model MODEL --lora run --num_inference_steps 4
+  d2f sample --prompts "a red fox" --model MODEL --lora run
 """
 
 

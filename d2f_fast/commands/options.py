@@ -1,37 +1,18 @@
-"""Parse the options of a command into its dataclass: defaults, then the configuration file, then what was typed.
-
-Options, types, defaults and help come from the fields of the dataclass and from the "Args" of its docstring. A field
-that is itself a dataclass adds its own options.
-"""
+"""Parse the options of a command into its dataclass: defaults, then the configuration file, then what was typed."""
 
 import dataclasses
-import inspect
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
-from d2f_fast.config import OptionGroup, choice_of, spell_out_flags, words_of
+from d2f_fast.config import OptionGroup, choice_of, words_of
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.option_help import Option, options_of, parse_groups
 from d2f_fast.unknown_options import refuse_unknown_options
 
 CONFIG_HELP = (
-    "YAML file with lines such as `seed: 1`, whose keys are options of this command. Options on the command line"
-    " override those of the file. The default None reads no file."
+    "YAML file with lines such as `seed: 1`, `lora: [a, b]` or `json: true`. Its keys are options of this command,"
+    " without dashes; any other key is an error. Options on the command line replace those of the file. Default: none."
 )
 
 
@@ -57,37 +38,6 @@ class Command(Protocol):
 
 CommandType = TypeVar("CommandType", bound=Command)
 T = TypeVar("T")
-
-
-class Option(NamedTuple):
-    """Hold one option of a command: its dataclass field, its type and its help text."""
-
-    field: dataclasses.Field[Any]
-    hint: Any
-    help: str
-
-
-def description(options: type) -> str:
-    """Return the docstring of a dataclass without its sections."""
-    return inspect.cleandoc(options.__doc__ or "").partition("\n\nArgs:")[0]
-
-
-def argument_texts(options: type) -> dict[str, str]:
-    """Return the "Args" entries of a dataclass' docstring by name, each on one line."""
-    section = inspect.cleandoc(options.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
-    parts = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)[1:]
-    return {name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)}
-
-
-def options_of(command: type) -> Iterator[Option]:
-    """Yield the options of a command in the order of its fields; a nested dataclass yields its own options."""
-    hints, texts = get_type_hints(command), argument_texts(command)
-    for field in dataclasses.fields(command):
-        hint = hints[field.name]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from options_of(hint)
-        else:
-            yield Option(field, hint, texts.get(field.name, ""))
 
 
 def parse_options(
@@ -120,20 +70,7 @@ def parse_options(
         hints = {option.field.name: option.hint for option in options}
         read = read_config(path)
         given = {key: option_value(key, value, hints, path, name, foreign) for key, value in read.items()}
-    # tyro takes most of the time of a start, so that `d2f --help` and a refused file do without.
-    import tyro
-
-    parsed: Any = tyro.cli(
-        _grouped(options, given),
-        prog=f"d2f {name}",
-        description=description(command),
-        args=spell_out_flags(arguments, (option.field.name for option in options if option.hint == (bool | None))),
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    typed = dataclasses.asdict(parsed)
-    leaves = {key: value for group in typed.values() if isinstance(group, dict) for key, value in group.items()}
-    return _construct(command, typed | leaves)
+    return _construct(command, parse_groups(command, _grouped(options), arguments, f"d2f {name}", given))
 
 
 def _refuse_values(arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
@@ -197,38 +134,15 @@ def _config_path(arguments: Sequence[str]) -> Path | None:
     return Path(path)
 
 
-def _grouped(options: Sequence[Option], given: Mapping[str, Any]) -> type:
-    """Return a dataclass of the options as tyro takes them, with a nested dataclass for each titled group.
-
-    Args:
-        options: options of the command.
-        given: values that replace the defaults, by option name.
-    """
-    import tyro
-
-    # Keyword arguments allow any order of fields; without comparison and text it is made faster.
-    make_dataclass = partial(dataclasses.make_dataclass, kw_only=True, eq=False, repr=False)
-
-    def declared(name: str, hint: Any, default: Any, text: str, metavar: str | None = None) -> tuple[str, Any, Any]:
-        if get_origin(hint) in (Union, UnionType):
-            # With None first, tyro accepts a default of None without loading typeguard, which takes longer than tyro.
-            hint = Union[tuple(sorted(get_args(hint), key=lambda part: part is not NoneType))]  # noqa: UP007
-        return name, Annotated[hint, tyro.conf.arg(help=text, metavar=metavar)], dataclasses.field(default=default)
-
-    config = declared("config", str | None, None, CONFIG_HELP, metavar="FILE")
-    groups: dict[str | None, list[tuple[str, Any, Any]]] = {None: [config]}
-    for field, hint, text in options:
-        default = given.get(field.name, field.default)
-        group = groups.setdefault(field.metadata.get("group"), [])
-        is_positional, positional = field.metadata.get("positional"), cast(Any, tyro.conf.Positional)
-        metavar = field.name.upper() if is_positional else None
-        group.append(declared(field.name, positional[hint] if is_positional else hint, default, text, metavar))
-    titled = [
-        (f"group_{i}", Annotated[make_dataclass(title, groups[title]), tyro.conf.arg(name=title, help="")])
-        for i, title in enumerate(get_args(OptionGroup))
-        if title in groups
-    ]
-    return make_dataclass("Options", [*titled, *groups[None]])
+def _grouped(options: Iterable[Option]) -> dict[str | None, list[Option]]:
+    """Return the options by the title of their group, in the order of the help; those of None have no title."""
+    config: Any = dataclasses.field(default=None, metadata={"metavar": "FILE"})
+    config.name = "config"
+    groups: dict[str | None, list[Option]] = {title: [] for title in (None, *get_args(OptionGroup))}
+    groups["other"].append(Option(config, str | None, CONFIG_HELP))
+    for option in options:
+        groups[option.field.metadata.get("group")].append(option)
+    return {title: group for title, group in groups.items() if group}
 
 
 def _construct(options: type[T], values: Mapping[str, Any]) -> T:

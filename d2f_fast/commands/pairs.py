@@ -39,82 +39,89 @@ if TYPE_CHECKING:
 class Pairs:
     """Generate pairs of noise and latents with a model, for `d2f train --pairs`.
 
+    Training on pairs that a model has made itself (reflow) straightens its way from noise to image, so that one to four
+    sampling steps are enough (docs/reflow.md).
+
+    Required: --prompts_file, --train_data_dir, or both. Without --model the miniature generates, a tiny model of
+    32-pixel emoji inside this package. It runs on an NVIDIA GPU, or else on the CPU; `accelerate launch -m d2f_fast
+    pairs ...` uses several GPUs.
+
     Args:
-        prompts_file: UTF-8 text file with one prompt on each line; empty lines are passed over. The default None takes
-            the captions of --train_data_dir alone.
-        train_data_dir: Folder of captioned images, as for `d2f train`, whose captions are used as prompts, after those
-            of --prompts_file. The default None takes none.
-        image_column: Image column of metadata.jsonl in --train_data_dir, as for `d2f train`. Without that option, this
-            one and the next two are refused.
-        caption_column: Key of the captions in metadata.jsonl, as for `d2f train`.
-        caption_extension: Extension of the caption files, as for `d2f train`.
-        num_pairs: Number of pairs. The prompts are taken in turn, each time with other noise. The default None makes
-            one pair of each prompt.
-        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. The
-            default "miniature" is the small model inside this package.
-        lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE, as for `d2f sample`. The
-            default is none.
+        prompts_file: UTF-8 text file with one prompt on each line. Empty lines are skipped. Default: none.
+        train_data_dir: Folder of captioned images, as for `d2f train`. Their captions are the prompts, after those of
+            --prompts_file; the images are not used. Default: none.
+        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file.
+            "miniature" is the tiny model.
+        lora: LoRA that are merged into the model, each as PATH or PATH:SCALE, as for `d2f sample`. Default: none.
+        num_pairs: Number of pairs. The prompts are taken in turn, each time with other noise. Default: one pair of each
+            prompt.
+        guidance_scale: Strength of classifier-free guidance, which the trained model then has built in. 1 and 0 turn it
+            off.
+        batch_size: Number of pairs that each process generates at once.
+        mixed_precision: Precision of the network. "fp16" and "bf16" are faster on a GPU; "no" is float32.
+        output_dir: Folder for the pairs (numbered tar files, called shards), pairs.json and grid.png, a picture of the
+            first 16 pairs. The same command completes a folder that is unfinished; a folder of other options is an
+            error.
+        seed: Seed of all noise. The same seed and options give the same pairs on one kind of machine, with any number
+            of processes.
+        image_column: Image of a line of metadata.jsonl in --train_data_dir, as for `d2f train`. Default: "image".
+        caption_column: Key of the captions in metadata.jsonl in --train_data_dir, as for `d2f train`. Default: "text".
+        caption_extension: Ending of the names of caption files in --train_data_dir, as for `d2f train`. Default:
+            ".txt".
         model_options: Options of the base model.
-        solver: How the path from noise to image is followed. "dpmsolver++" and "euler" evaluate the network once per
-            step, "midpoint" and "heun" twice. "euler" is the least accurate per evaluation.
-        num_inference_steps: Number of steps of each path. Guidance doubles the network's work at each of them.
-        guidance_scale: Strength of classifier-free guidance, which the trained model then has built in; 1 and 0 turn it
-            off, and other values below 1 are refused.
-        guidance_scale_max: Upper end of a range that begins at --guidance_scale, and from which each pair gets its own
-            strength. The default None gives all pairs the same.
-        negative_prompt: Prompt to steer away from, the same for all pairs. It needs guidance. The default is empty, for
+        solver: Method that follows the path from noise to image. "dpmsolver++" and "euler" evaluate the network once in
+            each step, "midpoint" and "heun" twice. "euler" is the least exact.
+        num_inference_steps: Number of steps of each path. Guidance doubles the evaluations of each step.
+        guidance_scale_max: Upper end of a range from --guidance_scale on, of which each pair gets a random strength.
+            Default: all pairs have --guidance_scale.
+        negative_prompt: Prompt to steer away from, the same for all pairs. It needs a guidance scale above 1. Default:
             none.
-        flow_spacing: Spacing of the steps, as for `d2f sample`.
-        shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. The default None takes the one
-            saved with the model or LoRA, or else 1, which turns it off.
-        seed: Seed of all noise, from 0 to 2**63 - 1. The same seed and options give the same pairs on one kind of
-            machine, whatever the number of processes.
-        height: Height of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
-            own.
-        width: Width of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
-            own.
-        save_images: Also store each image as a JPEG file in the shards. Training does not need it. It is off by
-            default.
-        dtype: Type of the stored numbers. "float16" takes half the space; the noise is rounded before it is used, so
-            that it stays exact.
-        pairs_per_shard: Number of pairs in each file. A stopped run loses the pairs of its unfinished file.
-        batch_size: Number of pairs that are generated at once.
-        mixed_precision: Precision of the network. "fp16" and "bf16" are faster on a GPU. The default "no" is float32.
-        output_dir: Folder that receives the shards, pairs.json and grid.png. A folder with unfinished pairs of the same
-            options is completed, and one with other options is refused.
-        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
-            default.
-        json: Print the result (pairs, shards, evaluations of the network, seconds, path) as one line of JSON, in place
-            of the path of the folder. It is off by default.
+        flow_spacing: Spacing of the steps of every solver, as for `d2f sample`.
+        shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. Default: the one saved with the
+            LoRA or model, or that of the model's own flow-matching scheduler, or 1, which changes nothing.
+        height: Height of the images in pixels, a multiple of 8. Default: the model's own.
+        width: Width of the images in pixels, a multiple of 8. Default: the model's own.
+        save_images: Also store each image as a JPEG file, to look at. The training does not use it.
+        dtype: Type of the stored numbers. "float16" takes half the space. The noise is rounded to it before the path is
+            followed, so that the stored noise is the noise that was used.
+        pairs_per_shard: Number of pairs in each tar file. A run that is stopped loses those of its unfinished file.
+        dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
+            or written. An option that was left open is printed as null.
+        json: Print the result (pairs, shards, evaluations of the network, images per second, seconds, path) as one line
+            of JSON, in place of the path of the folder.
+
+    Examples:
+        d2f pairs --model MODEL --prompts_file prompts.txt --num_pairs 20000 --mixed_precision fp16
+        d2f pairs --model MODEL --train_data_dir photos --guidance_scale 4 --output_dir pairs
     """
 
-    prompts_file: str | None = option("data", None)
-    train_data_dir: str | None = option("data", None)
-    image_column: str | None = option("data", None)
-    caption_column: str | None = option("data", None)
+    prompts_file: str | None = option("essential", None, metavar="FILE")
+    train_data_dir: str | None = option("essential", None, metavar="FOLDER")
+    model: str = option("essential", MINIATURE, metavar="MODEL")
+    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    num_pairs: int | None = option("essential", None, at_least(1, MAX_STEPS))
+    guidance_scale: float = option("essential", 3.0, check_guidance)
+    batch_size: int = option("essential", 8, at_least(1, MAX_BATCH))
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("essential", "no")
+    output_dir: str = option("essential", "d2f-pairs", metavar="FOLDER")
+    seed: int = option("essential", 0, check_seed)
+    image_column: str | None = option("data", None, metavar="NAME")
+    caption_column: str | None = option("data", None, metavar="KEY")
     caption_extension: str | None = option("data", None)
-    num_pairs: int | None = option("data", None, at_least(1, MAX_STEPS))
-    model: str = option("model", MINIATURE)
-    lora: tuple[str, ...] = option("model", ())
     model_options: ModelOptions = field(default_factory=ModelOptions)
     solver: Literal["dpmsolver++", "euler", "midpoint", "heun"] = option("sampling", "dpmsolver++")
     num_inference_steps: int = option("sampling", 25, at_least(1, 10_000))
-    guidance_scale: float = option("sampling", 3.0, check_guidance)
     guidance_scale_max: float | None = option("sampling", None, at_least(1, MAX_GUIDANCE))
     negative_prompt: str = option("sampling", "")
     flow_spacing: Spacing = option("sampling", "uniform")
     shift: float | None = option("sampling", None, positive(MAX_SHIFT))
-    seed: int = option("sampling", 0, check_seed)
     height: int | None = option("image", None, at_least(8, MAX_SIDE))
     width: int | None = option("image", None, at_least(8, MAX_SIDE))
     save_images: bool = option("image", False)
     dtype: Literal["float16", "float32"] = option("image", "float16")
     pairs_per_shard: int = option("image", 512, at_least(1, MAX_BATCH))
-    batch_size: int = option("memory and speed", 8, at_least(1, MAX_BATCH))
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("memory and speed", "no")
-    output_dir: str = option("image", "d2f-pairs")
-    dry_run: bool = False
-    json: bool = False
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse, before the slow imports and the sampling, what would be refused after them.

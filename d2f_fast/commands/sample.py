@@ -44,74 +44,81 @@ _FIXED_BY_EXPORT = ("model", "lora", "method", "flow_spacing", "shift", "interme
 
 @dataclass(frozen=True)
 class Sample:
-    """Generate images of prompts with a Stable Diffusion model, in few steps.
+    """Generate images of prompts with a Stable Diffusion model.
+
+    Required: --prompts. Without --model the miniature generates, a tiny model of 32-pixel emoji inside this package.
+    Everything is computed in float32, on an NVIDIA GPU or else on the CPU, and all prompts together: give fewer at
+    once if the memory does not suffice.
+
+    The options for predicting depth are listed by `d2f sample --task depth --help`.
 
     Args:
-        prompts: One or more prompts; one image is generated for each.
-        task: What the model does. "text" generates images of prompts. "depth" predicts the depth of images, and has
-            options of its own: see `d2f sample --task depth --help`.
-        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file.
-            "miniature", which the default None means, is the small model inside this package.
-        lora: One or more LoRA that are merged into the model, each as PATH or PATH:SCALE; the scale is 1 if left out.
-            PATH is the folder of a run or of a checkpoint-N, or a .safetensors file of this package, diffusers, peft,
-            kohya or LyCORIS. The default is none, which uses the model as it is.
+        prompts: One or more prompts; one image is generated for each. A prompt that is given several times gives
+            different images.
+        model: Model that generates: a Hugging Face id, a diffusers pipeline folder, or one .safetensors file. Default:
+            miniature, the tiny model.
+        lora: LoRA that are merged into the model, each as PATH or PATH:SCALE, where 1 is the usual scale. PATH is the
+            folder of a run or of its checkpoint-N, or a .safetensors file in the format of diffusers, peft, kohya or
+            LyCORIS (DoRA, LoHa and LoKr included). Default: none.
+        output_dir: Folder for the images, 000.png and so on, and metrics.json; it is created if needed. No image is
+            replaced: the numbers go on from those in the folder. Each image says in its file how it was generated.
+        num_inference_steps: Number of sampling steps. A model that was not trained for few steps, by reflow, looks
+            better with more, such as 25. Each step evaluates the network once with "euler" and "euler_maruyama", twice
+            with "midpoint", "heun" (but once in their last step) and "stochastic_heun", and four times with "rk4".
+            "midpoint" and "heun" need 2 steps or more. "dopri5" chooses its own steps and uses this number only for
+            --intermediates. With --onnx it must be one of the exported numbers.
+        guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely. 1 and 0 turn
+            it off, which halves the time. Default: the lowest value saved with the model and LoRA, which is 1 after
+            training on pairs, or else 3; 1 with --invert.
+        seed: Seed of the noise. The same seed and options give the same images on one machine.
+        task: What the model does. "text" generates images of prompts. For "depth" see `d2f sample --task depth --help`.
         model_options: Options of the base model.
-        onnx: Folder written by export/to_onnx.py, which ONNX Runtime runs in place of a model. Together with --lora,
-            --method, --flow_spacing, --shift, --model or another option of the model or of a solver it is refused,
-            because the export has settled them. The default None runs the model with diffusers.
-        onnx_provider: Provider of ONNX Runtime that --onnx runs on; without --onnx it is refused. "auto", which the
-            default None means, takes CUDA if ONNX Runtime has it and there is an NVIDIA driver, and the CPU otherwise,
-            never TensorRT.
-        num_inference_steps: Number of sampling steps for each image. "euler" evaluates the network once per step,
-            "midpoint" and "heun" twice in every step but the last one, so that they need 2 steps, and "rk4" four times.
-            "dopri5" chooses its own steps: this is then the number of --intermediates. With --onnx only the numbers
-            that were exported are accepted.
-        guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely; 1
-            and 0 turn guidance off, which halves the time. Other values below 1 are refused. The default None takes the
-            lowest one saved with the model and the LoRA, which is 1 after `d2f train --pairs`, or else 3, and 1 with
-            --invert.
-        negative_prompt: Prompt to steer away from, the same for all images. It needs a --guidance_scale above 1. The
-            default is empty, for none.
-        method: Integration method. "euler" is the fastest per step; "midpoint", "heun" and the fourth-order "rk4" are
-            more accurate per step. "dopri5" chooses its steps so that the error stays within --rtol and --atol.
-            "euler_maruyama" and "stochastic_heun" add noise along the way and take it out again.
+        onnx: Folder that export/to_onnx.py wrote, which ONNX Runtime runs in place of a model. What the export has
+            settled is then an error: the model and its options, --lora, --method and its options, --flow_spacing,
+            --shift, --intermediates, --invert and --noise. Default: none.
+        onnx_provider: What runs the graphs of --onnx, which it needs. Default: "auto", which is CUDA if ONNX Runtime
+            has it and there is an NVIDIA driver, and else the CPU.
+        negative_prompt: Prompt to steer away from, the same for all images. It needs a guidance scale above 1. Default:
+            none.
+        method: Integration method. "euler" is best for few steps; "midpoint", "heun" and "rk4" are more exact for the
+            same number of evaluations from about 10 on. "dopri5" chooses its steps by --rtol and --atol, and needs the
+            package torchdiffeq. "euler_maruyama" and "stochastic_heun" add noise on the way and take it out again,
+            which needs 50 steps and more.
         solver_options: Options of solvers and guidance.
-        flow_spacing: Spacing of the sampling steps. "uniform" steps evenly in flow time. "trailing" takes the times of
-            diffusers' trailing timesteps, to compare with DDIM. Both start at t = 0, pure noise.
-        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step; it is --sampling_shift of `d2f train`.
-            Values above 1 spend more steps on noisy images. The default None takes the factor saved with the trained
-            weights, or that of the model's own flow-matching scheduler, or else 1, which turns it off.
-        height: Height of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
-            own height.
-        width: Width of the images in pixels, a multiple of 8 for Stable Diffusion. The default None takes the model's
-            own width.
-        intermediates: Also write the state of each image before the first and after each step, decoded, as 000_00.png
-            and so on. It is off by default.
-        invert: Images whose noise is found, one for each prompt, which says what the image shows. The flow is followed
-            from the image back to its noise, which is written as 000_noise.safetensors; 000.png is what is generated
-            from it again. Each image is resized and cropped in the middle to --height and --width. Many accurate steps
-            are needed, such as --method rk4 --num_inference_steps 50. The default None inverts nothing.
-        noise: Files of noise to start from in place of the seed's, as --invert writes them, one for each prompt. The
-            default None starts from the seed's.
-        seed: Seed of the noise, from 0 to 2**63 - 1. The same seed and options give the same images on one machine.
-        output_dir: Folder that receives the images, 000.png and so on, and metrics.json; it is created if it is
-            missing. No image is replaced: the numbers go on from those in the folder. Each image and metrics.json say
-            how it was generated.
-        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
-            default.
-        json: Print the result (method, steps, number and paths of the images) as one line of JSON, in place of the
-            path of the folder. It is off by default.
+        flow_spacing: Spacing of the steps. "uniform" takes even steps in flow time. "trailing" takes the times of
+            diffusers' DDIM with trailing timesteps, to compare with it. Both start from pure noise.
+        shift: Factor on the ratio of noise to image, (1 - t) / t, at each step. Values above 1 spend more steps on
+            noisy images; 1 changes nothing. Default: --sampling_shift of the training, as saved with the LoRA or model;
+            or that of the model's own flow-matching scheduler; or 1.
+        height: Height of the images in pixels, a multiple of 8. Default: the model's own.
+        width: Width of the images in pixels, a multiple of 8. Default: the model's own.
+        intermediates: Also write each image as it is before the first and after each step, as 000_00.png and so on.
+        invert: Image files, one for each prompt, to find the noise that they come from; the prompt describes the image.
+            The noise is written as 000_noise.safetensors, and 000.png is generated from it again. It needs many exact
+            steps, such as --method rk4 --num_inference_steps 50. Default: none.
+        noise: Noise files of --invert to start from, one for each prompt. Default: random noise of the seed.
+        dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
+            or written. An option that was left open is printed as null.
+        json: Print the result (method, steps, number and paths of the images) as one line of JSON, in place of the path
+            of the folder.
+
+    Examples:
+        d2f sample --prompts "an owl on a blue background"
+        d2f sample --model MODEL --prompts "a red fox" --num_inference_steps 25 --guidance_scale 5
+        d2f sample --model MODEL --lora run:0.8 --prompts "a red fox" "a lighthouse" --seed 1
     """
 
-    prompts: tuple[str, ...] = field(metadata={"group": "image"})
-    task: Literal["text"] = option("image", "text")
-    model: str | None = option("model", None)
-    lora: tuple[str, ...] = option("model", ())
+    prompts: tuple[str, ...] = field(metadata={"group": "essential"})
+    model: str | None = option("essential", None, metavar="MODEL")
+    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    output_dir: str = option("essential", "d2f-samples", metavar="FOLDER")
+    num_inference_steps: int = option("essential", 4, at_least(1, 10_000))
+    guidance_scale: float | None = option("essential", None, check_guidance)
+    seed: int = option("essential", 0, check_seed)
+    task: Literal["text"] = option("essential", "text", metavar="{text,depth}")
     model_options: ModelOptions = field(default_factory=ModelOptions)
-    onnx: str | None = option("model", None)
-    onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] | None = option("model", None)
-    num_inference_steps: int = option("sampling", 4, at_least(1, 10_000))
-    guidance_scale: float | None = option("sampling", None, check_guidance)
+    onnx: str | None = option("ONNX", None, metavar="FOLDER")
+    onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] | None = option("ONNX", None)
     negative_prompt: str = option("image", "")
     method: SamplingMethod = option("sampling", "euler")
     solver_options: SolverOptions = field(default_factory=SolverOptions)
@@ -120,12 +127,10 @@ class Sample:
     height: int | None = option("image", None, at_least(8, MAX_SIDE))
     width: int | None = option("image", None, at_least(8, MAX_SIDE))
     intermediates: bool = option("image", False)
-    invert: tuple[str, ...] | None = option("image", None)
-    noise: tuple[str, ...] | None = option("image", None)
-    seed: int = option("sampling", 0, check_seed)
-    output_dir: str = option("image", "d2f-samples")
-    dry_run: bool = False
-    json: bool = False
+    invert: tuple[str, ...] | None = option("image", None, metavar="FILE")
+    noise: tuple[str, ...] | None = option("image", None, metavar="FILE")
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse, before the slow imports and the sampling, what would be refused after them.

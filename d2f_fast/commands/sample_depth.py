@@ -23,47 +23,52 @@ MAX_ENSEMBLE = 1000
 class SampleDepth:
     """Predict the depth of images with a model of `d2f train --task depth`, in few steps.
 
+    Required: --image and --model. It runs in float32 on an NVIDIA GPU, or else on the CPU.
+
     Args:
         image: One or more image files, or folders of images.
-        model: Model that predicts depth: the folder `pipeline` of a run of `d2f train --task depth`, a Marigold folder
-            or Hugging Face id; or, together with --lora, the text-to-image model that the LoRA was trained on.
+        model: Model that predicts depth: the folder `pipeline` of a run of `d2f train --task depth`, or a Marigold
+            folder or Hugging Face id; or, together with --lora, the text-to-image model that the LoRA was trained on.
+        lora: LoRA of `d2f train --task depth` that are merged into the model, each as PATH or PATH:SCALE. Default:
+            none.
+        output_dir: Folder for the depth of each image as NAME.npy (float32 from 0 to 1), NAME_16bit.png and the
+            coloured NAME_preview.png, and for metrics.json. It is an error if a NAME.npy exists.
+        num_inference_steps: Number of sampling steps, each of which evaluates the network once. With --sampler saved,
+            take one that divides 1000, because diffusers' scheduler is inexact for others. Default: the number saved
+            with the model, which is 4 after `d2f train`.
+        seed: Seed of the noise. Every image starts from the same noise, so that its depth does not depend on the other
+            images.
         task: What the model does: "depth", which these options belong to.
-        lora: One or more LoRA of `d2f train --task depth`, each as PATH or PATH:SCALE, that are merged into the model.
-            The default is none.
         model_options: Options of the base model.
-        num_inference_steps: Number of sampling steps, each of which evaluates the network once. The default None takes
-            the number saved with the model, which is 4 after a run of this package. Stock schedulers are exact for
-            numbers that divide 1000.
-        sampler: Where the sampling steps are. "saved" uses the scheduler saved with the model, which gives the depth
-            that every other program gets. "flow" steps evenly in flow time from t = 0, as `d2f sample` does for images.
+        sampler: Times of the sampling steps. "saved" takes the scheduler saved with the model, which gives the depth
+            that other programs get. "flow" takes even steps in flow time, as `d2f sample` does for images.
         ensemble_size: Number of predictions from different noise that are combined into one, which takes that many
-            times as long. From 2 on, their spread is written as the uncertainty; this needs SciPy. The default 1
-            combines none.
-        processing_resolution: Longer side, in pixels, at which an image is processed; the depth is resized to the size
-            of the image. 0 processes it at its own size. The default None takes that of the model.
-        seed: Seed of the noise, from 0 to 2**63 - 1. Every image starts from the same noise, so that its depth does not
-            depend on the other images.
-        output_dir: Folder that receives NAME.npy (float32 in [0, 1]), NAME_16bit.png and the coloured NAME_preview.png
-            of each image, NAME_uncertainty.npy with --ensemble_size, and metrics.json. No file is replaced.
-        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
-            default.
+            times as long. From 2 on, SciPy is needed, and their spread is written as NAME_uncertainty.npy.
+        processing_resolution: Longer side in pixels that an image is scaled to for the prediction; the depth is scaled
+            back. 0 keeps the size of the image. Default: that of the model.
+        dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
+            or written. An option that was left open is printed as null.
         json: Print the result (steps, number and paths of the files) as one line of JSON, in place of the path of the
-            folder. It is off by default.
+            folder.
+
+    Examples:
+        d2f sample --task depth --model run/pipeline --image photo.jpg
+        d2f sample --task depth --model run/pipeline --image photos --ensemble_size 10
     """
 
-    image: tuple[str, ...] = field(metadata={"group": "image"})
-    model: str = field(metadata={"group": "model"})
-    task: Literal["depth"] = option("method", "depth")
-    lora: tuple[str, ...] = option("model", ())
+    image: tuple[str, ...] = field(metadata={"group": "essential", "metavar": "PATH"})
+    model: str = field(metadata={"group": "essential", "metavar": "MODEL"})
+    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    output_dir: str = option("essential", "d2f-depth", metavar="FOLDER")
+    num_inference_steps: int | None = option("essential", None, at_least(1, 1000))
+    seed: int = option("essential", 0, check_seed)
+    task: Literal["depth"] = option("essential", "depth")
     model_options: ModelOptions = field(default_factory=ModelOptions)
-    num_inference_steps: int | None = option("sampling", None, at_least(1, 1000))
     sampler: Literal["saved", "flow"] = option("sampling", "saved")
     ensemble_size: int = option("sampling", 1, at_least(1, MAX_ENSEMBLE))
     processing_resolution: int | None = option("image", None, at_least(0, MAX_SIDE))
-    seed: int = option("sampling", 0, check_seed)
-    output_dir: str = option("image", "d2f-depth")
-    dry_run: bool = False
-    json: bool = False
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse, before the slow imports and the sampling, what would be refused after them.

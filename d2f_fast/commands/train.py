@@ -39,55 +39,69 @@ _OF_IMAGE_TRAINING = ("center_crop", "random_flip", "cache_latents")
 class Train:
     """Finetune a model on captioned images, on pairs of noise and latents, or on depth.
 
+    Required: --train_data_dir or --pairs. Without --pretrained_model_name_or_path the miniature is trained, a tiny
+    model of 32-pixel emoji inside this package, which is there for trying things out. The training runs on the GPU, or
+    on the CPU where there is none; `accelerate launch -m d2f_fast train ...` uses several GPUs.
+
+    For sampling in one to four steps, train a second time, on pairs that the model has made itself (reflow): see the
+    last two examples.
+
     Args:
-        task: What the model learns. "text" generates images of captions. "depth" predicts the depth of an image: the
-            folder then holds images and their depth, and the result also is a folder for diffusers'
-            MarigoldDepthPipeline.
-        train_data_dir: Folder of the training images, with captions in metadata.jsonl or in one text file beside each
-            image; with --task depth, with the sub-folders rgb and depth. Either this or --pairs is needed.
-        pairs: Pairs of noise and latents in place of images: folders of `d2f pairs`, or tar files, of which a range of
-            numbers is written {000000..000009}.tar. The published reflow shards of SD1.5 are read as they are. The
-            default None trains on images.
-        pairs_of_another_model: Accept pairs that another model made than the one that is trained, such as a larger one
-            with the same latents. It is off by default.
-        validation_data_dir: Folder of held-out captioned images, of the same layout, whose loss is measured every
-            --validation_steps; 64 of them at most. The default None measures no such loss.
-        validation_pairs: Held-out pairs in place of images, as for --pairs. The default None measures no such loss.
+        train_data_dir: Folder of the training images. Captions are in a text file beside each image (a.jpg and a.txt)
+            or in one file metadata.jsonl. With --task depth it has the sub-folders rgb and depth, or another layout of
+            docs/depth.md. Not together with --pairs. Default: none.
+        pairs: Train on pairs of noise and latents in place of images (reflow). Give folders of `d2f pairs`, or tar
+            files of the same content; {000000..000009}.tar names ten. Options about image files, crops, flips and
+            --cache_latents are then an error. Default: none.
         pretrained_model_name_or_path: Model to start from: a Hugging Face id, a diffusers pipeline folder, or one
-            .safetensors file. The default "miniature" is the small model inside this package.
-        image_column: Image column, as image folders of Hugging Face name it: "image", which the default None means,
-            reads the key "file_name" of metadata.jsonl, and any other name X reads the key "X_file_name", or else the
-            key "X". A folder without metadata.jsonl takes neither this option nor the next one.
+            .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL. "miniature" is the tiny model.
+        task: What the model learns. "text" generates images of captions. "depth" predicts the depth of an image; the
+            result then also has a folder `pipeline` for diffusers' MarigoldDepthPipeline.
+        pairs_of_another_model: Accept pairs that another model made, such as a larger one with the same latents. They
+            are an error otherwise.
+        validation_data_dir: Folder of captioned images that are not trained on. Their loss is measured every
+            --validation_steps, on 64 images at most, spread over the folder. Not with --task depth. Default: none.
+        validation_pairs: Pairs that are not trained on, in place of such images; 64 at most are used. They are given as
+            for --pairs. Default: none.
+        image_column: Image of a line of metadata.jsonl, where lines name several. "image" is that of the key
+            "file_name"; any other name X is that of the key "X_file_name", or else "X". It needs metadata.jsonl.
+            Default: "image".
         caption_column: Key of metadata.jsonl whose value is the caption, or a list of captions of which each epoch
-            takes one at random. The default None means "text".
-        caption_extension: Extension of the caption files beside the images. The default None means ".txt". A folder
-            with metadata.jsonl has no such files, and does not take this option.
+            takes one at random. It needs metadata.jsonl. Default: "text".
+        caption_extension: Ending of the names of caption files, such as .caption. Not for a folder with metadata.jsonl.
+            Default: ".txt".
         model_options: Options of the base model.
         teacher_options: Options of the teacher.
         depth_options: Options of the depth.
         options: Options of the training itself.
-        dry_run: Check the options and the files, print the options that would be used, as JSON, and stop. It is off by
-            default.
-        json: Print the result of the run (steps, last loss, skipped steps, seconds, path) as one line of JSON, in
-            place of the path that was written. It is off by default.
+        dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
+            or written. An option that was left open is printed as null.
+        json: Print the result (steps, last loss, skipped steps, seconds, path) as one line of JSON, in place of the
+            path alone. A skipped step is one whose loss or gradient was not a finite number; it changed no weight.
+
+    Examples:
+        d2f train --train_data_dir photos --output_dir trial --max_train_steps 20
+        d2f train --pretrained_model_name_or_path MODEL --train_data_dir photos --mixed_precision bf16
+        d2f pairs --model MODEL --prompts_file prompts.txt --num_pairs 20000 --output_dir pairs
+        d2f train --pretrained_model_name_or_path MODEL --pairs pairs --output_dir reflow
     """
 
+    train_data_dir: str | None = option("essential", None, metavar="FOLDER")
+    pairs: tuple[str, ...] | None = option("essential", None, metavar="PATH")
+    pretrained_model_name_or_path: str = option("essential", MINIATURE, metavar="MODEL")
     task: Literal["text", "depth"] = option("method", "text")
-    train_data_dir: str | None = option("data", None)
-    pairs: tuple[str, ...] | None = option("data", None)
     pairs_of_another_model: bool = option("data", False)
-    validation_data_dir: str | None = option("data", None)
-    validation_pairs: tuple[str, ...] | None = option("data", None)
-    pretrained_model_name_or_path: str = option("model", MINIATURE)
-    image_column: str | None = option("data", None)
-    caption_column: str | None = option("data", None)
+    validation_data_dir: str | None = option("data", None, metavar="FOLDER")
+    validation_pairs: tuple[str, ...] | None = option("data", None, metavar="PATH")
+    image_column: str | None = option("data", None, metavar="NAME")
+    caption_column: str | None = option("data", None, metavar="KEY")
     caption_extension: str | None = option("data", None)
     model_options: ModelOptions = field(default_factory=ModelOptions)
     teacher_options: TeacherOptions = field(default_factory=TeacherOptions)
     depth_options: DepthOptions = field(default_factory=DepthOptions)
     options: TrainingConfig = field(default_factory=TrainingConfig)
-    dry_run: bool = False
-    json: bool = False
+    dry_run: bool = option("other", False)
+    json: bool = option("other", False)
 
     def check(self) -> None:
         """Refuse, before the slow imports and the training, what would be refused after them.
@@ -162,7 +176,7 @@ class Train:
             if (start := trainer.model.starting_lora) is not None:
                 row |= {"init_lora": {"file": str(start.path), "scale": start.scale, "sha256": start.sha256}}
             write_run_record(output, "d2f train", self.options.seed, time.monotonic() - started, [row])
-            self._say_how_to_sample(output, trainer, result)
+            _say_how_to_sample(output, self.pretrained_model_name_or_path, trainer, result)
         if (number := signals.received) is not None:
             name = signal.Signals(number).name
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
@@ -219,16 +233,6 @@ class Train:
             lines.append(str(long))
         for line in lines:
             print(f"d2f: {line}", file=sys.stderr)
-
-    def _say_how_to_sample(self, output: Path, trainer: "AlignedTrainer", result: "RunResult") -> None:
-        """Print how to generate images with the result, and write the same into its model card."""
-        from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
-
-        run = {**result, "images_per_step": trainer.global_batch_size}
-        for line in recipe(output, trainer.tags):
-            print(f"d2f: {line}", file=sys.stderr)
-        if write_model_card(output, self.pretrained_model_name_or_path, trainer.config, trainer.tags, run) is None:
-            print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
     def _data_set(self) -> "CaptionedImages | PairDataset | DepthSource":
         """Return the images or pairs, once everything that can be refused without torch has been checked."""
@@ -332,6 +336,17 @@ class Train:
         held_out = "validation_data_dir", "validation_pairs"
         _refuse_given(self, held_out, "does not go with --task depth: leave it out, and use d2f evaluate")
         _refuse_given(self.options, ("caption_dropout", "validation_prompts"), cure)
+
+
+def _say_how_to_sample(output: Path, base: str, trainer: "AlignedTrainer", result: "RunResult") -> None:
+    """Print how to generate images with the result, and write the same into its model card."""
+    from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
+
+    run = {**result, "images_per_step": trainer.global_batch_size}
+    for line in recipe(output, trainer.tags):
+        print(f"d2f: {line}", file=sys.stderr)
+    if write_model_card(output, base, trainer.config, trainer.tags, run) is None:
+        print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
 
 
 def _own_options(command: Train) -> dict[str, object]:

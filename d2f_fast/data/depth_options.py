@@ -7,7 +7,7 @@ from d2f_fast.config import at_least, check_options, option, positive
 from d2f_fast.errors import RefusedInputError
 
 DepthNormalization = Literal["affine", "log", "disparity"]
-_MOST = 1e6
+MAX_DEPTH = 1e6  # metres, and numbers that stand for a metre
 
 
 @dataclass(frozen=True)
@@ -15,26 +15,25 @@ class DepthOptions:
     """Hold the options that say how depth is read and what a model learns of it.
 
     Args:
-        depth_normalization: What a model learns with --task depth. "affine" is Marigold's: depth between its 2 % and
-            98 % quantile in each image. "log" is that of the published Diff2Flow code: the logarithm between the 1 %
-            and 99 % quantile, which is finer nearby. "disparity" is the inverse depth between its 2 % and 98 %
-            quantile.
-        depth_scale: Number in the depth files that stands for one metre: 1000 for millimetres, 256 for KITTI. The
-            default None means metres for floating-point files and the unit of a known data set; files of whole numbers
-            in a plain folder need it.
-        depth_min: Smallest depth in metres that counts; pixels below it are left out, as those without a depth are. The
-            default 0 counts every positive depth.
-        depth_max: Largest depth in metres that counts. The default None means that of a known data set (80 for Virtual
-            KITTI 2, 65 for Hypersim), and none for a plain folder.
+        depth_normalization: How the depth of each image is scaled to [-1, 1]. "affine": linearly, between its 2 % and
+            98 % quantile, as Marigold (a depth model) does. "log": its logarithm, between the 1 % and 99 % quantile,
+            which is finer nearby, as the code of the Diff2Flow paper does. "disparity": its inverse, between the 2 %
+            and 98 % quantile.
+        depth_scale: Number in the depth files that stands for one metre, such as 1000 for millimetres. Files of whole
+            numbers in a plain folder need it. Default: metres for floating-point files; the unit of a data set whose
+            layout is recognised, see docs/depth.md.
+        depth_min: Smallest depth that counts, in metres. Nearer pixels are left out. 0 counts every positive depth.
+        depth_max: Largest depth that counts, in metres. Farther pixels are left out. Default: no limit in a plain
+            folder; that of a recognised data set, such as 80 for Virtual KITTI 2 and 65 for Hypersim.
 
     Raises:
         RefusedInputError: An option has a value that it does not take, or the range is empty.
     """
 
-    depth_normalization: DepthNormalization = option("data", "affine")
-    depth_scale: float | None = option("data", None, positive(_MOST))
-    depth_min: float = option("data", 0.0, at_least(0, _MOST))
-    depth_max: float | None = option("data", None, positive(_MOST))
+    depth_normalization: DepthNormalization = option("depth", "affine")
+    depth_scale: float | None = option("depth", None, positive(MAX_DEPTH))
+    depth_min: float = option("depth", 0.0, at_least(0, MAX_DEPTH))
+    depth_max: float | None = option("depth", None, positive(MAX_DEPTH))
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not take, and an empty range."""

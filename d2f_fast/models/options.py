@@ -13,30 +13,30 @@ class ModelOptions:
     """Hold the options of the base model that training, sampling and the export share.
 
     Args:
-        prediction_type: What the network predicts: "epsilon" the noise, "sample" the clean latents, "v_prediction" v,
-            and "flow_prediction" the flow itself, as rectified-flow checkpoints and `d2f train --objective fm` do. The
-            default None takes it from the model's own files, and the first lines that are printed say where it was
-            read.
-        rescale_betas_zero_snr: Whether the model was trained with zero terminal SNR, so that its last timestep is pure
-            noise. --no_rescale_betas_zero_snr states that it was not. A model that predicts the flow takes neither. The
-            default None takes it from the model's own files.
+        prediction_type: What the network predicts: "epsilon" (the noise), "v_prediction", "sample" (the latents of the
+            image), or "flow_prediction" (the velocity, as rectified-flow models and those of `d2f train --objective fm`
+            do). Default: read from the model's files; of a .safetensors file that does not say it, "epsilon" for SD1.x
+            and SDXL, "v_prediction" for SD2.x.
+        rescale_betas_zero_snr: The model was trained with zero terminal SNR, so that its last timestep is pure noise;
+            --no_rescale_betas_zero_snr says that it was not. An error for a model with flow_prediction. Default: read
+            from the model's files.
         tokenizer_name_or_path: Folder with CLIP's vocab.json and merges.txt, or a diffusers pipeline folder, for a
-            model that is one .safetensors file, which holds no tokenizer. The default None takes the vocabulary from
-            the package open_clip_torch, where it is installed.
-        pretrained_vae_model_name_or_path: Autoencoder in place of the model's own: a hub id, a folder, or one
-            .safetensors file, which takes its configuration from the model's own. Its latents must have as many
-            channels as the UNet's. It is saved with a full finetuning. The default None keeps the model's own.
-        vae_custom_scale: Factor on the autoencoder's latents, a positive number, where its configuration says another
-            or none. The default None takes it from the configuration.
-        vae_custom_shift: Number that is subtracted from the autoencoder's latents before the factor. It is added to the
-            autoencoder's weights, because other programs ignore it. The default None takes it from the configuration.
-        variant: Variant of the weight files of a folder or hub id, such as fp16. The weights are held in float32 all
-            the same. The default None takes the files without a variant.
-        revision: Branch, tag or commit of a hub id. The default None takes the main branch.
-        vae_reflection_padding: Pad the convolutions of the autoencoder by reflection in place of zeros, as fine-tunes
-            for EQ-VAE need. The setting is saved with the result, but programs other than this package ignore it there.
-            --no_vae_reflection_padding pads with zeros. The default None takes what the autoencoder's configuration
-            says, which for stock autoencoders is zeros.
+            model that is one .safetensors file, which holds no tokenizer. Default: the vocabulary in the Python package
+            open_clip_torch, which must then be installed.
+        pretrained_vae_model_name_or_path: Autoencoder (VAE) in place of the model's own: a Hugging Face id, a folder,
+            or one .safetensors file, which is read with the configuration of the model's own. Channels and size of its
+            latents must be the same. A model that is saved holds it. Default: the model's own.
+        vae_custom_scale: Factor on the latents, the scaling_factor of the autoencoder (0.18215 for SD1.5). Default:
+            that of its configuration.
+        vae_custom_shift: Number that is subtracted from the latents before that factor, the shift_factor of the
+            autoencoder. Other programs ignore a shift, so the biases of the autoencoder are changed to include it.
+            Default: that of its configuration, or 0.
+        variant: Variant of the weight files in a folder or under a Hugging Face id, such as fp16. It chooses files, not
+            the precision of the computation. Default: files without a variant.
+        revision: Branch, tag or commit of a Hugging Face id. Default: the main branch.
+        vae_reflection_padding: Pad the autoencoder's convolutions by reflection, for an autoencoder that was trained
+            so, such as some of EQ-VAE; --no_vae_reflection_padding pads with zeros. Other programs always pad with
+            zeros. Default: what the model's files say, or zeros.
 
     Raises:
         RefusedInputError: An option has a value that it does not take, or two options contradict each other.
@@ -44,8 +44,8 @@ class ModelOptions:
 
     prediction_type: PredictionType | None = option("model", None)
     rescale_betas_zero_snr: bool | None = option("model", None)
-    tokenizer_name_or_path: str | None = option("model", None)
-    pretrained_vae_model_name_or_path: str | None = option("model", None)
+    tokenizer_name_or_path: str | None = option("model", None, metavar="FOLDER")
+    pretrained_vae_model_name_or_path: str | None = option("model", None, metavar="VAE")
     vae_custom_scale: float | None = option("model", None, positive(1000.0))
     vae_custom_shift: float | None = option("model", None, finite(1000.0))
     variant: str | None = option("model", None)

@@ -16,18 +16,18 @@ class SolverOptions:
     """Hold the options that only some of the integration methods have.
 
     Args:
-        guidance_interval: Lowest and highest flow time, from 0 for noise to 1 for the image, at which guidance is on.
-            Outside of it the prompt alone is used, in half the time. The default None guides everywhere.
-        rtol: Error that --method dopri5 tolerates in a step, relative to the state. The default None means 1e-5.
-        atol: Error that --method dopri5 tolerates in a step beside the relative one. The default None means 1e-6.
-        diffusion: Strength of the noise that --method euler_maruyama and stochastic_heun add along the way, and take
-            out again. 0 adds none, which leaves the flow itself. The default None means 1.
+        guidance_interval: Lowest and highest flow time at which guidance is on. Elsewhere the prompt alone is used, in
+            half the time. An error where guidance is off. Default: guidance at all times.
+        rtol: Relative error of a step of --method dopri5; an error with another method. Default: 1e-5.
+        atol: Absolute error of a step of --method dopri5; an error with another method. Default: 1e-6.
+        diffusion: Strength of the noise that --method euler_maruyama and stochastic_heun add and take out again. 0 adds
+            none. An error with another method. Default: 1.
 
     Raises:
         RefusedInputError: An option has a value that it does not take.
     """
 
-    guidance_interval: tuple[float, float] | None = option("sampling", None)
+    guidance_interval: tuple[float, float] | None = option("sampling", None, metavar="LOW HIGH")
     rtol: float | None = option("sampling", None, positive(1.0))
     atol: float | None = option("sampling", None, positive(1.0))
     diffusion: float | None = option("sampling", None, at_least(0, 100.0))

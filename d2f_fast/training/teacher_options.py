@@ -26,28 +26,29 @@ class TeacherOptions:
     """Hold the options of the teacher of a training run.
 
     Args:
-        teacher: Model whose velocity is the target in place of latents - noise, at the same noisy latents and time: a
-            Hugging Face id, a diffusers pipeline folder, one .safetensors file, or "base", which is the model that the
-            run starts from, as it was before it. With --objective fm it makes a rectified-flow checkpoint of a
-            diffusion model, and with --objective diffusion a diffusion model of a rectified-flow checkpoint. The
-            default None learns from the data alone.
-        teacher_guidance_scale: Strength of the teacher's classifier-free guidance, which the trained model then has
-            built in, so that it is sampled without guidance. 1 and 0 turn it off, and other values below 1 are refused.
-            The default None means 1. Guidance doubles the teacher's part of a step.
-        teacher_lora: One or more LoRA that are merged into the teacher, each as PATH or PATH:SCALE, in any format that
-            `d2f sample --lora` takes. They must adapt the UNet alone. The default None merges none.
-        teacher_prediction_type: What the teacher predicts, where its files are wrong or silent, as --prediction_type
-            does for the base model. With the teacher "base" it says how the base model is read as a teacher. The
-            default None takes it from the teacher's own files.
+        teacher: Model whose velocity the network learns, at the same noisy latents and time: a Hugging Face id, a
+            diffusers pipeline folder, one .safetensors file, or "base" for the starting model itself, before the
+            training, which teaches something new only with another objective, guidance or LoRA. "fm" makes a
+            rectified-flow model of a diffusion model, and "diffusion" does the reverse (docs/training.md has both
+            commands). Not with --distill, --task depth, or an --init_lora that also changes text encoders. Default:
+            none.
+        teacher_guidance_scale: Strength of classifier-free guidance that the network learns from the teacher. It is
+            then sampled without guidance. 1 and 0 turn it off. Above 1, the teacher is evaluated twice in each step.
+            Default: 1.
+        teacher_lora: LoRA that are merged into the teacher, each as PATH or PATH:SCALE, as for `d2f sample --lora`. A
+            LoRA that also changes text encoders is an error. Default: none.
+        teacher_prediction_type: What the teacher predicts, as --prediction_type does for the model. With the teacher
+            "base" it may differ from --prediction_type, where the same weights become another kind of model. Default:
+            read from the teacher's files.
 
     Raises:
         RefusedInputError: An option has a value that it does not take, or needs a teacher and there is none.
     """
 
-    teacher: str | None = option("method", None)
-    teacher_guidance_scale: float | None = option("method", None, check_guidance)
-    teacher_lora: tuple[str, ...] | None = option("method", None)
-    teacher_prediction_type: PredictionType | None = option("method", None)
+    teacher: str | None = option("teacher", None, metavar="MODEL")
+    teacher_guidance_scale: float | None = option("teacher", None, check_guidance)
+    teacher_lora: tuple[str, ...] | None = option("teacher", None, metavar="PATH[:SCALE]")
+    teacher_prediction_type: PredictionType | None = option("teacher", None)
 
     def __post_init__(self) -> None:
         """Refuse values that an option does not take, and options of a teacher without a teacher."""

@@ -6,7 +6,7 @@ import pytest
 
 from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
 from d2f_fast.commands.main import COMMANDS, main
-from d2f_fast.commands.options import options_of
+from d2f_fast.option_help import options_of
 
 GIVEN = [(command, name) for command, options in FOREIGN_OPTIONS.items() for name in options]
 # The options that the documentation of each program uses most.

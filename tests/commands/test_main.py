@@ -52,7 +52,7 @@ def test_help_says_what_d2f_is_and_lists_each_command_with_its_purpose(capsys):
     for name in COMMANDS:
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
         assert line.endswith(".")
-    assert len([line for line in text.splitlines() if line.startswith("  d2f ")]) == 2
+    assert len([line for line in text.splitlines() if line.startswith("  d2f ")]) == 3
     assert all(word in text for word in ("--config FILE", "--dry_run", "--json", "--version"))
     assert max(map(len, text.splitlines())) <= 100
 

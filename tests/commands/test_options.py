@@ -4,15 +4,16 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 from typing import get_args
 
 import pytest
 import tyro
 
 from d2f_fast.commands.main import COMMANDS, TASKS, main, parse
-from d2f_fast.commands.options import argument_texts, options_of
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.option_help import argument_texts, examples, options_of
 
 OPTIONS = {
     f"{name} {option.field.name}": option
@@ -32,7 +33,7 @@ def help_of(capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "100")
         monkeypatch.setitem(tyro._experimental_options, "utf8_boxes", False)
         with pytest.raises(SystemExit) as exit_:
-            main([name, "--help"])
+            main([*name.split(), "--help"])
         assert exit_.value.code == 0
         return capsys.readouterr().out
 
@@ -45,25 +46,53 @@ def test_option_is_explained_in_full_sentences(option):
     assert len(option.help.split()) >= 5
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+HELP = {**COMMANDS, **{f"{name} --task {task}": command for (name, task), command in TASKS.items()}}
+
+
+@pytest.mark.parametrize("name", HELP)
 def test_help_fits_100_columns_and_shows_each_option_under_its_title(name, help_of):
     text = help_of(name)
     assert max(map(len, text.splitlines())) <= 100
-    _, *parts = re.split(TITLE, text, flags=re.MULTILINE)
+    body, _, lines = text.partition("\nexamples:\n")
+    _, *parts = re.split(TITLE, body, flags=re.MULTILINE)
     boxes = dict(zip(parts[::2], parts[1::2], strict=True))
-    for option in options_of(COMMANDS[name]):
+    for option in options_of(HELP[name]):
         group, is_positional = option.field.metadata.get("group"), option.field.metadata.get("positional")
         title = "positional arguments" if is_positional else "options" if group is None else f"{group} options"
         words = " ".join(boxes[title].split())
         name_in_help = option.field.name.upper() if is_positional else f"--{option.field.name}"
-        assert f" {name_in_help}" in f" {words}" and option.help in words
-    assert "--config FILE" in boxes["options"]
+        text, _, default = option.help.removesuffix(".").partition(". Default: ")
+        assert f" {name_in_help}" in f" {words}" and text in words and default in words
+    assert "--config FILE" in boxes["other options"]
+    assert [line.strip() for line in lines.splitlines()] == examples(HELP[name])
+    assert "(default: None)" not in text and "(default: )" not in text and "{None" not in text
 
 
-def test_training_options_are_in_six_groups(help_of):
+@pytest.mark.parametrize("name", HELP)
+def test_examples_of_the_help_parse(name):
+    for line in examples(HELP[name]):
+        program, *words = shlex.split(line)
+        assert program == "d2f"
+        parse(words)
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_option_says_its_default_once(option):
+    is_explained = "Default: " in option.help
+    assert is_explained == (option.field.default in (None, (), ""))
+    assert re.search(r"default", option.help.partition("Default: ")[0]) is None
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_help_names_the_options_of_depth(name, help_of):
+    text = help_of(name)
+    assert f"listed by `d2f {name} --task depth --help`" in text and "--task {text,depth}" in text
+
+
+def test_training_options_are_in_groups_of_which_the_essential_one_is_first(help_of):
     titles = re.findall(TITLE, help_of("train"), re.MULTILINE)
-    groups = ["model", "data", "method", "optimisation", "memory and speed", "checkpoints and logs"]
-    assert titles == ["options", *(f"{group} options" for group in groups)]
+    groups = ["essential", "data", "model", "LoRA", "depth", "method", "teacher", "optimisation", "memory and speed"]
+    assert titles == ["options", *(f"{group} options" for group in [*groups, "checkpoints and logs", "other"])]
 
 
 def test_each_documented_option_exists():
