@@ -141,10 +141,11 @@ def parse_groups(
     import tyro
 
     options = [option for group in groups.values() for option in group]
-    first, _, rest = description(command).partition("\n\n")
+    # Each paragraph is one line: tyro keeps the end of a line before a word that begins with no letter.
+    first, *rest = (" ".join(paragraph.split()) for paragraph in description(command).split("\n\n"))
     try:
         parsed: Any = tyro.cli(
-            _dataclass_of(groups, given, rest),
+            _dataclass_of(groups, given, "\n\n".join(rest)),
             prog=program,
             description=first,
             args=spell_out_flags(arguments, [option.field.name for option in options if option.hint == (bool | None)]),

@@ -48,7 +48,8 @@ class Group:
 class Program:
     """Count to a number.
 
-    It is fast, and its explanation is long: %s.
+    It is fast, and counts up to
+    99 numbers; its explanation is long: %s.
 
     Args:
         source: File with numbers.
@@ -111,6 +112,7 @@ def test_help_shows_options_of_three_states_as_flags_and_ends_with_examples(caps
     assert end.value.code == 0
     assert "--turned, --no_turned " in text and "--quiet, --no_quiet " in text
     assert "Number to count to. (from 1 to 16384; default: 5)" in " ".join(text.split())
+    assert any("counts up to 99 numbers" in line for line in text.splitlines())
     assert "None}" not in text and "(default: None)" not in text and "{[" not in text
     assert text.endswith("examples:\n  count a.txt --number 3\n  count b.txt --turned\n")
     assert max(map(len, text.splitlines())) <= 100

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 class Pairs:
     """Generate pairs of noise and latents with a model, for `d2f train --pairs`.
 
-    Training on pairs that a model has made itself (reflow) straightens its way from noise to image, so that one to four
-    sampling steps are enough (docs/reflow.md).
+    Training on pairs that the model has made itself (reflow) straightens its way from noise to image, for sampling in
+    one to four steps (docs/reflow.md).
 
     Required: --prompts_file, --train_data_dir, or both. Without --model the miniature generates, a tiny model of
     32-pixel emoji inside this package. It runs on an NVIDIA GPU, or else on the CPU; `accelerate launch -m d2f_fast
