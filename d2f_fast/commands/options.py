@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from d2f_fast.config import OptionGroup, choice_of, words_of
 from d2f_fast.errors import RefusedInputError, printable
@@ -63,6 +63,7 @@ def parse_options(
     names = ("config", *(option.field.name for option in options))
     refuse_unknown_options(arguments, f"d2f {name}", names, foreign)
     _refuse_values(arguments, {option.field.name: option.hint for option in options})
+    _refuse_repeated(arguments, [option.field.name for option in options if get_origin(option.parts[0]) is tuple])
     given: dict[str, Any] = {}
     if path := _config_path(arguments):
         from d2f_fast.commands.config_file import option_value, read_config
@@ -105,6 +106,22 @@ def _refuse_values(arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
         if number is not None and not _is_number(value, number):
             kind = "a whole number" if number is int else "a number"
             raise RefusedInputError(f"{name} must be {kind}, got {printable(value)}")
+
+
+def _refuse_repeated(arguments: Sequence[str], names: Iterable[str]) -> None:
+    """Refuse an option of several values that is given twice, because tyro would keep the last ones alone.
+
+    Args:
+        arguments: words after the command's name.
+        names: options of several values.
+
+    Raises:
+        RefusedInputError: One of them is given more than once.
+    """
+    given = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"]
+    for name in names:
+        if given.count(name) > 1:
+            raise RefusedInputError(f"--{name} was given more than once: give all its values after one --{name}")
 
 
 def _is_number(text: str, kind: type[int] | type[float]) -> bool:

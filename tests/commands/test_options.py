@@ -192,6 +192,11 @@ def test_value_of_another_type_is_refused_in_one_line(arguments, line, capsys):
     assert capsys.readouterr().err == f"d2f: {line}\n"
 
 
+def test_option_of_several_values_that_is_given_twice_is_refused(capsys):
+    assert main(["sample", "--prompts", "a", "--lora", "b", "--lora=c"]) == 2
+    assert capsys.readouterr().err == "d2f: --lora was given more than once: give all its values after one --lora\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_text_that_is_not_utf8_is_refused_in_one_line(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
