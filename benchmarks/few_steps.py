@@ -1,10 +1,12 @@
-"""Measure the miniature and its reflow LoRA at few network evaluations, and print one line for each setting.
+"""Generate images with the miniature and its reflow LoRA at few network evaluations, and keep their features.
 
-    python -m benchmarks.few_steps                      # seed 0, 2,000 images for each setting, captions with a colour
-    python -m benchmarks.few_steps --seed 1 --no_colour
+    python -m benchmarks.few_steps --output few_steps             # seed 0, 2,000 images for each setting
+    python -m benchmarks.few_steps --output few_steps --seed 1 --no_colour --settings "dpm++ uniform 12 guided"
+    python -m benchmarks.few_steps_table few_steps                # tables with intervals, over all seeds in the folder
 
 A setting of the base counts at its network evaluations, of which guidance takes two for each step. The captions are a
-random part of those of the images that the base was made from; the other real images are the reference.
+random part of those of the images that the base was made from; the other real images are the reference. A setting that
+is already in the folder is not generated again.
 """
 
 import argparse
@@ -12,11 +14,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from d2f_fast.demo.evaluation_set import EvaluationSet
 from d2f_fast.demo.generation import start_noise
+from d2f_fast.evaluation.distances import frechet_distance
+from d2f_fast.files.hashes import file_sha256
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.miniature import REFLOW_LORA, emoji, load_miniature
 from d2f_fast.miniature.classifier import load_classifier
@@ -25,8 +30,9 @@ from d2f_fast.models.prompt_velocity import prompt_velocity
 from d2f_fast.sampling.integrate import sample_flow
 from d2f_fast.sampling.multistep import sample_multistep
 
-BATCH = 100
+BATCH = 32  # Larger batches of the miniature leave the cache of a CPU core, and take longer for each image.
 GUIDANCE = 2.0
+REFERENCE_IMAGES = 4000
 
 
 class Setting(NamedTuple):
@@ -41,6 +47,11 @@ class Setting(NamedTuple):
         """Return the number of network evaluations for each image."""
         return self.steps * (2 if self.guidance > 1 else 1)
 
+    @property
+    def label(self) -> str:
+        """Return the name of this setting."""
+        return f"{self.sampler} {self.steps}" + (" guided" if self.guidance > 1 else "")
+
 
 SAMPLERS = ("euler uniform", "euler trailing", "ddim trailing")
 # DPM-Solver++ of two steps is of first order, which is DDIM.
@@ -50,7 +61,7 @@ BASE = (
     Setting("dpm++ uniform", 25),
     Setting("dpm++ uniform", 12, GUIDANCE),
 )
-REFLOW = tuple(Setting("euler uniform", steps) for steps in (1, 2, 4))
+LORA = tuple(Setting("euler uniform", steps) for steps in (1, 2, 4))
 
 
 @torch.no_grad()
@@ -74,33 +85,62 @@ def generate(model: BaseModel, prompts: list[str], noise: Tensor, setting: Setti
 
 
 def main() -> None:
-    """Measure every setting."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="seed of captions, noise and intervals (%(default)s)")
-    parser.add_argument("--images", type=int, default=2000, help="images for each setting (%(default)s)")
-    parser.add_argument("--no_colour", action="store_true", help="leave the background colour out of the captions")
-    parser.add_argument("--lora", type=Path, default=REFLOW_LORA, help="reflow LoRA (%(default)s)")
-    parser.add_argument("--networks", nargs="+", choices=("base", "reflow"), default=("reflow", "base"))
-    options = parser.parse_args()
-    captions = EvaluationSet(range(len(emoji.names())), options.images, load_classifier(), "noto", 4000, options.seed)
+    """Generate the images of every setting, and keep their features."""
+    options = _options()
+    names = range(len(emoji.names()))
+    captions = EvaluationSet(names, options.images, load_classifier(), "noto", REFERENCE_IMAGES, options.seed)
     prompts = [emoji.caption(item.name, None if options.no_colour else item.colour) for item in captions.items]
+    right = np.array([item.name for item in captions.items])
+    options.output.mkdir(parents=True, exist_ok=True)
+    suffix = f"{options.images} images, seed {options.seed}"
+    space = captions.space
+    np.savez(options.output / f"real, {suffix}.npz", features=space.features(captions.real), reference=space.reference)
     for network in options.networks:
         pipeline = load_miniature()
-        if network == "reflow":
+        lora = "" if network == "base" else file_sha256(options.lora)
+        if lora:
             fuse_adapter(pipeline, options.lora, 1.0)
         model = BaseModel(pipeline)
         noise = start_noise(options.images, model, options.seed)
-        for setting in REFLOW if network == "reflow" else BASE:
-            started = time.monotonic()
-            row = captions.measure(generate(model, prompts, noise, setting))
-            above = row["frechet_distance"] - row["frechet_floor"]
-            print(
-                f"{network}, {setting.evaluations} evaluations, {setting.sampler}, guidance {setting.guidance:g}:"
-                f" distance {row['frechet_distance']:.2f} ({row['frechet_low']:.2f} to {row['frechet_high']:.2f}),"
-                f" above real images' {row['frechet_floor']:.2f} by {above:.2f}, right name {row['name_top1']:.1%},"
-                f" {time.monotonic() - started:.0f} s",
-                flush=True,
+        label = "base" if network == "base" else options.lora.stem
+        for setting in LORA if lora else BASE:
+            kind = "captions without a colour" if options.no_colour else "captions with a colour"
+            path = options.output / f"{label}, {setting.label}, {kind}, {suffix}.npz"
+            if path.exists() or (options.settings and setting.label not in options.settings):
+                continue
+            started = time.process_time()
+            images = generate(model, prompts, noise, setting)
+            features = space.features(images)
+            with torch.no_grad():
+                guesses = torch.cat([captions.classifier(part) for part in images.split(256)]).argmax(1).numpy()
+            np.savez(
+                path,
+                network=label,
+                setting=setting.label,
+                evaluations=setting.evaluations,
+                captions=kind,
+                seed=options.seed,
+                lora=lora,
+                features=features,
+                right_names=guesses == right,
             )
+            distance = frechet_distance(features, space.reference)
+            print(f"{path.stem}: distance {distance:.2f}, {time.process_time() - started:.0f} s of CPU", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the features")
+    parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise (%(default)s)")
+    parser.add_argument("--images", type=int, default=2000, help="images for each setting (%(default)s)")
+    parser.add_argument("--no_colour", action="store_true", help="leave the background colour out of the captions")
+    parser.add_argument(
+        "--lora", type=Path, default=REFLOW_LORA, help="LoRA; its rows have its file name (%(default)s)"
+    )
+    parser.add_argument("--networks", nargs="+", choices=("base", "lora"), default=("lora", "base"))
+    labels = list(dict.fromkeys(setting.label for setting in (*LORA, *BASE)))
+    parser.add_argument("--settings", nargs="+", choices=labels, help="settings to generate (default: all)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

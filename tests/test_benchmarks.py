@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from triton import knobs
 
+from benchmarks import few_steps_table
 from benchmarks.bench_train_step import ROWS
 from benchmarks.compile_ahead import Ahead, Launch
 from benchmarks.train_steps import EVALUATED_AT_ONCE, MAX_NORM, Levers, PeftStep
@@ -284,3 +286,23 @@ def test_tuning_continues_and_reports_where_compiling_ahead_fails(monkeypatch, c
     ahead.close()
     printed = capsys.readouterr().out
     assert printed == "compiling ahead failed, kernels compile where they are launched: KeyError: 'unknown'\n"
+
+
+def test_few_steps_table_compares_a_lora_with_the_best_setting_of_the_base(tmp_path, capsys):
+    """Features moved by d lie at a squared distance of d² from real ones, so that the ratio of 1 to 2 is 1/4."""
+    random = np.random.default_rng(0)
+    for seed in (0, 1):
+        real, reference = random.normal(size=(500, 4)), random.normal(size=(800, 4))
+        np.savez(tmp_path / f"real, 500 images, seed {seed}.npz", features=real, reference=reference)
+        for network, setting, moved in (("base", "euler", 2), ("base", "ddim", 3), ("reflow", "euler", 1)):
+            features = random.normal((moved, 0, 0, 0), size=(500, 4))
+            kept = {"captions": "captions", "evaluations": 2, "features": features, "right_names": np.ones(500, bool)}
+            np.savez(tmp_path / f"{network} {setting} {seed}.npz", network=network, setting=setting, seed=seed, **kept)
+    (rows,) = few_steps_table.read(tmp_path, repeats=50).values()
+    few_steps_table.print_table(rows)
+    printed = capsys.readouterr().out
+    line = r"reflow, 2 evaluations, seeds 0, 1: (.*) \((.*) to (.*)\) times the base's best at 1 or 2 .* \(euler\)"
+    value, low, high = map(float, re.search(line, printed).groups())
+    assert 0.2 < low < 0.25 < high < 0.3 and low < value < high
+    assert "| base | 2 | ddim | 0, 1 | " in printed and printed.count("100.0% |") == 3
+    assert "at more evaluations" not in printed

@@ -34,6 +34,7 @@ class EvaluationSet:
     Attributes:
         items: content of the images that the captions describe.
         real: real images of it, [count, 3, 32, 32] in [-1, 1].
+        space: features in which images are compared with the reference.
 
     Raises:
         ValueError: `count` leaves fewer than two pairs on one side.
@@ -57,7 +58,7 @@ class EvaluationSet:
         shuffled = [Emoji(pairs[i][0], pairs[i][1], bool(rng.random() < 0.5)) for i in chosen]
         self.items, reference = shuffled[: self.count], emoji.render(shuffled[self.count :], self.style)
         self.real = emoji.render(self.items, self.style)
-        self._space = FeatureSpace(self.classifier.features, self.real, reference, self.seed)
+        self.space = FeatureSpace(self.classifier.features, self.real, reference, self.seed)
 
     @property
     def prompts(self) -> list[str]:
@@ -69,7 +70,7 @@ class EvaluationSet:
         """Measure one image of each caption, [count, 3, 32, 32] in [-1, 1]."""
         logits = torch.cat([self.classifier(part) for part in torch.split(images, 256)])
         names = torch.tensor([item.name for item in self.items])
-        distance = self._space.measure(images, self.repeats)
+        distance = self.space.measure(images, self.repeats)
         return {
             "samples": len(images),
             "frechet_distance": distance["frechet_distance"],

@@ -51,23 +51,27 @@ class FeatureSpace:
         real: real images of what is generated, [N, 3, H, W].
         reference: other real images, with which generated ones are compared, [R, 3, H, W].
         seed: seed of the bootstrap and of the divisions behind the floor.
+
+    Attributes:
+        reference: features of the reference, [R, at most 64].
     """
 
     def __init__(self, network: Callable[[Tensor], Tensor], real: Tensor, reference: Tensor, seed: int) -> None:
         self._network, self._seed = network, seed
-        both = np.concatenate([self._features(real), self._features(reference)])
+        both = np.concatenate([self._network_features(real), self._network_features(reference)])
         self._directions = principal_directions(both)
-        self._all_real = self._project(both)
-        self._reference = self._all_real[len(real) :]
+        self._all_real = both @ self._directions
+        self.reference = self._all_real[len(real) :]
         self._floors: dict[int, float] = {}
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> Array:
+    def _network_features(self, images: Tensor) -> Array:
         features: Array = torch.cat([self._network(part) for part in torch.split(images, 64)]).double().numpy()
         return features
 
-    def _project(self, features: Array) -> Array:
-        return features @ self._directions
+    def features(self, images: Tensor) -> Array:
+        """Return the features of images [B, 3, H, W] in [-1, 1], [B, at most 64]."""
+        return self._network_features(images) @ self._directions
 
     def measure(self, images: Tensor, repeats: int) -> FrechetEntries:
         """Measure the Fréchet distance of images to the reference, with its interval and floor.
@@ -79,8 +83,8 @@ class FeatureSpace:
         Returns:
             The distance, the bounds of its 95 % interval, and the distance of B real images to other real ones.
         """
-        features = self._project(self._features(images))
-        distance = bootstrap_interval(frechet_distance, features, self._reference, repeats=repeats, seed=self._seed)
+        features = self.features(images)
+        distance = bootstrap_interval(frechet_distance, features, self.reference, repeats=repeats, seed=self._seed)
         return {
             "frechet_distance": distance.value,
             "frechet_low": distance.low,
@@ -91,5 +95,5 @@ class FeatureSpace:
     def _floor(self, count: int) -> float:
         """Return the distance of `count` real images to as many other real ones as the reference has."""
         if count not in self._floors:
-            self._floors[count] = real_floor(self._all_real, count, len(self._reference), seed=self._seed)
+            self._floors[count] = real_floor(self._all_real, count, len(self.reference), seed=self._seed)
         return self._floors[count]

@@ -26,7 +26,7 @@ TRAINING_OPTIONS = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 50,
     "ema_decay": 0.99,
-    "flow_shift": 3,
+    "flow_shift": 5,
     "sampling_shift": 1,
     "checkpointing_steps": 0,
     "lora_format": "diffusers",

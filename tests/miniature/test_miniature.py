@@ -6,8 +6,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from d2f_fast.evaluation.accuracy import corner_colours
-from d2f_fast.lora.read import read_lora
-from d2f_fast.miniature import MINIATURE, REFLOW_LORA, emoji
+from d2f_fast.miniature import MINIATURE, emoji
 
 
 def generate(pipe: StableDiffusionPipeline, caption: str, seed: int, steps: int = 2) -> np.ndarray:
@@ -55,10 +54,3 @@ def test_package_is_small_and_holds_no_local_path() -> None:
     assert sum(path.stat().st_size for path in files) < 16e6
     for path in MINIATURE.rglob("*config.json"):
         assert "_name_or_path" not in path.read_text(), path
-
-
-def test_shipped_reflow_lora_is_small_and_says_how_to_sample_it() -> None:
-    header = read_lora(REFLOW_LORA).header
-    assert REFLOW_LORA.stat().st_size < 1.5e6
-    assert header["d2f.recommended_guidance"] == "1.0" and header["d2f.recommended_steps"] == "2"
-    assert header["d2f.data"] == "pairs" and header["d2f.pairs_guidance"] == "2"

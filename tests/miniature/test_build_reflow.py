@@ -1,0 +1,100 @@
+"""Test the captions of the reflow LoRA's pairs, and the shipped LoRA in other programs' hands."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from d2f_fast.lora.read import read_lora
+from d2f_fast.miniature import MINIATURE, REFLOW_LORA, emoji
+from d2f_fast.miniature.build_reflow import prompts
+from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+
+PROMPTS = ["an owl on a blue background", "a clock on a red background", "a tulip"]
+SIGMA_MAX = 14.614
+# A program that has never heard of this package: it reads the sigmas in the file's header.
+STOCK = """
+import sys
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from safetensors import safe_open
+
+model, lora, output, first, *prompts = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+pipe.load_lora_weights(lora)
+with safe_open(lora, "pt") as file:
+    sigmas = [float(sigma) for sigma in file.metadata()["d2f.recommended_sigmas"].split(",")]
+for name, start in (("listed", sigmas[0]), ("schedule", float(first))):
+    noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"sigmas": [start, *sigmas[1:]], "guidance_scale": 1.0, "output_type": "np"}
+    np.save(output + f"/{name}.npy", pipe(prompts, latents=noise, **options).images)
+assert "d2f_fast" not in sys.modules
+print(len(sigmas) - 1)
+"""
+
+
+def test_every_caption_with_and_without_colour_gets_one_pair_in_a_fixed_order() -> None:
+    captions = prompts()
+    assert len(set(captions)) == len(captions) == len(emoji.names()) * (len(emoji.BACKGROUNDS) + 1)
+    assert captions == prompts() and captions[:1000] != sorted(captions)[:1000]
+    without = [caption for caption in captions if " background" not in caption]
+    assert len(without) == len(emoji.names())
+
+
+def test_shipped_reflow_lora_is_small_and_says_how_to_sample_it() -> None:
+    header = read_lora(REFLOW_LORA).header
+    assert REFLOW_LORA.stat().st_size < 1.5e6
+    assert header["d2f.recommended_guidance"] == "1.0" and header["d2f.recommended_steps"] == "2"
+    assert header["d2f.data"] == "pairs" and header["d2f.pairs_guidance"] == "2"
+
+
+@pytest.fixture
+def reflow(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """Return the miniature with the reflow LoRA and this package's scheduler."""
+    from d2f_fast.lora.merge import fuse_adapter
+
+    fuse_adapter(pipe, REFLOW_LORA, 1.0)
+    pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def sample(pipe: StableDiffusionPipeline, **options: object) -> np.ndarray:
+    noise = torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return pipe(PROMPTS, latents=noise, guidance_scale=1.0, output_type="np", **options).images
+
+
+@pytest.mark.slow
+def test_stock_pipeline_and_onnx_export_generate_the_images_of_this_package(
+    reflow: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    from d2f_fast.export.folder import export_folder
+    from d2f_fast.export.inference import OnnxPipeline
+    from d2f_fast.export.options import ExportOptions
+
+    command = [sys.executable, "-c", STOCK, *map(str, (MINIATURE, REFLOW_LORA, tmp_path, SIGMA_MAX)), *PROMPTS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2"]
+    # From a sigma of the schedule both take the same steps.
+    schedule = np.load(tmp_path / "schedule.npy")
+    assert np.abs(schedule - sample(reflow, sigmas=[SIGMA_MAX, 1.0, 0.0])).max() <= 1e-4
+    # A stock step from the listed first sigma stands for a step from pure noise, to 0.2 % of the noise.
+    even = sample(reflow, num_inference_steps=2)
+    listed = np.load(tmp_path / "listed.npy")
+    print("listed", np.abs(listed - even).max(), "schedule", np.abs(schedule - even).max())
+    assert np.abs(listed - even).max() <= 1 / 255 < np.abs(schedule - even).max()
+
+    options = ExportOptions(output=str(tmp_path / "onnx"), lora=(str(REFLOW_LORA),), steps="2")
+    assert export_folder(options)["recommended_guidance"] == 1.0
+    noise = torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    images = OnnxPipeline(tmp_path / "onnx", form="folder")(PROMPTS, steps=2, noise=noise)
+    got = np.stack([np.asarray(image, np.float32) for image in images]) / 255
+    print("onnx", np.abs(got - even).max())
+    assert np.abs(got - even).max() <= 1 / 255
+    assert even.std() > 0.1
