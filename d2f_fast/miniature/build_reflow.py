@@ -1,7 +1,8 @@
 """Make the miniature's reflow LoRA: the stage `reflow` of `build.py`.
 
 The miniature makes pairs of noise and latents for the captions of its images, with and without a background colour, and
-a LoRA is trained on them, by the two commands that users have. The file holds the LoRA in float16.
+a LoRA is trained on them, by the two commands that users have. The file holds the LoRA in float16, with its update
+multiplied by a constant.
 """
 
 import subprocess
@@ -32,6 +33,9 @@ TRAINING_OPTIONS = {
     "lora_format": "diffusers",
     "seed": SEED,
 }
+# So short a training falls short of the pairs: more of the same update comes nearer to them. The factor was chosen with
+# 400 images of each of the seeds 77 and 78.
+UPDATE_SCALE = 1.4
 
 
 def prompts() -> list[str]:
@@ -56,9 +60,20 @@ def build_reflow(folder: Path, pairs: int, steps: int) -> None:
     _d2f("pairs", {**places, **PAIR_OPTIONS})
     places = {"pairs": folder / "pairs", "max_train_steps": steps, "output_dir": folder / "lora"}
     _d2f("train", {**places, **TRAINING_OPTIONS}, "--first_last_layers")
-    tensors, header = read_tensors(folder / "lora" / LORA_FILE)
-    write_tensors(REFLOW_LORA, {name: tensor.half() for name, tensor in tensors.items()}, header)
+    write_shipped(folder / "lora" / LORA_FILE, REFLOW_LORA)
     print(f"{REFLOW_LORA}: {REFLOW_LORA.stat().st_size} bytes, sha256 {file_sha256(REFLOW_LORA)}")
+
+
+def write_shipped(trained: Path, shipped: Path) -> None:
+    """Write the file of a LoRA in float16, with its update multiplied by `UPDATE_SCALE`.
+
+    Args:
+        trained: trained LoRA in diffusers' form.
+        shipped: file to write.
+    """
+    tensors, header = read_tensors(trained)
+    scales = {name: UPDATE_SCALE if ".lora_B." in name else 1.0 for name in tensors}
+    write_tensors(shipped, {name: (scales[name] * tensor).half() for name, tensor in tensors.items()}, header)
 
 
 def _d2f(command: str, options: dict[str, object], *flags: str) -> None:

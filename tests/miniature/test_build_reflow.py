@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from d2f_fast.lora.read import read_lora
 from d2f_fast.miniature import MINIATURE, REFLOW_LORA, emoji
-from d2f_fast.miniature.build_reflow import prompts
+from d2f_fast.miniature.build_reflow import UPDATE_SCALE, prompts, write_shipped
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 PROMPTS = ["an owl on a blue background", "a clock on a red background", "a tulip"]
@@ -45,6 +45,17 @@ def test_every_caption_with_and_without_colour_gets_one_pair_in_a_fixed_order() 
     assert captions == prompts() and captions[:1000] != sorted(captions)[:1000]
     without = [caption for caption in captions if " background" not in caption]
     assert len(without) == len(emoji.names())
+
+
+def test_update_is_multiplied_by_the_constant_when_the_lora_is_written(tmp_path: Path) -> None:
+    write_shipped(REFLOW_LORA, tmp_path / "again.safetensors")
+    before, after = read_lora(REFLOW_LORA), read_lora(tmp_path / "again.safetensors")
+    assert after.header == before.header and after.layers.keys() == before.layers.keys()
+    for name in ("conv_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"):
+        (key,) = (key for key in before.layers if key.endswith(name))
+        weight = torch.zeros(before.layers[key].up.shape[0], before.layers[key].down[0].numel())
+        old, new = before.layers[key].delta(weight), after.layers[key].delta(weight)
+        torch.testing.assert_close(new, UPDATE_SCALE * old, rtol=1e-3, atol=1e-4)
 
 
 def test_shipped_reflow_lora_is_small_and_says_how_to_sample_it() -> None:
@@ -87,7 +98,6 @@ def test_stock_pipeline_and_onnx_export_generate_the_images_of_this_package(
     # A stock step from the listed first sigma stands for a step from pure noise, to 0.2 % of the noise.
     even = sample(reflow, num_inference_steps=2)
     listed = np.load(tmp_path / "listed.npy")
-    print("listed", np.abs(listed - even).max(), "schedule", np.abs(schedule - even).max())
     assert np.abs(listed - even).max() <= 1 / 255 < np.abs(schedule - even).max()
 
     options = ExportOptions(output=str(tmp_path / "onnx"), lora=(str(REFLOW_LORA),), steps="2")
@@ -95,6 +105,5 @@ def test_stock_pipeline_and_onnx_export_generate_the_images_of_this_package(
     noise = torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
     images = OnnxPipeline(tmp_path / "onnx", form="folder")(PROMPTS, steps=2, noise=noise)
     got = np.stack([np.asarray(image, np.float32) for image in images]) / 255
-    print("onnx", np.abs(got - even).max())
     assert np.abs(got - even).max() <= 1 / 255
     assert even.std() > 0.1
