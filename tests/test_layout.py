@@ -62,7 +62,6 @@ TESTED_ELSEWHERE = {
     "d2f_fast.flow.formulas": "tests/flow/test_alignment.py compares every formula with a float64 oracle.",
     "d2f_fast.miniature.build": "It is the command that trained the committed weights, which takes hours.",
     "d2f_fast.miniature.build_classifier": "It trained the committed weights, which takes hours.",
-    "d2f_fast.miniature.build_reflow": "It made the committed LoRA, which takes half an hour.",
     "d2f_fast.miniature.build_sheets": "It packed the committed pictures from files that are not in the repository.",
     "d2f_fast.miniature.build_vae": "It trained the committed weights, which takes hours.",
     "d2f_fast.models.library_messages": "It calls two functions of diffusers and transformers.",
