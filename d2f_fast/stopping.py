@@ -97,6 +97,10 @@ class CommandSignals:
         _raised = number
         raise StopRequestedError(number)
 
+    def ignore(self) -> None:
+        """Ignore further signals until `exit_code` is set: the command ends in a moment."""
+        self._raised_at = float("inf")
+
     def _watch(self, descriptor: int) -> None:
         """Wait for signals on a pipe, and end the process where the main thread does not handle one."""
         while numbers := os.read(descriptor, 1):
@@ -158,7 +162,9 @@ def run_until_stopped(program: str, work: Callable[[], int], *, ends_process: bo
         if ends_process:
             signals.end_where_main_thread_is_busy()
         code = work()
+        signals.ignore()
     except StopRequestedError as stop:
+        signals.ignore()
         print(f"{program}: {stop}", file=sys.stderr)
         code = stop.exit_code
     except SystemExit as end:  # The parser of options raises it.

@@ -101,6 +101,24 @@ def work():
     assert time.monotonic() - started < 30
 
 
+def test_signal_that_arrives_as_the_work_ends_prints_no_traceback():
+    work = """
+import d2f_fast.stopping
+
+def written():
+    os.kill(os.getpid(), signal.SIGTERM)
+    return True
+
+d2f_fast.stopping.output_is_read = written
+
+def work():
+    print('begun', flush=True)
+    return 0
+"""
+    done = run(work)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_main_thread_that_waits_in_foreign_code_does_not_keep_the_command():
     work = """
 import ctypes, threading

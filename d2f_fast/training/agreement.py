@@ -1,10 +1,16 @@
 """Let all processes of a run know what one of them has met, before each step."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed
+
+
+# Once one process has ended, its launcher ends the others by SIGTERM. Whoever loses a connection waits this long for it:
+# a run that was stopped then ends as a stopped one, in every process, and not as a failure of those that noticed first.
+LAUNCHER_SECONDS = 5.0
 
 
 class LostProcessError(RuntimeError):
@@ -27,7 +33,8 @@ class Agreement:
         self.alone = num_processes == 1
         self._group: distributed.ProcessGroup | None = None
         if not self.alone and device.type != "cpu":
-            self._group = distributed.new_group(backend="gloo")
+            with connecting():
+                self._group = distributed.new_group(backend="gloo")
 
     def largest(self, *values: int) -> list[int]:
         """Return the largest value of all processes, for each of the values.
@@ -64,6 +71,20 @@ def sum_over_processes(values: Tensor) -> None:
     """
     with _lost_process_reported():
         distributed.all_reduce(values)
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Turn the errors of processes that connect into LostProcessError, unless the launcher's signal comes first."""
+    try:
+        yield
+    except RuntimeError as error:  # The types of torch's own are below it.
+        time.sleep(LAUNCHER_SECONDS)  # A signal ends the command here.
+        reason = str(error).strip().partition("\n")[0]
+        raise LostProcessError(
+            f"the processes of this run cannot connect ({reason}): another one has ended, or MASTER_ADDR and"
+            " MASTER_PORT do not lead to the first one"
+        ) from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -60,6 +61,12 @@ class StopSignals:
         """Bring back the handlers from before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a signal arrives, or at most so many seconds."""
+        end = time.monotonic() + seconds
+        while self.received is None and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Note the signal, or end the command where it has nothing to save."""

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 from d2f_fast.config import TrainingConfig
 from d2f_fast.layers.fused_lora import lora_paths
 from d2f_fast.ops import kernel_path
-from d2f_fast.training.agreement import sum_over_processes
+from d2f_fast.training.agreement import connecting, sum_over_processes
 from d2f_fast.training.compiled import compiled
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import StepInputs
@@ -100,7 +100,8 @@ class TrainingStep:
         self.starting_lora: StartingLora | None = None
         self.tags: dict[str, str] = {}
         if config.cuda_graph and num_processes > 1:
-            torch.distributed.all_reduce(torch.zeros(1, device=device))  # connects, which a capture does not allow
+            with connecting():
+                torch.distributed.all_reduce(torch.zeros(1, device=device))  # connects, which a capture does not allow
 
     def __call__(self, inputs: StepInputs, learning_rate: float) -> Tensor:
         """Take one step.

@@ -7,7 +7,7 @@ from contextlib import suppress
 from torch import Tensor
 
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.training.agreement import Agreement, LostProcessError
+from d2f_fast.training.agreement import LAUNCHER_SECONDS, Agreement, LostProcessError
 from d2f_fast.training.signals import InterruptedRunError, StopSignals
 
 
@@ -88,10 +88,16 @@ class Stop:
         raise failure
 
     def _stop_alone(self, error: LostProcessError, steps_taken: int) -> Tensor:
-        """Save the run without the other processes, and raise; it never returns."""
+        """Save the run without the other processes, and raise; it never returns.
+
+        The other process may have ended at a signal, which then comes to this one, too.
+        """
         problem = self._save() if self._writes else "only the first process writes files"
+        self._signals.wait(LAUNCHER_SECONDS)
         if self._signals.received is not None:
             raise self._interrupted(self._signals.received, steps_taken, problem) from error
+        if steps_taken == 0:
+            raise LostProcessError(f"{error}, before the first step") from error
         saved = f"not saved ({problem})" if problem else "saved"
         raise LostProcessError(f"{error}; step {steps_taken} is {saved}") from error
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import distributed
 
-from d2f_fast.training.agreement import Agreement, LostProcessError, sum_over_processes
+from d2f_fast.training import agreement as agreement_module
+from d2f_fast.training.agreement import Agreement, LostProcessError, connecting, sum_over_processes
 
 CPU = torch.device("cpu")
 
@@ -42,3 +43,12 @@ def test_lost_connection_is_reported_as_a_lost_process(monkeypatch: pytest.Monke
     ):
         with pytest.raises(LostProcessError, match="another process of this run has ended"):
             exchange()
+
+
+def test_processes_that_cannot_connect_are_refused_with_the_first_line_of_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agreement_module, "LAUNCHER_SECONDS", 0.0)
+    with pytest.raises(LostProcessError, match=r"cannot connect \(Connection reset by peer\): another one has ended"):
+        with connecting():
+            raise distributed.DistNetworkError("Connection reset by peer\nException raised from recvBytes")

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,6 +22,7 @@ from PIL import Image
 
 from d2f_fast.commands import main as command_line
 from d2f_fast.stopping import run_until_stopped
+from d2f_fast.training import accelerator, trainer
 from d2f_fast.training.checkpoint import find_checkpoint, verify_checkpoint
 
 STEPS = 12
@@ -36,8 +38,16 @@ class Ended(TypedDict):
     complete: bool
 
 
-def start(model: Path, images: Path, output: Path, rank: int, world: int, port: int, *options: str) -> int:
-    """Fork a process that trains as the command line does, and return its number."""
+def start(
+    model: Path,
+    images: Path,
+    output: Path,
+    rank: int,
+    world: int,
+    port: int,
+    first: Callable[[], None] = lambda: None,
+) -> int:
+    """Fork a process that calls a function and then trains as the command line does, and return its number."""
     pid = os.fork()
     if pid:
         return pid
@@ -54,8 +64,9 @@ def start(model: Path, images: Path, output: Path, rank: int, world: int, port: 
         arguments = [
             *("train", "--train_data_dir", str(images), "--pretrained_model_name_or_path", str(model)),
             *("--output_dir", str(output), "--resolution", "16", "--rank", "2", "--train_batch_size", "2"),
-            *("--max_train_steps", str(STEPS), "--logging_steps", "1", "--checkpointing_steps", "5", *options),
+            *("--max_train_steps", str(STEPS), "--logging_steps", "1", "--checkpointing_steps", "5"),
         ]
+        first()
         try:
             work = partial(command_line.run, arguments)
             code = run_until_stopped("d2f", work, ends_process=True)
@@ -119,6 +130,28 @@ def stop_runs(model: Path, images: Path, root: Path, moments: Path, world: Path)
     return ended
 
 
+def early_stops(model: Path, images: Path, root: Path) -> list[dict[str, Any]]:
+    """Stop one of two processes before and after they connect, when the other one waits for it, each in turn."""
+    ended = []
+    for module, name in ((accelerator, "Accelerator"), (trainer, "check_trainable")):
+        for held in range(2):
+            output, port = root / f"{name}-{held}", free_port()
+            reached = Path(f"{output}-reached")
+
+            def wait(*arguments: Any, reached: Path = reached, **options: Any) -> None:
+                reached.touch()
+                time.sleep(60)
+
+            hold = partial(setattr, module, name, wait)
+            pids = [start(model, images, output, r, 2, port, *[hold] * (r == held)) for r in range(2)]
+            while not reached.exists():
+                time.sleep(0.05)
+            time.sleep(1)  # The other process comes to where it waits.
+            os.kill(pids[held], signal.SIGTERM)
+            ended.append({"held": f"{name} {held}", **finish(output, pids)})
+    return ended
+
+
 def overlapping_runs(model: Path, images: Path, root: Path, offsets: Path) -> list[dict[str, Any]]:
     """Start two runs in one folder at each of so many random distances, and return how both ended."""
     choices, ended = random.Random(0), []
@@ -164,7 +197,9 @@ def results(root: Path, tiny_folder: Path, action: str, *numbers: int) -> list[d
         pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"{index}.png")
         (root / "images" / f"{index}.txt").write_text("abc")
+    # The command itself sets the level of torch's messages, but only before torch is imported.
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    env["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     command = [sys.executable, __file__, action, *map(str, (tiny_folder, root / "images", root, *numbers))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr
@@ -181,6 +216,16 @@ def test_signal_at_any_moment_loses_no_step(tmp_path: Path, tiny_folder: Path, p
 
 
 @pytest.mark.slow
+def test_process_that_waits_for_a_stopped_one_ends_by_the_signal_of_the_launcher(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    for each in results(tmp_path, tiny_folder, "early_stops"):
+        assert each["codes"] == [143, 143], each
+        assert all("stopped by SIGTERM" in text.splitlines()[-1] for text in each["errors"]), each
+        assert not any("Traceback" in text or "frame #" in text for text in each["errors"]), each
+
+
+@pytest.mark.slow
 def test_one_of_two_runs_in_a_folder_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
     for each in results(tmp_path, tiny_folder, "overlapping_runs", 20):
         assert sorted(each["codes"]) == [0, 2], each
@@ -192,9 +237,7 @@ def test_one_of_two_runs_in_a_folder_is_refused(tmp_path: Path, tiny_folder: Pat
 if __name__ == "__main__":
     import torch
 
-    # Loaded before the processes are forked.
-    import d2f_fast.training.trainer  # noqa: F401
-    from d2f_fast.models.load import load_pipeline
+    from d2f_fast.models.load import load_pipeline  # Loaded before the processes are forked.
 
     torch.set_num_threads(1)
     load_pipeline(sys.argv[2])

@@ -1,6 +1,7 @@
 """Reasons for which one process stops all processes of a run, and what their messages say about the last step."""
 
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from d2f_fast.errors import DatasetError, RefusedInputError
+from d2f_fast.training import stop as stop_module
 from d2f_fast.training.agreement import Agreement, LostProcessError
 from d2f_fast.training.signals import InterruptedRunError, StopSignals
 from d2f_fast.training.stop import Stop
@@ -82,6 +84,35 @@ def test_defect_is_raised_as_it_is_with_a_note() -> None:
     assert caught.value.__notes__ == ["d2f: step 4 is saved"]
 
 
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_module, "LAUNCHER_SECONDS", 0.0)
+
+
+def test_process_whose_partner_was_stopped_waits_for_its_own_signal() -> None:
+    saved: list[str] = []
+
+    def save() -> str:
+        saved.append("step 4")
+        return ""
+
+    signals = StopSignals()
+    stop = Stop(Other(lost=True), signals, save, writes=True)
+    threading.Timer(0.1, setattr, (signals, "received", signal.SIGTERM)).start()
+    with pytest.raises(InterruptedRunError, match=r"^stopped by SIGTERM after step 4: saved as") as caught:
+        stop.where_agreed(None, 4)
+    assert (caught.value.exit_code, saved) == (143, ["step 4"])
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_process_left_alone_before_the_first_step_speaks_of_no_saved_step() -> None:
+    sentence = r"^another process of this run has ended, before the first step$"
+    for writes in (True, False):
+        with pytest.raises(LostProcessError, match=sentence):
+            make_stop(Other(lost=True), writes=writes).where_agreed(None, 0)
+
+
+@pytest.mark.usefixtures("no_launcher")
 @pytest.mark.parametrize(
     ("received", "writes", "error", "sentence"),
     [
