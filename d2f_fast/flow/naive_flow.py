@@ -106,18 +106,6 @@ class NaiveFlow(Flow):
         return sigmas
 
 
-def predicts_flow(config: Mapping[str, object]) -> bool:
-    """Return whether a scheduler's configuration belongs to a network that predicts the flow itself.
-
-    Args:
-        config: configuration of a scheduler of diffusers. diffusers' own flow-matching schedulers have no prediction
-            type, and are known by their shift and the missing noise table.
-    """
-    if "prediction_type" in config:
-        return config["prediction_type"] == "flow_prediction"
-    return "shift" in config and "beta_schedule" not in config
-
-
 def uses_published_form(flow: Flow) -> bool:
     """Return whether a flow's network is fed t and returns latents - noise."""
     return isinstance(flow, NaiveFlow) and flow.form == "published"

@@ -50,6 +50,16 @@ def parse_lora(entry: str) -> LoraSource:
     return LoraSource(Path(path), float(scale))
 
 
+def lora_identity(sha256: str, scale: float) -> str:
+    """Return a short text that differs for another content or scale of a LoRA.
+
+    Args:
+        sha256: Hash of its file.
+        scale: Factor on the whole adapter.
+    """
+    return f"{sha256[:16]}:{scale:g}"
+
+
 def lora_path(source: StrPath) -> Path:
     """Return the path of a LoRA file.
 

@@ -20,7 +20,7 @@ from d2f_fast.lora.inject import ADAPTER, CONVOLUTION_TARGETS, FIRST_LAYER, LAST
 from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.match import canonical_names, match_layers, modules_by_canonical_name
 from d2f_fast.lora.read import check_tags, lora_tags, read_lora
-from d2f_fast.lora.source import parse_lora
+from d2f_fast.lora.source import lora_identity, parse_lora
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StartingLora:
     @property
     def identity(self) -> str:
         """Return a short text that differs for another content or scale."""
-        return f"{self.sha256[:16]}:{self.scale:g}"
+        return lora_identity(self.sha256, self.scale)
 
 
 def read_start(entry: str, pipeline: DiffusionPipeline) -> StartingLora:

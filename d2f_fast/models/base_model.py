@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
-from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
+from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.flow.scheduler_config import predicts_flow
 from d2f_fast.models.autoencoder import posterior_of, prepare_autoencoder
 from d2f_fast.models.configs import downsampling_of, resolution_of
 from d2f_fast.models.conv_in import widen_conv_in

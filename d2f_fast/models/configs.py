@@ -5,27 +5,31 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.flow.scheduler_config import predicts_flow
 from d2f_fast.models.folder import cached_folder, check_folder, read_config
 from d2f_fast.models.names import MINIATURE, check_autoencoder_name, is_single_file
-from d2f_fast.models.options import ModelOptions, check_model
-from d2f_fast.models.single_file_header import check_has_vae, fitted_table, read_single_file
+from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_model, check_prediction_type
+from d2f_fast.models.single_file_header import check_has_vae, fitted_table, read_single_file, stated_prediction
 
 MINIATURE_FOLDER = Path(__file__).parent.parent / "miniature" / "pipeline"
 
 
 class ModelConfigs(NamedTuple):
-    """Configurations of the two networks of a model whose sizes decide what it can be used for.
+    """Configurations of the parts of a model that decide what it can be used for.
 
     Attributes:
         unet: Content of the UNet's config.json.
         vae: The same for the autoencoder.
+        scheduler: The same for the scheduler, with the prediction type that the options or the model's file state.
     """
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_configs(model: str, options: ModelOptions) -> ModelConfigs | None:
@@ -50,7 +54,9 @@ def read_configs(model: str, options: ModelOptions) -> ModelConfigs | None:
         if options.pretrained_vae_model_name_or_path is None:
             check_has_vae(file)
         table = fitted_table(file)
-        return ModelConfigs(table["unet"], table["vae"])
+        prediction = stated_prediction(file, options.prediction_type) or (table["scheduler"]["prediction_type"], "")
+        scheduler = _with_options({**table["scheduler"], "prediction_type": prediction[0]}, options, prediction[1])
+        return ModelConfigs(table["unet"], table["vae"], scheduler)
     if model == MINIATURE:
         folder = MINIATURE_FOLDER
     elif (folder := Path(model)).is_dir():
@@ -59,7 +65,23 @@ def read_configs(model: str, options: ModelOptions) -> ModelConfigs | None:
         folder = Path(cached_folder(model, options.revision, options.variant))
     else:
         return None
-    return ModelConfigs(read_config(folder / "unet" / "config.json"), read_config(folder / "vae" / "config.json"))
+    unet, vae = (read_config(folder / part / "config.json") for part in ("unet", "vae"))
+    scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
+    try:
+        return ModelConfigs(unet, vae, _with_options(scheduler, options, "scheduler_config.json"))
+    except ModelError as error:
+        raise ModelError(f"{printable(model)}: {error}") from error
+
+
+def _with_options(scheduler: Mapping[str, Any], options: ModelOptions, source: str) -> Mapping[str, Any]:
+    """Return a scheduler's configuration with the prediction type of the options, or refuse what it states."""
+    if options.prediction_type is not None:
+        return {**scheduler, "prediction_type": options.prediction_type}
+    if "prediction_type" in scheduler:
+        check_prediction_type(scheduler["prediction_type"], source)
+    if predicts_flow(scheduler):
+        check_flow_schedule(options, f"a model that predicts the flow ({source})")
+    return scheduler
 
 
 def _is_offline() -> bool:

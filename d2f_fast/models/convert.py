@@ -18,17 +18,16 @@ from d2f_fast.files.atomic import StrPath, atomic_folder
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.files.tensor_stream import LazyTensor, lazy_tensors, write_tensor_stream
-from d2f_fast.flow.naive_flow import predicts_flow
+from d2f_fast.flow.scheduler_config import predicts_flow
 from d2f_fast.lora.family import Family, family_of_config
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.layer_weights import LayerWeights
 from d2f_fast.lora.match import canonical_names, match_layers
 from d2f_fast.lora.read import read_lora
-from d2f_fast.models.facts import check_prediction_type
 from d2f_fast.models.folder import check_real_weights
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.names import PICKLE_SUFFIXES
-from d2f_fast.models.options import ModelOptions, check_flow_schedule
+from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_prediction_type
 from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.reflection_padding import CONFIG_ENTRY
 from d2f_fast.models.save import save_pipeline_folder

@@ -2,15 +2,13 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from diffusers import EulerDiscreteScheduler
 
-from d2f_fast.config import PredictionType
-from d2f_fast.errors import ModelError, printable
-from d2f_fast.flow.naive_flow import predicts_flow
+from d2f_fast.flow.scheduler_config import predicts_flow
 from d2f_fast.lora.family import FAMILY_NAMES, family_of
-from d2f_fast.models.options import ModelOptions, check_flow_schedule
+from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_prediction_type
 from d2f_fast.models.reflection_padding import set_reflection_padding
 
 if TYPE_CHECKING:
@@ -108,24 +106,6 @@ def state_facts(pipeline: "DiffusionPipeline", options: ModelOptions, source: st
         vae is not None and set_reflection_padding(vae, options.vae_reflection_padding),
         bool(pipeline.scheduler.config.get("use_dynamic_shifting")),
     )
-
-
-def check_prediction_type(value: object, source: str) -> None:
-    """Refuse a word that names no prediction type.
-
-    Args:
-        value: Word of a model's own files.
-        source: Name of the file, or of the place in it.
-
-    Raises:
-        ModelError: The word is not one of diffusers'.
-    """
-    known = get_args(PredictionType)
-    if value not in known:
-        raise ModelError(
-            f"{source}: prediction_type must be {', '.join(known[:-1])} or {known[-1]}, got {printable(str(value))}:"
-            " state it with --prediction_type"
-        )
 
 
 def same_schedule(scheduler: "SchedulerMixin", kind: type["SchedulerMixin"], **changes: Any) -> "SchedulerMixin":

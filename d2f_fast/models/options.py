@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from d2f_fast.config import PredictionType, check_options, finite, option, positive
 from d2f_fast.errors import ModelError, RefusedInputError, printable
@@ -72,6 +73,24 @@ def check_flow_schedule(options: ModelOptions, reason: str) -> None:
     if options.rescale_betas_zero_snr is not None:
         raise RefusedInputError(
             f"rescale_betas_zero_snr has no effect with {reason}, because the flow has no betas: leave it out"
+        )
+
+
+def check_prediction_type(value: object, source: str) -> None:
+    """Refuse a word that names no prediction type.
+
+    Args:
+        value: Word of a model's own files.
+        source: Name of the file, or of the place in it.
+
+    Raises:
+        ModelError: The word is not one of diffusers'.
+    """
+    known = get_args(PredictionType)
+    if value not in known:
+        raise ModelError(
+            f"{source}: prediction_type must be {', '.join(known[:-1])} or {known[-1]}, got {printable(str(value))}:"
+            " state it with --prediction_type"
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from d2f_fast.errors import ModelError, printable
+from d2f_fast.errors import printable
 from d2f_fast.lora.family import FAMILY_NAMES
 from d2f_fast.models.clip_tokenizer import clip_tokenizer
 from d2f_fast.models.facts import ModelFacts, same_schedule
@@ -25,18 +25,12 @@ from d2f_fast.models.single_file_header import (
     check_has_vae,
     family_table,
     fitted_table,
+    stated_prediction,
 )
 from d2f_fast.models.single_file_weights import check_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
-
-_PREDICTION_WORDS = {
-    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
-    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred"), "v_prediction"),
-    "sample": "sample",
-    **dict.fromkeys(("flow", "flow_prediction"), "flow_prediction"),
-}
 
 
 def read_facts(file: SingleFile, options: ModelOptions) -> ModelFacts:
@@ -51,23 +45,14 @@ def read_facts(file: SingleFile, options: ModelOptions) -> ModelFacts:
     """
     keys, entries, name = file.header.tensors, file.header.entries, FAMILY_NAMES[file.family]
     assumed = f"assumed for {name}, as the file has no marker"
-    prediction = family_table(file.family)["scheduler"]["prediction_type"], assumed
-    if file.family == "sd2":
-        prediction = prediction[0], f"{assumed}; state --prediction_type epsilon for a relative of SD2-base"
+    prediction = stated_prediction(file, options.prediction_type)
+    if prediction is None:
+        cure = "; state --prediction_type epsilon for a relative of SD2-base" if file.family == "sd2" else ""
+        prediction = family_table(file.family)["scheduler"]["prediction_type"], f"{assumed}{cure}"
     zero_snr = False, assumed
-    for entry in ("modelspec.prediction_type", "d2f.prediction_type"):
-        if (word := entries.get(entry, "").strip().lower()) and options.prediction_type is None:
-            if word not in _PREDICTION_WORDS:
-                raise ModelError(
-                    f"{printable(file.path)}: {entry} in its header is {printable(word[:100])}, which is not known:"
-                    " state --prediction_type"
-                )
-            prediction = _PREDICTION_WORDS[word], f"header {entry}"
     for entry in ("ss_zero_terminal_snr", "d2f.zero_snr"):
         if (word := entries.get(entry, "").strip().lower()) in ("true", "false"):
             zero_snr = word == "true", f"header {entry}"
-    if "v_pred" in keys:
-        prediction = "v_prediction", "marker v_pred"
     if "ztsnr" in keys:
         zero_snr = True, "marker ztsnr"
     return ModelFacts(name, *prediction, *zero_snr)

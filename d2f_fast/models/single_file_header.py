@@ -28,6 +28,12 @@ _OTHER_KEYS = (
     *("alphas_cumprod", "betas", "sqrt_", "log_one_minus", "posterior_", "lvlb_weights", "logvar", "scale_factor"),
     *("global_step", "epoch"),
 )
+_PREDICTION_WORDS = {
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred"), "v_prediction"),
+    "sample": "sample",
+    **dict.fromkeys(("flow", "flow_prediction"), "flow_prediction"),
+}
 _MOST_FOREIGN = 0.02  # Share of unknown keys that a file may have, such as embedded textual inversions.
 _REFUSED = {
     "edm_vpred.": "it predicts v in the EDM form (edm_vpred), whose noise levels no alignment serves",
@@ -149,6 +155,30 @@ def fitted_table(file: SingleFile) -> dict[str, Any]:
     if len(latents) == 4:
         table["vae"]["latent_channels"] = latents[1]
     return table
+
+
+def stated_prediction(file: SingleFile, given: str | None = None) -> tuple[str, str] | None:
+    """Return the prediction type that a file states, and where; None where it states none.
+
+    Args:
+        file: File, whose header was read.
+        given: Prediction type that an option states, so that a word of the header does not count; None for none.
+
+    Raises:
+        ModelError: The header names a prediction type that is not known, and no option states another.
+    """
+    if "v_pred" in file.header.tensors:
+        return "v_prediction", "marker v_pred"
+    found = None
+    for entry in ("modelspec.prediction_type", "d2f.prediction_type"):
+        if (word := file.header.entries.get(entry, "").strip().lower()) and given is None:
+            if word not in _PREDICTION_WORDS:
+                raise ModelError(
+                    f"{printable(file.path)}: {entry} in its header is {printable(word[:100])}, which is not known:"
+                    " state --prediction_type"
+                )
+            found = _PREDICTION_WORDS[word], f"header {entry}"
+    return found
 
 
 def check_has_vae(file: SingleFile) -> None:

@@ -21,7 +21,8 @@ from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.formulas import combine
-from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow
+from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.flow.scheduler_config import predicts_flow
 from d2f_fast.sampling.two_stage import TwoStageSteps
 
 # Options that a scheduler reads from the configuration of another one, whether they were given there or are defaults.

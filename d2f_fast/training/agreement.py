@@ -7,9 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
-
-# Once one process has ended, its launcher ends the others by SIGTERM. Whoever loses a connection waits this long for it:
-# a run that was stopped then ends as a stopped one, in every process, and not as a failure of those that noticed first.
+# Once one process has ended, its launcher ends the others by SIGTERM. A process that loses its connection waits this
+# long for the signal, so that a run which was stopped ends as a stopped one in every process, and not as a failure.
 LAUNCHER_SECONDS = 5.0
 
 

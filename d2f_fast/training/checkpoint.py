@@ -79,8 +79,12 @@ def save_checkpoint(output_dir: StrPath, step: int, write: Callable[[Path], None
     return target
 
 
-def verify_checkpoint(folder: StrPath) -> int:
+def verify_checkpoint(folder: StrPath, *, contents: bool = True) -> int:
     """Check every file of a checkpoint against its manifest, and return the checkpoint's step.
+
+    Args:
+        folder: folder of the checkpoint.
+        contents: whether the contents are compared, which are read for it, and not only the sizes.
 
     Raises:
         CheckpointError: the manifest or a file is missing, was changed, or lies outside the folder.
@@ -104,7 +108,7 @@ def verify_checkpoint(folder: StrPath) -> int:
         found = file.stat().st_size
         if found != size:
             raise CheckpointError(f"{file} has {found} bytes, and {size} were written: resume from another checkpoint")
-        if file_sha256(file) != sha256:
+        if contents and file_sha256(file) != sha256:
             raise CheckpointError(f"{file} was changed after it was written: resume from another checkpoint")
     return step
 
@@ -125,12 +129,32 @@ def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | 
     output_dir = Path(output_dir)
     if resume_from == "latest":
         return _find_latest(output_dir)
-    named = Path(resume_from)
-    for folder in (output_dir / named, named, output_dir / f".old-{named.name}"):
-        if folder.is_dir():
-            verify_checkpoint(folder)
-            return folder
-    raise CheckpointError(f'{named} is not a checkpoint in {output_dir}: give one that is there, or "latest"')
+    return _find_named(output_dir, Path(resume_from), contents=True)
+
+
+def named_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | None:
+    """Return the checkpoint that `find_checkpoint` would find, without reading the contents of its files.
+
+    Args:
+        output_dir: folder of the run.
+        resume_from: checkpoint to resume from, as for `find_checkpoint`.
+
+    Returns:
+        The folder; None for a new run, and where "latest" may stand for an older checkpoint than the newest.
+
+    Raises:
+        CheckpointError: the named checkpoint is missing or damaged.
+    """
+    if resume_from is None:
+        return None
+    output_dir = Path(output_dir)
+    if resume_from != "latest":
+        return _find_named(output_dir, Path(resume_from), contents=False)
+    newest = next((folder for _, folder in list_checkpoints(output_dir)), None)
+    try:
+        return None if newest is None or verify_checkpoint(newest, contents=False) < 0 else newest
+    except (CheckpointError, OSError):
+        return None
 
 
 def refuse_used_folder(output_dir: StrPath, resume_from: StrPath | None) -> None:
@@ -165,6 +189,15 @@ def list_checkpoints(output_dir: Path, prefix: str = "") -> list[tuple[int, Path
         return []
     found = [(re.fullmatch(re.escape(prefix) + r"checkpoint-(\d+)", p.name), p) for p in output_dir.iterdir()]
     return sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
+
+
+def _find_named(output_dir: Path, named: Path, *, contents: bool) -> Path:
+    """Return the folder of a checkpoint by its name or path, verified with or without the contents of its files."""
+    for folder in (output_dir / named, named, output_dir / f".old-{named.name}"):
+        if folder.is_dir():
+            verify_checkpoint(folder, contents=contents)
+            return folder
+    raise CheckpointError(f'{named} is not a checkpoint in {output_dir}: give one that is there, or "latest"')
 
 
 def _find_latest(output_dir: Path) -> Path | None:

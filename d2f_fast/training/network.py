@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2f_fast.config import DEFAULT_CAPTION_DROPOUT, DEFAULT_RANK, TrainingConfig
 from d2f_fast.errors import ModelError, printable
+from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.lora.inject import inject_lora
@@ -21,7 +22,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.configs import ModelConfigs, check_training
 from d2f_fast.models.options import check_flow_schedule
 from d2f_fast.training.launch import precision_of
-from d2f_fast.training.objective import settle_method
+from d2f_fast.training.method import settle_method
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ def settle_options(config: TrainingConfig, model: BaseModel) -> TrainingConfig:
     """
     dropout = DEFAULT_CAPTION_DROPOUT if config.caption_dropout is None else config.caption_dropout
     resolution = config.resolution or model.resolution
-    return settle_method(dataclasses.replace(config, resolution=resolution, caption_dropout=dropout), model.flow)
+    form = model.flow.form if isinstance(model.flow, NaiveFlow) else None
+    return settle_method(dataclasses.replace(config, resolution=resolution, caption_dropout=dropout), form)
 
 
 def check_trainable(model: BaseModel, config: TrainingConfig) -> None:

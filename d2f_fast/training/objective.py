@@ -5,7 +5,6 @@ the table's nodes with native weighting. `fm` is naive flow matching: the same n
 the only objective of a base model that predicts the flow itself. Diff2Flow, arXiv 2506.02221, section 3.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,12 +19,12 @@ from d2f_fast.config import (
     TimestepSampling,
     TrainingConfig,
 )
-from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.formulas import readout_coefficients
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.flow.time_sampling import sample_times
 from d2f_fast.ops import Reduction, align, aligned_loss
+from d2f_fast.training.method import own_weighting
 
 
 @dataclass(frozen=True)
@@ -154,62 +153,6 @@ def min_snr_weight(t: Tensor, flow: Flow, gamma: float) -> Tensor:
     return bounded if flow.prediction_type == "v_prediction" else bounded / noise
 
 
-def _own_weighting(objective: ObjectiveName, config: TrainingConfig) -> LossWeighting:
-    """Return the weighting of the options, or else the one that the objective has where none is given."""
-    if config.loss_weighting is not None:
-        return config.loss_weighting
-    if config.snr_gamma is not None:
-        return "min_snr"
-    return "native" if objective == "diffusion" else "flow"
-
-
-def settle_method(config: TrainingConfig, base_flow: Flow) -> TrainingConfig:
-    """Return the options with the objective and what depends on it, as the base model settles where they are open.
-
-    Args:
-        config: options of a run.
-        base_flow: flow of the base model.
-
-    Returns:
-        The same options, with an objective, a form where the objective is "fm", a weighting, and the parameters of the
-        weighting and of the density of times where these have any.
-
-    Raises:
-        RefusedInputError: the base model predicts the flow, and the options ask for another objective or form, or for
-            something that has no effect with the objective that is taken.
-    """
-    own = base_flow.form if isinstance(base_flow, NaiveFlow) else None
-    if own is None:
-        objective, form = config.objective or "diff2flow", config.fm_form or "diffusers"
-    else:
-        if config.objective not in (None, "fm"):
-            lacks = {
-                "diff2flow": "there is no diffusion prediction to align",
-                "diffusion": "it has no diffusion loss of its own",
-            }
-            raise RefusedInputError(
-                f"objective {config.objective} needs a base model that predicts noise, v or clean latents; this one"
-                f" predicts the flow itself (flow_prediction), so that {lacks[config.objective]}: leave --objective out"
-            )
-        if config.fm_form not in (None, own):
-            raise RefusedInputError(
-                f"fm_form {config.fm_form} does not fit this base model, which predicts the flow in the form {own}:"
-                " leave --fm_form out"
-            )
-        objective, form = "fm", own
-    config = dataclasses.replace(config, objective=objective, fm_form=form if objective == "fm" else config.fm_form)
-    # Equal runs get equal options, whether a value was given or is the default: a continuation compares them.
-    weighting = _own_weighting(objective, config)
-    normal = config.timestep_sampling == "logit_normal"
-    return dataclasses.replace(
-        config,
-        loss_weighting=weighting,
-        snr_gamma=config.snr_gamma or (DEFAULT_SNR_GAMMA if weighting == "min_snr" else None),
-        logit_mean=config.logit_mean or (0.0 if normal else None),
-        logit_std=config.logit_std or (1.0 if normal else None),
-    )
-
-
 def make_objective(config: TrainingConfig, base_flow: Flow) -> Objective:
     """Return the objective of a run.
 
@@ -220,7 +163,7 @@ def make_objective(config: TrainingConfig, base_flow: Flow) -> Objective:
     return Objective(
         config.objective or "diff2flow",
         base_flow,
-        _own_weighting(config.objective or "diff2flow", config),
+        own_weighting(config.objective or "diff2flow", config),
         config.snr_gamma or DEFAULT_SNR_GAMMA,
         config.timestep_sampling,
         config.logit_mean or 0.0,

@@ -7,11 +7,9 @@ checkpoint-N/state.json                 what a continuation must match, and the 
 checkpoint-N/pytorch_lora_weights.safetensors    with a LoRA, its averaged weights, to sample with; not read again
 """
 
-import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 
@@ -23,32 +21,10 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, refuse_used_folder
 from d2f_fast.training.optimizer_state import read_optimizer, write_optimizer
 from d2f_fast.training.publish import write_checkpoint_lora
+from d2f_fast.training.run_settings import RunState, read_state, refuse_changes, refuse_past_end, settings_of
 from d2f_fast.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
-
-# Options that may differ between a run and its continuation: they change nothing but, at most, the rounding of sums.
-_FREE_ON_RESUME = {
-    *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
-    *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "cuda_graph"),
-    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
-    *("gradient_checkpointing", "lora_format", "sampling_shift"),
-    *("validation_steps", "validation_prompts"),
-}
-
-
-class _State(TypedDict):
-    """Content of `state.json`.
-
-    Attributes:
-        identity: settings that a continuation must match, by name.
-        samples: number of samples in the dataset.
-        skipped_steps: number of steps skipped because they were not finite.
-    """
-
-    identity: dict[str, object]
-    samples: int
-    skipped_steps: int
 
 
 def base_fingerprint(model: BaseModel, config: TrainingConfig) -> str:
@@ -77,15 +53,11 @@ def run_identity(
         model: base model of the run: what it is taken for, and the LoRA that the run started from.
         global_batch_size: number of samples a step, over all processes and backward passes.
     """
-    options = dataclasses.asdict(config)
-    identity = {name: value for name, value in options.items() if name not in _FREE_ON_RESUME}
-    if not config.lr_scheduler.startswith("constant"):  # the other schedules depend on where they end
-        identity["max_train_steps"] = config.max_train_steps
+    identity = settings_of(config)
     identity |= {"mixed_precision": precision, "base_model": base_model, "global_batch_size": global_batch_size}
     facts, start = model.facts, model.starting_lora
     identity |= {"prediction_type": facts.prediction_type, "rescale_betas_zero_snr": facts.zero_snr}
     identity["vae_reflection_padding"] = facts.vae_reflection_padding
-    identity |= {"conv_rank": config.conv_rank or 0, "first_last_layers": bool(config.first_last_layers)}
     if start is not None:  # its file may have moved, but must be the same
         identity["init_lora"] = start.identity
     as_json: dict[str, object] = json.loads(json.dumps(identity))
@@ -125,7 +97,7 @@ def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], s
     if step.ema is not None:
         write_tensors(folder / "ema.safetensors", step.ema.state_dict())
     write_optimizer(folder / "optimizer.safetensors", step.optimizer, step.trainable)
-    state: _State = {"identity": identity, "samples": samples, "skipped_steps": int(step.skipped)}
+    state: RunState = {"identity": identity, "samples": samples, "skipped_steps": int(step.skipped)}
     write_json(folder / "state.json", state)
     if step.config.adapter == "lora":
         # `save_checkpoint` ends the folder's name with the number of steps.
@@ -149,22 +121,14 @@ def load_state(
         CheckpointError: the checkpoint belongs to another run or model, or is past the end of this run.
     """
     steps_taken = int(read_json(folder / MANIFEST)["step"])
-    state = _read_state(folder / "state.json")
-    if steps_taken > max_train_steps:
-        raise CheckpointError(f"{folder} is past max_train_steps {max_train_steps}: raise max_train_steps")
+    state = read_state(folder)
+    refuse_past_end(folder, steps_taken, max_train_steps)
     if state["samples"] != samples:
         logger.warning(
             "the dataset had %d samples and now has %d: the run continues, in another order than it would have had",
             *(state["samples"], samples),
         )
-    # The objective comes first, because it settles other options.
-    for name in sorted(identity.keys() | state["identity"].keys(), key=lambda name: (name != "objective", name)):
-        was, now = state["identity"].get(name), identity.get(name)
-        if was != now:
-            raise CheckpointError(
-                f"{folder / 'state.json'}: {name} was {was!r} and is now {now!r}: resume with the options of the"
-                " checkpoint, or name a new output_dir"
-            )
+    refuse_changes(folder, state["identity"], identity, identity.keys() | state["identity"].keys())
     trained, _ = read_tensors(folder / "trainable.safetensors")
     if {name: x.shape for name, x in trained.items()} != {name: x.shape for name, x in step.trainable.items()}:
         raise CheckpointError(
@@ -181,15 +145,3 @@ def load_state(
     step.skipped.fill_(state["skipped_steps"])
     logger.info("resumed from %s at step %d", folder, steps_taken)
     return steps_taken
-
-
-def _read_state(path: Path) -> _State:
-    """Read `state.json`.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or does not come from a training run.
-    """
-    state = read_json(path)
-    if not isinstance(state, dict) or not _State.__required_keys__ <= state.keys():
-        raise CheckpointError(f"{path} does not describe a training run: resume from another checkpoint")
-    return _State(identity=state["identity"], samples=state["samples"], skipped_steps=state["skipped_steps"])

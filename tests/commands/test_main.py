@@ -137,6 +137,16 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
     shutil.copytree(tiny_folder, model)
     unet = model / "unet" / "config.json"
     unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": None}))
+    flow = shutil.copytree(tiny_folder, tmp_path / "flow")
+    scheduler = flow / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "flow_prediction"}))
+    checkpoint = tmp_path / "resumed" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "files": {}}))
+    state = {"identity": {"learning_rate": 0.5}, "samples": 1, "skipped_steps": 0}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    resumed = ("--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "latest")
+    on_flow = ("train", "--train_data_dir", data, "--pretrained_model_name_or_path", str(flow))
     run, file, config = (str(tmp_path / name) for name in ("run", "file", "c.yaml"))
     locked, done = str(tmp_path / "locked"), str(tmp_path / "done")
     refused = {
@@ -153,6 +163,10 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
         ("train", "--train_data_dir", data, "--report_to", "dvclive"): "dvclive, which is not installed",
         ("train", "--train_data_dir", data, "--output_dir", done): "of a finished run",
         ("train", "--train_data_dir", data, "--output_dir", done, "--resume_from_checkpoint", "latest"): "finished",
+        ("train", "--train_data_dir", data, *resumed, "--max_train_steps", "2"): "is past max_train_steps 2",
+        ("train", "--train_data_dir", data, *resumed, "--objective", "fm"): "objective was None and is now 'fm'",
+        (*on_flow, "--objective", "diff2flow"): "objective diff2flow needs a base model that predicts noise",
+        (*on_flow, "--fm_form", "published"): "fm_form published does not fit this base model",
         ("sample", "--prompts", "a", "--height", "36"): "height must be a positive multiple of 8, got 36",
         ("sample", "--prompts", "a", "--model", str(model)): "has sample_size None",
         ("sample", "--prompts", "a", "--lora", "no-such-lora:0.8"): "no-such-lora: there is no such file",

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 
 from d2f_fast.commands.main import main
 from d2f_fast.data import pair_encoding
@@ -233,6 +235,76 @@ def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_
         assert train(output, *resumed, *changed) == 2
         assert sentence in capsys.readouterr().err
     assert train(output, *resumed, *options) == 0
+
+
+@pytest.fixture(scope="module")
+def run_to_continue(tmp_path_factory, tiny_folder):
+    """Folder of images and a run of two steps on them, with a checkpoint. No test may change them."""
+    root = tmp_path_factory.mktemp("run_to_continue")
+    (root / "images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(root / "images" / f"{i}.png")
+        (root / "images" / f"{i}.txt").write_text("abc")
+    assert main(["train", *continued(root, tiny_folder), "--max_train_steps", "2"]) == 0
+    return root
+
+
+def continued(root, model, *options):
+    paths = ["--train_data_dir", str(root / "images"), "--output_dir", str(root / "run")]
+    sizes = ["--resolution", "16", "--train_batch_size", "2", "--rank", "2"]
+    return [*paths, "--pretrained_model_name_or_path", str(model), *sizes, *options]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--learning_rate 1e-3", "learning_rate was 0.0001 and is now 0.001: resume with the options of the"),
+        ("--train_batch_size 3", "global_batch_size was 2 and is now 3"),
+        ("--mixed_precision bf16", "mixed_precision was 'no' and is now 'bf16'"),
+        ("--objective fm", "objective was 'diff2flow' and is now 'fm'"),
+        ("--resolution 32", "resolution was 16 and is now 32"),
+        ("--prediction_type sample", "prediction_type was 'epsilon' and is now 'sample'"),
+        ("--max_train_steps 1", "checkpoint-2 is past max_train_steps 1: raise max_train_steps"),
+        ("--resume_from_checkpoint checkpoint-7", "checkpoint-7 is not a checkpoint in "),
+        ("--lr_scheduler cosine", "lr_scheduler was 'constant' and is now 'cosine'"),
+        ("", ""),
+        ("--learning_rate 1e-4 --caption_dropout 0.1 --loss_weighting flow --max_train_steps 9", ""),
+        ("--train_batch_size 1 --gradient_accumulation_steps 2", ""),
+    ],
+)
+def test_continuation_with_other_settings_is_refused_before_the_model_is_loaded(
+    options, sentence, run_to_continue, tiny_folder, capsys
+):
+    given = ["--resume_from_checkpoint", "latest", *options.split(), "--dry_run"]
+    assert main(["train", *continued(run_to_continue, tiny_folder, *given)]) == 2 * bool(sentence)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stated", "options", "sentence"),
+    [
+        ({}, "--objective diff2flow", "objective diff2flow needs a base model that predicts noise, v or clean latents"),
+        ({}, "--fm_form published", "fm_form published does not fit this base model, which predicts the flow in the"),
+        ({"fm_form": "published"}, "--fm_form diffusers", "in the form published: leave --fm_form out"),
+        ({}, "--loss_weighting min_snr", "loss_weighting must be flow with the objective fm, got min_snr"),
+        ({}, "--rescale_betas_zero_snr", "has no effect with a model that predicts the flow (scheduler_config.json)"),
+        ({"prediction_type": "noise"}, "", "scheduler_config.json: prediction_type must be epsilon, "),
+        ({}, "--prediction_type epsilon --objective diff2flow", ""),
+        ({}, "", ""),
+    ],
+)
+def test_method_that_the_model_does_not_take_is_refused_before_it_is_loaded(
+    stated, options, sentence, images, tiny_folder, tmp_path, capsys
+):
+    model = shutil.copytree(tiny_folder, tmp_path / "model", copy_function=os.link)
+    path = model / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | {"prediction_type": "flow_prediction"} | stated
+    path.unlink()
+    path.write_text(json.dumps(config))
+    paths = ["--train_data_dir", str(images), "--pretrained_model_name_or_path", str(model)]
+    given = ["--output_dir", str(tmp_path / "run"), *options.split(), "--resolution", "16", "--dry_run"]
+    assert main(["train", *paths, *given]) == 2 * bool(sentence)
+    assert sentence in capsys.readouterr().err
 
 
 def test_noise_schedule_of_the_model_is_refused_where_the_flow_is_trained(train, tmp_path, capsys):

@@ -3,15 +3,11 @@
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
 )
 
 from d2f_fast.errors import ModelError
-from d2f_fast.flow.naive_flow import NaiveFlow, predicts_flow, uses_published_form
+from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 
 
 def test_output_is_read_as_the_flow_prediction_of_diffusers():
@@ -75,22 +71,6 @@ def test_sigmas_are_those_of_diffusers_flow_matching_scheduler(shift):
     stock = FlowMatchEulerDiscreteScheduler(shift=shift)
     stock.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])
     torch.testing.assert_close(torch.tensor(NaiveFlow().sigmas(4, shift)), stock.sigmas)
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "is_flow"),
-    [
-        (FlowMatchEulerDiscreteScheduler(), True),
-        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), True),
-        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), True),
-        (EulerDiscreteScheduler(prediction_type="flow_prediction"), True),
-        (EulerDiscreteScheduler(), False),
-        (DDIMScheduler(prediction_type="v_prediction"), False),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_configuration_says_whether_the_network_predicts_the_flow(scheduler, is_flow):
-    assert predicts_flow(scheduler.config) == is_flow
 
 
 def test_flow_of_a_scheduler_has_its_timesteps_and_form():

@@ -49,6 +49,6 @@ def test_processes_that_cannot_connect_are_refused_with_the_first_line_of_the_re
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(agreement_module, "LAUNCHER_SECONDS", 0.0)
-    with pytest.raises(LostProcessError, match=r"cannot connect \(Connection reset by peer\): another one has ended"):
-        with connecting():
-            raise distributed.DistNetworkError("Connection reset by peer\nException raised from recvBytes")
+    sentence = r"cannot connect \(Connection reset by peer\): another one has ended"
+    with pytest.raises(LostProcessError, match=sentence), connecting():
+        raise distributed.DistNetworkError("Connection reset by peer\nException raised from recvBytes")

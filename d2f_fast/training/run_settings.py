@@ -1,0 +1,123 @@
+"""Compare the settings of a run with those of the checkpoint that it continues. Imports no torch.
+
+`check_continuation` refuses at once what would be refused only after the model is loaded.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import CheckpointError
+from d2f_fast.files.json_file import read_json
+from d2f_fast.training.checkpoint import MANIFEST, named_checkpoint
+
+# Options that may differ between a run and its continuation: they change nothing but, at most, the rounding of sums.
+_FREE_ON_RESUME = {
+    *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
+    *("resume_from_checkpoint", "logging_steps", "dataloader_num_workers", "compile", "cuda_graph"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
+    *("gradient_checkpointing", "lora_format", "sampling_shift"),
+    *("validation_steps", "validation_prompts"),
+}
+
+
+class RunState(TypedDict):
+    """Content of `state.json`.
+
+    Attributes:
+        identity: settings that a continuation must match, by name.
+        samples: number of samples in the dataset.
+        skipped_steps: number of steps skipped because they were not finite.
+    """
+
+    identity: dict[str, object]
+    samples: int
+    skipped_steps: int
+
+
+def settings_of(config: TrainingConfig) -> dict[str, object]:
+    """Return the options of a run that must match those of the checkpoint, by name.
+
+    Args:
+        config: options of the run.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_ON_RESUME}
+    if not config.lr_scheduler.startswith("constant"):  # the other schedules depend on where they end
+        settings["max_train_steps"] = config.max_train_steps
+    return settings | {"conv_rank": config.conv_rank or 0, "first_last_layers": bool(config.first_last_layers)}
+
+
+def check_continuation(config: TrainingConfig, known: Mapping[str, object], unknown: Iterable[str]) -> None:
+    """Refuse a checkpoint that is not there, is past the end of the run, or was saved under other settings.
+
+    Its contents are read and checked later, when it is loaded.
+
+    Args:
+        config: options of the run, settled as far as is possible without the model.
+        known: further settings of this run, by the names in the checkpoint.
+        unknown: names of options that only the model or the data settle, and that are not compared yet.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be continued with these options.
+    """
+    folder = named_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    if folder is None:
+        return
+    refuse_past_end(folder, int(read_json(folder / MANIFEST)["step"]), config.max_train_steps)
+    now = json.loads(json.dumps(settings_of(config) | dict(known)))
+    refuse_changes(folder, read_state(folder)["identity"], now, now.keys() - set(unknown))
+
+
+def refuse_past_end(folder: Path, steps_taken: int, max_train_steps: int) -> None:
+    """Refuse a checkpoint of more steps than the run takes.
+
+    Args:
+        folder: folder of the checkpoint.
+        steps_taken: its number of steps.
+        max_train_steps: number of steps at which the run ends.
+
+    Raises:
+        CheckpointError: the checkpoint is past the end.
+    """
+    if steps_taken > max_train_steps:
+        raise CheckpointError(f"{folder} is past max_train_steps {max_train_steps}: raise max_train_steps")
+
+
+def refuse_changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse settings that differ from those of a checkpoint.
+
+    Args:
+        folder: folder of the checkpoint, for the message.
+        was: settings of the checkpoint, as JSON holds them.
+        now: settings of this run, as JSON holds them.
+        names: names of the settings to compare.
+
+    Raises:
+        CheckpointError: a setting differs; the message names it.
+    """
+    # The objective comes first, because it settles other options.
+    for name in sorted(names, key=lambda name: (name != "objective", name)):
+        if was.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{folder / 'state.json'}: {name} was {was.get(name)!r} and is now {now.get(name)!r}: resume with the"
+                " options of the checkpoint, or name a new output_dir"
+            )
+
+
+def read_state(folder: Path) -> RunState:
+    """Read the `state.json` of a checkpoint.
+
+    Args:
+        folder: folder of the checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not come from a training run.
+    """
+    path = folder / "state.json"
+    state = read_json(path)
+    if not isinstance(state, dict) or not RunState.__required_keys__ <= state.keys():
+        raise CheckpointError(f"{path} does not describe a training run: resume from another checkpoint")
+    return RunState(identity=state["identity"], samples=state["samples"], skipped_steps=state["skipped_steps"])
