@@ -96,8 +96,10 @@ def check_text(name: str, value: object) -> None:
     """Refuse text that cannot be written to a file as UTF-8, or that no path can hold; other values are accepted.
 
     Raises:
-        RefusedInputError: The text, or one of several, has bytes that are not UTF-8, or a zero byte.
+        RefusedInputError: The text, or one of several, is not UTF-8 or has a zero byte; or the output is empty.
     """
+    if value == "" and name in ("output", "output_dir"):
+        raise RefusedInputError(f"{name} is empty: give a file or a folder")
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and ("\0" in text or text != text.encode(errors="ignore").decode()):
             raise RefusedInputError(f"{name} must be UTF-8 text without zero bytes, got {printable(text)}: write it so")
@@ -183,8 +185,7 @@ def check_options(options: Any) -> None:
     """Refuse a dataclass of options that holds a value which its option does not take.
 
     Args:
-        options: instance of a dataclass. A field of a `Literal` type takes that type's words, and None where the type
-            has it; a field that was declared with a check takes what the check accepts.
+        options: instance of a dataclass. A `Literal` field takes its words, and one with a check what that accepts.
 
     Raises:
         RefusedInputError: A value cannot be used; the message names the option and what it takes.

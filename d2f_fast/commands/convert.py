@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from d2f_fast.config import MAX_RANK, at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_place
-from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, check_lora_file, parse_lora
+from d2f_fast.lora.family import unknown_family
+from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, check_lora_file, lora_path, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE, check_model_name
 from d2f_fast.models.options import ModelOptions
@@ -114,7 +115,19 @@ class Convert:
             check_model_name(self.extract_lora_from)
         for entry in self.lora:
             check_lora_file(parse_lora(entry).path)
+        if source.is_lora:
+            self._check_base_model(source, form, output)
         return source, form, output
+
+    def _check_base_model(self, source: Input, form: OutputForm, output: Path) -> None:
+        """Refuse a base model that is no folder, and a kohya file whose names nothing tells."""
+        from d2f_fast.lora.describe import shows_no_family
+
+        if self.base_model is None:
+            if form == "kohya" and shows_no_family(lora_path(source.name)):
+                raise unknown_family(output)
+        elif self.base_model != MINIATURE and not Path(self.base_model).is_dir():
+            raise RefusedInputError(f"base_model: {printable(self.base_model)} is not a diffusers folder")
 
     def run(self) -> dict[str, Any]:
         """Convert the input, and return what was written and where.
@@ -249,7 +262,7 @@ class Convert:
     def _convert_lora(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
         """Write a LoRA, with others joined to it, and return details of the result."""
         from d2f_fast.files.tensor_header import read_tensor_header
-        from d2f_fast.lora.forms import family_of_lora, layers_by_name
+        from d2f_fast.lora.forms import family_of_lora, kept_entries, layers_by_name
         from d2f_fast.lora.read import read_lora
         from d2f_fast.lora.resize import added
 
@@ -261,7 +274,7 @@ class Convert:
             raise RefusedInputError(f"the LoRA files are of different families ({named}): give LoRA of one model")
         networks = self._networks(next(iter(families)))
         layers = added([(layers_by_name(file, networks), scale) for file, scale in files])
-        tags = [{k: v for k, v in file.header.items() if k.startswith("d2f.")} for file, _ in files]
+        tags = [kept_entries(file.header) for file, _ in files]
         common = {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}
         names = {"v": "v_prediction"}
         prediction_type = files[0][0].header.get("modelspec.prediction_type", "epsilon")
@@ -306,8 +319,6 @@ class Convert:
             return skeleton_of_folder(MINIATURE_FOLDER)
         if folder is not None and Path(folder).is_dir():
             return skeleton_of_folder(Path(folder))
-        if self.base_model is not None:
-            raise RefusedInputError(f"base_model: {printable(self.base_model)} is not a diffusers folder")
         return None if family is None else skeleton_of_family(family)
 
     def _write_lora(

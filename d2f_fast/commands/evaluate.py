@@ -1,5 +1,6 @@
 """`d2f evaluate`: compare generated images with real ones, and measure how straight a model's paths are."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -215,6 +216,7 @@ class Evaluate:
             RefusedInputError: More images are to be generated than there are captions.
         """
         from d2f_fast.data.image_folder import CaptionedImages, find_image_files
+        from d2f_fast.files.hashes import equal_files
 
         real, captions, generated = list[Path](), list[str](), list[Path]()
         if self.reference is not None and self.model is None:
@@ -238,5 +240,11 @@ class Evaluate:
             if len(generated) < LEAST_IMAGES:
                 raise DatasetError(
                     f"images: {printable(self.images)} holds {len(generated)} images: give at least {LEAST_IMAGES}"
+                )
+            if copies := equal_files(generated, real):
+                print(
+                    f"d2f: {len(copies)} of the {len(generated)} generated images are the same files as real images,"
+                    f" such as {printable(copies[0].name)}: compare the model's own images with other ones",
+                    file=sys.stderr,
                 )
         return ImageFiles(real, captions, generated)

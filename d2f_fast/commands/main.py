@@ -6,8 +6,10 @@ SIGTERM.
 
 import dataclasses
 import json
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from d2f_fast import __version__
@@ -138,7 +140,8 @@ def run(arguments: Sequence[str]) -> int:
             unless_stopped(command.check)
             print(json.dumps(dataclasses.asdict(command), indent=2))
             return 0
-        result = unless_stopped(command.run)
+        with _warnings_as_lines():
+            result = unless_stopped(command.run)
     except RefusedInputError as error:
         print(f"d2f: {error}", file=sys.stderr)
         return 2
@@ -156,3 +159,17 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     print(json.dumps(result) if command.json else result["output"])
     return 0
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print what the package logs as a warning as it prints all other lines, inside a `with` block."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("d2f: %(message)s"))
+    logger = logging.getLogger("d2f_fast")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

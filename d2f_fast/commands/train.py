@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from d2f_fast.config import TrainingConfig, check_options, option
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.errors import RefusedInputError, printable
-from d2f_fast.files.hashes import file_sha256
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.lora.source import check_lora_file, lora_identity, lora_path, parse_lora
+from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions, check_flow_schedule
-from d2f_fast.training.launch import check_launch, precision_of, processes_asked_for
+from d2f_fast.training.launch import check_launch
 from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_files
 
 if TYPE_CHECKING:
@@ -28,14 +27,12 @@ if TYPE_CHECKING:
     from d2f_fast.data.depth_source import DepthSource
     from d2f_fast.data.image_folder import CaptionedImages
     from d2f_fast.data.pairs import PairDataset
-    from d2f_fast.models.configs import ModelConfigs
+    from d2f_fast.models.base_model import BaseModel
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
 
 
 # Options that say how images are read and prepared, which pairs do without.
 _OF_IMAGES = ("image_column", "caption_column", "caption_extension")
-# Options that the model, pairs or depth settle where they are None.
-_SETTLED_BY_DATA = ("resolution", "caption_dropout", "first_last_layers")
 _OF_IMAGE_TRAINING = ("center_crop", "random_flip", "cache_latents")
 
 
@@ -198,7 +195,7 @@ class Train:
 
         side = trainer.config.resolution
         source = "the model's own size" if self.options.resolution is None else "option --resolution"
-        lines = [f"trained at {side} x {side} pixels ({source})"]
+        lines = [f"trained at {side} x {side} pixels ({source})", *_far_from_own_size(side, trainer.model)]
         images = "images"
         if isinstance(dataset, DepthDataset):
             kinds = f"layout {dataset.images.layout}, normalisation {dataset.options.depth_normalization}"
@@ -243,6 +240,7 @@ class Train:
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.models.configs import check_training, read_configs
         from d2f_fast.training.checkpoint import refuse_used_folder
+        from d2f_fast.training.run_settings import check_settings
 
         check_options(self)
         check_launch(self.options, os.environ)
@@ -256,7 +254,8 @@ class Train:
         check_teacher_files(self.teacher_options, self.pretrained_model_name_or_path, self.model_options)
         if (configs := read_configs(self.pretrained_model_name_or_path, self.model_options)) is not None:
             check_training(configs, self.options.resolution, images=int(self.task == "depth"))
-        self._check_settings(configs)
+        normalization = self.depth_options.depth_normalization if self.task == "depth" else None
+        check_settings(self.options, self.model_options, self.teacher_options, configs, normalization)
         refuse_used_folder(output, self.options.resume_from_checkpoint)
         if self.train_data_dir is None:
             from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
@@ -267,38 +266,6 @@ class Train:
 
             return find_depth_images(self.train_data_dir, self.depth_options)
         return CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
-
-    def _check_settings(self, configs: "ModelConfigs | None") -> None:
-        """Refuse an objective that the model does not take, and settings that differ from those of a checkpoint.
-
-        Args:
-            configs: Configurations of the model; None for one whose files are not on this machine yet.
-        """
-        from d2f_fast.flow.scheduler_config import form_of_config
-        from d2f_fast.training.method import settle_method
-        from d2f_fast.training.run_settings import check_continuation
-
-        options = self.teacher_options.settle(self.options)
-        # What is left open is settled by the model, or, for other data than captioned images, by these.
-        unknown = {name for name in _SETTLED_BY_DATA if getattr(options, name) is None}
-        if configs is None:
-            unknown |= {each.name for each in dataclasses.fields(options) if getattr(options, each.name) is None}
-        else:
-            options = settle_method(options, form_of_config(configs.scheduler))
-        processes = processes_asked_for(os.environ)
-        known: dict[str, object] = {
-            "mixed_precision": precision_of(options),
-            "global_batch_size": options.train_batch_size * options.gradient_accumulation_steps * processes,
-        }
-        if self.model_options.prediction_type is not None:
-            known["prediction_type"] = self.model_options.prediction_type
-        known["depth_normalization"] = self.depth_options.depth_normalization if self.task == "depth" else None
-        if self.teacher_options.teacher is None:
-            known["teacher"] = None
-        if options.init_lora is not None and options.resume_from_checkpoint is not None:
-            source = parse_lora(options.init_lora)
-            known["init_lora"] = lora_identity(file_sha256(lora_path(source.path)), source.scale)
-        check_continuation(options, known, unknown)
 
     def _validation_set(self) -> "CaptionedImages | PairDataset | None":
         """Return the held-out images or pairs, once what can be refused without torch has been checked."""
@@ -384,6 +351,21 @@ def _say_how_to_sample(output: Path, base: str, trainer: "AlignedTrainer", resul
         print(f"d2f: {line}", file=sys.stderr)
     if write_model_card(output, base, trainer.config, trainer.tags, run) is None:
         print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
+
+
+def _far_from_own_size(side: int, model: "BaseModel") -> list[str]:
+    """Return a line on a resolution that is less than half or more than twice the size that the model was made for."""
+    try:
+        own = model.resolution
+    except RefusedInputError:  # The model does not say it.
+        return []
+    if own <= 2 * side and side <= 2 * own:
+        return []
+    far = "less than half of" if side < own else "more than twice"
+    return [
+        f"resolution {side} is {far} the size that the model was made for, {own} x {own} pixels: expect worse images,"
+        " or leave --resolution out"
+    ]
 
 
 def _own_options(command: Train) -> dict[str, object]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,3 +107,28 @@ def file_sha256(path: Path) -> str:
     """
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def equal_files(paths: Iterable[Path], others: Iterable[Path]) -> list[Path]:
+    """Return the files whose content is that of one of the other files. Only files of equal size are read.
+
+    Args:
+        paths: Files, of which the equal ones are returned in their order.
+        others: Files that they are compared with.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    of_size: dict[int, list[Path]] = {}
+    for other in others:
+        of_size.setdefault(other.stat().st_size, []).append(other)
+    hashes: dict[int, set[str]] = {}
+    equal = []
+    for path in paths:
+        size = path.stat().st_size
+        if size in of_size:
+            if size not in hashes:
+                hashes[size] = set(map(file_sha256, of_size[size]))
+            if file_sha256(path) in hashes[size]:
+                equal.append(path)
+    return equal

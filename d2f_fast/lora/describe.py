@@ -53,6 +53,20 @@ def describe_lora(path: Path) -> dict[str, Any]:
     }
 
 
+def shows_no_family(path: Path) -> bool:
+    """Return whether neither the layers nor the header of a LoRA file say which family of models it is for.
+
+    Args:
+        path: The file. Forms whose layers have no matrix as wide as their input, such as LoKr, may still show it.
+
+    Raises:
+        CheckpointError: The file is damaged, or a pickle.
+    """
+    header = read_tensor_header(path)
+    layers, _ = _layers(header)
+    return all("down" in parts for parts in layers.values()) and _family(layers, header.entries)[0] is None
+
+
 def _layers(header: TensorHeader) -> tuple[_Layers, list[str]]:
     """Return key and description of each part by layer, and the keys that are of no LoRA."""
     layers: _Layers = {}

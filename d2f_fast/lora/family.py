@@ -1,7 +1,10 @@
 """Recognise the family of a Stable Diffusion network, which decides how other programs name its layers."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from d2f_fast.errors import ModelError, printable
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -47,6 +50,18 @@ def family_of_text_width(width: int) -> Family | None:
         width: Number of features of the text condition, the input width of the cross-attention's keys.
     """
     return _FAMILY_OF_TEXT_WIDTH.get(width)
+
+
+def unknown_family(path: Path) -> ModelError:
+    """Return the error of a kohya file that cannot be named, because nothing says which model its LoRA is of.
+
+    Args:
+        path: The kohya file.
+    """
+    return ModelError(
+        f"{printable(path)}: the names in a kohya file depend on the model, which the LoRA does not show: give its"
+        " folder as --base_model"
+    )
 
 
 def has_sizes_condition(unet: "UNet2DConditionModel") -> bool:

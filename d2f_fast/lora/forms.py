@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.tensor_stream import LazyTensor, write_tensor_stream
-from d2f_fast.lora.family import Family, family_of_text_width
+from d2f_fast.lora.family import Family, family_of_text_width, unknown_family
 from d2f_fast.lora.file_keys import component_of
 from d2f_fast.lora.key_names import module_names
 from d2f_fast.lora.kohya import kohya_header, kohya_state_dict
@@ -28,6 +28,12 @@ from d2f_fast.lora.scales import ADAPTER_METADATA
 
 LoraForm = Literal["peft", "kohya"]
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# Entries of a header that go with a LoRA from form to form: how it is sampled, and what its author says of it.
+_KEPT = ("d2f.", "ss_", "modelspec.")
+# Entries that describe the matrices of one file, and are written anew or not at all.
+_OF_ONE_FILE = {
+    *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "modelspec.hash_sha256"),
+}
 _FAMILY_OF_VERSION: dict[str, Family] = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl_": "sdxl"}
 
 
@@ -53,6 +59,15 @@ def family_of_lora(lora: LoraFile) -> Family | None:
             return family_of_text_width(layer.shape[1])
     version = lora.header.get("ss_base_model_version", "")
     return next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
+
+
+def kept_entries(header: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries of a LoRA file's header that hold in every form of the LoRA.
+
+    Args:
+        header: Text entries of the header.
+    """
+    return {name: value for name, value in header.items() if name.startswith(_KEPT) and name not in _OF_ONE_FILE}
 
 
 def layers_by_name(lora: LoraFile, networks: Networks | None) -> dict[str, LoraLayerWeights]:
@@ -108,7 +123,7 @@ def write_lora_form(
         networks: Networks of the model; only the form "peft" can be written without them.
         title: Name of the LoRA in kohya's header.
         prediction_type: What the model predicts, for kohya's header.
-        tags: Further entries of the header; None for none.
+        tags: Further entries of the header, which replace those that the form has; None for none.
         dtype: Type of the matrices.
 
     Raises:
@@ -122,10 +137,7 @@ def write_lora_form(
     entries = {"format": "pt"}
     if form == "kohya":
         if networks is None:
-            raise ModelError(
-                f"{printable(path)}: the names in a kohya file depend on the model, which the LoRA does not show: give"
-                " its folder as --base_model"
-            )
+            raise unknown_family(path)
         entries |= kohya_header(networks.unet, tensors, title, prediction_type)
         tensors = kohya_state_dict(networks.unet, tensors)
     else:

@@ -1,18 +1,27 @@
 """Compare the settings of a run with those of the checkpoint that it continues. Imports no torch.
 
-`check_continuation` refuses at once what would be refused only after the model is loaded.
+`check_settings` refuses at once what would be refused only after the model is loaded.
 """
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import CheckpointError
+from d2f_fast.files.hashes import file_sha256
 from d2f_fast.files.json_file import read_json
+from d2f_fast.flow.scheduler_config import form_of_config
+from d2f_fast.lora.source import lora_identity, lora_path, parse_lora
+from d2f_fast.models.configs import ModelConfigs
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.checkpoint import MANIFEST, named_checkpoint
+from d2f_fast.training.launch import precision_of, processes_asked_for
+from d2f_fast.training.method import settle_method
+from d2f_fast.training.teacher_options import TeacherOptions
 
 # Options that may differ between a run and its continuation: they change nothing but, at most, the rounding of sums.
 _FREE_ON_RESUME = {
@@ -22,6 +31,8 @@ _FREE_ON_RESUME = {
     *("gradient_checkpointing", "lora_format", "sampling_shift"),
     *("validation_steps", "validation_prompts"),
 }
+# Options that the model, pairs or depth settle where they are None.
+_SETTLED_BY_DATA = ("resolution", "caption_dropout", "first_last_layers")
 
 
 class RunState(TypedDict):
@@ -48,6 +59,48 @@ def settings_of(config: TrainingConfig) -> dict[str, object]:
     if not config.lr_scheduler.startswith("constant"):  # the other schedules depend on where they end
         settings["max_train_steps"] = config.max_train_steps
     return settings | {"conv_rank": config.conv_rank or 0, "first_last_layers": bool(config.first_last_layers)}
+
+
+def check_settings(
+    config: TrainingConfig,
+    model_options: ModelOptions,
+    teacher_options: TeacherOptions,
+    configs: ModelConfigs | None,
+    depth_normalization: str | None = None,
+) -> None:
+    """Refuse an objective that the model does not take, and settings that differ from those of a checkpoint.
+
+    Args:
+        config: options of the run.
+        model_options: options of the base model.
+        teacher_options: options of the teacher.
+        configs: configurations of the base model; None for one whose files are not on this machine yet.
+        depth_normalization: what is learned of depth; None for captioned images and pairs.
+
+    Raises:
+        RefusedInputError: the base model does not take the objective.
+        CheckpointError: the checkpoint cannot be continued with these options.
+    """
+    config = teacher_options.settle(config)
+    unknown = {name for name in _SETTLED_BY_DATA if getattr(config, name) is None}
+    if configs is None:
+        unknown |= {name for name, value in dataclasses.asdict(config).items() if value is None}
+    else:
+        config = settle_method(config, form_of_config(configs.scheduler))
+    processes = processes_asked_for(os.environ)
+    known: dict[str, object] = {
+        "mixed_precision": precision_of(config),
+        "global_batch_size": config.train_batch_size * config.gradient_accumulation_steps * processes,
+        "depth_normalization": depth_normalization,
+    }
+    if model_options.prediction_type is not None:
+        known["prediction_type"] = model_options.prediction_type
+    if teacher_options.teacher is None:
+        known["teacher"] = None
+    if config.init_lora is not None and config.resume_from_checkpoint is not None:
+        source = parse_lora(config.init_lora)
+        known["init_lora"] = lora_identity(file_sha256(lora_path(source.path)), source.scale)
+    check_continuation(config, known, unknown)
 
 
 def check_continuation(config: TrainingConfig, known: Mapping[str, object], unknown: Iterable[str]) -> None:

@@ -191,15 +191,15 @@ class TrainingStep:
         """Return in one line which path each part of the step takes, and why."""
         config, device = self.config, self._device
         dtype: torch.dtype = torch.bfloat16 if self._precision == "bf16" else self.unet.dtype
-        captured = "not captured (needs a CUDA GPU)" if device.type != "cuda" else "not captured (no --cuda_graph)"
+        graphs = [] if device.type != "cuda" else ["no CUDA graph (--cuda_graph records one)"]
         if self.graphs is not None:
-            captured = f"one CUDA graph for each of {MAX_GRAPHS} shapes (--cuda_graph)"
+            graphs = [f"recorded as a CUDA graph for each of {MAX_GRAPHS} shapes (--cuda_graph)"]
         by_kernel = kernel_path(device) == "triton"
         why = "no GPU" if device.type != "cuda" else "no Triton"
         return "; ".join([
-            f"step on {device} in {str(dtype).removeprefix('torch.')}",
-            "compiled (--compile)" if config.compile else "eager (no --compile)",
-            captured,
+            f"training runs on {device} in {str(dtype).removeprefix('torch.')}",
+            "compiled (--compile)" if config.compile else "not compiled (--compile makes later steps faster)",
+            *graphs,
             "alignment and loss: " + ("Triton kernels" if by_kernel else f"plain torch ({why})"),
             f"LoRA: {lora_paths(self.unet, device, dtype)}",
             f"attention: {_attention(self.unet, device, dtype)}",

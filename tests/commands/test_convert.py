@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.load_model import options_of_training
 from d2f_fast.commands.main import main
 from d2f_fast.files.lock import locked_place
@@ -246,6 +247,32 @@ def test_peft_and_kohya_files_are_converted_into_each_other(loras: Any, convert:
     again = convert(tmp_path / "folder", tmp_path / "again", "--to", "kohya")
     assert again["output"].endswith("again/again_kohya.safetensors")
     assert load_file(again["output"]).keys() == load_file(tmp_path / "style.safetensors").keys()
+
+
+def test_entries_of_the_author_go_from_form_to_form(loras: Any, convert: Any, tmp_path: Path) -> None:
+    entries = {"modelspec.usage_hint": "say a", "modelspec.title": "Style", "ss_tag_frequency": "{}", "other": "b"}
+    stale = {"ss_network_dim": "128", "modelspec.hash_sha256": "0x1"}
+    save_file(load_file(loras[0]), tmp_path / "own.safetensors", entries | stale)
+    source = tmp_path / "own.safetensors"
+    for number, form in enumerate(("kohya", "peft", "kohya")):
+        source = Path(convert(source, tmp_path / f"{number}.safetensors", "--to", form)["output"])
+        with safe_open(source, framework="pt") as file:
+            found = file.metadata()
+        assert {name: found.get(name) for name in entries} == entries | {"other": None}
+        assert (
+            found.get("ss_network_dim") == {"kohya": "2", "peft": None}[form] and "modelspec.hash_sha256" not in found
+        )
+
+
+def test_kohya_file_of_an_unknown_model_is_refused_before_anything_is_read(
+    refused: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    key = "unet.conv_in"
+    tensors = {f"{key}.lora_A.weight": torch.ones(1, 4, 3, 3), f"{key}.lora_B.weight": torch.ones(8, 1, 1, 1)}
+    save_file(tensors, tmp_path / "tiny.safetensors")
+    monkeypatch.setattr(Convert, "_convert", lambda *arguments: pytest.fail("the input was read"))
+    sentence = "the names in a kohya file depend on the model, which the LoRA does not show: give its folder as"
+    assert sentence in refused(tmp_path / "tiny.safetensors", tmp_path / "out", "--to", "kohya")
 
 
 def test_several_lora_become_one(loras: Any, convert: Any, tmp_path: Path) -> None:

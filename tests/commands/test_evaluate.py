@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,19 @@ def test_bad_input_is_refused_in_one_line(
     with pytest.raises(RefusedInputError, match=re.escape(sentence)) as refusal:
         evaluate.Evaluate(**options, features="miniature", output_dir=str(output)).run()
     assert "\n" not in str(refusal.value) and not output.exists()
+
+
+def test_copies_of_real_images_are_counted(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generated = shutil.copytree(folders / "generated", tmp_path / "generated")
+    for name in ("02", "05"):
+        shutil.copy(folders / "real" / f"{name}.png", generated / f"copy of {name}.png")
+    for images, sentence in (
+        (generated, "d2f: 2 of the 11 generated images are the same files as real images, such as copy of 02.png: "),
+        (folders / "generated", ""),
+    ):
+        assert main(["evaluate", "--reference", str(folders / "real"), "--images", str(images), "--dry_run"]) == 0
+        error = capsys.readouterr().err
+        assert error.startswith(sentence) and error.count("\n") == bool(sentence)
 
 
 def test_missing_imagenet_network_is_refused_with_the_command_that_installs_it(

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from d2f_fast.commands import load_model
 from d2f_fast.commands.load_model import load_with_lora, options_of_training
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.base_model import BaseModel
@@ -50,3 +51,28 @@ def test_lora_without_a_usable_shift_is_refused(tiny_folder: Path, tmp_path: Pat
     save_file({"unet.conv_in.lora_A.weight": torch.ones(1)}, tmp_path / "a.safetensors", {"d2f.shift": "wide"})
     with pytest.raises(RefusedInputError, match=r"a\.safetensors: d2f\.shift must be a number .*: give --shift"):
         options_of_training(str(tiny_folder), [str(tmp_path / "a.safetensors")], ModelOptions(), None)
+
+
+def test_autoencoder_that_a_lora_was_trained_with_is_named(
+    tagged: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(tagged)
+    save_file(tensors, tagged, {"d2f.vae": "madebyollin/sdxl-vae-fp16-fix", "d2f.vae_scale": "0.5"})
+
+    class LoadedError(Exception):
+        """The line is printed before the model is loaded."""
+
+    def load(*arguments: object, **options: object) -> None:
+        raise LoadedError
+
+    monkeypatch.setattr(load_model, "load_model", load)
+    lines = {
+        ModelOptions(): "d2f: the LoRA was trained with --pretrained_vae_model_name_or_path"
+        " madebyollin/sdxl-vae-fp16-fix --vae_custom_scale 0.5: give the same, unless the model itself has this"
+        " autoencoder\n",
+        ModelOptions(pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix", vae_custom_scale=0.5): "",
+    }
+    for options, line in lines.items():
+        with pytest.raises(LoadedError):
+            load_with_lora(str(tiny_folder), [str(tagged)], options, None)
+        assert capsys.readouterr().err == line

@@ -1,6 +1,7 @@
 """The command line as a whole: choice of the command, help, version, exit codes, and a quick start."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ ARGUMENTS = {
     "convert": ["x"],
     "inspect": [],
 }
+
+
+OF_DEPTH = {"sample": "--image", "evaluate": "--reference"}
 
 
 @pytest.fixture
@@ -86,6 +90,29 @@ def test_last_line_is_the_output_path_or_the_whole_result_as_json(capsys, monkey
     assert capsys.readouterr().out == "somewhere\n"
     assert main(["train", "--train_data_dir", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": "somewhere", "steps": 3}
+
+
+def test_warning_is_a_line_like_the_others(capsys, monkeypatch):
+    def run(command):
+        logging.getLogger("d2f_fast.training.resume").warning("the dataset had %d samples", 3)
+        return {"output": "somewhere"}
+
+    monkeypatch.setattr(Train, "run", run)
+    assert main(["train", "--train_data_dir", "x"]) == 0
+    assert capsys.readouterr().err == "d2f: the dataset had 3 samples\n"
+    assert logging.getLogger("d2f_fast").handlers == []
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("convert", "inspect")])
+def test_empty_output_folder_is_refused(command, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ((), ("--task", "depth")) if command in ("sample", "evaluate") else ((),):
+        depth = (
+            {name: ["--model", "miniature", option, data] for name, option in OF_DEPTH.items()} if more else ARGUMENTS
+        )
+        assert main([command, *more, *depth[command], "--output_dir", ""]) == 2
+        assert capsys.readouterr().err == "d2f: output_dir is empty: give a file or a folder\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 class StoppedError(RuntimeError):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2f_fast.files import hashes as hashes_module
-from d2f_fast.files.hashes import FileHashes, file_sha256
+from d2f_fast.files.hashes import FileHashes, equal_files, file_sha256
 
 FORK = multiprocessing.get_context("fork")
 
@@ -143,3 +143,10 @@ def test_index_lines_of_an_older_form_are_hashed_again(tmp_path, hashed):
 def test_hash_of_a_file_is_its_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"one")
     assert file_sha256(tmp_path / "a") == hashlib.sha256(b"one").hexdigest()
+
+
+def test_files_of_equal_content_are_found_under_any_name(tmp_path: Path) -> None:
+    for name, content in (("a", b"12"), ("b", b"34"), ("c", b"567"), ("d", b"34"), ("e", b"99")):
+        (tmp_path / name).write_bytes(content)
+    first, others = [tmp_path / name for name in "abc"], [tmp_path / name for name in "de"]
+    assert equal_files(first, others) == [tmp_path / "b"]

@@ -219,10 +219,10 @@ def test_paths_line_says_which_paths_run_and_why(
     common = "alignment and loss: plain torch (no GPU); LoRA: {}; attention: torch's flash_attention kernel"
     plain = common.format("20 layers in plain torch, as peft computes them (no GPU)")
     assert make_trainer().paths == (
-        f"step on cpu in float32; eager (no --compile); not captured (needs a CUDA GPU); {plain}"
+        f"training runs on cpu in float32; not compiled (--compile makes later steps faster); {plain}"
     )
     assert make_trainer(compile=True, mixed_precision="bf16").paths == (
-        f"step on cpu in bfloat16; compiled (--compile); not captured (needs a CUDA GPU); {plain}"
+        f"training runs on cpu in bfloat16; compiled (--compile); {plain}"
     )
     trainer = make_trainer(adapter="full")
     assert common.format("none") in trainer.paths and "\n" not in trainer.paths

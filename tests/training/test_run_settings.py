@@ -1,0 +1,50 @@
+"""Settings that a continuation must match, compared before the model is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import CheckpointError
+from d2f_fast.models.configs import ModelConfigs
+from d2f_fast.models.options import ModelOptions
+from d2f_fast.training.run_settings import check_settings, settings_of
+from d2f_fast.training.teacher_options import TeacherOptions
+
+SETTLED = {"objective": "diff2flow", "loss_weighting": "flow", "resolution": 64, "caption_dropout": 0.1}
+
+
+def continue_run(tmp_path: Path, saved: dict[str, object], known: bool = True, **options: Any) -> None:
+    """Check a continuation of a run with the default settings, but those that were saved otherwise."""
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "files": {}}))
+    identity = settings_of(TrainingConfig()) | SETTLED | {"mixed_precision": "no", "global_batch_size": 4} | saved
+    state = {"identity": identity, "samples": 1, "skipped_steps": 0}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    config = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest", **options)
+    configs = ModelConfigs({}, {}, {"prediction_type": "epsilon"}) if known else None
+    check_settings(config, ModelOptions(), TeacherOptions(), configs)
+
+
+@pytest.mark.parametrize(
+    ("saved", "options", "sentence"),
+    [
+        ({"loss_weighting": "min_snr"}, {}, "loss_weighting was 'min_snr' and is now 'flow'"),
+        ({}, {"rank": 3}, "rank was None and is now 3"),
+        ({"init_lora": "0123:1"}, {}, "init_lora was '0123:1' and is now None"),
+        ({"teacher": "0123"}, {}, "teacher was '0123' and is now None"),
+        ({"depth_normalization": "affine"}, {}, "depth_normalization was 'affine' and is now None"),
+        ({}, {"max_train_steps": 2}, "checkpoint-3 is past max_train_steps 2: raise max_train_steps"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, saved: Any, options: Any, sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        continue_run(tmp_path, saved, **options)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["local model", "model of the hub"])
+def test_settings_that_only_the_model_settles_are_not_compared(tmp_path: Path, known: bool) -> None:
+    continue_run(tmp_path, {"base_model": "0123"}, known, learning_rate=1e-4, resolution=None)
