@@ -237,11 +237,6 @@ class Train:
 
     def _data_set(self) -> "CaptionedImages | PairDataset | DepthSource":
         """Return the images or pairs, once everything that can be refused without torch has been checked."""
-        from d2f_fast.data.image_folder import CaptionedImages
-        from d2f_fast.models.configs import check_training, read_configs
-        from d2f_fast.training.checkpoint import refuse_used_folder
-        from d2f_fast.training.run_settings import check_settings
-
         check_options(self)
         check_launch(self.options, os.environ)
         output = Path(self.options.output_dir)
@@ -249,6 +244,12 @@ class Train:
         if self.options.init_lora is not None:
             check_lora_file(parse_lora(self.options.init_lora).path)
         self._check_data()
+        # Imported here, so that a missing folder is refused before.
+        from d2f_fast.data.image_folder import CaptionedImages
+        from d2f_fast.models.configs import check_training, read_configs
+        from d2f_fast.training.checkpoint import refuse_used_folder
+        from d2f_fast.training.run_settings import check_settings
+
         if self.options.objective == "fm":
             check_flow_schedule(self.model_options, "objective fm")
         check_teacher_files(self.teacher_options, self.pretrained_model_name_or_path, self.model_options)

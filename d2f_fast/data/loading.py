@@ -163,7 +163,7 @@ def check_dataset(dataset: object) -> None:
         dataset: What the caller gave as the data set.
 
     Raises:
-        DatasetError: It has no length, no samples by index, or no sample at all.
+        DatasetError: It has no length, no samples by index, or no sample at all, or is a dictionary of data sets.
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DatasetError(
@@ -172,6 +172,9 @@ def check_dataset(dataset: object) -> None:
         )
     if len(dataset) == 0:
         raise DatasetError("the dataset is empty: give at least one captioned image")
+    if isinstance(dataset, Mapping) and 0 not in dataset:  # `datasets.DatasetDict` is one.
+        first = next(iter(dataset))
+        raise DatasetError(f"the dataset is a dictionary of splits: give one of them, such as dataset[{first!r}]")
 
 
 def load_ahead(

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
         RefusedInputError: The file cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(f".tmp-{os.urandom(4).hex()}-{path.name}")
     in_block = True
     try:
         yield temporary

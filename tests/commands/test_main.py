@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import shutil
 import subprocess
 import sys
@@ -106,11 +107,11 @@ def test_warning_is_a_line_like_the_others(capsys, monkeypatch):
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("convert", "inspect")])
 def test_empty_output_folder_is_refused(command, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for more in ((), ("--task", "depth")) if command in ("sample", "evaluate") else ((),):
-        depth = (
-            {name: ["--model", "miniature", option, data] for name, option in OF_DEPTH.items()} if more else ARGUMENTS
-        )
-        assert main([command, *more, *depth[command], "--output_dir", ""]) == 2
+    given = [ARGUMENTS.get(command, [])]
+    if command in OF_DEPTH:
+        given.append(["--task", "depth", "--model", "miniature", OF_DEPTH[command], data])
+    for arguments in given:
+        assert main([command, *arguments, "--output_dir", ""]) == 2
         assert capsys.readouterr().err == "d2f: output_dir is empty: give a file or a folder\n"
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
@@ -246,6 +247,21 @@ for arguments in {in_use}:
     with locked_folder(locked):
         imported = imported_by(code)
     assert imported <= {"yaml", "numpy", "typeguard"}
+
+
+@pytest.mark.slow
+def test_missing_folder_is_refused_in_ten_times_the_time_of_an_empty_program(tmp_path):
+    def seconds(*arguments: str) -> float:
+        times = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, timeout=600, check=False)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        return min(times)
+
+    refused = seconds("-m", "d2f_fast", "train", "--train_data_dir", "missing")
+    assert refused <= 10 * seconds("-c", "pass")
 
 
 def test_module_runs_as_the_command_does():

@@ -251,6 +251,7 @@ def test_every_exception_of_a_data_set_names_the_sample(error):
         ([], "the dataset is empty: give at least one captioned image"),
         (iter([1]), "a dataset needs a length and items by index, and list_iterator has not: give a list"),
         ({1, 2}, "a dataset needs a length and items by index, and set has not"),
+        ({"train": [1], "test": [2]}, r"is a dictionary of splits: give one of them, such as dataset\['train'\]$"),
     ],
 )
 def test_unusable_dataset_is_refused(dataset, sentence):
