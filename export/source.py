@@ -7,7 +7,7 @@ from typing import NamedTuple
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
-from d2f_fast.lora.read import check_tags, common_tags
+from d2f_fast.lora.tags import check_tags, common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import lowest_guidance, saved_tags

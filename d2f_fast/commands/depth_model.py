@@ -12,8 +12,8 @@ from d2f_fast.commands.load_model import load_with_lora
 from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.json_file import read_json
-from d2f_fast.lora.read import common_tags
 from d2f_fast.lora.source import parse_lora
+from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.configs import read_configs
 from d2f_fast.models.marigold import check_one_text_encoder, depth_scheduler, marigold_pipeline
 from d2f_fast.models.options import ModelOptions

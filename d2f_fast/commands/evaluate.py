@@ -176,7 +176,7 @@ class Evaluate:
         check_steps(self.method, self.num_inference_steps)
         if self.model is not None and (configs := read_configs(self.model, self.model_options)) is not None:
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        check_lora_and_output(self.lora, self.output_dir)
+        check_lora_and_output(self.lora, self.output_dir, self.shift)
         return self._files()
 
     def _check_what_is_evaluated(self) -> None:

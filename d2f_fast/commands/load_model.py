@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from d2f_fast.config import Spacing
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.merge import MergedLora, fuse_adapter
-from d2f_fast.lora.read import check_tags, common_tags, read_lora
+from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.source import parse_lora
+from d2f_fast.lora.tags import check_tags, common_tags
 from d2f_fast.models.autoencoder import other_autoencoder
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import ModelFacts

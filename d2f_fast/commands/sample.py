@@ -155,7 +155,7 @@ class Sample:
         elif (configs := read_configs(self._model, self.model_options)) is not None:
             check_sees_no_image(self._model, configs)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        check_lora_and_output(self.lora, self.output_dir)
+        check_lora_and_output(self.lora, self.output_dir, self.shift)
 
     def run(self) -> dict[str, Any]:
         """Generate the images, write them, and return what was generated and where it was written.

@@ -19,8 +19,9 @@ from d2f_fast.files.hashes import file_sha256
 from d2f_fast.lora.inject import ADAPTER, CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, add_adapter, lora_layers
 from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.match import canonical_names, match_layers, modules_by_canonical_name
-from d2f_fast.lora.read import check_tags, lora_tags, read_lora
+from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.source import lora_identity, parse_lora
+from d2f_fast.lora.tags import check_tags, lora_tags
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
-from d2f_fast.lora.read import TAG_PREFIX, check_tags, common_tags, lora_tags
+from d2f_fast.lora.tags import TAG_PREFIX, check_tags, common_tags, lora_tags
 
 TAGS_FILE = "d2f.json"
 _GUIDANCE = "d2f.recommended_guidance"

@@ -1,9 +1,11 @@
 """Settle the objective of a run, and what depends on it, where the options leave them open. Imports no torch."""
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 
 from d2f_fast.config import DEFAULT_SNR_GAMMA, FlowForm, LossWeighting, ObjectiveName, TrainingConfig
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import ModelError, RefusedInputError, printable
 
 
 def own_weighting(objective: ObjectiveName, config: TrainingConfig) -> LossWeighting:
@@ -64,3 +66,24 @@ def settle_method(config: TrainingConfig, own: FlowForm | None) -> TrainingConfi
         logit_mean=config.logit_mean or (0.0 if normal else None),
         logit_std=config.logit_std or (1.0 if normal else None),
     )
+
+
+def check_starting_tags(path: Path, tags: Mapping[str, str], config: TrainingConfig) -> None:
+    """Refuse a LoRA that predicts the flow as the start of a run that trains something else.
+
+    Args:
+        path: file of the LoRA, for the message.
+        tags: its entries that begin with "d2f.".
+        config: options from `settle_method`.
+
+    Raises:
+        ModelError: the run has another objective or form.
+    """
+    form = tags.get("d2f.fm_form", "diffusers")
+    if tags.get("d2f.prediction_type") != "flow_prediction":
+        return
+    if config.objective != "fm" or form != (config.fm_form or "diffusers"):
+        raise ModelError(
+            f"init_lora {path} makes the network predict the flow (form {printable(form)}), and this run trains"
+            f" the objective {config.objective}: give --objective fm --fm_form {printable(form)}, or leave it out"
+        )

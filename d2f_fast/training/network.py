@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from d2f_fast.config import DEFAULT_CAPTION_DROPOUT, DEFAULT_RANK, TrainingConfig
-from d2f_fast.errors import ModelError, printable
+from d2f_fast.errors import ModelError
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.layers.half_base import HalfBase
@@ -22,7 +22,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.configs import ModelConfigs, check_training
 from d2f_fast.models.options import check_flow_schedule
 from d2f_fast.training.launch import precision_of
-from d2f_fast.training.method import settle_method
+from d2f_fast.training.method import check_starting_tags, settle_method
 
 T = TypeVar("T")
 
@@ -128,13 +128,7 @@ def _start_from_lora(model: BaseModel, config: TrainingConfig, entry: str) -> di
     start = read_start(entry, model.pipeline)
     options = {name: getattr(config, name) for name in ("rank", "conv_rank", "first_last_layers", "target_modules")}
     check_start(start, model.unet, **options)
-    was_flow, is_flow = start.tags.get("d2f.prediction_type") == "flow_prediction", config.objective == "fm"
-    if was_flow and (not is_flow or start.tags.get("d2f.fm_form", "diffusers") != (config.fm_form or "diffusers")):
-        form = start.tags.get("d2f.fm_form", "diffusers")
-        raise ModelError(
-            f"init_lora {start.path} makes the network predict the flow (form {printable(form)}), and this run trains"
-            f" the objective {config.objective}: give --objective fm --fm_form {printable(form)}, or leave it out"
-        )
+    check_starting_tags(start.path, start.tags, config)
     merge_text_layers(model.pipeline, start)
     model.starting_lora = start
     return inject_start(model.unet, start, alpha=config.lora_alpha, seed=config.seed)

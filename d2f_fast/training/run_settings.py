@@ -16,11 +16,12 @@ from d2f_fast.files.hashes import file_sha256
 from d2f_fast.files.json_file import read_json
 from d2f_fast.flow.scheduler_config import form_of_config
 from d2f_fast.lora.source import lora_identity, lora_path, parse_lora
+from d2f_fast.lora.tags import check_tags, lora_tags
 from d2f_fast.models.configs import ModelConfigs
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.checkpoint import MANIFEST, named_checkpoint
 from d2f_fast.training.launch import precision_of, processes_asked_for
-from d2f_fast.training.method import settle_method
+from d2f_fast.training.method import check_starting_tags, settle_method
 from d2f_fast.training.teacher_options import TeacherOptions
 
 # Options that may differ between a run and its continuation: they change nothing but, at most, the rounding of sums.
@@ -78,7 +79,7 @@ def check_settings(
         depth_normalization: what is learned of depth; None for captioned images and pairs.
 
     Raises:
-        RefusedInputError: the base model does not take the objective.
+        RefusedInputError: the base model, or the LoRA that the run starts from, does not take the objective.
         CheckpointError: the checkpoint cannot be continued with these options.
     """
     config = teacher_options.settle(config)
@@ -87,6 +88,11 @@ def check_settings(
         unknown |= {name for name, value in dataclasses.asdict(config).items() if value is None}
     else:
         config = settle_method(config, form_of_config(configs.scheduler))
+        if config.init_lora is not None:
+            path = lora_path(parse_lora(config.init_lora).path)
+            tags = lora_tags(path)
+            check_tags(f"LoRA {path}", tags, shift=1.0)  # Its shift is not used.
+            check_starting_tags(path, tags, config)
     processes = processes_asked_for(os.environ)
     known: dict[str, object] = {
         "mixed_precision": precision_of(config),

@@ -26,8 +26,9 @@ from d2f_fast.flow.formulas import over_latents
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.lora.match import match_layers
 from d2f_fast.lora.merge import fuse_adapter
-from d2f_fast.lora.read import LoraFile, common_tags, read_lora
+from d2f_fast.lora.read import LoraFile, read_lora
 from d2f_fast.lora.source import parse_lora
+from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.configs import ModelConfigs
 from d2f_fast.models.facts import same_schedule

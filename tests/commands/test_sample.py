@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import d2f_fast
 from d2f_fast.commands.main import main
+from d2f_fast.commands.sample import Sample
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.write import save_lora
@@ -291,6 +292,9 @@ def test_lora_whose_tags_contradict_each_other_are_refused(tiny_folder, tmp_path
     random_lora(tiny_folder, "three.safetensors", 1, {"d2f.shift": "3.0", "d2f.prediction_type": "epsilon"})
     random_lora(tiny_folder, "flow.safetensors", 1, {"d2f.prediction_type": "flow_prediction"})
     command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--lora"]
+    assert main([*command, "one.safetensors", "three.safetensors", "--shift", "2", "--dry_run"]) == 0
+    monkeypatch.setattr(Sample, "_generate", lambda *arguments: pytest.fail("the files were refused too late"))
+    capsys.readouterr()
     assert main([*command, "one.safetensors", "three.safetensors"]) == 2
     assert "their shifts 1.0 and 3.0 differ: give --shift" in capsys.readouterr().err
     assert main([*command, "one.safetensors", "flow.safetensors"]) == 2
