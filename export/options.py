@@ -17,6 +17,8 @@ from d2f_fast.config import (
 )
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.source import LoraSource, check_lora_file, parse_lora
+from d2f_fast.lora.tags import common_tags
+from d2f_fast.models.configs import read_configs
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.option_help import options_of, parse_groups
@@ -221,6 +223,15 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
         _ = self.step_counts, self.static_sizes
         for adapter in self.adapters:
             check_lora_file(adapter.path)
+
+    def check_files(self) -> None:
+        """Refuse a model and LoRA whose names, configurations and headers show that they cannot be exported.
+
+        Raises:
+            RefusedInputError: a file is missing or cannot be used, or two LoRA contradict each other.
+        """
+        read_configs(self.model, self.model_options)
+        common_tags([adapter.path for adapter in self.adapters], self.shift)
 
     def _check_components(self) -> None:
         unknown = [name for name in self.component_names if name not in COMPONENTS]

@@ -54,6 +54,8 @@ def _run(given: list[str]) -> int:
 def _export(options: "ExportOptions") -> int:
     """Export, print the result, and return the exit code."""
     started = time.monotonic()
+    options.check()  # before torch is imported
+    options.check_files()
     from d2f_fast.models.library_messages import silence_libraries
 
     silence_libraries()

@@ -358,10 +358,10 @@ def test_resolution_is_that_of_the_model_unless_it_is_given(images, tiny_folder,
     error = capsys.readouterr().err
     assert f"trained at {side} x {side} pixels (the model's own size)\n" in error and "d2f: resolution" not in error
     assert json.loads((tmp_path / "run" / "config.json").read_text())["resolution"] == side
-    assert main([*command, *options, "--output_dir", str(tmp_path / "given"), "--resolution", "8"]) == 0
+    assert main([*command, *options, "--output_dir", str(tmp_path / "given"), "--resolution", "40"]) == 0
     error = capsys.readouterr().err
-    assert "trained at 8 x 8 pixels (option --resolution)\n" in error
-    assert f"d2f: resolution 8 is less than half of the size that the model was made for, {side} x {side}" in error
+    assert "trained at 40 x 40 pixels (option --resolution)\n" in error
+    assert f"d2f: resolution 40 is more than twice the size that the model was made for, {side} x {side}" in error
 
 
 def test_repeats_and_cut_captions_are_said_before_the_training(train, images, tmp_path, capsys):

@@ -41,10 +41,13 @@ def test_script_runs_the_checkout_from_any_folder(tmp_path: Path) -> None:
     assert done.stdout == f"d2f_fast {d2f_fast.__version__}\n"
 
 
-def test_help_needs_no_heavy_import() -> None:
-    done = _run("-X", "importtime", str(SCRIPT), "--help")
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["--model", "./no/model"], 2)], ids=["help", "missing model"]
+)
+def test_help_and_a_refusal_need_no_heavy_import(arguments: list[str], code: int) -> None:
+    done = _run("-X", "importtime", str(SCRIPT), *arguments)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "tyro" in imported
+    assert done.returncode == code and "tyro" in imported
     assert not {"torch", "onnx", "onnxruntime", "numpy", "diffusers"} & imported
 
 
