@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from d2f_fast.data.depth_source import DepthSource
     from d2f_fast.data.image_folder import CaptionedImages
     from d2f_fast.data.pairs import PairDataset
-    from d2f_fast.models.base_model import BaseModel
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
 
 
@@ -191,11 +190,12 @@ class Train:
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.data.long_captions import find_long_captions
         from d2f_fast.data.order import steps_per_epoch
+        from d2f_fast.training.doubtful_options import doubts
         from d2f_fast.training.summary import pair_tags
 
         side = trainer.config.resolution
         source = "the model's own size" if self.options.resolution is None else "option --resolution"
-        lines = [f"trained at {side} x {side} pixels ({source})", *_far_from_own_size(side, trainer.model)]
+        lines = [f"trained at {side} x {side} pixels ({source})"]
         images = "images"
         if isinstance(dataset, DepthDataset):
             kinds = f"layout {dataset.images.layout}, normalisation {dataset.options.depth_normalization}"
@@ -221,11 +221,7 @@ class Train:
             f"{len(dataset)} {images}, {size} per step: an epoch has {an_epoch} steps, and {steps} steps are"
             f" {steps / an_epoch:.4g} epochs"
         )
-        if (warmup := self.options.lr_warmup_steps) >= steps:
-            lines.append(
-                f"lr_warmup_steps {warmup} is not shorter than the run: the learning rate only reaches"
-                f" {steps / warmup:.0%} of {self.options.learning_rate:g}"
-            )
+        lines += doubts(trainer.config, trainer.model.stated_resolution)
         # The model that made pairs cut long prompts, too.
         if (
             isinstance(dataset, CaptionedImages)
@@ -244,7 +240,6 @@ class Train:
         if self.options.init_lora is not None:
             check_lora_file(parse_lora(self.options.init_lora).path)
         self._check_data()
-        # Imported here, so that a missing folder is refused before.
         from d2f_fast.data.image_folder import CaptionedImages
         from d2f_fast.models.configs import check_training, read_configs
         from d2f_fast.training.checkpoint import refuse_used_folder
@@ -352,21 +347,6 @@ def _say_how_to_sample(output: Path, base: str, trainer: "AlignedTrainer", resul
         print(f"d2f: {line}", file=sys.stderr)
     if write_model_card(output, base, trainer.config, trainer.tags, run) is None:
         print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
-
-
-def _far_from_own_size(side: int, model: "BaseModel") -> list[str]:
-    """Return a line on a resolution that is less than half or more than twice the size that the model was made for."""
-    try:
-        own = model.resolution
-    except RefusedInputError:  # The model does not say it.
-        return []
-    if own <= 2 * side and side <= 2 * own:
-        return []
-    far = "less than half of" if side < own else "more than twice"
-    return [
-        f"resolution {side} is {far} the size that the model was made for, {own} x {own} pixels: expect worse images,"
-        " or leave --resolution out"
-    ]
 
 
 def _own_options(command: Train) -> dict[str, object]:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from d2f_fast.errors import ModelError
+from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow
@@ -139,6 +139,14 @@ class BaseModel:
             RefusedInputError: The configuration of the UNet does not say it.
         """
         return resolution_of(self.unet.config, self.downsampling)
+
+    @property
+    def stated_resolution(self) -> int | None:
+        """Return the same; None where the configuration does not say it."""
+        try:
+            return self.resolution
+        except RefusedInputError:
+            return None
 
     def latents_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the shape [C, h, w] of the latents of images of a size in pixels."""

@@ -1,0 +1,29 @@
+"""Options that are accepted, but probably not meant."""
+
+import pytest
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.training.doubtful_options import doubts
+
+
+@pytest.mark.parametrize(
+    ("side", "own", "words"),
+    [
+        (256, 512, None),
+        (1024, 512, None),
+        (248, 512, "less than half of"),
+        (1032, 512, "more than twice"),
+        (8, None, None),
+    ],
+)
+def test_resolution_far_from_the_size_of_the_model_is_said(side: int, own: int | None, words: str | None) -> None:
+    lines = doubts(TrainingConfig(resolution=side), own)
+    sentence = f"resolution {side} is {words} the size that the model was made for, {own} x {own} pixels: expect worse"
+    assert len(lines) == (words is not None) and all(line.startswith(sentence) for line in lines)
+
+
+def test_warm_up_that_is_not_shorter_than_the_run_is_said() -> None:
+    options = {"lr_scheduler": "linear", "lr_warmup_steps": 40, "learning_rate": 1e-3}
+    assert doubts(TrainingConfig(max_train_steps=41, **options), None) == []
+    (line,) = doubts(TrainingConfig(max_train_steps=10, **options), None)
+    assert line == "lr_warmup_steps 40 is not shorter than the run: the learning rate only reaches 25% of 0.001"
