@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable
 
 from d2f_fast.lora.source import check_lora_file, parse_lora
-from d2f_fast.lora.tags import common_tags
 
 
 def check_lora_and_output(lora: Iterable[str], output_dir: str, shift: float | None = None) -> None:
@@ -19,6 +18,7 @@ def check_lora_and_output(lora: Iterable[str], output_dir: str, shift: float | N
         RefusedInputError: A LoRA file or the output folder cannot be used.
     """
     from d2f_fast.files.atomic import make_folder
+    from d2f_fast.lora.tags import common_tags
 
     paths = [parse_lora(entry).path for entry in lora]
     for path in paths:

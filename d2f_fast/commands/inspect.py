@@ -10,7 +10,6 @@ from typing import Any
 
 from d2f_fast.config import check_text, option
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
-from d2f_fast.models.configs import MINIATURE_FOLDER
 from d2f_fast.models.names import MINIATURE
 
 _MOST_LETTERS = 300  # of a value in the table; the thumbnail of a LoRA has thousands
@@ -53,6 +52,8 @@ class Inspect:
             RefusedInputError: There is no such path, or nothing that is known here is in it.
         """
         self.check()
+        from d2f_fast.models.configs import MINIATURE_FOLDER
+
         path = MINIATURE_FOLDER if self.path == MINIATURE else Path(self.path)
         description = describe(path)
         return {**description, "output": str(path) if self.json else _text(path, description)}

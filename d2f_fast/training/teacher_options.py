@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d2f_fast.config import (
     DEFAULT_CAPTION_DROPOUT,
@@ -15,8 +16,10 @@ from d2f_fast.config import (
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
 from d2f_fast.lora.source import check_lora_file, parse_lora
-from d2f_fast.models.configs import ModelConfigs, read_configs
 from d2f_fast.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    from d2f_fast.models.configs import ModelConfigs
 
 BASE = "base"
 
@@ -94,6 +97,8 @@ def check_teacher_files(options: TeacherOptions, base: str, base_options: ModelO
         check_lora_file(parse_lora(entry).path)
     if options.teacher == BASE:
         return
+    from d2f_fast.models.configs import read_configs  # Most runs have no teacher.
+
     try:
         teacher_configs = read_configs(options.teacher, ModelOptions(prediction_type=options.teacher_prediction_type))
     except RefusedInputError as error:
@@ -103,7 +108,7 @@ def check_teacher_files(options: TeacherOptions, base: str, base_options: ModelO
         check_fits_base(options.teacher, teacher_configs, base_configs, base_options)
 
 
-def check_fits_base(teacher: str, configs: ModelConfigs, base: ModelConfigs, base_options: ModelOptions) -> None:
+def check_fits_base(teacher: str, configs: "ModelConfigs", base: "ModelConfigs", base_options: ModelOptions) -> None:
     """Refuse a teacher that takes other inputs than the base model.
 
     Args:
