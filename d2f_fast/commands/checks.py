@@ -2,8 +2,12 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
+from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.lora.family import unknown_family
 from d2f_fast.lora.source import check_lora_file, parse_lora
+from d2f_fast.models.names import MINIATURE
 
 
 def check_lora_and_output(lora: Iterable[str], output_dir: str, shift: float | None = None) -> None:
@@ -26,3 +30,23 @@ def check_lora_and_output(lora: Iterable[str], output_dir: str, shift: float | N
     common_tags(paths, shift)  # This refuses tags that contradict each other.
     if os.path.exists(output_dir):
         make_folder(output_dir)  # This refuses a file of that name.
+
+
+def check_base_model(base_model: str | None, lora: Path, kohya_output: Path | None) -> None:
+    """Refuse a base model that is no folder, and a kohya file whose names nothing tells.
+
+    Args:
+        base_model: Folder of the model that a LoRA belongs to, or "miniature"; None for none.
+        lora: LoRA file.
+        kohya_output: Kohya file to write; None for a file of another form.
+
+    Raises:
+        RefusedInputError: There is no such folder, or the LoRA does not show which model it is of.
+    """
+    from d2f_fast.lora.describe import shows_no_family
+
+    if base_model is None:
+        if kohya_output is not None and shows_no_family(lora):
+            raise unknown_family(kohya_output)
+    elif base_model != MINIATURE and not Path(base_model).is_dir():
+        raise RefusedInputError(f"base_model: {printable(base_model)} is not a diffusers folder")

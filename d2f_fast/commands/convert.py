@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from d2f_fast.commands.checks import check_base_model
 from d2f_fast.config import MAX_RANK, at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_place
-from d2f_fast.lora.family import unknown_family
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, check_lora_file, lora_path, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE, check_model_name
@@ -116,18 +116,8 @@ class Convert:
         for entry in self.lora:
             check_lora_file(parse_lora(entry).path)
         if source.is_lora:
-            self._check_base_model(source, form, output)
+            check_base_model(self.base_model, lora_path(source.name), output if form == "kohya" else None)
         return source, form, output
-
-    def _check_base_model(self, source: Input, form: OutputForm, output: Path) -> None:
-        """Refuse a base model that is no folder, and a kohya file whose names nothing tells."""
-        from d2f_fast.lora.describe import shows_no_family
-
-        if self.base_model is None:
-            if form == "kohya" and shows_no_family(lora_path(source.name)):
-                raise unknown_family(output)
-        elif self.base_model != MINIATURE and not Path(self.base_model).is_dir():
-            raise RefusedInputError(f"base_model: {printable(self.base_model)} is not a diffusers folder")
 
     def run(self) -> dict[str, Any]:
         """Convert the input, and return what was written and where.
