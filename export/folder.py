@@ -11,7 +11,8 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.engines import engine_commands
 from d2f_fast.export.options import MODEL_OPTIONS, ExportOptions
-from d2f_fast.export.output_folder import check_output, check_place, output_folder
+from d2f_fast.export.output_folder import check_output, output_folder
+from d2f_fast.export.output_place import check_place
 from d2f_fast.export.pipeline_files import write_component_config, write_pipeline_files
 from d2f_fast.export.readiness import Readiness
 from d2f_fast.export.report import (

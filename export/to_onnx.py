@@ -53,8 +53,13 @@ def _run(given: list[str]) -> int:
 
 def _export(options: "ExportOptions") -> int:
     """Export, print the result, and return the exit code."""
+    from d2f_fast.export.output_place import check_place
+
     started = time.monotonic()
-    options.check()  # before torch is imported
+    # All of this comes before torch is imported.
+    options.check()
+    if not options.verify_only:
+        check_place(Path(options.output).resolve())
     options.check_files()
     from d2f_fast.models.library_messages import silence_libraries
 

@@ -234,6 +234,7 @@ def test_links_of_a_guide_lead_somewhere(page: Path) -> None:
             assert address.fragment in anchors_on_github(target.read_text(encoding="utf-8")), link
 
 
+@pytest.mark.slow
 def test_site_has_guides_and_reference_and_no_broken_link(tmp_path: Path) -> None:
     site = tmp_path / "site"
     built = subprocess.run([sys.executable, "docs/build_site.py", site], cwd=ROOT, capture_output=True, text=True)

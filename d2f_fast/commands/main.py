@@ -8,40 +8,99 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
+from importlib import import_module
+from typing import TypeVar
 
 from d2f_fast import __version__
-from d2f_fast.commands.convert import Convert
-from d2f_fast.commands.demo import Demo
-from d2f_fast.commands.evaluate import Evaluate
-from d2f_fast.commands.evaluate_depth import EvaluateDepth
 from d2f_fast.commands.foreign_options import FOREIGN_OPTIONS
-from d2f_fast.commands.inspect import Inspect
 from d2f_fast.commands.options import Command, parse_options
-from d2f_fast.commands.pairs import Pairs
-from d2f_fast.commands.sample import Sample
-from d2f_fast.commands.sample_depth import SampleDepth
-from d2f_fast.commands.train import Train
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.option_help import options_of, purpose
 from d2f_fast.stopping import run_until_stopped, unless_stopped
 
-COMMANDS: Mapping[str, type[Command]] = {
-    "demo": Demo,
-    "train": Train,
-    "sample": Sample,
-    "pairs": Pairs,
-    "evaluate": Evaluate,
-    "convert": Convert,
-    "inspect": Inspect,
-}
+Key = TypeVar("Key", bound=Hashable)
+
+
+class LazyCommands(Mapping[Key, type[Command]]):
+    """Map names to commands, each of which is imported when it is looked up.
+
+    Args:
+        places: for each name, the module in `d2f_fast.commands` and the class in it, with a colon between them.
+    """
+
+    def __init__(self, places: Mapping[Key, str]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: Key) -> type[Command]:
+        """Import and return a command."""
+        module, _, command = self._places[name].partition(":")
+        found: type[Command] = getattr(import_module(f"d2f_fast.commands.{module}"), command)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a command of this name, without importing it."""
+        return name in self._places
+
+    def __iter__(self) -> Iterator[Key]:
+        """Return the names in their order."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """Return the number of commands."""
+        return len(self._places)
+
+
+COMMANDS = LazyCommands(
+    {
+        "demo": "demo:Demo",
+        "train": "train:Train",
+        "sample": "sample:Sample",
+        "pairs": "pairs:Pairs",
+        "evaluate": "evaluate:Evaluate",
+        "convert": "convert:Convert",
+        "inspect": "inspect:Inspect",
+    }
+)
 # Commands whose options depend on --task.
-TASKS: Mapping[tuple[str, str], type[Command]] = {
-    ("sample", "depth"): SampleDepth,
-    ("evaluate", "depth"): EvaluateDepth,
-}
+TASKS = LazyCommands(
+    {("sample", "depth"): "sample_depth:SampleDepth", ("evaluate", "depth"): "evaluate_depth:EvaluateDepth"}
+)
+
+
+class ForeignOptions(Mapping[str, str]):
+    """Map options of other commands and programs to what to do in their place; commands are imported at a look-up.
+
+    Args:
+        command: name of the command that was given such an option.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    @cached_property
+    def _found(self) -> dict[str, str]:
+        """The sentences by the names of the options."""
+        elsewhere = {
+            option.field.name: f"it is an option of d2f {name}"
+            for name, command in COMMANDS.items()
+            for option in options_of(command)
+        }
+        return {**elsewhere, **FOREIGN_OPTIONS.get(self._command, {})}
+
+    def __getitem__(self, option: str) -> str:
+        """Return the sentence of an option."""
+        return self._found[option]
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names of the options."""
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        """Return the number of options."""
+        return len(self._found)
 
 
 def help_text() -> str:
@@ -86,12 +145,7 @@ def parse(arguments: Sequence[str]) -> Command:
     if name is None or name not in COMMANDS:
         got = "nothing" if name is None else printable(name)
         raise RefusedInputError(f"give a command ({', '.join(COMMANDS)}), got {got}: see d2f --help")
-    elsewhere = {
-        option.field.name: f"it is an option of d2f {other}"
-        for other, command in COMMANDS.items()
-        for option in options_of(command)
-    }
-    foreign = {**elsewhere, **FOREIGN_OPTIONS.get(name, {})}
+    foreign = ForeignOptions(name)
     task = task_of(arguments)
     if (name, task) in TASKS:
         return parse_options(TASKS[name, task], arguments[1:], f"{name} --task {task}", foreign)

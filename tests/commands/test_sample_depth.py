@@ -24,8 +24,8 @@ def picture(tmp_path: Path) -> Path:
 @pytest.fixture
 def sample(picture: Path, tmp_path: Path) -> Callable[..., int]:
     """Return a function that predicts the depth of the image with more options, and returns the exit code."""
-    return lambda *more, output="out": main(
-        ["sample", "--task", "depth", "--image", str(picture), "--output_dir", str(tmp_path / output), *more]
+    return lambda *more, image=str(picture), output="out": main(
+        ["sample", "--task", "depth", "--image", image, "--output_dir", str(tmp_path / output), *more]
     )
 
 
@@ -85,13 +85,14 @@ def test_what_cannot_be_used_is_refused_in_one_line(
         ("--model", str(tiny_folder), "--lora", str(adapted[1]["peft"])): "was not trained on depth",
         ("--model", pipeline, "--processing_resolution", "15"): "processing_resolution must be a multiple of 2, got 15",
         ("--model", pipeline, "--processing_resolution", "4"): "34x21 pixels are too small: the shorter side is proc",
-        ("--model", pipeline, "--image", "missing.png"): "missing.png does not exist: give an image file or a folder",
         ("--model", pipeline, "--prompts", "a"): "--prompts is not an option of d2f sample --task depth",
     }
     for number, (options, sentence) in enumerate(cases.items()):
         assert sample(*options, output=f"out{number}") == 2, options
         error = capsys.readouterr().err.splitlines()[-1]
         assert sentence in error, options
+    assert sample("--model", pipeline, image="missing.png") == 2
+    assert "missing.png does not exist: give an image file or a folder" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_folder_of_a_depth_run_generates_no_images(depth_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_lora_training_saves_the_lora_its_metrics_and_its_options(train, tmp_pat
     printed = capsys.readouterr()
     assert printed.out.strip() == str(output / "pytorch_lora_weights.safetensors")
     assert (output / "run_kohya.safetensors").is_file()
-    assert sum(line.startswith("d2f: step on ") for line in printed.err.splitlines()) == 1
+    assert sum(line.startswith("d2f: training runs on ") for line in printed.err.splitlines()) == 1
     assert "d2f: 3 images, 2 per step: an epoch has 2 steps, and 2 steps are 1 epochs\n" in printed.err
     metrics = json.loads((output / "metrics.json").read_text())
     card = (output / "README.md").read_text()

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import d2f_fast
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import folder as folder_module
 from d2f_fast.export import resources
 from d2f_fast.export.to_onnx import main
@@ -244,11 +246,13 @@ def test_terminated_run_removes_its_unfinished_folder(one_level_folder, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_run_leaves_no_output_and_the_next_run_removes_its_leftovers(one_level_folder, tmp_path, capsys):
+def test_killed_run_leaves_no_output_and_the_next_run_removes_its_leftovers(one_level_folder, tmp_path, monkeypatch):
     process = _run_until_it_writes(one_level_folder, tmp_path / "out")
     process.kill()
     assert process.wait(timeout=120) == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock-out", f".tmp-{process.pid}-out"]
     # The next run to the same folder removes the leftovers even if it is refused.
-    assert main(["--model", "model.ckpt", "--output", str(tmp_path / "out")]) == 2
-    assert list(tmp_path.iterdir()) == []
+    refusal = mock.Mock(side_effect=RefusedInputError("too little memory"))
+    monkeypatch.setattr(folder_module, "check_memory_to_load", refusal)
+    assert main(["--model", str(one_level_folder), "--output", str(tmp_path / "out")]) == 2
+    assert refusal.called and list(tmp_path.iterdir()) == []

@@ -36,7 +36,10 @@ def step(network, latents, noise, t, flow, weighting, mask):
     return aligned_loss(output, latents, noise, t, flow, weighting, mask=mask)
 
 
-@pytest.mark.parametrize(("backend", "fused"), [("aot_eager", True), ("inductor", True), ("inductor", False)])
+@pytest.mark.parametrize(
+    ("backend", "fused"),
+    [("aot_eager", True), ("inductor", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
+)
 def test_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(backend, fused, request):
     if fused:
         request.getfixturevalue("served")

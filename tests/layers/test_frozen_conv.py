@@ -99,6 +99,7 @@ def test_unusual_inputs_give_the_results_of_torch(shape: tuple[int, ...]) -> Non
     assert torch.equal(*(torch.autograd.grad(conv(x).square().sum(), x)[0] for conv in (theirs, ours)))
 
 
+@pytest.mark.slow
 def test_compiled_gradient_equals_eager_in_one_graph() -> None:
     theirs, ours = pair(kernel_size=3, stride=2, padding=1)
     x = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last).requires_grad_()
