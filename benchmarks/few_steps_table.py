@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2f_fast.evaluation.distances import Array, frechet_distance, real_floor
+from d2f_fast.evaluation.distances import Array, bootstrap_deviations, frechet_distance, real_floor
 from d2f_fast.evaluation.neighbours import Neighbourhoods, compare_neighbourhoods
 
 
@@ -64,15 +64,10 @@ def measure(generated: Array, real: Array, reference: Array, right: NDArray[np.b
         seed: seed of the bootstrap and the floor. Equal seeds resample alike.
         repeats: number of resamplings.
     """
-    random = np.random.default_rng(seed)
     floor = real_floor(np.concatenate([real, reference]), len(generated), len(reference), seed=seed)
     above = frechet_distance(generated, reference) - floor
-    resampled = []
-    for _ in range(repeats):
-        rows, others = (random.integers(len(part), size=len(part)) for part in (generated, reference))
-        resampled.append(frechet_distance(generated[rows], reference[others]))
-    around = np.array(resampled) - np.mean(resampled) + above
-    return Run(above, around, float(right.mean()), compare_neighbourhoods(real, generated))
+    deviations = bootstrap_deviations(frechet_distance, generated, reference, repeats=repeats, seed=seed)
+    return Run(above, above + deviations, float(right.mean()), compare_neighbourhoods(real, generated))
 
 
 def best(rows: Sequence[Row], least: int, most: int, seeds: Set[int]) -> Row | None:

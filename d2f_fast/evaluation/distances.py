@@ -53,20 +53,17 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.square(a.mean(0) - b.mean(0)).sum() + spread)
 
 
-def bootstrap_interval(
-    statistic: Callable[..., float], *samples: ArrayLike, repeats: int = 100, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Compute a statistic of samples, with an interval from the quantiles of its bootstrap deviations.
+def bootstrap_deviations(statistic: Callable[..., float], *samples: ArrayLike, repeats: int, seed: int) -> Array:
+    """Resample samples, and return the deviations [repeats] of a statistic from the bootstrap's own mean.
 
-    Deviations are measured from the bootstrap's own mean. Resampling repeats rows, which shifts a Fréchet distance
-    upwards; that shift is a bias of the bootstrap, and says nothing about the statistic's uncertainty.
+    Resampling repeats rows, which shifts a Fréchet distance upwards; that shift is a bias of the bootstrap, and says
+    nothing about the statistic's uncertainty.
 
     Args:
         statistic: function of as many arrays as there are samples, which returns a number.
         samples: arrays that are resampled along their first axis, independently of each other.
         repeats: number of resamplings.
-        seed: seed of the resampling.
-        level: fraction of the deviations within the interval, in (0, 1).
+        seed: seed of the resampling. Samples of equal lengths are resampled alike with equal seeds.
     """
     generator = np.random.default_rng(seed)
     arrays = [np.asarray(sample) for sample in samples]
@@ -76,8 +73,24 @@ def bootstrap_interval(
             for _ in range(repeats)
         ]
     )
-    value = statistic(*arrays)
-    low, high = np.quantile(resampled - resampled.mean(), [(1 - level) / 2, (1 + level) / 2])
+    return np.asarray(resampled - resampled.mean())
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], *samples: ArrayLike, repeats: int = 100, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Compute a statistic of samples, with an interval from the quantiles of its bootstrap deviations.
+
+    Args:
+        statistic: function of as many arrays as there are samples, which returns a number.
+        samples: arrays that are resampled along their first axis, independently of each other.
+        repeats: number of resamplings.
+        seed: seed of the resampling.
+        level: fraction of the deviations within the interval, in (0, 1).
+    """
+    deviations = bootstrap_deviations(statistic, *samples, repeats=repeats, seed=seed)
+    value = statistic(*map(np.asarray, samples))
+    low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(value + min(low, 0)), float(value + max(high, 0)))
 
 
