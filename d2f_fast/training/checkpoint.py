@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
@@ -150,11 +151,11 @@ def named_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path |
     output_dir = Path(output_dir)
     if resume_from != "latest":
         return _find_named(output_dir, Path(resume_from), contents=False)
-    newest = next((folder for _, folder in list_checkpoints(output_dir)), None)
-    try:
-        return None if newest is None or verify_checkpoint(newest, contents=False) < 0 else newest
-    except (CheckpointError, OSError):
-        return None
+    for _, newest in list_checkpoints(output_dir)[:1]:
+        with suppress(CheckpointError, OSError):
+            verify_checkpoint(newest, contents=False)
+            return newest
+    return None
 
 
 def refuse_used_folder(output_dir: StrPath, resume_from: StrPath | None) -> None:
