@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.commands.checks import check_lora_and_output
-from d2f_fast.commands.sample_depth import MAX_ENSEMBLE
-from d2f_fast.config import MAX_SIDE, MAX_STEPS, at_least, check_options, check_seed, option, positive
+from d2f_fast.commands.depth_sampling import DepthSampling
+from d2f_fast.config import MAX_STEPS, at_least, check_options, option, positive
 from d2f_fast.data.depth_options import MAX_DEPTH, DepthOptions
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from d2f_fast.data.depth_source import DepthSource
@@ -35,25 +34,15 @@ class EvaluateDepth:
 
     Args:
         reference: Folder of images with their depth, as for `d2f train --task depth`.
-        model: Model that predicts depth, as for `d2f sample --task depth`.
-        lora: LoRA of `d2f train --task depth` that are merged into the model, each as PATH or PATH:SCALE. Default:
-            none.
+        sampling: Model that predicts depth, and the options of its prediction.
         output_dir: Folder for metrics.json, which is replaced if it exists.
         num_samples: Number of images, from the first of the folder on. Default: all of them.
-        num_inference_steps: Number of sampling steps, as for `d2f sample --task depth`. Default: the number saved with
-            the model.
-        seed: Seed of the noise and of the 95 % intervals.
         task: What the model does: "depth", which these options belong to.
-        model_options: Options of the base model.
         depth_scale: Number in the depth files that stands for one metre, such as 1000 for millimetres. Default: metres
             for floating-point files; the unit of a data set whose layout is recognised.
         depth_min: Smallest depth that counts, in metres. Predictions are clipped to it.
         depth_max: Largest depth that counts, in metres. Predictions are clipped to it. Default: no limit in a plain
             folder; that of a recognised data set.
-        sampler: Times of the sampling steps, as for `d2f sample --task depth`.
-        ensemble_size: Number of predictions that are combined for each image, as for `d2f sample --task depth`.
-        processing_resolution: Longer side in pixels that images are scaled to, as for `d2f sample --task depth`. 0
-            keeps their size. Default: that of the model.
         dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
             or written. An option that was left open is printed as null.
         json: Print the numbers of metrics.json as one line of JSON, in place of the path of the folder. The table then
@@ -64,20 +53,13 @@ class EvaluateDepth:
     """
 
     reference: str = field(metadata={"group": "essential", "metavar": "FOLDER"})
-    model: str = field(metadata={"group": "essential", "metavar": "MODEL"})
-    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    sampling: DepthSampling
     output_dir: str = option("essential", "d2f-evaluation", metavar="FOLDER")
     num_samples: int | None = option("essential", None, at_least(1, MAX_STEPS))
-    num_inference_steps: int | None = option("essential", None, at_least(1, 1000))
-    seed: int = option("essential", 0, check_seed)
     task: Literal["depth"] = option("essential", "depth")
-    model_options: ModelOptions = field(default_factory=ModelOptions)
     depth_scale: float | None = option("depth", None, positive(MAX_DEPTH))
     depth_min: float = option("depth", 0.0, at_least(0, MAX_DEPTH))
     depth_max: float | None = option("depth", None, positive(MAX_DEPTH))
-    sampler: Literal["saved", "flow"] = option("sampling", "saved")
-    ensemble_size: int = option("sampling", 1, at_least(1, MAX_ENSEMBLE))
-    processing_resolution: int | None = option("image", None, at_least(0, MAX_SIDE))
     dry_run: bool = option("other", False)
     json: bool = option("other", False)
 
@@ -89,7 +71,7 @@ class EvaluateDepth:
         """
         check_options(self)
         self._images()
-        check_lora_and_output(self.lora, self.output_dir)
+        check_lora_and_output(self.sampling.lora, self.output_dir)
 
     def run(self) -> dict[str, Any]:
         """Measure, write what was measured, and return it.
@@ -106,45 +88,26 @@ class EvaluateDepth:
         """Measure, and write into a folder that no other command uses."""
         started = time.monotonic()
         silence_libraries()
-        from d2f_fast.commands.depth_model import check_depth_model, check_ensemble, load_depth_model
         from d2f_fast.evaluation.depth import error_intervals
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.tasks.depth import measure_depth
 
-        check_ensemble(self.ensemble_size)
-        check_depth_model(self.model, self.lora, self.model_options)
         images = self._images()
         count = min(len(images), self.num_samples or len(images))
-        model = load_depth_model(self.model, self.lora, self.model_options, self.sampler)
+        model = self.sampling.load()
 
         def progress(done: int) -> None:
             if done % 50 == 0:
                 print(f"d2f: {done} of {count} images", file=sys.stderr)
 
-        errors = measure_depth(
-            model,
-            images,
-            count,
-            progress,
-            steps=self.num_inference_steps,
-            ensemble_size=self.ensemble_size,
-            processing_resolution=self.processing_resolution,
-            seed=self.seed,
-        )
+        errors = measure_depth(model, images, count, progress, **self.sampling.of_prediction)
         row = {
-            "task": "depth",
-            "sampler": self.sampler,
-            "steps": self.num_inference_steps or model.pipeline.default_denoising_steps,
-            "ensemble_size": self.ensemble_size,
-            "normalization": model.normalization,
-            "model": self.model,
-            "lora": list(self.lora),
+            **self.sampling.row(model),
             "reference": self.reference,
             "samples": count,
-            "seed": self.seed,
-            **{name: asdict(interval) for name, interval in error_intervals(errors, seed=self.seed).items()},
+            **{name: asdict(interval) for name, interval in error_intervals(errors, seed=self.sampling.seed).items()},
         }
-        write_run_record(output, "d2f evaluate", self.seed, time.monotonic() - started, [row])
+        write_run_record(output, "d2f evaluate", self.sampling.seed, time.monotonic() - started, [row])
         print("\n".join(depth_table(row)), file=sys.stderr if self.json else sys.stdout)
         return row | {"output": str(output)}
 

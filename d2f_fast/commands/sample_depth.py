@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.commands.checks import check_lora_and_output
+from d2f_fast.commands.depth_sampling import DepthSampling
 from d2f_fast.commands.sample import earlier_rows
-from d2f_fast.config import MAX_SIDE, at_least, check_options, check_seed, option
+from d2f_fast.config import check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.library_messages import silence_libraries
-from d2f_fast.models.options import ModelOptions
 
 if TYPE_CHECKING:
     from d2f_fast.tasks.depth import DepthPrediction
-
-MAX_ENSEMBLE = 1000
 
 
 @dataclass(frozen=True)
@@ -27,25 +25,10 @@ class SampleDepth:
 
     Args:
         image: One or more image files, or folders of images.
-        model: Model that predicts depth: the folder `pipeline` of a run of `d2f train --task depth`, or a Marigold
-            folder or Hugging Face id; or, together with --lora, the text-to-image model that the LoRA was trained on.
-        lora: LoRA of `d2f train --task depth` that are merged into the model, each as PATH or PATH:SCALE. Default:
-            none.
         output_dir: Folder for the depth of each image as NAME.npy (float32 from 0 to 1), NAME_16bit.png and the
             coloured NAME_preview.png, and for metrics.json. It is an error if a NAME.npy exists.
-        num_inference_steps: Number of sampling steps, each of which evaluates the network once. With --sampler saved,
-            take one that divides 1000, because diffusers' scheduler is inexact for others. Default: the number saved
-            with the model, which is 4 after `d2f train`.
-        seed: Seed of the noise. Every image starts from the same noise, so that its depth does not depend on the other
-            images.
         task: What the model does: "depth", which these options belong to.
-        model_options: Options of the base model.
-        sampler: Times of the sampling steps. "saved" takes the scheduler saved with the model, which gives the depth
-            that other programs get. "flow" takes even steps in flow time, as `d2f sample` does for images.
-        ensemble_size: Number of predictions from different noise that are combined into one, which takes that many
-            times as long. From 2 on, SciPy is needed, and their spread is written as NAME_uncertainty.npy.
-        processing_resolution: Longer side in pixels that an image is scaled to for the prediction; the depth is scaled
-            back. 0 keeps the size of the image. Default: that of the model.
+        sampling: Model that predicts depth, and the options of its prediction.
         dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
             or written. An option that was left open is printed as null.
         json: Print the result (steps, number and paths of the files) as one line of JSON, in place of the path of the
@@ -57,16 +40,9 @@ class SampleDepth:
     """
 
     image: tuple[str, ...] = field(metadata={"group": "essential", "metavar": "PATH"})
-    model: str = field(metadata={"group": "essential", "metavar": "MODEL"})
-    lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
+    sampling: DepthSampling
     output_dir: str = option("essential", "d2f-depth", metavar="FOLDER")
-    num_inference_steps: int | None = option("essential", None, at_least(1, 1000))
-    seed: int = option("essential", 0, check_seed)
     task: Literal["depth"] = option("essential", "depth")
-    model_options: ModelOptions = field(default_factory=ModelOptions)
-    sampler: Literal["saved", "flow"] = option("sampling", "saved")
-    ensemble_size: int = option("sampling", 1, at_least(1, MAX_ENSEMBLE))
-    processing_resolution: int | None = option("image", None, at_least(0, MAX_SIDE))
     dry_run: bool = option("other", False)
     json: bool = option("other", False)
 
@@ -81,7 +57,7 @@ class SampleDepth:
         for path in self._images():
             if (existing := output / f"{path.stem}.npy").exists():
                 raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
-        check_lora_and_output(self.lora, self.output_dir)
+        check_lora_and_output(self.sampling.lora, self.output_dir)
 
     def run(self) -> dict[str, Any]:
         """Predict the depth of the images, write it, and return what was written.
@@ -98,40 +74,20 @@ class SampleDepth:
         """Predict, and write into a folder that no other command uses."""
         started = time.monotonic()
         silence_libraries()
-        from d2f_fast.commands.depth_model import check_depth_model, check_ensemble, load_depth_model
         from d2f_fast.data.images import read_image, to_rgb
         from d2f_fast.data.loading import refused_sample
         from d2f_fast.files.run_record import write_run_record
 
-        check_ensemble(self.ensemble_size)
-        check_depth_model(self.model, self.lora, self.model_options)
-        model = load_depth_model(self.model, self.lora, self.model_options, self.sampler)
+        model = self.sampling.load()
         files: list[Path] = []
         for path in self._images():
             with refused_sample(printable(path)):
                 image = to_rgb(read_image(path))
-            prediction = model.predict(
-                image,
-                steps=self.num_inference_steps,
-                ensemble_size=self.ensemble_size,
-                processing_resolution=self.processing_resolution,
-                seed=self.seed,
-            )
+            prediction = model.predict(image, **self.sampling.of_prediction)
             files += write_prediction(output / path.stem, prediction)
-        steps = self.num_inference_steps or model.pipeline.default_denoising_steps
-        row = {
-            "task": "depth",
-            "sampler": self.sampler,
-            "steps": steps,
-            "ensemble_size": self.ensemble_size,
-            "normalization": model.normalization,
-            "seed": self.seed,
-            "model": self.model,
-            "lora": list(self.lora),
-            "samples": len(self._images()),
-        }
+        row = self.sampling.row(model) | {"samples": len(self._images())}
         rows = [*earlier, row | {"files": [file.name for file in files]}]
-        write_run_record(output, "d2f sample", self.seed, time.monotonic() - started, rows)
+        write_run_record(output, "d2f sample", self.sampling.seed, time.monotonic() - started, rows)
         return row | {"files": [str(file) for file in files], "output": str(output)}
 
     def _images(self) -> list[Path]:

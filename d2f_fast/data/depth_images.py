@@ -11,17 +11,15 @@ No torch is imported before an image is read, so that `d2f train` refuses a fold
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from d2f_fast.data.depth_source import DepthSample, DepthSource, check_sizes, check_units
+from d2f_fast.data.depth_source import DepthLayout, DepthSample, DepthSource, check_sizes, check_units
 from d2f_fast.data.file_names import is_image
 from d2f_fast.errors import DatasetError, printable
 
-DepthLayout = Literal["plain", "vkitti2", "hypersim"]
 EXPECTED_LAYOUTS = (
     "expected the sub-folders rgb and depth with files of the same names (rgb/a.png and depth/a.png, .npy or .exr), or"
     " the folders Scene01 … of Virtual KITTI 2, ai_001_001 … of Hypersim, or shards *.tar with image.png and depth.npy"
@@ -30,26 +28,9 @@ _DEPTH_EXTENSIONS = (".png", ".npy", ".exr")  # those of `depth_files`, which im
 _NAMED = 3  # files that a message names
 
 
-@dataclass(frozen=True)
-class _Convention:
-    """Units of a layout.
-
-    Attributes:
-        scale: Number in the files that stands for one metre; None where the caller has to say it.
-        most: Largest depth that counts, in metres.
-        plausible: Largest median depth of an image that can be right, in metres.
-    """
-
-    scale: float | None
-    most: float
-    plausible: float
-
-
-_CONVENTIONS: dict[DepthLayout, _Convention] = {
-    "plain": _Convention(None, np.inf, 1000.0),
-    "vkitti2": _Convention(100.0, 80.0, 400.0),
-    "hypersim": _Convention(None, 65.0, 200.0),
-}
+_PLAIN = DepthLayout("plain", None, np.inf, 1000.0)
+_VKITTI2 = DepthLayout("vkitti2", 100.0, 80.0, 400.0)
+_HYPERSIM = DepthLayout("hypersim", None, 65.0, 200.0)
 
 
 class DepthFiles(NamedTuple):
@@ -62,38 +43,17 @@ class DepthFiles(NamedTuple):
 class DepthImages(DepthSource):
     """Read images with their depth from a folder, whose layout is detected. An image is decoded only when asked for.
 
-    Args:
-        folder: Folder in one of the layouts.
-        scale: Number in the depth files that stands for one metre; None for that of the layout.
-        least: Smallest depth that counts, in metres; 0 counts every positive one.
-        most: Largest depth that counts, in metres; None for that of the layout.
-
-    Attributes:
-        place: Folder of the images.
-        layout: Layout that was found.
-
-    Raises:
-        DatasetError: The folder has no known layout, holds no images, or an image or a depth has no partner. When a
-            sample is read: a file does not decode, the sizes differ, no pixel has a depth, or the unit must be wrong.
+    See `DepthSource` for the arguments. A folder without a known layout is refused, and so is one in which an image or
+    a depth has no partner.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        scale: float | None = None,
-        least: float = 0.0,
-        most: float | None = None,
-    ) -> None:
-        self.place = Path(folder)
-        layout = _layout_of(self.place)
-        self.layout, convention = layout, _CONVENTIONS[layout]
-        self.scale = convention.scale if scale is None else scale
-        self.least, self.most = least, convention.most if most is None else most
-        self._plausible = convention.plausible
-        self._files = list(_FINDERS[layout](self.place))
+    def _find(self) -> DepthLayout:
+        """Find the pairs of files, and return the layout; see `DepthSource`."""
+        layout, find_files = _layout_of(self.place)
+        self._files = list(find_files(self.place))
         if not self._files:
             raise DatasetError(f"{printable(self.place)} holds no images with depth: {EXPECTED_LAYOUTS}")
+        return layout
 
     def __len__(self) -> int:
         return len(self._files)
@@ -113,10 +73,10 @@ class DepthImages(DepthSource):
             image = to_rgb(stored)
         depth = read_depth(files.depth, self.scale)
         check_sizes(image, depth, name, depth_name)
-        if self.layout == "hypersim":
+        if self.layout == _HYPERSIM.name:
             depth = plane_depth_of_distance(depth)
         valid = valid_pixels(depth, self.least, self.most)
-        check_units(depth, valid, depth_name, plausible=self._plausible, source=self)
+        check_units(depth, valid, depth_name, self)
         return DepthSample(image, depth, valid, name)
 
     def content(self, index: int, hash_of_file: Callable[[Path], str]) -> str:
@@ -124,8 +84,8 @@ class DepthImages(DepthSource):
         return " ".join(map(hash_of_file, self._files[index]))
 
 
-def _layout_of(folder: Path) -> DepthLayout:
-    """Return the layout of a folder.
+def _layout_of(folder: Path) -> tuple[DepthLayout, Callable[[Path], Iterator[DepthFiles]]]:
+    """Return the layout of a folder, and the function that yields its files.
 
     Raises:
         DatasetError: It is no folder, or has none of the layouts.
@@ -133,11 +93,11 @@ def _layout_of(folder: Path) -> DepthLayout:
     if not folder.is_dir():
         raise DatasetError(f"{printable(folder)} is not a folder: give a folder of images with depth")
     if (folder / "rgb").is_dir() and (folder / "depth").is_dir():
-        return "plain"
+        return _PLAIN, _plain_files
     if any(path.is_dir() for path in folder.glob("Scene[0-9][0-9]")):
-        return "vkitti2"
+        return _VKITTI2, _vkitti2_files
     if any(path.is_dir() for path in folder.glob("ai_[0-9][0-9][0-9]_[0-9][0-9][0-9]")):
-        return "hypersim"
+        return _HYPERSIM, _hypersim_files
     raise DatasetError(f"{printable(folder)} holds no images with depth: {EXPECTED_LAYOUTS}")
 
 
@@ -195,10 +155,3 @@ def _hypersim_files(folder: Path) -> Iterator[DepthFiles]:
         if not depth.is_file():
             raise DatasetError(f"{printable(image)} has no depth {printable(depth)}: unpack the geometry, too")
         yield DepthFiles(image, depth)
-
-
-_FINDERS: dict[DepthLayout, Callable[[Path], Iterator[DepthFiles]]] = {
-    "plain": _plain_files,
-    "vkitti2": _vkitti2_files,
-    "hypersim": _hypersim_files,
-}

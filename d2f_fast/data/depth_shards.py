@@ -11,7 +11,6 @@ distance from the camera, and becomes plane depth. The ranges are those of the p
 
 import hashlib
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +18,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2f_fast.data.depth_source import DepthSample, DepthSource, check_sizes, check_units
+from d2f_fast.data.depth_source import DepthLayout, DepthSample, DepthSource, check_sizes, check_units
 from d2f_fast.errors import DatasetError, printable
 from d2f_fast.files.tar_index import TarMember, opened, read_at, tar_members
 
 IMAGE, DEPTH, DATASET, MASK = "image.png", "depth.npy", "dataset", "valid_mask.npy"
 MOST = 120.0
 _RANGES = {"hypersim": (1e-4, MOST), "vkitti2": (0.0, MOST), "diode": (0.1, MOST)}
-_PLAUSIBLE = 400.0
+_LAYOUT = DepthLayout("shards", None, MOST, 400.0)
 _MAX_MEMBER_BYTES = 1 << 29
 _MAX_NAME_BYTES = 256
 
@@ -42,30 +41,17 @@ class _Item(NamedTuple):
 class DepthShards(DepthSource):
     """Read images with their depth from the tar files of a folder, by the offsets of their members.
 
-    Args:
-        folder: Folder of the shards, which are taken in the order of their names.
-        scale: Number that stands for one metre; None for metres.
-        least: Smallest depth that counts, in metres, beside the range of each data set.
-        most: Largest depth that counts, in metres; None for 120.
-
-    Raises:
-        DatasetError: A shard cannot be read or is cut short, a sample lacks its image or its depth, or there is none.
-            When a sample is read: see `DepthImages`.
+    See `DepthSource` for the arguments. The shards are taken in the order of their names, and the range of each data
+    set counts beside `least` and `most`. A shard that cannot be read or is cut short is refused, and so is a sample
+    that lacks its image or its depth.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        scale: float | None = None,
-        least: float = 0.0,
-        most: float | None = None,
-    ) -> None:
-        self.place, self.layout = Path(folder), "shards"
-        self.scale, self.least, self.most = scale, least, MOST if most is None else most
+    def _find(self) -> DepthLayout:
+        """Find the samples of the shards, and return their layout; see `DepthSource`."""
         self._items = [item for path in sorted(self.place.glob("*.tar")) for item in _items_of(path)]
         if not self._items:
             raise DatasetError(f"{printable(self.place)} holds no shards with {IMAGE} and {DEPTH}: check the folder")
+        return _LAYOUT
 
     def __len__(self) -> int:
         return len(self._items)
@@ -92,7 +78,7 @@ class DepthShards(DepthSource):
             depth = plane_depth_of_distance(depth)
         low, high = _RANGES[kind]
         valid = valid_pixels(depth, max(self.least, low), min(self.most, high)) & allowed
-        check_units(depth, valid, name, plausible=_PLAUSIBLE, source=self)
+        check_units(depth, valid, name, self)
         return DepthSample(image, depth, valid, name)
 
     def content(self, index: int, hash_of_file: Callable[[Path], str]) -> str:

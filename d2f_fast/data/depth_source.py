@@ -1,7 +1,9 @@
 """What a source of images with depth gives, and the checks that all of them share."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,22 +32,66 @@ class DepthSample(NamedTuple):
     name: str
 
 
+@dataclass(frozen=True)
+class DepthLayout:
+    """How a data set stores its images, and the units of its depth.
+
+    Attributes:
+        name: Name of the layout.
+        scale: Number in the files that stands for one metre; None where the caller has to say it, or for metres.
+        most: Largest depth that counts, in metres; infinite for no limit.
+        plausible: Largest median depth of an image that can be right, in metres.
+    """
+
+    name: str
+    scale: float | None
+    most: float
+    plausible: float
+
+
 class DepthSource(ABC):
     """Images with their depth, which are read when they are asked for. Any thread may read.
 
+    Args:
+        folder: Folder of the images.
+        scale: Number in the files that stands for one metre; None for that of the layout.
+        least: Smallest depth that counts, in metres; 0 counts every positive one.
+        most: Largest depth that counts, in metres; None for that of the layout.
+
     Attributes:
         place: Folder of the images, for messages.
-        layout: Name of the layout.
+        layout: Name of the layout that was found.
         scale: Number in the files that stands for one metre; None for files in metres.
         least: Smallest depth that counts, in metres.
-        most: Largest depth that counts, in metres; infinite for none.
+        most: Largest depth that counts, in metres; infinite for no limit.
+        plausible: Largest median depth of an image that can be right, in metres.
+
+    Raises:
+        DatasetError: The folder cannot be used, or holds no images with depth. When a sample is read: a file does not
+            decode, the sizes differ, no pixel has a depth, or the unit must be wrong.
     """
 
-    place: Path
-    layout: str
-    scale: float | None
-    least: float
-    most: float
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        scale: float | None = None,
+        least: float = 0.0,
+        most: float | None = None,
+    ) -> None:
+        self.place = Path(folder)
+        found = self._find()
+        self.layout, self.plausible = found.name, found.plausible
+        self.scale = found.scale if scale is None else scale
+        self.least, self.most = least, found.most if most is None else most
+
+    @abstractmethod
+    def _find(self) -> DepthLayout:
+        """Find the images of `place`, keep what is needed to read them, and return their layout.
+
+        Raises:
+            DatasetError: The folder cannot be used, or holds no images with depth.
+        """
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -85,17 +131,14 @@ def check_sizes(image: "Image.Image", depth: NDArray[np.float32], name: str, dep
         )
 
 
-def check_units(
-    depth: NDArray[np.float32], valid: NDArray[np.bool_], name: str, *, plausible: float, source: DepthSource
-) -> None:
+def check_units(depth: NDArray[np.float32], valid: NDArray[np.bool_], name: str, source: DepthSource) -> None:
     """Refuse a depth map without a valid pixel, or with depths that no scene of its data set has.
 
     Args:
         depth: Depth in metres, [H, W].
         valid: Which pixels count, [H, W].
         name: Name of the depth map.
-        plausible: Largest median depth of an image that can be right, in metres.
-        source: Source of the depth, whose range the message states.
+        source: Source of the depth, which says what is plausible and which range counts.
 
     Raises:
         DatasetError: No pixel counts, or half of them are farther away than is plausible.
@@ -103,10 +146,10 @@ def check_units(
     positive = depth[np.isfinite(depth) & (depth > 0)]
     median = float(np.median(positive)) if positive.size else 0.0
     unit = "check its unit, which --depth_scale states, and --depth_min and --depth_max"
-    if median > plausible:
+    if median > source.plausible:
         raise DatasetError(
-            f"{name}: half of the pixels are beyond {median:.4g} m, and {plausible:g} m is the most that can be right:"
-            f" {unit}"
+            f"{name}: half of the pixels are beyond {median:.4g} m, and {source.plausible:g} m is the most that can be"
+            f" right: {unit}"
         )
     if not valid.any():
         found = f"they are around {median:.4g} m" if positive.size else "none is finite and positive"
