@@ -25,10 +25,10 @@ class SampleDepth:
 
     Args:
         image: One or more image files, or folders of images.
+        sampling: Model that predicts depth, and the options of its prediction.
         output_dir: Folder for the depth of each image as NAME.npy (float32 from 0 to 1), NAME_16bit.png and the
             coloured NAME_preview.png, and for metrics.json. It is an error if a NAME.npy exists.
         task: What the model does: "depth", which these options belong to.
-        sampling: Model that predicts depth, and the options of its prediction.
         dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
             or written. An option that was left open is printed as null.
         json: Print the result (steps, number and paths of the files) as one line of JSON, in place of the path of the
