@@ -222,6 +222,8 @@ class BaseModel:
         Returns:
             {"encoder_hidden_states" [B, L, D]}, for SDXL also {"text_embeds" [B, P]}.
         """
+        if not hasattr(self.pipeline, "encode_prompt"):  # InstructPix2Pix's and Marigold's have none
+            return {"encoder_hidden_states": _encode_text(self.pipeline, prompts)}
         encoded = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -319,6 +321,21 @@ def _configuration(module: nn.Module) -> dict[str, object]:
     config: Any = module.config
     entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {key: value for key, value in entries.items() if not key.startswith("_") and key != "transformers_version"}
+
+
+def _encode_text(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+    """Return the text condition of prompts from the one text encoder of a pipeline, as diffusers makes it."""
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).to(encoder.device)
+    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+    encoded: Tensor = encoder(tokens.input_ids, attention_mask=mask)[0]
+    return encoded
 
 
 def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:

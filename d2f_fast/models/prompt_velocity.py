@@ -7,6 +7,7 @@ from torch import Tensor
 
 from d2f_fast.flow.flow import Flow
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.image_context import form_of
 from d2f_fast.sampling.integrate import Velocity, unet_velocity
 
 
@@ -19,6 +20,8 @@ def prompt_velocity(
     guidance_scale: float | Tensor = 1.0,
     negative: Mapping[str, Tensor] | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    context: Tensor | None = None,
+    image_guidance_scale: float = 1.0,
 ) -> Velocity:
     """Return the velocity of a base model for a batch of prompts.
 
@@ -33,20 +36,29 @@ def prompt_velocity(
         negative: condition to steer away from, of one prompt, as `encode_prompts` returns it; None for the model's own
             empty prompt.
         guidance_interval: lowest and highest flow time at which guidance is on.
+        context: latents of the k images that the network sees, [B, k · C, h, w], in its own scale; see
+            `encode_context`. None for a network that sees none.
+        image_guidance_scale: scale of the guidance by these images, at least 1, which turns it off.
 
     Raises:
-        RefusedInputError: `guidance_scale` is below 0, or between 0 and 1.
-        ValueError: `guidance_interval` is not two rising flow times.
+        RefusedInputError: `guidance_scale` is below 0, or between 0 and 1, or `image_guidance_scale` is below 1.
+        ValueError: `guidance_interval` is not two rising flow times, or there is no context to guide by.
     """
     positive = model.encode_prompts(prompts)
     added = model.added_cond_kwargs(positive, height, width)
     hidden = positive["encoder_hidden_states"]
-    if not isinstance(guidance_scale, Tensor) and guidance_scale <= 1:
-        return unet_velocity(model.unet, flow, hidden, None, guidance_scale, added, guidance_interval)
+    seen = {
+        "guidance_interval": guidance_interval,
+        "context": context,
+        "image_guidance_scale": image_guidance_scale,
+        "context_first": form_of(model).first,
+    }
+    if not isinstance(guidance_scale, Tensor) and guidance_scale <= 1 and image_guidance_scale <= 1:
+        return unet_velocity(model.unet, flow, hidden, None, guidance_scale, added, **seen)  # type: ignore[arg-type]
     one = model.empty_condition() if negative is None else negative
     other = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in one.items()}
     if added is not None:
         of_other = model.added_cond_kwargs(other, height, width) or {}
         added = {name: torch.cat([of_other[name], added[name]]) for name in added}
     away = other["encoder_hidden_states"]
-    return unet_velocity(model.unet, flow, hidden, away, guidance_scale, added, guidance_interval)
+    return unet_velocity(model.unet, flow, hidden, away, guidance_scale, added, **seen)  # type: ignore[arg-type]

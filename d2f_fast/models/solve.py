@@ -9,17 +9,24 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from d2f_fast.config import SamplingMethod, Spacing, check_guidance
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.flow import Flow
 from d2f_fast.models.base_model import BaseModel, to_pil
+from d2f_fast.models.image_context import check_sampling_context, fit_pixels
 from d2f_fast.models.prompt_velocity import prompt_velocity
 from d2f_fast.sampling.generate import generate
 from d2f_fast.sampling.integrate import Velocity
-from d2f_fast.sampling.options import check_negative_prompt, check_steps, complete_size, image_size
+from d2f_fast.sampling.options import (
+    check_image_guidance,
+    check_negative_prompt,
+    check_steps,
+    complete_size,
+    image_size,
+)
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.sampling.solve import solve
 from d2f_fast.sampling.solver_options import SolverOptions
@@ -44,6 +51,7 @@ class Sampling:
         flow_spacing: spacing of the steps.
         scheduler_options: prediction type, form and shift that replace those of the model's scheduler, by the names of
             `Diff2FlowScheduler`.
+        image_guidance_scale: scale of the guidance by the images that the network sees, at least 1, which turns it off.
     """
 
     method: SamplingMethod = "euler"
@@ -55,6 +63,7 @@ class Sampling:
     width: int | None = None
     flow_spacing: Spacing = "uniform"
     scheduler_options: dict[str, Any] = field(default_factory=dict)
+    image_guidance_scale: float = 1.0
 
     def check(self) -> None:
         """Refuse options that do not go together.
@@ -63,9 +72,11 @@ class Sampling:
             RefusedInputError: An option cannot be used; the message says what to change.
         """
         check_guidance("guidance_scale", self.guidance_scale)
-        check_negative_prompt(self.negative_prompt, self.guidance_scale)
+        check_image_guidance("image_guidance_scale", self.image_guidance_scale)
+        largest = max(self.guidance_scale, self.image_guidance_scale)
+        check_negative_prompt(self.negative_prompt, largest)
         check_steps(self.method, self.num_inference_steps)
-        self.solver.check(self.method, self.guidance_scale)
+        self.solver.check(self.method, largest)
 
 
 def generate_images(
@@ -75,6 +86,7 @@ def generate_images(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     on_state: OnState | None = None,
+    context: Tensor | None = None,
 ) -> list[Image.Image]:
     """Generate one image for each prompt, from noise at t = 0 to data at t = 1.
 
@@ -85,6 +97,8 @@ def generate_images(
         generator: source of the noise, on the model's device or the CPU; None for torch's global generator.
         noise: flow state at t = 0 in place of random noise, [B, C, h, w]; None for random noise.
         on_state: function that is called with the number, flow time and images of each state; None for none.
+        context: latents of the k images that the network sees, [B, k · C, h, w]; see `encode_context`. None for a
+            network that sees none.
 
     Returns:
         One RGB image for each prompt.
@@ -93,7 +107,8 @@ def generate_images(
         RefusedInputError: the model cannot generate images of this size, or an option cannot be used.
     """
     sampling.check()
-    if noise is None and on_state is None and not sampling.solver.needs_solver(sampling.method):
+    sees_images = context is not None or model.context_images > 0
+    if noise is None and on_state is None and not (sees_images or sampling.solver.needs_solver(sampling.method)):
         return generate(
             model.pipeline,
             prompts,
@@ -109,6 +124,7 @@ def generate_images(
         )
     height, width = _size(model, sampling)
     shape = (len(prompts), *model.latents_shape(height, width))
+    check_sampling_context(model, context, shape)
     if noise is None:
         noise = randn_tensor(shape, generator=generator, device=model.device, dtype=torch.float32)
     elif noise.shape != shape:
@@ -118,7 +134,7 @@ def generate_images(
         )
     flow, times = _path(model, sampling)
     with torch.no_grad():
-        velocity = _velocity(model, flow, prompts, sampling, height, width)
+        velocity = _velocity(model, flow, prompts, sampling, height, width, context)
         states = solve(velocity, noise.to(model.device), times, sampling.method, sampling.solver, generator)
         for number, (t, state) in enumerate(zip(times.tolist(), states, strict=True)):
             if on_state is not None:
@@ -127,7 +143,11 @@ def generate_images(
 
 
 def invert_images(
-    model: BaseModel, images: Sequence[Image.Image], prompts: Sequence[str], sampling: Sampling
+    model: BaseModel,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    sampling: Sampling,
+    context: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Follow the flow of images back to the noise that they come from.
 
@@ -136,6 +156,7 @@ def invert_images(
         images: B images of mode RGB. Each is resized and cropped in the middle to the size of `sampling`.
         prompts: their B prompts.
         sampling: how the flow is followed. Methods that add noise are refused.
+        context: latents of the k images that the network sees, [B, k · C, h, w]; None for a network that sees none.
 
     Returns:
         The noise, [B, C, h, w] float32, and the relative error of the latents that are generated from it again.
@@ -151,21 +172,15 @@ def invert_images(
     if len(images) != len(prompts):
         raise RefusedInputError(f"give one prompt for each image, got {len(prompts)} for {len(images)}")
     height, width = _size(model, sampling)
-    fitted = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
-    pixels = torch.stack([_pixels(image) for image in fitted])
+    check_sampling_context(model, context, (len(prompts), *model.latents_shape(height, width)))
+    pixels = fit_pixels(images, height, width)
     flow, times = _path(model, sampling)
     with torch.no_grad():
         latents = model.scale_latents(model.encode_images(pixels)["mean"]).float()
-        velocity = _velocity(model, flow, prompts, sampling, height, width)
+        velocity = _velocity(model, flow, prompts, sampling, height, width, context)
         noise = solve(velocity, latents, times.flip(0), sampling.method, sampling.solver)[-1]
         again = solve(velocity, noise, times, sampling.method, sampling.solver)[-1]
     return noise, float((again - latents).norm() / latents.norm())
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """Return an RGB image as [3, H, W] float32 in [-1, 1]."""
-    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return values.reshape(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _size(model: BaseModel, sampling: Sampling) -> tuple[int, int]:
@@ -188,9 +203,16 @@ def _path(model: BaseModel, sampling: Sampling) -> tuple[Flow, Tensor]:
 
 
 def _velocity(
-    model: BaseModel, flow: Flow, prompts: Sequence[str], sampling: Sampling, height: int, width: int
+    model: BaseModel,
+    flow: Flow,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    height: int,
+    width: int,
+    context: Tensor | None,
 ) -> Velocity:
-    """Return the velocity of the model for prompts."""
+    """Return the velocity of the model for prompts, and for the images that it sees."""
     negative = model.encode_prompts([sampling.negative_prompt]) if sampling.negative_prompt else None
     interval = sampling.solver.guidance_interval or (0.0, 1.0)
-    return prompt_velocity(model, flow, prompts, height, width, sampling.guidance_scale, negative, interval)
+    given = model, flow, prompts, height, width, sampling.guidance_scale, negative, interval
+    return prompt_velocity(*given, None if context is None else context.to(model.device), sampling.image_guidance_scale)

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -10,19 +9,13 @@ from torch import Tensor
 
 from d2f_fast.config import FixedStepMethod, check_guidance
 from d2f_fast.flow.flow import Flow
+from d2f_fast.sampling.condition import Condition, guided_condition
+from d2f_fast.sampling.options import check_image_guidance
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class _Condition:
-    """Conditions of one call of a UNet, in the order of its batch."""
-
-    encoder_hidden_states: Tensor
-    added: dict[str, Tensor]
 
 
 def sample_flow(
@@ -103,63 +96,79 @@ def unet_velocity(
     guidance_scale: float | Tensor = 1.0,
     added_cond_kwargs: Mapping[str, Tensor] | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    context: Tensor | None = None,
+    image_guidance_scale: float = 1.0,
+    context_first: bool = True,
 ) -> Velocity:
     """Return the velocity of a conditional diffusers UNet, with classifier-free guidance in one batched call.
+
+    With the text p, the negative text n, the context c and the scales s_T and s_I it is, as in InstructPix2Pix (Brooks
+    et al., arXiv 2211.09800, equation 3),
+
+        v(n, 0) + s_I (v(n, c) - v(n, 0)) + s_T (v(p, c) - v(n, c)).
 
     Args:
         unet: conditional UNet of diffusers.
         flow: `Alignment` or `NaiveFlow` that reads the UNet's output, on the UNet's device.
         encoder_hidden_states: text condition, [B, L, D].
-        negative_hidden_states: text condition to steer away from, [B, L, D]; needed for a `guidance_scale` above 1.
+        negative_hidden_states: text condition to steer away from, [B, L, D]; needed for a scale above 1.
         guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, and other values below 1 are refused. A
             tensor [B, 1, ...] gives each sample a scale of its own, at least 1, and always guides.
         added_cond_kwargs: further conditions of SDXL's UNet; with guidance they hold the negative ones first, then the
             positive ones. None for a UNet without them.
         guidance_interval: lowest and highest flow time, both included, at which guidance is on (Kynkäänniemi et al.,
-            arXiv 2404.07724). Outside of it the UNet is called with the text condition alone, in half the time. A
-            narrower interval than the whole flow, (0, 1), reads the time back from the GPU at each evaluation.
+            arXiv 2404.07724). Outside of it the UNet is called with the text condition and the context alone, in half
+            the time. A narrower interval than the whole flow, (0, 1), reads the time back from the GPU at each
+            evaluation.
+        context: latents of the k images that the UNet sees beside its own latents, [B, k · C, h, w]; None for a UNet
+            that sees none. Zeros stand for an image that is left out.
+        image_guidance_scale: scale of the guidance by the images, at least 1. 1 turns it off; above, the UNet is
+            evaluated on a third condition, without text and images.
+        context_first: whether the UNet takes the context before its own latents, as Marigold's and those that are
+            trained here do, and not after them, as InstructPix2Pix's does.
 
     Returns:
         A function of the flow state [B, ...] and the flow time, [] float32, for `sample_flow`. It also takes a flow
         time for each sample, [B], where guidance is not limited to an interval.
 
     Raises:
-        RefusedInputError: `guidance_scale` is below 0, or between 0 and 1.
-        ValueError: `guidance_scale` is above 1 and there are no `negative_hidden_states`, or `guidance_interval` is not
-            two rising flow times.
+        RefusedInputError: `guidance_scale` is below 0, or between 0 and 1, or `image_guidance_scale` is below 1.
+        ValueError: a scale is above 1 and there are no `negative_hidden_states`, or no `context` for the scale of the
+            images, or `guidance_interval` is not two rising flow times.
     """
-    guides = isinstance(guidance_scale, Tensor)
+    check_image_guidance("image_guidance_scale", image_guidance_scale)
+    guides = isinstance(guidance_scale, Tensor) or image_guidance_scale > 1
     if not isinstance(guidance_scale, Tensor):
         check_guidance("guidance_scale", guidance_scale)
-        guides = guidance_scale > 1
+        guides = guides or guidance_scale > 1
+        guidance_scale = max(guidance_scale, 1.0)  # 0 means the text alone, too.
     lowest, highest = guidance_interval
     if not 0 <= lowest < highest <= 1:
         raise ValueError(f"guidance_interval must be two rising flow times in [0, 1], got {guidance_interval}")
-    if guides and negative_hidden_states is None:
-        raise ValueError(f"guidance_scale={guidance_scale} needs negative_hidden_states")
     dtype = unet.conv_in.weight.dtype  # unet.dtype walks through every module.
-    alone = _Condition(encoder_hidden_states.to(dtype), dict(added_cond_kwargs or {}))
-    both = alone
+    positive, added = encoder_hidden_states.to(dtype), dict(added_cond_kwargs or {})
     if guides:
-        both = _Condition(torch.cat([negative_hidden_states, encoder_hidden_states]).to(dtype), alone.added)  # type: ignore[list-item]
-        alone = replace(alone, added={name: value.chunk(2)[1] for name, value in alone.added.items()})
+        if negative_hidden_states is None:
+            which = "guidance_scale" if image_guidance_scale == 1 else "image_guidance_scale"
+            scale = guidance_scale if image_guidance_scale == 1 else image_guidance_scale
+            raise ValueError(f"{which}={scale} needs negative_hidden_states")
+        of_text = {name: value.chunk(2)[1] for name, value in added.items()}
+        alone = Condition(positive, of_text, context, context_first)
+        guided = guided_condition(alone, negative_hidden_states.to(dtype), added, image_guidance_scale > 1)
+    else:
+        guided = alone = Condition(positive, added, context, context_first)
     always = (lowest, highest) == (0, 1)
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-        guided = guides and (always or lowest <= float(t) <= highest)
-        condition = both if guided else alone
-        extra = {"added_cond_kwargs": condition.added} if condition.added else {}
+        condition = guided if always or lowest <= float(t) <= highest else alone
         sample = flow.to_sample(x_t, t)
-        given = torch.cat([sample, sample]) if guided else sample
-        timestep = flow.timestep(t)
-        if guided and timestep.ndim:
-            timestep = torch.cat([timestep, timestep])
-        hidden = condition.encoder_hidden_states
-        output = unet(given.to(dtype), timestep, encoder_hidden_states=hidden, **extra, return_dict=False)[0]
-        if guided:
-            negative, positive = output.chunk(2)
+        outputs = condition.evaluate(unet, sample.to(dtype), flow.timestep(t)).chunk(condition.copies)
+        output = outputs[-1]
+        if condition.copies > 1:
             # The velocity is linear in the network's output, so guidance of the output is guidance of the velocity.
-            output = torch.lerp(negative.to(x_t.dtype), positive.to(x_t.dtype), guidance_scale)
+            output = torch.lerp(outputs[-2].to(x_t.dtype), output.to(x_t.dtype), guidance_scale)
+        if condition.copies > 2:
+            output = output + (image_guidance_scale - 1) * (outputs[1].to(x_t.dtype) - outputs[0].to(x_t.dtype))
         return flow.velocity(output, sample, t).to(x_t.dtype)
 
     return velocity

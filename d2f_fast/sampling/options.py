@@ -2,7 +2,7 @@
 
 import math
 
-from d2f_fast.config import DEFAULT_GUIDANCE, SamplingMethod
+from d2f_fast.config import DEFAULT_GUIDANCE, MAX_GUIDANCE, SamplingMethod, check_finite
 from d2f_fast.errors import RefusedInputError
 
 _PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
@@ -19,6 +19,17 @@ def check_negative_prompt(negative_prompt: str, guidance_scale: float) -> None:
             f"negative_prompt has no effect with guidance_scale {guidance_scale:g}: leave it out, or give a"
             " guidance_scale above 1"
         )
+
+
+def check_image_guidance(name: str, value: float | None) -> None:
+    """Refuse a scale of image guidance that InstructPix2Pix does not take; None is accepted.
+
+    Raises:
+        RefusedInputError: The value is below 1, infinite or not a number.
+    """
+    check_finite(name, value, MAX_GUIDANCE)
+    if value is not None and value < 1:
+        raise RefusedInputError(f"{name} must be 1, which turns it off, or above, got {value}")
 
 
 def check_steps(method: SamplingMethod, steps: int) -> None:

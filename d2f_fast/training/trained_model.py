@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from d2f_fast.config import SamplingMethod, Spacing, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
-from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
@@ -95,6 +95,8 @@ class TrainedModel(ABC):
         method: SamplingMethod = "euler",
         solver: SolverOptions | None = None,
         on_state: OnState | None = None,
+        context: Tensor | None = None,
+        image_guidance_scale: float = 1.0,
     ) -> list[Image.Image]:
         """Generate one image for each prompt with the averaged weights, along flow time from t = 0.
 
@@ -109,17 +111,22 @@ class TrainedModel(ABC):
             solver: options of the method, and the interval of guidance; None for the defaults.
             on_state: function that is called with the number, the flow time and the images of each state on the way;
                 None for none.
+            context: latents of the k images that the network sees, [B, k · C, h, w], as a batch of the training has
+                them; see `encode_context`. None for a network that sees none.
+            image_guidance_scale: scale of the guidance by these images, at least 1, which turns it off.
 
         Returns:
             One RGB image for each prompt.
 
         Raises:
-            RefusedInputError: the autoencoder has no latents of this height or width, or the steps cannot be used.
+            RefusedInputError: the autoencoder has no latents of this height or width, the steps cannot be used, or the
+                network takes another context.
         """
         sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, negative_prompt, height, width)
+        sampling = replace(sampling, image_guidance_scale=image_guidance_scale)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         with self._generating():
-            return generate_images(self.model, prompts, sampling, generator, on_state=on_state)
+            return generate_images(self.model, prompts, sampling, generator, on_state=on_state, context=context)
 
     def invert(
         self,
@@ -131,33 +138,25 @@ class TrainedModel(ABC):
         width: int | None = None,
         method: SamplingMethod = "rk4",
         solver: SolverOptions | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Return the noise [B, C, h, w] that images come from, along the flow of the averaged weights.
 
         Args:
             images: B images of mode RGB. Each is resized and cropped in the middle to the size.
             prompts: their B prompts.
-            num_inference_steps, guidance_scale, height, width, method, solver: as for `sample`.
+            num_inference_steps, guidance_scale, height, width, method, solver, context: as for `sample`.
 
         Raises:
             RefusedInputError: the autoencoder has no latents of this height or width, or the method adds noise.
         """
         sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, "", height, width)
         with self._generating():
-            return invert_images(self.model, images, prompts, sampling)[0]
+            return invert_images(self.model, images, prompts, sampling, context)[0]
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Hold the averaged weights inside a `with` block, and feed the network its own type.
-
-        Raises:
-            RefusedInputError: the network sees images beside its own latents, which prompts do not give.
-        """
-        if self.model.context_images:
-            raise RefusedInputError(
-                "the network sees an image beside its own latents, and prompts give none: save_pipeline, and call the"
-                " MarigoldDepthPipeline of that folder"
-            )
+        """Hold the averaged weights inside a `with` block, and feed the network its own type."""
         cast = inputs_in_float32(self.unet) if self.config.adapter == "full" else nullcontext()
         with self.averaged(), cast:
             yield

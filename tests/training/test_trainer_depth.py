@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, MarigoldDepthPipeline
+from PIL import Image
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.depth_data import find_depth_images
@@ -18,7 +19,7 @@ from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder, options_for
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.order import plan_batches
 from d2f_fast.errors import CheckpointError, RefusedInputError
-from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.base_model import BaseModel, to_pil
 from d2f_fast.models.marigold import empty_text
 from d2f_fast.tasks.depth import DepthModel
 from d2f_fast.training.trainer import AlignedTrainer
@@ -160,8 +161,43 @@ def test_naive_flow_is_saved_with_a_stock_scheduler_and_follows_its_own_flow(
         expected = (model.decode(x).mean(1).clamp(-1, 1) + 1)[0].numpy() / 2
     assert np.abs(exact.prediction[0, ..., 0] - expected).max() <= 1e-5
     assert np.abs(rounded - expected).max() <= 0.05  # the stock scheduler starts at 0.999 and rounds its timesteps
-    with pytest.raises(RefusedInputError, match="sees an image beside its own latents, and prompts give none"):
+    with pytest.raises(RefusedInputError, match=r"sees an image beside its own latents, .* and prompts give none"):
         trainer.sample("a")
+
+
+def test_images_are_sampled_with_the_context_of_the_training(make_trainer: MakeTrainer, depth_rooms: Path) -> None:
+    trainer = make_trainer()
+    context = first_batch(trainer, dataset_of(depth_rooms))["context"][:2]
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "context": context, "method": "heun"}
+
+    def sampled(**more: Any) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return np.stack(trainer.sample(["a", "b"], **(options | more), generator=generator)).astype(int)
+
+    model, flow = trainer.model, trainer.alignment
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), trainer.averaged():
+        text, away = (model.encode_prompts(each)["encoder_hidden_states"] for each in (["a", "b"], ["", ""]))
+
+        def velocity(x: torch.Tensor, t: float, image_scale: float) -> torch.Tensor:
+            now = torch.tensor(t)
+            sample = flow.to_sample(x, now)
+            cases = ((away, 0 * context), (away, context), (text, context))
+            inputs = [(torch.cat([image, sample], 1), words) for words, image in cases]
+            neither, image, both = (trainer.unet(given, flow.timestep(now), words).sample for given, words in inputs)
+            output = neither + image_scale * (image - neither) + 3.0 * (both - image)
+            return flow.velocity(output, sample, now)
+
+        for image_scale in (1.0, 2.0):
+            slope = velocity(noise, 0.0, image_scale)
+            x = noise + (slope + velocity(noise + 0.5 * slope, 0.5, image_scale)) / 4
+            x = x + 0.5 * velocity(x, 0.5, image_scale)
+            want = np.stack(to_pil(model.decode(x))).astype(int)
+            assert np.abs(sampled(image_guidance_scale=image_scale) - want).max() <= 1
+    assert np.abs(sampled() - sampled(context=0 * context)).max() > 1
+    image = Image.fromarray(np.uint8(sampled()[0]))
+    found = trainer.invert([image], ["a"], 2, method="euler", context=context[:1])
+    assert found.shape == (1, 4, 8, 8) and found.isfinite().all()
 
 
 def test_batch_with_another_context_than_the_network_takes_is_refused(
