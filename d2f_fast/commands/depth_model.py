@@ -59,7 +59,10 @@ def check_ensemble(ensemble_size: int) -> None:
         RefusedInputError: SciPy is needed and not installed.
     """
     if ensemble_size > 1 and find_spec("scipy") is None:
-        raise RefusedInputError("ensemble_size needs SciPy, which is not installed: pip install scipy, or leave it out")
+        raise RefusedInputError(
+            "ensemble_size needs SciPy, which is not installed: pip install scipy, which the extra [depth] of this"
+            " package installs, too; or leave it out"
+        )
 
 
 def load_depth_model(model: str, lora: Sequence[str], options: ModelOptions, sampler: DepthSampler) -> DepthModel:

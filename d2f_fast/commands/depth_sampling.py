@@ -35,7 +35,8 @@ class DepthSampling:
         ensemble_size: Number of predictions from different noise that are combined into one, which takes that many
             times as long. From 2 on, SciPy is needed, and `d2f sample` writes their spread as NAME_uncertainty.npy.
         processing_resolution: Longer side in pixels that an image is scaled to for the prediction; the depth is scaled
-            back. 0 keeps the size of the image. Default: that of the model.
+            back. 0 keeps the size of the image. Default: that of the protocol for a data set of `d2f evaluate` that has
+            one (docs/depth.md), else that of the model.
     """
 
     model: str = field(metadata={"group": "essential", "metavar": "MODEL"})

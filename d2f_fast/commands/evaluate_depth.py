@@ -94,16 +94,22 @@ class EvaluateDepth:
 
         images = self._images()
         count = min(len(images), self.num_samples or len(images))
-        model = self.sampling.load()
+        model, options = self.sampling.load(), self.sampling.of_prediction
+        if options["processing_resolution"] is None:
+            options["processing_resolution"] = images.processing_resolution
+        if (processed := options["processing_resolution"]) is None:
+            processed = model.pipeline.config.default_processing_resolution
 
         def progress(done: int) -> None:
             if done % 50 == 0:
                 print(f"d2f: {done} of {count} images", file=sys.stderr)
 
-        errors = measure_depth(model, images, count, progress, **self.sampling.of_prediction)
+        errors = measure_depth(model, images, count, progress, **options)
         row = {
             **self.sampling.row(model),
+            "processing_resolution": processed,
             "reference": self.reference,
+            "layout": images.layout,
             "samples": count,
             **{name: asdict(interval) for name, interval in error_intervals(errors, seed=self.sampling.seed).items()},
         }

@@ -83,7 +83,7 @@ class SampleDepth:
         for path in self._images():
             with refused_sample(printable(path)):
                 image = to_rgb(read_image(path))
-            prediction = model.predict(image, **self.sampling.of_prediction)
+            prediction = model.predict(image, name=printable(path), **self.sampling.of_prediction)
             files += write_prediction(output / path.stem, prediction)
         row = self.sampling.row(model) | {"samples": len(self._images())}
         rows = [*earlier, row | {"files": [file.name for file in files]}]

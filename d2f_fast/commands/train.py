@@ -23,15 +23,15 @@ from d2f_fast.training.launch import check_launch
 from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_files
 
 if TYPE_CHECKING:
-    from d2f_fast.data.depth_encoding import DepthDataset
     from d2f_fast.data.depth_source import DepthSource
     from d2f_fast.data.image_folder import CaptionedImages
+    from d2f_fast.data.mixed import MixedImages
     from d2f_fast.data.pairs import PairDataset
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
 
 
 # Options that say how images are read and prepared, which pairs do without.
-_OF_IMAGES = ("image_column", "caption_column", "caption_extension")
+_OF_CAPTIONS = ("image_column", "caption_column", "caption_extension")
 _OF_IMAGE_TRAINING = ("center_crop", "random_flip", "cache_latents")
 
 
@@ -49,7 +49,7 @@ class Train:
     Args:
         train_data_dir: Folder of the training images. Captions are in a text file beside each image (a.jpg and a.txt)
             or in one file metadata.jsonl. With --task depth it has the sub-folders rgb and depth, or another layout of
-            docs/depth.md. Not together with --pairs. Default: none.
+            docs/depth.md. Several folders are mixed, see --dataset_weights. Not together with --pairs. Default: none.
         pairs: Train on pairs of noise and latents in place of images (reflow). Give folders of `d2f pairs`, or tar
             files of the same content; {000000..000009}.tar names ten. Options about image files, crops, flips and
             --cache_latents are then an error. Default: none.
@@ -57,6 +57,9 @@ class Train:
             .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL. "miniature" is the tiny model.
         task: What the model learns. "text" generates images of captions. "depth" predicts the depth of an image; the
             result then also has a folder `pipeline` for diffusers' MarigoldDepthPipeline.
+        dataset_weights: Weight of each of several folders of --train_data_dir, such as 0.9 0.1. An epoch has as many
+            images as all folders together, in the ratio of the weights. Default: the numbers of images, so that each
+            image comes once an epoch.
         pairs_of_another_model: Accept pairs that another model made, such as a larger one with the same latents. They
             are an error otherwise.
         validation_data_dir: Folder of captioned images that are not trained on. Their loss is measured every
@@ -86,10 +89,11 @@ class Train:
         d2f train --pretrained_model_name_or_path MODEL --pairs pairs --output_dir reflow
     """
 
-    train_data_dir: str | None = option("essential", None, metavar="FOLDER")
+    train_data_dir: tuple[str, ...] | str | None = option("essential", None, metavar="FOLDER")
     pairs: tuple[str, ...] | None = option("essential", None, metavar="PATH")
     pretrained_model_name_or_path: str = option("essential", MINIATURE, metavar="MODEL")
     task: Literal["text", "depth"] = option("method", "text")
+    dataset_weights: tuple[float, ...] | None = option("data", None)
     pairs_of_another_model: bool = option("data", False)
     validation_data_dir: str | None = option("data", None, metavar="FOLDER")
     validation_pairs: tuple[str, ...] | None = option("data", None, metavar="PATH")
@@ -102,6 +106,17 @@ class Train:
     options: TrainingConfig = field(default_factory=TrainingConfig)
     dry_run: bool = option("other", False)
     json: bool = option("other", False)
+
+    def __post_init__(self) -> None:
+        """Keep a single folder as the text that it was before there could be several."""
+        if isinstance(self.train_data_dir, tuple) and len(self.train_data_dir) < 2:
+            object.__setattr__(self, "train_data_dir", next(iter(self.train_data_dir), None))
+
+    @property
+    def _folders(self) -> tuple[str, ...]:
+        """Return the folders of the training images."""
+        given = self.train_data_dir or ()
+        return (given,) if isinstance(given, str) else given
 
     def check(self) -> None:
         """Refuse, before the slow imports and the training, what would be refused after them.
@@ -124,12 +139,14 @@ class Train:
         with locked_folder(output) if writes else nullcontext():
             return self._train(dataset, output)
 
-    def _train(self, found: "CaptionedImages | PairDataset | DepthSource", output: Path) -> dict[str, Any]:
+    def _train(
+        self, found: "CaptionedImages | MixedImages | PairDataset | list[DepthSource]", output: Path
+    ) -> dict[str, Any]:
         """Train and save in an output folder that no other run uses."""
         started = time.monotonic()
         silence_libraries()
+        from d2f_fast.commands.data_lines import data_lines
         from d2f_fast.data.depth_encoding import DepthDataset, options_for_depth
-        from d2f_fast.data.depth_source import DepthSource
         from d2f_fast.data.pair_encoding import options_for_pairs
         from d2f_fast.data.pairs import PairDataset
         from d2f_fast.files.run_record import write_run_record
@@ -137,7 +154,7 @@ class Train:
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
         from d2f_fast.training.trainer import AlignedTrainer
 
-        dataset = DepthDataset(found, self.depth_options) if isinstance(found, DepthSource) else found
+        dataset = DepthDataset(found, self.depth_options, self.dataset_weights) if isinstance(found, list) else found
         options = self.teacher_options.settle(self.options)
         options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
         options = options_for_depth(options) if isinstance(dataset, DepthDataset) else options
@@ -151,7 +168,8 @@ class Train:
             taught = [] if trainer.teacher is None else [str(trainer.teacher)]
             for line in (trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow), *taught):
                 print(f"d2f: {line}", file=sys.stderr)
-            self._say_what_is_trained_on(trainer, dataset)
+            for line in data_lines(trainer, dataset, self._folders, self.options.resolution):
+                print(f"d2f: {line}", file=sys.stderr)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
         with stop_signals(trainer.has_unsaved_steps, announce=trainer.accelerator.is_main_process) as signals:
             result = trainer.fit(dataset, self._validation_set())
@@ -182,56 +200,7 @@ class Train:
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
 
-    def _say_what_is_trained_on(
-        self, trainer: "AlignedTrainer", dataset: "CaptionedImages | PairDataset | DepthDataset"
-    ) -> None:
-        """Print the size and the number of the images, how often each is repeated, and whether captions are cut."""
-        from d2f_fast.data.depth_encoding import DepthDataset
-        from d2f_fast.data.image_folder import CaptionedImages
-        from d2f_fast.data.long_captions import find_long_captions
-        from d2f_fast.data.order import steps_per_epoch
-        from d2f_fast.training.doubtful_options import doubts
-        from d2f_fast.training.summary import pair_tags
-
-        side = trainer.config.resolution
-        source = "the model's own size" if self.options.resolution is None else "option --resolution"
-        lines = [f"trained at {side} x {side} pixels ({source})"]
-        images = "images"
-        if isinstance(dataset, DepthDataset):
-            kinds = f"layout {dataset.images.layout}, normalisation {dataset.options.depth_normalization}"
-            lines.append(f"depth is learned from {printable(dataset.images.place)} ({kinds})")
-        elif not isinstance(dataset, CaptionedImages):
-            made = pair_tags(dataset)
-            end = ": sample the result without guidance" if trainer.teacher is None else ""
-            lines.append(
-                f"pairs of {len(dataset.shards)} shards, made with guidance {made['d2f.pairs_guidance']} and solver"
-                f" {made['d2f.pairs_solver']}{end}"
-            )
-            images = "pairs"
-        elif dataset.repeats:
-            repeats = [f"{printable(folder)} {times} times" for folder, times in list(dataset.repeats.items())[:8]]
-            more = f" and {len(dataset.repeats) - 8} more folders" if len(dataset.repeats) > 8 else ""
-            lines.append(
-                f"{dataset.files} image files count as {len(dataset)} images, because the numbers of folders repeat"
-                f" them: {', '.join(repeats)}{more}"
-            )
-        size, steps = trainer.global_batch_size, self.options.max_train_steps
-        an_epoch = steps_per_epoch(len(dataset), size)
-        lines.append(
-            f"{len(dataset)} {images}, {size} per step: an epoch has {an_epoch} steps, and {steps} steps are"
-            f" {steps / an_epoch:.4g} epochs"
-        )
-        lines += doubts(trainer.config, trainer.model.stated_resolution)
-        # The model that made pairs cut long prompts, too.
-        if (
-            isinstance(dataset, CaptionedImages)
-            and (long := find_long_captions(dataset, trainer.model.tokenizers)) is not None
-        ):
-            lines.append(str(long))
-        for line in lines:
-            print(f"d2f: {line}", file=sys.stderr)
-
-    def _data_set(self) -> "CaptionedImages | PairDataset | DepthSource":
+    def _data_set(self) -> "CaptionedImages | MixedImages | PairDataset | list[DepthSource]":
         """Return the images or pairs, once everything that can be refused without torch has been checked."""
         check_options(self)
         check_launch(self.options, os.environ)
@@ -253,15 +222,24 @@ class Train:
         normalization = self.depth_options.depth_normalization if self.task == "depth" else None
         check_settings(self.options, self.model_options, self.teacher_options, configs, normalization)
         refuse_used_folder(output, self.options.resume_from_checkpoint)
-        if self.train_data_dir is None:
+        if not self._folders:
             from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
 
             return PairDataset(self.pairs or (), of_another_model=self.pairs_of_another_model)
         if self.task == "depth":
-            from d2f_fast.data.depth_data import find_depth_images  # It imports NumPy.
+            from d2f_fast.data.depth_data import find_depth_sources  # It imports NumPy.
+            from d2f_fast.data.mixed import mixture_of
 
-            return find_depth_images(self.train_data_dir, self.depth_options)
-        return CaptionedImages(self.train_data_dir, self.image_column, self.caption_column, self.caption_extension)
+            sources = find_depth_sources(self._folders, self.depth_options)
+            mixture_of([len(source) for source in sources], self.dataset_weights)
+            return sources
+        keys = self.image_column, self.caption_column, self.caption_extension
+        folders = [CaptionedImages(folder, *keys) for folder in self._folders]
+        if len(folders) == 1 and self.dataset_weights is None:
+            return folders[0]
+        from d2f_fast.data.mixed import MixedImages  # It imports NumPy.
+
+        return MixedImages(folders, self.dataset_weights)
 
     def _validation_set(self) -> "CaptionedImages | PairDataset | None":
         """Return the held-out images or pairs, once what can be refused without torch has been checked."""
@@ -307,19 +285,20 @@ class Train:
         self._check_task()
         if self.options.distill and not self.pairs:
             raise RefusedInputError("distill needs --pairs, whose noise and latents are the two ends of the jump")
-        if self.train_data_dir is not None:
+        if self._folders:
             if self.pairs:
                 raise RefusedInputError("give either --train_data_dir or --pairs: a run trains on one of them")
-            if not (folder := Path(self.train_data_dir)).is_dir():
-                raise RefusedInputError(
-                    f"train_data_dir: {printable(folder)} is not a folder: give the folder of the training images"
-                )
+            for folder in map(Path, self._folders):
+                if not folder.is_dir():
+                    raise RefusedInputError(
+                        f"train_data_dir: {printable(folder)} is not a folder: give the folder of the training images"
+                    )
             return
         if not self.pairs:
             raise RefusedInputError(
                 "give --train_data_dir, the folder of the captioned images, or --pairs, what d2f pairs made"
             )
-        for holder, names in ((self, _OF_IMAGES), (self.options, _OF_IMAGE_TRAINING)):
+        for holder, names in ((self, (*_OF_CAPTIONS, "dataset_weights")), (self.options, _OF_IMAGE_TRAINING)):
             _refuse_given(holder, names, "has no effect on pairs: leave it out")
 
     def _check_task(self) -> None:
@@ -328,10 +307,10 @@ class Train:
             names = [each.name for each in dataclasses.fields(self.depth_options)]
             _refuse_given(self.depth_options, names, "needs --task depth: add it, or leave the option out")
             return
-        if self.train_data_dir is None:
+        if not self._folders:
             raise RefusedInputError("task depth needs --train_data_dir, a folder of images with their depth")
         cure = "has no effect with --task depth, which reads no captions: leave it out"
-        _refuse_given(self, _OF_IMAGES, cure)
+        _refuse_given(self, _OF_CAPTIONS, cure)
         _refuse_given(self.teacher_options, ("teacher",), "does not go with --task depth: leave it out")
         held_out = "validation_data_dir", "validation_pairs"
         _refuse_given(self, held_out, "does not go with --task depth: leave it out, and use d2f evaluate")

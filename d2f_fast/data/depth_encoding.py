@@ -5,7 +5,7 @@ autoencoder's posterior, as in Marigold. The text is the empty prompt without pa
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.depth_pixels import DepthPixels, depth_pixels
 from d2f_fast.data.depth_source import DepthSample, DepthSource
 from d2f_fast.data.encoding import empty_slice
+from d2f_fast.data.mixed import mixture_of
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import DatasetError
 from d2f_fast.files.hashes import FileHashes
@@ -34,32 +35,71 @@ class DepthDataset:
     """Images with depth that a model is trained on, and what it learns of the depth.
 
     Args:
-        images: The images with their depth.
+        sources: The images with their depth: one source, or several that are mixed, each with its own unit and range.
         options: Options of the depth; None for the defaults.
+        weights: Weight of each of several sources; None for the numbers of their images. See `Mixture`.
 
     Attributes:
-        images: The images with their depth.
+        sources: The sources of the images.
         options: Options of the depth.
+        mixture: How several sources are mixed; None for a single one.
         invalid: Share of the pixels without a depth, of each image that was read, by its index.
+
+    Raises:
+        RefusedInputError: The weights do not fit the sources.
     """
 
-    def __init__(self, images: DepthSource, options: DepthOptions | None = None) -> None:
-        self.images, self.options = images, options or DepthOptions()
+    def __init__(
+        self,
+        sources: DepthSource | Sequence[DepthSource],
+        options: DepthOptions | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.sources = (sources,) if isinstance(sources, DepthSource) else tuple(sources)
+        self.options = options or DepthOptions()
+        self.mixture = mixture_of([len(source) for source in self.sources], weights)
         self.invalid: dict[int, float] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return sum(map(len, self.sources))
 
     def __getitem__(self, index: int) -> DepthSample:
-        sample = self.images[index]
+        source, own_index = self._locate(index)
+        sample = source[own_index]
         self.invalid[index] = 1 - float(sample.valid.mean())
         return sample
 
-    def settings(self) -> dict[str, str | int | float]:
-        """Return what a sample depends on beside its files, for the cache and for a continuation of the run."""
-        images = self.images
-        kinds: dict[str, str | int | float] = {"layout": images.layout, "least": images.least, "most": str(images.most)}
-        return kinds | {"scale": str(images.scale), "normalization": self.options.depth_normalization}
+    def content(self, index: int, hash_of_file: Callable[[Path], str]) -> str:
+        """Return a text that changes when an image, its depth, or how its source reads them changes.
+
+        Args:
+            index: Index of the image.
+            hash_of_file: Function that returns the hash of a file.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        source, own_index = self._locate(index)
+        return f"{_reading(source)} {source.content(own_index, hash_of_file)}"
+
+    def settings(self) -> dict[str, str | float]:
+        """Return what the samples depend on beside their files, which a continuation of the run must match."""
+        first, *others = readings = [_reading(source) for source in self.sources]
+        if others:
+            first = {name: ", ".join(str(reading[name]) for reading in readings) for name in first}
+        return first | {"normalization": self.options.depth_normalization}
+
+    def _locate(self, index: int) -> tuple[DepthSource, int]:
+        """Return the source of an image, and the index of the image in it."""
+        if self.mixture is None:
+            return self.sources[0], index
+        part, own_index = self.mixture.locate(index)
+        return self.sources[part], own_index
+
+
+def _reading(source: DepthSource) -> dict[str, str | float]:
+    """Return how a source reads its files."""
+    return {"layout": source.layout, "least": source.least, "most": str(source.most), "scale": str(source.scale)}
 
 
 class DepthCache(TensorCache):
@@ -93,7 +133,7 @@ class DepthCache(TensorCache):
             RefusedInputError: The index of the hashes cannot be written.
         """
         try:
-            content = dataset.images.content(index, self._hashes)
+            content = dataset.content(index, self._hashes)
         except OSError as error:
             raise DatasetError(f"image {index} cannot be read ({error}): check the files") from error
         return self._key(f"image {index}", {"flip": flip, "content": content})
@@ -134,7 +174,8 @@ class DepthEncoder:
         self._text = empty_text(model.pipeline).cpu()
         self._cache = None
         if config.cache_latents:
-            settings = dataset.settings() | {"model": model.fingerprint("vae"), "resolution": self._resolution}
+            settings = {"normalization": dataset.options.depth_normalization, "model": model.fingerprint("vae")}
+            settings |= {"resolution": str(self._resolution)}
             self._cache = DepthCache(config.cache_dir or Path(config.output_dir) / "cache", settings)
 
     def load(self, plan: BatchPlan) -> LoadedDepth:

@@ -53,6 +53,30 @@ def read_depth(path: Path, scale: float | None = None) -> NDArray[np.float32]:
     return depth
 
 
+def read_float32(path: Path, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Read a depth map that is stored as plain float32 numbers, row by row, as those of ETH3D.
+
+    Args:
+        path: File without a header.
+        size: Width and height of its image.
+
+    Returns:
+        Depth in metres, [H, W]. Pixels without a depth are as the file has them: infinite.
+
+    Raises:
+        DatasetError: The file cannot be read, or does not hold one number for each pixel.
+    """
+    width, height = size
+    try:
+        if (bytes_found := path.stat().st_size) != 4 * width * height:
+            raise ValueError(f"{bytes_found} bytes, and {width}x{height} pixels of float32 take {4 * width * height}")
+        return np.fromfile(path, "<f4").reshape(height, width)
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"{printable(path)} cannot be read as a depth map ({reason_of(error)}): replace it"
+        ) from error
+
+
 def plane_depth_of_distance(distance: NDArray[np.floating]) -> NDArray[np.float32]:
     """Return the plane depth of Hypersim's distances from the camera.
 
@@ -83,7 +107,7 @@ def _read_array(path: Path) -> NDArray[np.number]:
     """Return the numbers of an .npy file, whose header is checked before anything is read."""
     _check_size(path)
     mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(mapped, np.ndarray) or mapped.dtype.kind not in "fiu":
+    if not isinstance(mapped, np.ndarray) or mapped.dtype.kind not in "fiub":
         raise ValueError("it holds no array of real numbers")
     return np.array(mapped)
 
@@ -94,7 +118,8 @@ def _read_exr(path: Path) -> NDArray[np.floating]:
         import OpenEXR
     except ImportError as error:
         raise DatasetError(
-            f"{printable(path)} needs the package OpenEXR: pip install OpenEXR, or convert the file to .npy"
+            f"{printable(path)} needs the package OpenEXR: pip install OpenEXR, which the extra [depth] of this package"
+            " installs, too; or convert the file to .npy"
         ) from error
     _check_size(path)
     with OpenEXR.File(str(path), separate_channels=True) as file:
@@ -111,7 +136,8 @@ def _read_hdf5(path: Path) -> NDArray[np.number]:
         import h5py
     except ImportError as error:
         raise DatasetError(
-            f"{printable(path)} needs the package h5py: pip install h5py, or convert the file to .npy"
+            f"{printable(path)} needs the package h5py: pip install h5py, which the extra [depth] of this package"
+            " installs, too; or convert the file to .npy"
         ) from error
     _check_size(path)
     with h5py.File(path, "r") as file:

@@ -22,7 +22,8 @@ from d2f_fast.errors import DatasetError, printable
 
 EXPECTED_LAYOUTS = (
     "expected the sub-folders rgb and depth with files of the same names (rgb/a.png and depth/a.png, .npy or .exr), or"
-    " the folders Scene01 … of Virtual KITTI 2, ai_001_001 … of Hypersim, or shards *.tar with image.png and depth.npy"
+    " the folders Scene01 … of Virtual KITTI 2, ai_001_001 … of Hypersim, shards *.tar with image.png and depth.npy, or"
+    " the test images of NYUv2, KITTI, ETH3D, ScanNet or DIODE (docs/depth.md)"
 )
 _DEPTH_EXTENSIONS = (".png", ".npy", ".exr")  # those of `depth_files`, which imports torch
 _NAMED = 3  # files that a message names

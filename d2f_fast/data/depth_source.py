@@ -41,12 +41,20 @@ class DepthLayout:
         scale: Number in the files that stands for one metre; None where the caller has to say it, or for metres.
         most: Largest depth that counts, in metres; infinite for no limit.
         plausible: Largest median depth of an image that can be right, in metres.
+        least: Smallest depth that counts, in metres.
+        processing_resolution: Longer side in pixels at which the protocol of the data set predicts depth, 0 for the
+            image's own size; None where there is no protocol.
+        fit_side: Longer side in pixels above which the protocol fits the scale and the shift of a prediction on fewer
+            pixels; None for all pixels.
     """
 
     name: str
     scale: float | None
     most: float
     plausible: float
+    least: float = 0.0
+    processing_resolution: int | None = None
+    fit_side: int | None = None
 
 
 class DepthSource(ABC):
@@ -55,7 +63,7 @@ class DepthSource(ABC):
     Args:
         folder: Folder of the images.
         scale: Number in the files that stands for one metre; None for that of the layout.
-        least: Smallest depth that counts, in metres; 0 counts every positive one.
+        least: Smallest depth that counts, in metres, where it is above that of the layout.
         most: Largest depth that counts, in metres; None for that of the layout.
 
     Attributes:
@@ -65,6 +73,9 @@ class DepthSource(ABC):
         least: Smallest depth that counts, in metres.
         most: Largest depth that counts, in metres; infinite for no limit.
         plausible: Largest median depth of an image that can be right, in metres.
+        processing_resolution: Longer side in pixels at which the protocol of the data set predicts depth; see
+            `DepthLayout`.
+        fit_side: Longer side in pixels above which the protocol fits fewer pixels; see `DepthLayout`.
 
     Raises:
         DatasetError: The folder cannot be used, or holds no images with depth. When a sample is read: a file does not
@@ -83,7 +94,8 @@ class DepthSource(ABC):
         found = self._find()
         self.layout, self.plausible = found.name, found.plausible
         self.scale = found.scale if scale is None else scale
-        self.least, self.most = least, found.most if most is None else most
+        self.least, self.most = max(least, found.least), found.most if most is None else most
+        self.processing_resolution, self.fit_side = found.processing_resolution, found.fit_side
 
     @abstractmethod
     def _find(self) -> DepthLayout:

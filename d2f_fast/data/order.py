@@ -3,19 +3,27 @@
     order(epoch)                = argsort(Philox(seed; epoch))
     augmentation(epoch, sample) = Philox(seed; epoch, sample)
 
+Of several data sets that are mixed by weight, each has its own passes, which take the place of the epochs in its
+augmentations; see `Mixture`.
+
 The content of a global step is a pure function of (seed, step): a run that restarts at any step, with any number of
 processes and of decoding threads, trains on the same images, mirrored, cropped and captioned the same way. Only raw
 Philox words are used, because numpy keeps their stream from version to version.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 _ORDER_STREAM = 0
 _AUGMENTATION_STREAM = 1
+_MIXTURE_STREAM = 2
 
 
 class Augmentation(NamedTuple):
@@ -35,6 +43,74 @@ class Augmentation(NamedTuple):
     def mirrored(self) -> bool:
         """Return whether the image is mirrored, where random flips are on."""
         return self.flip < 0.5
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several data sets that are mixed by weight, behind one index: the samples of the first come first.
+
+    An epoch has as many samples as all data sets together. The number of those of data set k is its share,
+
+        weight_k / (weight_0 + weight_1 + …) · (size_0 + size_1 + …),
+
+    rounded so that the sum is kept; so each epoch holds the weights exactly. Each data set is passed through in an
+    order of its own, from one epoch into the next: no sample comes again before all others of its data set came.
+
+    Args:
+        sizes: Number of samples of each data set, at least 1.
+        weights: Positive weight of each data set. Only their ratios count.
+
+    Raises:
+        ValueError: There are no data sets or not as many weights, one of them is out of its range, or a weight is so
+            small that an epoch has no sample of its data set.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be mixed."""
+        if not self.sizes or len(self.sizes) != len(self.weights):
+            raise ValueError(
+                f"there must be one weight for each data set, got {len(self.weights)} for {len(self.sizes)}"
+            )
+        if min(self.sizes) < 1 or not all(0 < weight < np.inf for weight in self.weights):
+            raise ValueError(f"sizes and weights must be positive and finite, got {self.sizes} and {self.weights}")
+        if 0 in self.counts:
+            part = self.counts.index(0)
+            raise ValueError(f"the weight {self.weights[part]} leaves data set {part} without a sample in an epoch")
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of samples of each data set in an epoch."""
+        return _rounded_shares(self.weights, sum(self.sizes))
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return the number of the data set of a sample, and the index of the sample in it.
+
+        Args:
+            index: Index of the sample, in [0, Σ sizes).
+        """
+        starts = [0, *accumulate(self.sizes)]
+        part = bisect_right(starts, index) - 1
+        return part, index - starts[part]
+
+    def epoch(self, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the samples of an epoch, data set by data set, and the pass of its data set that each belongs to.
+
+        Args:
+            seed: Seed of the orders, in [0, 2**64).
+            epoch: Number of the epoch, from 0 on.
+        """
+        samples, passes = [], []
+        starts = [0, *accumulate(self.sizes[:-1])]
+        for part, (start, size, count) in enumerate(zip(starts, self.sizes, self.counts, strict=True)):
+            numbers = np.arange(epoch * count, (epoch + 1) * count)
+            own = numbers // size
+            orders = np.stack([_order(size, seed, _MIXTURE_STREAM, each, part) for each in range(own[0], own[-1] + 1)])
+            samples.append(start + orders[own - own[0], numbers % size])
+            passes.append(own)
+        return np.concatenate(samples), np.concatenate(passes)
 
 
 @dataclass(frozen=True)
@@ -88,7 +164,7 @@ def iterate_indices(length: int, batch_size: int, seed: int, start_step: int = 0
         raise ValueError(f"start_step must be at least 0, got {start_step}")
     epoch, position = divmod(start_step, steps_per_epoch(length, batch_size))
     while True:
-        order = np.argsort(_philox(seed, _ORDER_STREAM, epoch).random_raw(length), kind="stable")
+        order = _order(length, seed, _ORDER_STREAM, epoch)
         for first in range(position * batch_size, length, batch_size):
             yield epoch, order[first : first + batch_size].tolist()
         epoch, position = epoch + 1, 0
@@ -126,7 +202,14 @@ def sample_augmentation(seed: int, epoch: int, index: int) -> Augmentation:
 
 
 def plan_batches(
-    length: int, batch_size: int, seed: int, start_step: int = 0, *, rank: int = 0, world_size: int = 1
+    length: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    mixture: Mixture | None = None,
 ) -> Iterator[BatchPlan]:
     """Yield this process' slice of every global batch, without end and without reading an image.
 
@@ -140,18 +223,42 @@ def plan_batches(
         start_step: Global step of the first plan.
         rank: Number of this process, in [0, world_size).
         world_size: Number of processes.
+        mixture: How several data sets are mixed, with `length` samples together; None for a single one.
 
     Raises:
         ValueError: An argument is out of its range.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
+    if mixture is not None and sum(mixture.sizes) != length:
+        raise ValueError(f"the mixture must have {length} samples, got {sum(mixture.sizes)}")
+    mixed_epoch, samples, passes = -1, np.empty(0, np.int64), np.empty(0, np.int64)
     for epoch, indices in iterate_indices(length, batch_size, seed, start_step):
         size, larger_slices = divmod(len(indices), world_size)
         offset = rank * size + min(rank, larger_slices)
         mine = indices[offset : offset + size + (rank < larger_slices)]
-        augmentations = [sample_augmentation(seed, epoch, index) for index in mine]
+        times = [epoch] * len(mine)
+        if mixture is not None:
+            if epoch != mixed_epoch:
+                mixed_epoch, (samples, passes) = epoch, mixture.epoch(seed, epoch)
+            mine, times = samples[mine].tolist(), passes[mine].tolist()
+        augmentations = [sample_augmentation(seed, time, index) for time, index in zip(times, mine, strict=True)]
         yield BatchPlan(epoch, mine, augmentations, len(indices), offset)
+
+
+def _rounded_shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    """Return whole numbers in the ratio of weights whose sum is `total`, by the method of largest remainders."""
+    exact = [weight / sum(weights) * total for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda part: counts[part] - exact[part])
+    for part in by_remainder[: total - sum(counts)]:
+        counts[part] += 1
+    return tuple(counts)
+
+
+def _order(length: int, seed: int, stream: int, epoch: int, part: int = 0) -> NDArray[np.int64]:
+    """Return a random permutation of 0 … length - 1."""
+    return np.argsort(_philox(seed, stream, epoch, part).random_raw(length), kind="stable")
 
 
 def _philox(seed: int, stream: int, epoch: int, index: int = 0) -> np.random.Philox:

@@ -74,6 +74,7 @@ class DepthModel:
         self,
         image: Image.Image,
         *,
+        name: str = "the image",
         steps: int | None = None,
         ensemble_size: int = 1,
         processing_resolution: int | None = None,
@@ -83,6 +84,7 @@ class DepthModel:
 
         Args:
             image: RGB image.
+            name: Name of the image in messages.
             steps: Number of sampling steps, at least 1; None for the model's own.
             ensemble_size: Number of predictions from different noise that are aligned and combined; 1 for a single one.
             processing_resolution: Longer side at which the image is processed, in pixels; 0 for the image's own size,
@@ -90,10 +92,10 @@ class DepthModel:
             seed: Seed of the noise.
 
         Raises:
-            RefusedInputError: The processing resolution is no multiple of the size of a latent, or the image would be
-                too small for the network.
+            RefusedInputError: The processing resolution is no multiple of the size of a latent.
+            DatasetError: The image would be too small for the network.
         """
-        self._check_size(image, processing_resolution)
+        self._check_size(image, name, processing_resolution)
         found = self.pipeline(
             image,
             num_inference_steps=steps,
@@ -105,7 +107,7 @@ class DepthModel:
         uncertainty = None if found.uncertainty is None else found.uncertainty[0, ..., 0]
         return DepthPrediction(found.prediction[0, ..., 0], uncertainty)
 
-    def _check_size(self, image: Image.Image, processing_resolution: int | None) -> None:
+    def _check_size(self, image: Image.Image, name: str, processing_resolution: int | None) -> None:
         """Refuse an image that the network cannot take at a processing resolution."""
         own = self.pipeline.config.default_processing_resolution
         longer = processing_resolution if processing_resolution is not None else own or 0
@@ -115,10 +117,10 @@ class DepthModel:
         least = latent << (len(self.pipeline.unet.config.block_out_channels) - 1)
         shorter = min(image.size) * longer // max(image.size) if longer else min(image.size)
         if shorter < least:
-            raise RefusedInputError(
-                f"{image.width}x{image.height} pixels are too small: the shorter side is processed at {shorter} pixels,"
-                f" and the network needs {least}; give a larger image or --processing_resolution, or crop the longer"
-                " side"
+            raise DatasetError(
+                f"{name}: {image.width}x{image.height} pixels are too small: the shorter side is processed at {shorter}"
+                f" pixels, and the network needs {least}; give a larger image or --processing_resolution, or crop the"
+                " longer side"
             )
 
 
@@ -155,20 +157,18 @@ def measure_depth(
         options: Options of `DepthModel.predict`.
 
     Raises:
-        DatasetError: An image or its depth cannot be used.
-        RefusedInputError: An image is too small for the network.
+        DatasetError: An image or its depth cannot be used, or is too small for the network.
+        RefusedInputError: The processing resolution is no multiple of the size of a latent.
     """
     errors = []
     for number in range(count):
         sample = images[number]
-        try:
-            prediction = model.predict(sample.image, **options)
-        except RefusedInputError as error:
-            raise DatasetError(f"{sample.name}: {error}") from error
+        prediction = model.predict(sample.image, name=sample.name, **options)
         aligned = align_depth(
             *(prediction.values, sample.depth, sample.valid, model.normalization),
             least=images.least,
             most=images.most,
+            fit_side=images.fit_side,
         )
         errors.append(depth_errors(aligned, sample.depth, sample.valid))
         progress(number + 1)

@@ -10,6 +10,7 @@ from d2f_fast.data.batch import Batch
 from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder
 from d2f_fast.data.encoding import BatchEncoder
 from d2f_fast.data.loading import ImageDataset, load_ahead
+from d2f_fast.data.mixed import MixedDataset
 from d2f_fast.data.order import BatchPlan, plan_batches
 from d2f_fast.data.pair_encoding import PairEncoder
 from d2f_fast.data.pairs import PairDataset
@@ -53,11 +54,26 @@ def encoded_batches(
         return
     rank, count = processes.process_index, processes.num_processes
     size = config.train_batch_size * config.gradient_accumulation_steps * count
-    plans = plan_batches(len(dataset), size, config.seed, step, rank=rank, world_size=count)
+    mixture = dataset.mixture if isinstance(dataset, MixedDataset) else None
+    plans = plan_batches(len(dataset), size, config.seed, step, rank=rank, world_size=count, mixture=mixture)
     left = islice(plans, config.max_train_steps - step)
     load, encode = loader_and_encoder(dataset, model, config, fingerprints)
     for plan, loaded in load_ahead(left, load, config.dataloader_num_workers):
         yield encode(plan, loaded)
+
+
+def data_settings(dataset: TrainingData) -> dict[str, str | float]:
+    """Return what a continuation of a run must match of its data, beside the number of samples.
+
+    Args:
+        dataset: Captioned images, pairs of noise and latents, or images with depth.
+    """
+    of_depth = dataset.settings() if isinstance(dataset, DepthDataset) else {}
+    settings = {f"depth_{name}": value for name, value in of_depth.items()}
+    if isinstance(dataset, MixedDataset) and (mixture := dataset.mixture) is not None:
+        weights, sizes = (", ".join(map(str, numbers)) for numbers in (mixture.weights, mixture.sizes))
+        settings["dataset_weights"] = f"{weights} for {sizes} samples"
+    return settings
 
 
 def loader_and_encoder(

@@ -24,7 +24,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
-from d2f_fast.training.batches import TrainingData, encoded_batches
+from d2f_fast.training.batches import TrainingData, data_settings, encoded_batches
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.launch import precision_of
@@ -131,7 +131,7 @@ class AlignedTrainer(TrainedModel):
         self._agreement = Agreement(self.device, num_processes)
         self._learning_rate = learning_rates(config)
         self.global_step, self._samples = 0, 0
-        self._data_settings: dict[str, str | int | float] = {}
+        self._data_settings: dict[str, str | float] = {}
         self.thumbnail: str | None = None
         self._validation: Validation | None = None
         self._validation_losses: list[float] | None = None
@@ -252,7 +252,7 @@ class AlignedTrainer(TrainedModel):
             stack.enter_context(locked_folder(config.output_dir))
         self._training_step.tags = self.tags = self._tags(dataset)
         of_depth = [dataset.options] if isinstance(dataset, DepthDataset) else []
-        self._data_settings = dataset.settings() if isinstance(dataset, DepthDataset) else {}
+        self._data_settings = data_settings(dataset)
         self._resume()
         if main:
             own = self.command_options
@@ -358,5 +358,5 @@ class AlignedTrainer(TrainedModel):
     def _identity(self) -> dict[str, object]:
         """Return the settings that a continuation must match."""
         own = run_identity(self.config, self._precision, self._base_model, self.model, self.global_batch_size)
-        own |= {f"depth_{name}": value for name, value in self._data_settings.items()}
+        own |= self._data_settings
         return own if self.teacher is None else own | {"teacher": self.teacher.identity}

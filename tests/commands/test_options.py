@@ -124,6 +124,15 @@ def test_options_come_from_the_file_and_typed_ones_win(tmp_path):
     assert parse(["train", f"--config={config}"]).options.rank == 7
 
 
+def test_one_folder_or_several_are_taken_from_the_file_and_typed(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("train_data_dir: [a, b]\ndataset_weights: [9, 1]\n")
+    command = parse(["train", "--config", str(config)])
+    assert (command.train_data_dir, command.dataset_weights) == (("a", "b"), (9.0, 1.0))
+    assert parse(["train", "--train_data_dir", "a", "b"]).train_data_dir == ("a", "b")
+    assert parse(["train", "--train_data_dir", "a"]).train_data_dir == "a"
+
+
 def test_typed_option_may_make_a_contradiction_of_the_file_valid(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("center_crop: false\ntarget_modules: [to_q]\n")

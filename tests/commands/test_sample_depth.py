@@ -84,7 +84,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
         ("--model", str(tiny_folder)): "is a text-to-image model, which sees no image: give the folder pipeline of a",
         ("--model", str(tiny_folder), "--lora", str(adapted[1]["peft"])): "was not trained on depth",
         ("--model", pipeline, "--processing_resolution", "15"): "processing_resolution must be a multiple of 2, got 15",
-        ("--model", pipeline, "--processing_resolution", "4"): "34x21 pixels are too small: the shorter side is proc",
+        ("--model", pipeline, "--processing_resolution", "4"): ".png: 34x21 pixels are too small: the shorter side is",
         ("--model", pipeline, "--prompts", "a"): "--prompts is not an option of d2f sample --task depth",
     }
     for number, (options, sentence) in enumerate(cases.items()):

@@ -1,6 +1,7 @@
 """`d2f train --task depth`: what a run writes, and options that are refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def test_options_that_do_not_go_with_depth_are_refused(
 def test_options_of_depth_need_its_task(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--train_data_dir", str(images), "--depth_normalization", "log", "--dry_run"]) == 2
     assert "depth_normalization needs --task depth: add it, or leave the option out" in capsys.readouterr().err
+
+
+def test_several_folders_are_mixed_by_weight(
+    depth_rooms: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(depth_rooms, tmp_path / "other"))
+    folders = ["--train_data_dir", str(depth_rooms), str(other)]
+    command = ["train", "--task", "depth", *folders, "--dataset_weights", "5", "1"]
+    assert main([*command[:-1], "--dry_run"]) == 2
+    assert "dataset_weights: 1 for 2 data sets: give several folders after" in capsys.readouterr().err
+    options = ["--pretrained_model_name_or_path", str(tiny_folder), "--resolution", "16", "--max_train_steps", "1"]
+    assert main([*command, *options, "--output_dir", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    for folder, count in ((depth_rooms, 10), (other, 2)):
+        assert f"d2f: depth is learned from {folder} (layout plain, normalisation affine)" in lines
+        assert f"d2f: {folder} has 6 images, and an epoch takes {count} from it" in lines
+    assert json.loads((tmp_path / "run/config.json").read_text())["dataset_weights"] == [5.0, 1.0]
 
 
 def test_damaged_depth_stops_the_run_in_one_line_that_names_the_file(

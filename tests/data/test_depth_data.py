@@ -3,7 +3,7 @@
 import tarfile
 from pathlib import Path
 
-from d2f_fast.data.depth_data import find_depth_images
+from d2f_fast.data.depth_data import find_depth_images, find_depth_sources
 from d2f_fast.data.depth_images import DepthImages
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.depth_shards import DepthShards
@@ -20,3 +20,17 @@ def test_folder_of_files_and_folder_of_shards_are_told_apart(depth_rooms: Path, 
     assert isinstance(shards, DepthShards)
     for source in (images, shards):
         assert (source.scale, source.least, source.most) == (2.0, 0.5, 5.0)
+
+
+def test_options_of_several_folders_are_those_of_the_plain_ones(depth_rooms: Path, tmp_path: Path) -> None:
+    for name in ("rgb", "depth"):
+        (tmp_path / f"Scene01/clone/frames/{name}/Camera_0").mkdir(parents=True)
+    frames = tmp_path / "Scene01/clone/frames"
+    (frames / "rgb/Camera_0/rgb_00000.jpg").touch()
+    (frames / "depth/Camera_0/depth_00000.png").touch()
+    options = DepthOptions(depth_scale=1000.0, depth_max=5.0)
+    plain, kitti = find_depth_sources([depth_rooms, tmp_path], options)
+    assert (plain.layout, plain.scale, plain.most) == ("plain", 1000.0, 5.0)
+    assert (kitti.layout, kitti.scale, kitti.most) == ("vkitti2", 100.0, 80.0)
+    (alone,) = find_depth_sources([tmp_path], options)
+    assert (alone.scale, alone.most) == (1000.0, 5.0)

@@ -1,5 +1,6 @@
 """Batches of images with depth: their latents, the cache, and the options of the run."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -16,7 +17,7 @@ from d2f_fast.data.depth_data import find_depth_images
 from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder, options_for_depth
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.depth_pixels import depth_pixels
-from d2f_fast.data.order import BatchPlan, plan_batches
+from d2f_fast.data.order import BatchPlan, plan_batches, sample_augmentation
 from d2f_fast.models.base_model import BaseModel
 
 
@@ -82,6 +83,27 @@ def test_cache_tells_normalisations_and_changed_depth_apart(batches: Any, depth_
     ((_, after),) = batches(folder, 1)
     assert not torch.equal(after["latents"][0], first["latents"][0])
     assert torch.equal(after["latents"][1:], first["latents"][1:])
+
+
+def test_mixed_sources_keep_their_own_range_in_the_batch_and_in_the_cache(
+    model: BaseModel, depth_rooms: Path, tmp_path: Path
+) -> None:
+    near = DepthOptions(depth_max=3.0)
+    sources = [find_depth_images(depth_rooms, options) for options in (DepthOptions(), near)]
+    mixed = DepthDataset(sources, weights=(2.0, 1.0))
+    assert mixed.mixture is not None and mixed.mixture.counts == (8, 4) and len(mixed) == 12
+    config = TrainingConfig(output_dir=str(tmp_path), resolution=16)
+    for _ in range(2):  # The second time, both come from the cache.
+        encoder = DepthEncoder(model, config, mixed)
+        plan = BatchPlan(0, [1, 7], [sample_augmentation(0, 0, 0)] * 2, 2, 0)
+        batch = encoder.encode(plan, encoder.load(plan))
+        for row, source in enumerate(sources):
+            alone = DepthEncoder(model, dataclasses.replace(config, cache_latents=False), DepthDataset(source))
+            single = BatchPlan(0, [1], plan.augmentations[:1], 1, 0)
+            expected = alone.encode(single, alone.load(single))
+            assert all(torch.equal(batch[name][row], expected[name][0]) for name in ("latents", "context", "mask"))
+    assert batch["mask"][1].sum() < batch["mask"][0].sum()
+    assert mixed.settings()["most"] == "inf, 3.0" and set(mixed.invalid) == {1, 7}
 
 
 def test_share_of_invalid_pixels_is_counted(depth_rooms: Path) -> None:

@@ -64,7 +64,7 @@ def test_format_without_its_package_is_refused_with_the_cure(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DatasetError, match=f"{name} needs the package {package}: pip install {package}, or convert"):
+    with pytest.raises(DatasetError, match=f"{name} needs the package {package}: pip install {package}, which"):
         read_depth(tmp_path / name)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from d2f_fast.data.order import (
     Augmentation,
+    Mixture,
     batch_indices,
     iterate_indices,
     plan_batches,
@@ -122,3 +123,57 @@ def test_augmentation_is_uniform_and_uncorrelated():
 def test_impossible_rank_is_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         next(plan_batches(11, 4, 7, **options))
+
+
+# Mixtures.
+
+
+def test_each_epoch_of_a_mixture_holds_the_weights_exactly_and_passes_through_each_data_set():
+    mixture = Mixture((54, 20), (0.9, 0.1))
+    assert mixture.counts == (67, 7)  # 66.6 and 7.4 of 74
+    plans = list(itertools.islice(plan_batches(74, 8, 3, mixture=mixture), 10 * 20))
+    samples = [index for plan in plans for index in plan.index]
+    for epoch in range(20):
+        of_epoch = samples[74 * epoch : 74 * (epoch + 1)]
+        assert sum(index < 54 for index in of_epoch) == 67 and sum(index >= 54 for index in of_epoch) == 7
+    # 20 epochs hold 1340 samples of the first data set and 140 of the second: 24.8 and 7 passes.
+    counts = np.bincount(samples, minlength=74)
+    assert set(counts[:54]) == {24, 25} and set(counts[54:]) == {7}
+    assert [mixture.locate(index) for index in (0, 53, 54, 73)] == [(0, 0), (0, 53), (1, 0), (1, 19)]
+
+
+def test_mixture_is_the_same_at_any_step_for_any_number_of_processes():
+    mixture = Mixture((5, 11, 3), (2.0, 1.0, 1.0))
+    whole = list(itertools.islice(plan_batches(19, 4, 7, mixture=mixture), 15))
+    assert list(itertools.islice(plan_batches(19, 4, 7, 8, mixture=mixture), 7)) == whole[8:]
+    for world_size in (2, 3):
+        slices = [
+            plan_batches(19, 4, 7, rank=rank, world_size=world_size, mixture=mixture) for rank in range(world_size)
+        ]
+        for plan, *parts in zip(whole, *slices, strict=False):
+            assert [index for part in parts for index in part.index] == plan.index
+            assert [each for part in parts for each in part.augmentations] == plan.augmentations
+
+
+def test_sample_that_comes_twice_in_an_epoch_is_augmented_anew():
+    (plan,) = itertools.islice(plan_batches(12, 12, 0, mixture=Mixture((2, 10), (3.0, 1.0))), 1)
+    assert sum(index < 2 for index in plan.index) == 9
+    assert len(set(plan.augmentations)) == 12
+    again = next(plan_batches(12, 12, 1, mixture=Mixture((2, 10), (3.0, 1.0))))
+    assert again.index != plan.index
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "sentence"),
+    [
+        ((3, 4), (1.0,), "there must be one weight for each data set, got 1 for 2"),
+        ((3, 4), (1.0, 0.0), "sizes and weights must be positive and finite"),
+        ((3, 4), (1.0, float("nan")), "sizes and weights must be positive and finite"),
+        ((3, 4), (1000.0, 1.0), "the weight 1.0 leaves data set 1 without a sample in an epoch"),
+    ],
+)
+def test_impossible_mixture_is_refused(sizes, weights, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Mixture(sizes, weights)
+    with pytest.raises(ValueError, match="the mixture must have 8 samples, got 7"):
+        next(plan_batches(8, 4, 0, mixture=Mixture((3, 4), (1.0, 1.0))))

@@ -6,6 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from d2f_fast.data.depth_options import DepthNormalization
@@ -15,6 +16,7 @@ from d2f_fast.evaluation.depth import (
     depth_errors,
     error_intervals,
     fit_scale_and_shift,
+    fitted_columns,
 )
 
 
@@ -23,7 +25,7 @@ def computed_apart(
 ) -> DepthErrors:
     """Return the errors by the normal equations and plain sums, pixel by pixel."""
     y_of = {"affine": lambda d: d, "log": math.log, "disparity": lambda d: 1 / d}[kind]
-    d_of = {"affine": lambda y: y, "log": math.exp, "disparity": lambda y: 1 / y if y > 0 else math.inf}[kind]
+    d_of = {"affine": lambda y: y, "log": math.exp, "disparity": lambda y: 1 / max(y, 1e-3)}[kind]
     pixels = [(p, d) for p, d, v in zip(prediction.flat, depth.flat, valid.flat, strict=True) if v]
     n = len(pixels)
     # In whole fractions, so that nothing is rounded in the sums.
@@ -77,6 +79,41 @@ def test_depth_that_aligns_below_zero_is_clipped_before_it_is_compared() -> None
     assert aligned.min() == 1e-6
     assert np.isfinite(depth_errors(aligned, depth, np.ones_like(depth, bool))).all()
     assert align_depth(prediction, depth, np.ones_like(depth, bool), least=0.05).min() == 0.05
+
+
+def test_disparity_beyond_the_horizon_becomes_1000_metres_as_in_the_published_code() -> None:
+    # script/depth/eval.py: np.clip(disparity_pred, a_min=1e-3, a_max=None), and then 1 / disparity.
+    prediction, depth = np.array([[0.0, 0.5, 0.6, 1.0]]), np.array([[900.0, 10.0, 2.0, 1.0]])
+    valid = np.ones_like(depth, bool)
+    scale, shift = np.polyfit(prediction[0], 1 / depth[0], 1)
+    assert shift < 0
+    aligned = align_depth(prediction, depth, valid, "disparity")
+    assert aligned[0, 0] == 1000 and aligned[0, 3] == pytest.approx(1 / (scale + shift))
+    assert np.isfinite(depth_errors(aligned, depth, valid)).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "side"), [((4032, 6048), 1024), ((5, 61), 20), ((9, 4), 6), ((3, 7), 7), ((3, 4), 8)]
+)
+def test_large_images_are_fitted_on_the_columns_of_the_published_code(shape: tuple[int, int], side: int) -> None:
+    # src/util/alignment.py, align_depth_least_square: [1, H, W] is for torch a row of W values with H channels.
+    factor = np.min(side / np.array(shape))
+    downscaler = torch.nn.Upsample(scale_factor=factor, mode="nearest") if factor < 1 else torch.nn.Identity()
+    columns = downscaler(torch.arange(shape[1]).float().expand(1, min(shape[0], 2), -1)).long()
+    assert columns.shape[1] == min(shape[0], 2)
+    assert np.array_equal(fitted_columns(shape, side), columns[0, 0])
+
+
+def test_alignment_of_a_large_image_equals_the_published_code() -> None:
+    random = np.random.default_rng(1)
+    prediction, depth = random.random((5, 61)), random.uniform(1, 9, (5, 61))
+    valid = random.random(depth.shape) < 0.6
+    columns = np.floor(np.arange(20) * 3.05).astype(int)
+    x, y, known = (array[:, columns] for array in (prediction, depth, valid))
+    scale, shift = np.polyfit(x[known], y[known], 1)
+    aligned = align_depth(prediction, np.where(valid, depth, np.nan), valid, fit_side=20)
+    assert np.abs(aligned - (scale * prediction + shift)).max() <= 1e-9
+    assert np.abs(aligned - align_depth(prediction, depth, valid)).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", get_args(DepthNormalization))

@@ -101,6 +101,24 @@ def test_continued_run_is_equal_bit_for_bit(make_trainer: MakeTrainer, depth_roo
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
 
+def test_continued_run_on_mixed_sources_is_equal_bit_for_bit(make_trainer: MakeTrainer, depth_rooms: Path) -> None:
+    sources = [find_depth_images(depth_rooms, options) for options in (DepthOptions(), DepthOptions(depth_max=3.0))]
+
+    def mixed(*weights: float) -> DepthDataset:
+        return DepthDataset(sources, weights=weights)
+
+    whole = make_trainer("whole", max_train_steps=2)
+    whole.fit(mixed(3.0, 1.0))
+    make_trainer("parts", max_train_steps=1).fit(mixed(3.0, 1.0))
+    again = make_trainer("parts", max_train_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(
+        CheckpointError, match=r"dataset_weights was '3\.0, 1\.0 for 6, 6 samples' and is now '1\.0, 1\.0"
+    ):
+        again.fit(mixed(1.0, 1.0))
+    again.fit(mixed(3.0, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_saved_model_gives_the_same_depth_in_stock_diffusers(
     make_trainer: MakeTrainer, tiny_pipeline: Any, depth_rooms: Path, tmp_path: Path, adapter: str

@@ -1,0 +1,76 @@
+"""Say what a run trains on: the images, their size and number, how often each comes, and whether captions are cut."""
+
+from collections.abc import Iterator, Sequence
+
+from d2f_fast.data.depth_encoding import DepthDataset
+from d2f_fast.data.image_folder import CaptionedImages
+from d2f_fast.data.long_captions import find_long_captions
+from d2f_fast.data.mixed import MixedDataset, MixedImages
+from d2f_fast.data.order import steps_per_epoch
+from d2f_fast.data.pairs import PairDataset
+from d2f_fast.errors import printable
+from d2f_fast.training.doubtful_options import doubts
+from d2f_fast.training.summary import pair_tags
+from d2f_fast.training.trainer import AlignedTrainer
+
+_NAMED = 8  # repeated folders that a line names
+
+
+def data_lines(
+    trainer: AlignedTrainer,
+    dataset: CaptionedImages | MixedImages | PairDataset | DepthDataset,
+    folders: Sequence[str],
+    resolution: int | None,
+) -> Iterator[str]:
+    """Yield the lines that a run prints about its data before it starts.
+
+    Args:
+        trainer: Trainer of the run.
+        dataset: What it trains on.
+        folders: Folders of the training images, for messages.
+        resolution: Side of the images in pixels that was asked for; None for that of the model.
+    """
+    side, steps, size = trainer.config.resolution, trainer.config.max_train_steps, trainer.global_batch_size
+    source = "the model's own size" if resolution is None else "option --resolution"
+    yield f"trained at {side} x {side} pixels ({source})"
+    if isinstance(dataset, DepthDataset):
+        for images in dataset.sources:
+            kinds = f"layout {images.layout}, normalisation {dataset.options.depth_normalization}"
+            yield f"depth is learned from {printable(images.place)} ({kinds})"
+    elif isinstance(dataset, PairDataset):
+        made = pair_tags(dataset)
+        end = ": sample the result without guidance" if trainer.teacher is None else ""
+        yield (
+            f"pairs of {len(dataset.shards)} shards, made with guidance {made['d2f.pairs_guidance']} and solver"
+            f" {made['d2f.pairs_solver']}{end}"
+        )
+    else:
+        for folder in dataset.folders if isinstance(dataset, MixedImages) else (dataset,):
+            yield from _repeats_of(folder)
+    if isinstance(dataset, MixedDataset) and (mixture := dataset.mixture) is not None:
+        for name, own, count in zip(folders, mixture.sizes, mixture.counts, strict=True):
+            yield f"{printable(name)} has {own} images, and an epoch takes {count} from it"
+    an_epoch = steps_per_epoch(len(dataset), size)
+    yield (
+        f"{len(dataset)} {'pairs' if isinstance(dataset, PairDataset) else 'images'}, {size} per step: an epoch has"
+        f" {an_epoch} steps, and {steps} steps are {steps / an_epoch:.4g} epochs"
+    )
+    yield from doubts(trainer.config, trainer.model.stated_resolution)
+    # The model that made pairs cut long prompts, too.
+    if (
+        isinstance(dataset, CaptionedImages | MixedImages)
+        and (long := find_long_captions(dataset, trainer.model.tokenizers)) is not None
+    ):
+        yield str(long)
+
+
+def _repeats_of(images: CaptionedImages) -> Iterator[str]:
+    """Yield the line that says which sub-folders of a folder are repeated, where some are."""
+    if not images.repeats:
+        return
+    repeats = [f"{printable(folder)} {times} times" for folder, times in list(images.repeats.items())[:_NAMED]]
+    more = f" and {len(images.repeats) - _NAMED} more folders" if len(images.repeats) > _NAMED else ""
+    yield (
+        f"{images.files} image files count as {len(images)} images, because the numbers of folders repeat them:"
+        f" {', '.join(repeats)}{more}"
+    )

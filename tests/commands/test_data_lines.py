@@ -1,0 +1,27 @@
+"""What a run says of its data before it starts."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from d2f_fast.commands.data_lines import data_lines
+from d2f_fast.config import TrainingConfig
+from d2f_fast.data.image_folder import CaptionedImages
+from d2f_fast.data.mixed import MixedImages
+
+
+def test_share_of_each_folder_and_length_of_an_epoch_are_said(images: Path, tmp_path: Path) -> None:
+    folders = [str(images), str(shutil.copytree(images, tmp_path / "other"))]
+    trainer: Any = SimpleNamespace(config=TrainingConfig(max_train_steps=6, resolution=16), global_batch_size=2)
+    trainer.model = SimpleNamespace(stated_resolution=None, tokenizers=[])
+    mixed = MixedImages([CaptionedImages(folder) for folder in folders], (2.0, 1.0))
+    lines = list(data_lines(trainer, mixed, folders, 16))
+    assert lines[0] == "trained at 16 x 16 pixels (option --resolution)"
+    assert lines[1:3] == [f"{folders[i]} has 3 images, and an epoch takes {4 - 2 * i} from it" for i in range(2)]
+    assert lines[3] == "6 images, 2 per step: an epoch has 3 steps, and 6 steps are 2 epochs"
+    alone = list(data_lines(trainer, CaptionedImages(images), folders[:1], None))
+    assert alone[:2] == [
+        "trained at 16 x 16 pixels (the model's own size)",
+        "3 images, 2 per step: an epoch has 2 steps, and 6 steps are 3 epochs",
+    ]
