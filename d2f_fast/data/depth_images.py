@@ -3,8 +3,12 @@
     plain              rgb/<name>.png    depth/<name>.png|.npy|.exr              metres, or a scale that is given
     Virtual KITTI 2    Scene01/clone/frames/rgb/Camera_0/rgb_00000.jpg           depth at most 80 m
                        Scene01/clone/frames/depth/Camera_0/depth_00000.png       centimetres, 16 bits
+                       or rgb/Scene01/… and depth/Scene01/…
     Hypersim           ai_001_001/images/scene_cam_00_final_preview/frame.0000.tonemap.jpg              at most 65 m
                        ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0000.depth_meters.hdf5        distances
+                       or, as Marigold's script prepares it,
+                       ai_001_001/rgb_cam_00_fr0000.png                          depth at most 65 m
+                       ai_001_001/depth_plane_cam_00_fr0000.png                  millimetres, 16 bits, plane depth
 
 No torch is imported before an image is read, so that `d2f train` refuses a folder at once.
 """
@@ -30,8 +34,11 @@ _NAMED = 3  # files that a message names
 
 
 _PLAIN = DepthLayout("plain", None, np.inf, 1000.0)
-_VKITTI2 = DepthLayout("vkitti2", 100.0, 80.0, 400.0)
-_HYPERSIM = DepthLayout("hypersim", None, 65.0, 200.0)
+_VKITTI2 = DepthLayout("vkitti2", 100.0, 80.0, 400.0, nearest=0.5)
+_HYPERSIM = DepthLayout("hypersim", None, 65.0, 200.0, nearest=0.05)
+_HYPERSIM_PLANES = DepthLayout("hypersim_planes", 1000.0, 65.0, 200.0, nearest=0.05)
+_VKITTI2_IMAGES = "Scene[0-9][0-9]/*/frames/rgb/Camera_[01]/rgb_*.jpg"
+_HYPERSIM_SCENE = "ai_[0-9][0-9][0-9]_[0-9][0-9][0-9]"
 
 
 class DepthFiles(NamedTuple):
@@ -94,10 +101,14 @@ def _layout_of(folder: Path) -> tuple[DepthLayout, Callable[[Path], Iterator[Dep
     if not folder.is_dir():
         raise DatasetError(f"{printable(folder)} is not a folder: give a folder of images with depth")
     if (folder / "rgb").is_dir() and (folder / "depth").is_dir():
+        if any((folder / "rgb").glob(_VKITTI2_IMAGES)):
+            return _VKITTI2, _vkitti2_files
         return _PLAIN, _plain_files
     if any(path.is_dir() for path in folder.glob("Scene[0-9][0-9]")):
         return _VKITTI2, _vkitti2_files
-    if any(path.is_dir() for path in folder.glob("ai_[0-9][0-9][0-9]_[0-9][0-9][0-9]")):
+    if any(folder.glob(f"{_HYPERSIM_SCENE}/rgb_cam_*.png")):
+        return _HYPERSIM_PLANES, _hypersim_plane_files
+    if any(path.is_dir() for path in folder.glob(_HYPERSIM_SCENE)):
         return _HYPERSIM, _hypersim_files
     raise DatasetError(f"{printable(folder)} holds no images with depth: {EXPECTED_LAYOUTS}")
 
@@ -139,9 +150,11 @@ def _by_stem(folder: Path, reads: Callable[[str], bool]) -> dict[str, Path]:
 
 def _vkitti2_files(folder: Path) -> Iterator[DepthFiles]:
     """Yield the files of Virtual KITTI 2, in the order of their names."""
-    for image in sorted(folder.glob("Scene[0-9][0-9]/*/frames/rgb/Camera_[01]/rgb_*.jpg")):
-        frames, camera = image.parents[2], image.parent.name
-        depth = frames / "depth" / camera / f"depth_{image.stem.removeprefix('rgb_')}.png"
+    apart = (folder / "rgb").is_dir()
+    images, depths = (folder / "rgb", folder / "depth") if apart else (folder, folder)
+    for image in sorted(images.glob(_VKITTI2_IMAGES)):
+        frames = depths / image.relative_to(images).parents[2]
+        depth = frames / "depth" / image.parent.name / f"depth_{image.stem.removeprefix('rgb_')}.png"
         if not depth.is_file():
             raise DatasetError(f"{printable(image)} has no depth {printable(depth)}: unpack the depth, too")
         yield DepthFiles(image, depth)
@@ -149,10 +162,19 @@ def _vkitti2_files(folder: Path) -> Iterator[DepthFiles]:
 
 def _hypersim_files(folder: Path) -> Iterator[DepthFiles]:
     """Yield the files of Hypersim, in the order of their names."""
-    views = "ai_[0-9][0-9][0-9]_[0-9][0-9][0-9]/images/scene_cam_*_final_preview/frame.*.tonemap.jpg"
+    views = f"{_HYPERSIM_SCENE}/images/scene_cam_*_final_preview/frame.*.tonemap.jpg"
     for image in sorted(folder.glob(views)):
         geometry = image.parent.name.replace("final_preview", "geometry_hdf5")
         depth = image.parents[1] / geometry / image.name.replace("tonemap.jpg", "depth_meters.hdf5")
         if not depth.is_file():
             raise DatasetError(f"{printable(image)} has no depth {printable(depth)}: unpack the geometry, too")
+        yield DepthFiles(image, depth)
+
+
+def _hypersim_plane_files(folder: Path) -> Iterator[DepthFiles]:
+    """Yield the files of Hypersim as Marigold's script prepares it, in the order of their names."""
+    for image in sorted(folder.glob(f"{_HYPERSIM_SCENE}/rgb_cam_*.png")):
+        depth = image.with_name(image.name.replace("rgb_cam", "depth_plane_cam"))
+        if not depth.is_file():
+            raise DatasetError(f"{printable(image)} has no depth {printable(depth)}: prepare the scene again")
         yield DepthFiles(image, depth)

@@ -42,6 +42,7 @@ class DepthLayout:
         most: Largest depth that counts, in metres; infinite for no limit.
         plausible: Largest median depth of an image that can be right, in metres.
         least: Smallest depth that counts, in metres.
+        nearest: Smallest median depth of an image that can be right, in metres; 0 for no limit.
         processing_resolution: Longer side in pixels at which the protocol of the data set predicts depth, 0 for the
             image's own size; None where there is no protocol.
         fit_side: Longer side in pixels above which the protocol fits the scale and the shift of a prediction on fewer
@@ -53,6 +54,7 @@ class DepthLayout:
     most: float
     plausible: float
     least: float = 0.0
+    nearest: float = 0.0
     processing_resolution: int | None = None
     fit_side: int | None = None
 
@@ -73,6 +75,7 @@ class DepthSource(ABC):
         least: Smallest depth that counts, in metres.
         most: Largest depth that counts, in metres; infinite for no limit.
         plausible: Largest median depth of an image that can be right, in metres.
+        nearest: Smallest median depth of an image that can be right, in metres.
         processing_resolution: Longer side in pixels at which the protocol of the data set predicts depth; see
             `DepthLayout`.
         fit_side: Longer side in pixels above which the protocol fits fewer pixels; see `DepthLayout`.
@@ -92,7 +95,7 @@ class DepthSource(ABC):
     ) -> None:
         self.place = Path(folder)
         found = self._find()
-        self.layout, self.plausible = found.name, found.plausible
+        self.layout, self.plausible, self.nearest = found.name, found.plausible, found.nearest
         self.scale = found.scale if scale is None else scale
         self.least, self.most = max(least, found.least), found.most if most is None else most
         self.processing_resolution, self.fit_side = found.processing_resolution, found.fit_side
@@ -153,7 +156,7 @@ def check_units(depth: NDArray[np.float32], valid: NDArray[np.bool_], name: str,
         source: Source of the depth, which says what is plausible and which range counts.
 
     Raises:
-        DatasetError: No pixel counts, or half of them are farther away than is plausible.
+        DatasetError: No pixel counts, or half of them are farther away or nearer than is plausible.
     """
     positive = depth[np.isfinite(depth) & (depth > 0)]
     median = float(np.median(positive)) if positive.size else 0.0
@@ -162,6 +165,11 @@ def check_units(depth: NDArray[np.float32], valid: NDArray[np.bool_], name: str,
         raise DatasetError(
             f"{name}: half of the pixels are beyond {median:.4g} m, and {source.plausible:g} m is the most that can be"
             f" right: {unit}"
+        )
+    if 0 < median < source.nearest:
+        raise DatasetError(
+            f"{name}: half of the pixels are nearer than {median:.4g} m, and {source.nearest:g} m is the least that can"
+            f" be right: {unit}"
         )
     if not valid.any():
         found = f"they are around {median:.4g} m" if positive.size else "none is finite and positive"

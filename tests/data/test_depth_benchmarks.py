@@ -159,6 +159,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: nyu(f, metres=30),
         r"depth_0001\.png: half of the pixels are beyond 30 m, and 20 m is",
     ),
+    "too near": (lambda f: nyu(f, metres=0.1), r"half of the pixels are nearer than 0\.1 m, and 0\.3 m is the least"),
     "nothing valid": (lambda f: nyu(f, metres=0), r"depth_0001\.png: no pixel has a depth between 0\.001 and 10 m"),
     "no depth": (without_depth, r"000300\.jpg has no depth .*000300\.png: unpack the depth, too"),
     "all of NYUv2": (

@@ -94,6 +94,29 @@ def test_distances_of_hypersim_become_plane_depth(tmp_path: Path) -> None:
     assert (~sample.valid).sum() == 2 and not sample.valid[0, :2].any()
 
 
+def test_archives_of_marigold_are_read_as_its_code_reads_them(tmp_path: Path) -> None:
+    # prs-eth/Marigold: data_split/vkitti_depth and data_split/hypersim_depth name the files, src/dataset the units.
+    kitti, hypersim = tmp_path / "vkitti", tmp_path / "hypersim"
+    write_image(kitti / "rgb/Scene02/clone/frames/rgb/Camera_0/rgb_00001.jpg")
+    depth_of_kitti = kitti / "depth/Scene02/clone/frames/depth/Camera_0/depth_00001.png"
+    write_depth(depth_of_kitti, np.full((3, 4), 250))
+    write_image(hypersim / "ai_001_001/rgb_cam_00_fr0000.png")
+    depth_of_hypersim = hypersim / "ai_001_001/depth_plane_cam_00_fr0000.png"
+    write_depth(depth_of_hypersim, [[2500] * 4, [2500] * 4, [0, 65001, 2500, 2500]])
+    images = DepthImages(kitti)
+    assert (images.layout, len(images), images.most, images[0].depth[0, 0]) == ("vkitti2", 1, 80.0, 2.5)
+    images = DepthImages(hypersim)
+    assert (images.layout, len(images), images.most) == ("hypersim_planes", 1, 65.0)
+    sample = images[0]
+    assert (sample.depth[sample.valid] == 2.5).all()  # It is plane depth already.
+    assert sample.valid.tolist() == [[True] * 4, [True] * 4, [False, False, True, True]]
+    depth_of_kitti.unlink()
+    depth_of_hypersim.unlink()
+    for folder, cure in ((kitti, "unpack the depth, too"), (hypersim, "prepare the scene again")):
+        with pytest.raises(DatasetError, match=cure):
+            DepthImages(folder)
+
+
 def remove(folder: Path, name: str) -> None:
     (folder / name).unlink()
 

@@ -15,7 +15,7 @@ class Empty(DepthSource):
     """Source without images."""
 
     def _find(self) -> DepthLayout:
-        return DepthLayout("empty", 100.0, 80.0, 20.0)
+        return DepthLayout("empty", 100.0, 80.0, 20.0, nearest=0.5)
 
     def __len__(self) -> int:
         return 0
@@ -39,6 +39,8 @@ def test_depth_beyond_what_is_plausible_is_refused(tmp_path: Path) -> None:
     check_units(depth, valid, "a", Empty(tmp_path))
     with pytest.raises(DatasetError, match="a: half of the pixels are beyond 21 m, and 20 m is the most that can be"):
         check_units(depth + 1, valid, "a", Empty(tmp_path))
+    with pytest.raises(DatasetError, match=r"a: half of the pixels are nearer than 0\.2 m, and 0\.5 m is the least"):
+        check_units(depth / 100, valid, "a", Empty(tmp_path))
     with pytest.raises(DatasetError, match=r"a: no pixel has a depth between 0.5 and 80 m \(they are around 20 m\)"):
         check_units(depth, ~valid, "a", Empty(tmp_path, least=0.5))
 
