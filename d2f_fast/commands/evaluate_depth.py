@@ -33,7 +33,8 @@ class EvaluateDepth:
     on an NVIDIA GPU, or else on the CPU.
 
     Args:
-        reference: Folder of images with their depth, as for `d2f train --task depth`.
+        reference: Folder of images with their depth, as for `d2f train --task depth`; or the test images of NYUv2,
+            KITTI, ETH3D, ScanNet or DIODE, whose regions and ranges are then those of the protocol.
         sampling: Model that predicts depth, and the options of its prediction.
         output_dir: Folder for metrics.json, which is replaced if it exists.
         num_samples: Number of images, from the first of the folder on. Default: all of them.

@@ -71,8 +71,9 @@ def data_settings(dataset: TrainingData) -> dict[str, str | float]:
     of_depth = dataset.settings() if isinstance(dataset, DepthDataset) else {}
     settings = {f"depth_{name}": value for name, value in of_depth.items()}
     if isinstance(dataset, MixedDataset) and (mixture := dataset.mixture) is not None:
-        weights, sizes = (", ".join(map(str, numbers)) for numbers in (mixture.weights, mixture.sizes))
-        settings["dataset_weights"] = f"{weights} for {sizes} samples"
+        by_size = mixture.weights == mixture.sizes
+        weights = f"the sizes of {len(mixture.sizes)} data sets" if by_size else ", ".join(map(str, mixture.weights))
+        settings["dataset_weights"] = weights
     return settings
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from d2f_fast.commands.evaluate_depth import depth_table
 from d2f_fast.commands.main import main
@@ -33,6 +34,21 @@ def test_errors_are_those_of_the_predicted_files(
         assert row[name]["value"] == pytest.approx(expected, abs=1e-6)
         assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
     assert (row["samples"], row["normalization"], row["steps"]) == (2, "disparity", 2)
+    assert (row["layout"], row["processing_resolution"]) == ("plain", 16)
+
+
+def test_data_set_of_the_protocol_sets_range_and_resolution(depth_run: Path, depth_rooms: Path, tmp_path: Path) -> None:
+    scene = tmp_path / "scene0406_02"
+    for name in ("color", "depth"):
+        (scene / name).mkdir(parents=True)
+    Image.open(depth_rooms / "rgb/00000.png").save(scene / "color/000300.jpg")
+    depth = np.nan_to_num(np.load(depth_rooms / "depth/00000.npy"), posinf=0)
+    Image.fromarray((depth * 1000).astype(np.uint16)).save(scene / "depth/000300.png")
+    command = ["evaluate", "--task", "depth", "--model", str(depth_run / "pipeline"), "--num_inference_steps", "1"]
+    assert main([*command, "--reference", str(tmp_path), "--output_dir", str(tmp_path / "e")]) == 0
+    row = json.loads((tmp_path / "e/metrics.json").read_text())["results"][0]
+    assert (row["layout"], row["processing_resolution"], row["samples"]) == ("scannet", 0, 1)
+    assert np.isfinite(row["abs_rel"]["value"])
 
 
 def test_table_has_a_line_for_each_error() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.data.order import Mixture
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.training.batches import encoded_batches
+from d2f_fast.training.batches import data_settings, encoded_batches
 
 
 @pytest.mark.parametrize("kind", ["images", "pairs"])
@@ -32,3 +33,13 @@ def test_batches_that_are_left_are_those_of_the_whole_run(
     for expected, batch in zip(whole[1:], left, strict=True):
         assert all(torch.equal(batch[name], value) for name, value in expected.items() if torch.is_tensor(value))
     assert ("noise" in whole[0]) == (kind == "pairs")
+
+
+@pytest.mark.parametrize(
+    ("weights", "named"), [((3.0, 5.0), "the sizes of 2 data sets"), ((9.0, 1.0), "9.0, 1.0"), (None, None)]
+)
+def test_continuation_must_have_the_weights_of_the_run(weights: Any, named: str | None, images: Any) -> None:
+    dataset = images(2)
+    if weights is not None:
+        dataset.mixture = Mixture((3, 5), weights)
+    assert data_settings(dataset) == ({} if named is None else {"dataset_weights": named})

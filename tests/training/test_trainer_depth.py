@@ -111,9 +111,7 @@ def test_continued_run_on_mixed_sources_is_equal_bit_for_bit(make_trainer: MakeT
     whole.fit(mixed(3.0, 1.0))
     make_trainer("parts", max_train_steps=1).fit(mixed(3.0, 1.0))
     again = make_trainer("parts", max_train_steps=2, resume_from_checkpoint="latest")
-    with pytest.raises(
-        CheckpointError, match=r"dataset_weights was '3\.0, 1\.0 for 6, 6 samples' and is now '1\.0, 1\.0"
-    ):
+    with pytest.raises(CheckpointError, match=r"dataset_weights was '3\.0, 1\.0' and is now '1\.0, 1\.0': resume with"):
         again.fit(mixed(1.0, 1.0))
     again.fit(mixed(3.0, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
