@@ -27,6 +27,7 @@ LABELS = {
     "reflow": "reflow LoRA",
     "style": "aligned LoRA",
 }
+INTERVAL = "95\N{NO-BREAK SPACE}% interval"  # A line never breaks before the sign.
 DISTANCE = "Fréchet distance (lower is better)"
 TILE, LABEL_WIDTH, HEADER = 96, 210, 40  # pixels
 IN_README = (1, 2, 25)  # evaluations whose rows the picture of the README has
@@ -71,7 +72,7 @@ figure { margin: 1rem 0 } figcaption { color: var(--soft); font-size: .88rem; ma
 .tiles td, .tiles th { padding: 2px; border: 0; white-space: normal; vertical-align: middle }
 .tiles thead th { width: 5.2rem; max-width: 5.2rem; overflow-wrap: anywhere;
   vertical-align: bottom; text-align: left; font-weight: 400; font-size: .72rem }
-.tiles th[scope=row] { min-width: 6.5rem; text-align: left; color: var(--ink) }
+.tiles th[scope=row] { min-width: 6.5rem; padding-right: .7rem; text-align: left; color: var(--ink) }
 .tiles small { display: block; color: var(--soft); font-weight: 400 }
 .tiles img { display: block; width: 5rem; height: 5rem; image-rendering: pixelated }
 .plots { max-width: 36rem }
@@ -322,7 +323,7 @@ def _continued_caption(rows: Sequence[Row]) -> str:
     first = training_curve(rows, "fm")[0][1]
     return (
         f"{first['samples']} images at {first['evaluations']} evaluations, learning rate {first['learning_rate']:g} for"
-        " all; vertical bars are 95 % intervals. Where curves coincide, the last one covers the others."
+        f" all; vertical bars are {INTERVAL}s. Where curves coincide, the last one covers the others."
         " The naive LoRA is the paper's baseline: the network is fed the flow"
         " time itself, and learns image - noise."
     )
@@ -338,11 +339,16 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]], marked: Sequenc
     return _scrolling(f"<table><tr>{names}</tr>{''.join(lines)}</table>", name)
 
 
+def _three_digits(value: float) -> str:
+    """Return a number of a table with three digits, zeros at the end included, so that a column lines up."""
+    return f"{value:#.3g}".rstrip(".")
+
+
 def _distance_cells(row: Row) -> list[str]:
     return [
-        f"{row['frechet_distance']:.3g}",
-        f"{row['frechet_low']:.3g} – {row['frechet_high']:.3g}",
-        f"{excess(row):.3g}",
+        _three_digits(row["frechet_distance"]),
+        f"{_three_digits(row['frechet_low'])} – {_three_digits(row['frechet_high'])}",
+        _three_digits(excess(row)),
         f"{row['name_top1']:.1%}",
     ]
 
@@ -358,7 +364,7 @@ def _few_steps_table(rows: Sequence[Row]) -> str:
         guidance = f"{row['guidance_scale']:g}" if row["guidance_scale"] > 1 else "none"
         cells = [LABELS[row["network"]], str(row["evaluations"]), str(row["steps"]), guidance]
         body.append([*cells, *_distance_cells(row), f"{1000 * row['seconds_per_image']:.0f} ms"])
-    header = ("network", "evaluations", "steps", "guidance", DISTANCE, "95 % interval", "above real images")
+    header = ("network", "evaluations", "steps", "guidance", DISTANCE, INTERVAL, "above real images")
     return _table((*header, "right name first", "time for one image"), body, marked, "the few-step comparison")
 
 
@@ -368,5 +374,5 @@ def _style_table(rows: Sequence[Row]) -> str:
         [LABELS[row["network"]], row["names"], *_distance_cells(row), f"{row['name_top5']:.1%}"]
         for row in select(rows, "style")
     ]
-    header = ("network", "names", DISTANCE, "95 % interval", "above real images", "right name first")
+    header = ("network", "names", DISTANCE, INTERVAL, "above real images", "right name first")
     return _table((*header, "in first five"), body, (), "the second style")

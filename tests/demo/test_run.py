@@ -46,6 +46,7 @@ def test_demo_writes_report_grid_metrics_and_lora(
         "Learning a second style, 2 steps",
     ]
     assert page.count("class='reading'") == 4 and "Fréchet distance (lower is better)" in page
+    assert page.count("95\N{NO-BREAK SPACE}% interval") == 3
     assert '<meta name="viewport" content="width=device-width' in page
     assert page.count('class="scroll"') == page.count('class="cue"') == 5 + 2
     tables = re.findall("<table class='tiles'>.*?</table>", page)
