@@ -8,7 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.config import DEFAULT_STEPS
+from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.sampling.options import ChosenSteps
 
 # Lists of a step table, and by how many numbers each is longer than the number of steps.
 _TABLE_KEYS = {"timesteps": 0, "coef_x": 0, "coef_out": 0, "alphas": 1, "noise_scales": 1}
@@ -95,3 +97,24 @@ def latent_sides(unet_config: Mapping[str, Any]) -> tuple[int, int]:
 def is_finite(value: object) -> bool:
     """Return whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def steps_of_report(folder: Path, report: Mapping[str, Any]) -> ChosenSteps:
+    """Return the number of steps that a report recommends, or else 4, and where it comes from.
+
+    Args:
+        folder: export folder, for the message.
+        report: content of its `export.json`.
+
+    Raises:
+        RefusedInputError: the number cannot be used.
+    """
+    found = report.get("recommended_steps")
+    if found is None:
+        return ChosenSteps(DEFAULT_STEPS, "the default")
+    if not isinstance(found, int):
+        got = printable(str(found)[:100])
+        raise RefusedInputError(
+            f"{folder}: recommended_steps must be a whole number, got {got}: export again, or give steps"
+        )
+    return ChosenSteps(found, "as saved with the model or LoRA")

@@ -87,7 +87,7 @@ class ExportJob:
         self.adapters = [fuse_adapter(self.model.pipeline, path, scale) for path, scale in options.adapters]
         adapters = [path for path, _ in options.adapters]
         sampling = sampling_of(self.model, options.model, adapters, options.shift)
-        self.flow, self.shift, self.recommended_guidance, reflects = sampling
+        self.flow, self.shift, self.recommended_guidance, steps, reflects = sampling
         if reflects and options.vae_reflection_padding is None:
             set_reflection_padding(self.model.vae, True)
         self.components = self._components()
@@ -97,7 +97,8 @@ class ExportJob:
                 f"the network takes {unet.in_channels} channels and returns {unet.out_channels} (depth or inpainting),"
                 " and the sampler graph has no image to condition on: leave sampler out of components"
             )
-        self.tables = {steps: step_table(self.flow, steps, self.shift) for steps in options.step_counts}
+        self.recommended_steps = steps if steps in options.step_counts else None
+        self.tables = {count: step_table(self.flow, count, self.shift) for count in options.step_counts}
         self.sizes = self._static_sizes()
 
     def weight_bytes(self) -> dict[str, int]:
@@ -297,6 +298,7 @@ class ExportJob:
             "model_options": {name: value for name in MODEL_OPTIONS if (value := getattr(options, name)) is not None},
             "guidance": options.guidance,
             "recommended_guidance": self.recommended_guidance,
+            "recommended_steps": self.recommended_steps,
             "with_vae": options.with_vae,
             "unroll": options.unroll,
             "static": options.static,

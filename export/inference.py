@@ -15,10 +15,10 @@ from PIL import Image
 
 from d2f_fast.config import check_guidance
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.exported_files import latent_sides, read_object, read_tables, read_tokenizer
+from d2f_fast.export.exported_files import latent_sides, read_object, read_tables, read_tokenizer, steps_of_report
 from d2f_fast.export.noise import standard_normal
 from d2f_fast.export.sessions import Array, GraphSessions, Provider
-from d2f_fast.sampling.options import check_negative_prompt, guidance_or_default
+from d2f_fast.sampling.options import ChosenSteps, check_negative_prompt, guidance_or_default
 
 Form = Literal["loop", "folder", "unrolled"]
 _REPORT_KEYS = ("guidance", "with_vae", "unroll", "static")
@@ -79,6 +79,13 @@ class OnnxPipeline:
         return found
 
     @property
+    def default_steps(self) -> ChosenSteps:
+        """Return the number of steps that is taken where none is given, and where it comes from."""
+        if self.form == "unrolled":
+            return ChosenSteps(self.report["unroll"], "as exported with --unroll")
+        return steps_of_report(self.folder, self.report)
+
+    @property
     def is_xl(self) -> bool:
         """Return whether the network takes SDXL's pooled text and image sizes."""
         return bool(self._unet_config.get("addition_embed_type") == "text_time")
@@ -92,7 +99,7 @@ class OnnxPipeline:
         self,
         prompts: str | Sequence[str],
         *,
-        steps: int = 4,
+        steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str = "",
         height: int | None = None,
@@ -106,7 +113,8 @@ class OnnxPipeline:
 
         Args:
             prompts: one text or several; a static export takes exactly its batch.
-            steps: number of network evaluations; the export must have a table for it.
+            steps: number of network evaluations; the export must have a table for it. None takes the number saved with
+                the model or LoRA, or else 4; in the unrolled form, the number that it was exported with.
             guidance_scale: strength of classifier-free guidance; None takes the one saved with the model or LoRA, or
                 else 3. 1 and 0 turn it off, which halves the work, and other values below 1 are refused. The Loop
                 always evaluates both halves, so without guidance the network is run step by step, as in the folder
@@ -129,6 +137,7 @@ class OnnxPipeline:
         guidance_scale = guidance_or_default(guidance_scale, self.recommended_guidance)
         self._check_call(prompts, guidance_scale, seed)
         check_negative_prompt(negative_prompt, guidance_scale)
+        steps = self.default_steps.number if steps is None else steps
         table = self._table(steps)
         height, width = self._size(height, width)
         latents = self._noise((len(prompts), height, width), seed, noise)

@@ -33,6 +33,7 @@ class Report(TypedDict):
     precision: number format of each component's weights.
     shift: factor on (1 - t) / t at each step of the sampler.
     recommended_guidance: guidance scale that the model's and the LoRA's files recommend; None for no recommendation.
+    recommended_steps: number of sampling steps that these files recommend and the export has a table for, else None.
     parity: a row for each comparison with torch.
     tensorrt: result of the static TensorRT check of each graph, by path.
     trtexec: command that builds an engine of each graph.
@@ -55,6 +56,7 @@ class Report(TypedDict):
     model_options: dict[str, Any]
     guidance: bool
     recommended_guidance: float | None
+    recommended_steps: int | None
     with_vae: bool
     unroll: int
     static: str | None

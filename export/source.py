@@ -10,7 +10,7 @@ from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.tags import check_tags, common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import lowest_guidance, saved_tags
+from d2f_fast.models.tags import lowest_guidance, recommended_steps, saved_tags
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 
@@ -21,12 +21,14 @@ class Sampling(NamedTuple):
         flow: flow that reads its output.
         shift: factor on (1 - t) / t at each step.
         guidance_scale: guidance that its files recommend; None for no recommendation.
+        steps: number of sampling steps that they recommend; None for no recommendation.
         vae_reflection_padding: whether the files of its training ask for an autoencoder that pads by reflection.
     """
 
     flow: Flow
     shift: float
     guidance_scale: float | None
+    steps: int | None
     vae_reflection_padding: bool
 
 
@@ -59,8 +61,8 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
             f"{source}: the network is fed the flow time itself (fm_form published), which no stock sampler of the"
             " exported folder does: sample it with d2f sample"
         )
-    guidance = lowest_guidance(source, adapters)
-    return Sampling(flow, shift, guidance, tags.get("d2f.vae_reflection_padding") == "true")
+    guidance, steps = lowest_guidance(source, adapters), recommended_steps(source, adapters)
+    return Sampling(flow, shift, guidance, steps, tags.get("d2f.vae_reflection_padding") == "true")
 
 
 def load_model(model: str, options: ModelOptions | None = None) -> BaseModel:

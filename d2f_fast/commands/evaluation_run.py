@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from d2f_fast.commands.checks import say_steps
 from d2f_fast.commands.evaluation_tables import (
     comparison_entries,
     comparison_table,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "straightness.png"
 # Options of `generate` that have the same name in the command.
-_OPTIONS_OF_SAMPLING = (*("num_inference_steps", "negative_prompt", "method", "flow_spacing", "height", "width"),)
+_OPTIONS_OF_SAMPLING = ("negative_prompt", "method", "flow_spacing", "height", "width")
 
 
 def run_evaluation(command: "Evaluate", files: "ImageFiles", output: Path) -> dict[str, Any]:
@@ -60,21 +61,24 @@ def run_evaluation(command: "Evaluate", files: "ImageFiles", output: Path) -> di
     if command.reference is not None:  # Damaged images are refused before the model is loaded and generates.
         network, classifier = _load_network(command.features, device)
         real = _features_of_files(files.real, network, "real images")
-    loaded = None
+    loaded, steps = None, None
     if command.model is not None:
+        steps = command.steps_of(command.model)
         loaded = load_with_lora(command.model, command.lora, command.model_options, command.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
+        if command.reference is not None:
+            say_steps(command.num_inference_steps, steps)
         loaded.pipeline.to(device)
         loaded.pipeline.set_progress_bar_config(disable=True)
     result: dict[str, Any] = {}
     if network is not None and real is not None:
-        if loaded is None:
+        if loaded is None or steps is None:
             features = _features_of_files(files.generated, network, "generated images")
             captions = [_caption_beside(path) for path in files.generated] if classifier is not None else []
             made: dict[str, Any] = {"images": command.images}
         else:
             prompts = _choose(files.captions, command.num_samples or len(files.captions), command.seed)
-            features, made = _generate_features(command, prompts, loaded, network)
+            features, made = _generate_features(command, prompts, steps.number, loaded, network)
             captions = list(prompts)
         compared = compare_images(real, features, command.seed)
         row = {"features": command.features, "seed": command.seed, **made, **comparison_entries(compared)}
@@ -134,12 +138,12 @@ def _caption_beside(path: Path) -> str | None:
 
 
 def _generate_features(
-    command: "Evaluate", prompts: Sequence[str], loaded: SampledModel, network: FeatureNetwork
+    command: "Evaluate", prompts: Sequence[str], steps: int, loaded: SampledModel, network: FeatureNetwork
 ) -> tuple[Features, dict[str, Any]]:
     """Generate an image for each prompt, and return the features of the images and how they were made."""
     options: dict[str, Any] = {name: getattr(command, name) for name in _OPTIONS_OF_SAMPLING}
     guidance = guidance_or_default(command.guidance_scale, loaded.guidance_scale)
-    options |= {"guidance_scale": guidance, **loaded.scheduler_options}
+    options |= {"num_inference_steps": steps, "guidance_scale": guidance, **loaded.scheduler_options}
     images = generate_squares(loaded.pipeline, prompts, command.seed, command.batch_size, network.side, **options)
     made = {"model": command.model, "lora": list(command.lora), "sampler": "flow", **options}
     made["steps"] = made.pop("num_inference_steps")

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast import __version__
-from d2f_fast.commands.checks import check_lora_and_output
+from d2f_fast.commands.checks import check_lora_and_output, say_steps
 from d2f_fast.commands.sample_files import check_start
 from d2f_fast.config import (
     DEFAULT_GUIDANCE,
+    DEFAULT_STEPS,
+    MAX_SAMPLING_STEPS,
     MAX_SHIFT,
     MAX_SIDE,
     SamplingMethod,
@@ -32,7 +34,14 @@ from d2f_fast.lora.source import parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.options import check_negative_prompt, check_steps, guidance_or_default, image_size
+from d2f_fast.models.tags import chosen_steps
+from d2f_fast.sampling.options import (
+    ChosenSteps,
+    check_negative_prompt,
+    check_steps,
+    guidance_or_default,
+    image_size,
+)
 from d2f_fast.sampling.solver_options import SolverOptions
 
 if TYPE_CHECKING:
@@ -66,7 +75,9 @@ class Sample:
             better with more, such as 25. Each step evaluates the network once with "euler" and "euler_maruyama", twice
             with "midpoint", "heun" (but once in their last step) and "stochastic_heun", and four times with "rk4".
             "midpoint" and "heun" need 2 steps or more. "dopri5" chooses its own steps and uses this number only for
-            --intermediates. With --onnx it must be one of the exported numbers.
+            --intermediates. With --onnx it must be one of the exported numbers. Default: the number saved with the LoRA
+            (the highest of several) or else with the model, which is 2 after training on pairs, or else 4; 4 with
+            --invert.
         guidance_scale: Strength of classifier-free guidance. Larger values follow the prompt more closely. 1 and 0 turn
             it off, which halves the time. Default: the lowest value saved with the model and LoRA, which is 1 after
             training on pairs, or else 3; 1 with --invert.
@@ -112,7 +123,7 @@ class Sample:
     model: str | None = option("essential", None, metavar="MODEL")
     lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
     output_dir: str = option("essential", "d2f-samples", metavar="FOLDER")
-    num_inference_steps: int = option("essential", 4, at_least(1, 10_000))
+    num_inference_steps: int | None = option("essential", None, at_least(1, MAX_SAMPLING_STEPS))
     guidance_scale: float | None = option("essential", None, check_guidance)
     seed: int = option("essential", 0, check_seed)
     task: Literal["text"] = option("essential", "text", metavar="{text,depth}")
@@ -145,7 +156,6 @@ class Sample:
         check_options(self)
         guidance_scale = guidance_or_default(self.guidance_scale, self._own_guidance)
         check_negative_prompt(self.negative_prompt, guidance_scale)
-        check_steps(self.method, self.num_inference_steps)
         self.solver_options.check(self.method, guidance_scale)
         check_start(self.invert, self.noise, len(self.prompts), self.method)
         if self.onnx is not None:
@@ -156,6 +166,8 @@ class Sample:
             check_sees_no_image(self._model, configs)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
         check_lora_and_output(self.lora, self.output_dir, self.shift)
+        if self.onnx is None:
+            check_steps(self.method, self._steps.number)
 
     def run(self) -> dict[str, Any]:
         """Generate the images, write them, and return what was generated and where it was written.
@@ -194,7 +206,7 @@ class Sample:
             "sampler": "flow",
             "method": self.method,
             "flow_spacing": self.flow_spacing,
-            "steps": self.num_inference_steps,
+            "steps": taken["steps"],
             **{name: taken.get(name) for name in ("shift", "prediction_type", "fm_form")},
             **self.solver_options.given(),
             "guidance_scale": guidance_or_default(self.guidance_scale, taken.get("guidance_scale")),
@@ -240,6 +252,14 @@ class Sample:
         return MINIATURE if self.model is None else self.model
 
     @property
+    def _steps(self) -> ChosenSteps:
+        """Return the number of sampling steps of a model, which is not used with `onnx`."""
+        given = self.num_inference_steps
+        if given is None and self.invert is not None:  # The numbers that are saved are too few for an inversion.
+            return ChosenSteps(DEFAULT_STEPS, "the default with --invert")
+        return chosen_steps(given, self._model, [parse_lora(entry).path for entry in self.lora])
+
+    @property
     def _own_guidance(self) -> float | None:
         """Return the guidance scale that comes before the saved one where none is given."""
         return 1.0 if self.invert is not None else None
@@ -275,6 +295,8 @@ class Sample:
 
         loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
+        steps = self._steps
+        say_steps(self.num_inference_steps, steps)
         guidance = loaded.guidance_scale if self._own_guidance is None else self._own_guidance
         if self.guidance_scale is None and guidance is not None and guidance != DEFAULT_GUIDANCE:
             source = "as saved with the model or LoRA" if self.invert is None else "the default with --invert"
@@ -284,7 +306,7 @@ class Sample:
         sampling = Sampling(
             self.method,
             self.solver_options,
-            self.num_inference_steps,
+            steps.number,
             guidance_or_default(self.guidance_scale, guidance),
             self.negative_prompt,
             self.height,
@@ -293,7 +315,7 @@ class Sample:
             loaded.scheduler_options,
         )
         shift = float(loaded.flow_scheduler(self.flow_spacing).config["shift"])
-        taken = {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance}
+        taken = {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance, "steps": steps.number}
         noise = None if self.noise is None else read_noise(self.noise)
         if self.invert is not None:
             noise, error = invert_images(model, read_images(self.invert), self.prompts, sampling)
@@ -311,16 +333,19 @@ class Sample:
 
         providers = None if self.onnx_provider in ("auto", None) else PROVIDERS[self.onnx_provider]
         pipeline = OnnxPipeline(folder, providers=providers)
+        say_steps(self.num_inference_steps, pipeline.default_steps)
+        steps = self.num_inference_steps or pipeline.default_steps.number
         images = pipeline(
             self.prompts,
-            steps=self.num_inference_steps,
+            steps=steps,
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt,
             height=self.height,
             width=self.width,
             seed=self.seed,
         )
-        return images, {"shift": pipeline.report.get("shift"), "guidance_scale": pipeline.recommended_guidance}
+        guidance = pipeline.recommended_guidance
+        return images, {"shift": pipeline.report.get("shift"), "guidance_scale": guidance, "steps": steps}
 
 
 def earlier_rows(output: Path) -> list[Any]:

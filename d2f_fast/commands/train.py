@@ -19,6 +19,7 @@ from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions, check_flow_schedule
+from d2f_fast.models.tags import TAGS_FILE
 from d2f_fast.training.launch import check_launch
 from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_files
 
@@ -274,7 +275,7 @@ class Train:
                 f"{printable(folder)} exists: continue its run with --resume_from_checkpoint latest and a larger"
                 " max_train_steps, move it away, or choose another output_dir"
             )
-        if not (folder / "d2f.json").is_file():
+        if not (folder / TAGS_FILE).is_file():
             raise RefusedInputError(
                 f"{printable(folder)} is no result of a run, and is not replaced: move it away, or choose another"
                 " output_dir"

@@ -17,6 +17,7 @@ from d2f_fast.config import FlowForm
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.formulas import at_least_float32, naive_timestep, shifted_uniform_times
+from d2f_fast.flow.scheduler_config import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -37,7 +38,7 @@ class NaiveFlow(Flow):
         ValueError: the form is unknown.
     """
 
-    def __init__(self, num_train_timesteps: int = 1000, form: FlowForm = "diffusers") -> None:
+    def __init__(self, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, form: FlowForm = "diffusers") -> None:
         super().__init__("flow_prediction", num_train_timesteps, t_min=0.0, t_max=1.0)
         if form not in get_args(FlowForm):
             raise ValueError(f"fm_form must be one of {get_args(FlowForm)}, got {form!r}")
@@ -56,7 +57,7 @@ class NaiveFlow(Flow):
             ModelError: `num_train_timesteps` is not a positive whole number, or the form is unknown.
         """
         config: Mapping[str, object] = scheduler.config
-        steps, form = config.get("num_train_timesteps", 1000), config.get("fm_form", "diffusers")
+        steps, form = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS), config.get("fm_form", "diffusers")
         if not isinstance(steps, int) or steps < 1 or form not in get_args(FlowForm):
             raise ModelError(
                 f"{type(scheduler).__name__} has num_train_timesteps {steps!r} and fm_form {form!r}: correct its"

@@ -5,6 +5,9 @@ from typing import get_args
 
 from d2f_fast.config import FlowForm
 
+# Number of timesteps that Stable Diffusion was trained with, where a configuration does not say it.
+NUM_TRAIN_TIMESTEPS = 1000
+
 
 def predicts_flow(config: Mapping[str, object]) -> bool:
     """Return whether a scheduler's configuration belongs to a network that predicts the flow itself.

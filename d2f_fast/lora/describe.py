@@ -126,7 +126,8 @@ def _needs(family: Family | None, entries: Mapping[str, str]) -> list[str]:
     prediction = entries.get("d2f.prediction_type") or entries.get("modelspec.prediction_type")
     needs = [f"{base}{f', which predicts {prediction}' if prediction else ''}"]
     if sigmas := entries.get("d2f.recommended_sigmas"):
-        needs.append(f"the sigmas {sigmas} for 4 steps, as it was trained for")
+        steps = sigmas.count(",")
+        needs.append(f"the sigmas {sigmas} for {steps} step{'' if steps == 1 else 's'}, as it was trained for")
     return needs
 
 

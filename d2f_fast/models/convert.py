@@ -18,7 +18,7 @@ from d2f_fast.files.atomic import StrPath, atomic_folder
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.files.tensor_stream import LazyTensor, lazy_tensors, write_tensor_stream
-from d2f_fast.flow.scheduler_config import predicts_flow
+from d2f_fast.flow.scheduler_config import NUM_TRAIN_TIMESTEPS, predicts_flow
 from d2f_fast.lora.family import Family, family_of_config
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.layer_weights import LayerWeights
@@ -45,7 +45,12 @@ _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _WEIGHT_FILE = re.compile(r"(?:diffusion_pytorch_model|model)(\.\w+)?(?:-\d+-of-(\d+))?\.safetensors")
 # What a single file does not say, so that every program takes it from the family.
 _SCALING_FACTORS: dict[Family, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_SCHEDULE = {
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 
 
 @dataclass(frozen=True)

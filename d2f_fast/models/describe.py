@@ -12,6 +12,7 @@ from d2f_fast.files.walk import bytes_below
 from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
 from d2f_fast.models.folder import read_config
 from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
+from d2f_fast.models.tags import saved_tags
 
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Numbers of the training code and markers, which original files hold beside the weights.
@@ -52,7 +53,7 @@ def describe_model_folder(folder: Path) -> dict[str, Any]:
         "parameters": {name: sum(info.elements for info in found.values()) for name, found in tensors.items()},
         "types": {name: _types(found.values()) for name, found in tensors.items()},
         "bytes": bytes_below(folder),
-        "entries": _tags(folder),
+        "entries": _entries(folder),
         "needs": ["diffusers, or `d2f convert` for a single file that ComfyUI, A1111 and Forge read"],
         "odd": [*_folder_oddities(folder, index, unet), *_weight_oddities(parts, tensors)],
     }
@@ -165,11 +166,10 @@ def _whole_numbers(tensors: Mapping[str, TensorInfo]) -> list[str]:
     return [f"{len(found)} weights are of type {kind}, which no loader reads, such as {printable(found[0])}"]
 
 
-def _tags(folder: Path) -> dict[str, Any]:
+def _entries(folder: Path) -> dict[str, str]:
     """Return how the model was trained and is to be sampled, where this package wrote it."""
-    path = folder / "d2f.json"
     try:
-        return read_config(path) if path.is_file() else {}
+        return saved_tags(str(folder))
     except (CheckpointError, ModelError):
         return {}
 

@@ -3,17 +3,18 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from d2f_fast.config import check_guidance
+from d2f_fast.config import DEFAULT_STEPS, MAX_SAMPLING_STEPS, check_guidance, check_number
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.lora.tags import TAG_PREFIX, check_tags, common_tags, lora_tags
+from d2f_fast.sampling.options import ChosenSteps
 
 TAGS_FILE = "d2f.json"
-_GUIDANCE = "d2f.recommended_guidance"
-# What the samplers of this package take from the tags.
-_OF_SAMPLING = ("d2f.shift", _GUIDANCE, "d2f.recommended_steps", "d2f.recommended_sigmas")
+_GUIDANCE, _STEPS = "d2f.recommended_guidance", "d2f.recommended_steps"
+# What says how a model is sampled; the sigmas are those of the steps and the shift, for other programs.
+_OF_SAMPLING = ("d2f.shift", _GUIDANCE, _STEPS, "d2f.recommended_sigmas")
 
 
 def tags_source(model: str) -> Path:
@@ -73,6 +74,61 @@ def _lowest_guidance(tagged: Mapping[str, Mapping[str, str]]) -> float | None:
     return min(scales, default=None)
 
 
+def chosen_steps(given: int | None, model: str, loras: Sequence[StrPath]) -> ChosenSteps:
+    """Return the number of sampling steps that was given, else that of the LoRA's tags, the model's tags, or 4.
+
+    Where LoRA recommend different numbers, the highest is taken, because fewer steps need straighter paths.
+
+    Args:
+        given: Number that was given; None for none.
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        loras: LoRA files or folders that are used with it.
+
+    Raises:
+        RefusedInputError: No number was given, and that of a file cannot be used.
+    """
+    if given is not None:
+        return ChosenSteps(given, "as given")
+    of_lora = _stated_steps({str(path): lora_tags(path) for path in loras})
+    stated = of_lora or _stated_steps({str(tags_source(model)): saved_tags(model)})
+    if not stated:
+        return ChosenSteps(DEFAULT_STEPS, "the default")
+    highest = max(stated.values())
+    if highest == min(stated.values()):
+        return ChosenSteps(highest, f"as saved in {' and '.join(map(printable, stated))}")
+    named = ", ".join(f"{number} in {printable(source)}" for source, number in stated.items())
+    return ChosenSteps(highest, f"the highest of those saved: {named}")
+
+
+def recommended_steps(model: str, loras: Sequence[StrPath]) -> int | None:
+    """Return the number of sampling steps that the tags of LoRA, or else of a model, recommend; None for no tags.
+
+    Args:
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        loras: LoRA files or folders that are used with it.
+
+    Raises:
+        RefusedInputError: A number cannot be used.
+    """
+    number, source = chosen_steps(None, model, loras)
+    return None if source == "the default" else number
+
+
+def _stated_steps(tagged: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
+    """Return the number of sampling steps in the tags of each file that has one, by the names of the files."""
+    stated = {}
+    for source, tags in tagged.items():
+        if (found := tags.get(_STEPS)) is not None:
+            try:
+                stated[source] = int(found)
+                check_number("num_inference_steps", stated[source], 1, MAX_SAMPLING_STEPS)
+            except ValueError as error:
+                raise RefusedInputError(
+                    f"{printable(source)} holds no usable {_STEPS} ({error}): give --num_inference_steps"
+                ) from error
+    return stated
+
+
 def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]) -> tuple[dict[str, str], list[str]]:
     """Return the tags of a model with LoRA merged into it, and the names of those on which the LoRA differ.
 
@@ -82,13 +138,13 @@ def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]
         loras: LoRA files or folders.
 
     Returns:
-        The tags, with the lowest guidance that any of them recommends; and the names of further entries about sampling
-        that the LoRA state differently, and that are left out.
+        The tags, with the lowest guidance that any of them recommends and the highest number of steps of the LoRA; and
+        the names of further entries about sampling that the LoRA state differently, and that are left out.
 
     Raises:
         ModelError: One LoRA makes the network predict the flow velocity and another does not, their forms differ, or
             a tag has a value that it cannot have.
-        RefusedInputError: A guidance scale cannot be used.
+        RefusedInputError: A guidance scale or a number of steps cannot be used.
     """
     common = common_tags(loras, shift=1.0)  # Where their shifts differ, none is taken.
     tagged = {str(path): lora_tags(path) for path in loras}
@@ -97,4 +153,6 @@ def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]
     check_tags(", ".join(tagged), merged)
     if (guidance := _lowest_guidance({str(tags_source(model)): tags} | tagged)) is not None:
         merged[_GUIDANCE] = str(guidance)
+    if steps := _stated_steps(tagged):
+        merged[_STEPS] = str(max(steps.values()))
     return merged, [name for name in _OF_SAMPLING if name in stated and name not in merged]

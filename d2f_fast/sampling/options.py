@@ -1,11 +1,24 @@
 """Refuse options of sampling that do not go together, or not with the model. Imports no torch."""
 
 import math
+from typing import NamedTuple
 
 from d2f_fast.config import DEFAULT_GUIDANCE, MAX_GUIDANCE, SamplingMethod, check_finite
 from d2f_fast.errors import RefusedInputError
 
 _PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
+
+
+class ChosenSteps(NamedTuple):
+    """Number of sampling steps.
+
+    Attributes:
+        number: The number.
+        source: Where it comes from, in words that follow the number.
+    """
+
+    number: int
+    source: str
 
 
 def check_negative_prompt(negative_prompt: str, guidance_scale: float) -> None:

@@ -22,7 +22,7 @@ from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.formulas import combine
 from d2f_fast.flow.naive_flow import NaiveFlow
-from d2f_fast.flow.scheduler_config import predicts_flow
+from d2f_fast.flow.scheduler_config import NUM_TRAIN_TIMESTEPS, predicts_flow
 from d2f_fast.sampling.two_stage import TwoStageSteps
 
 # Options that a scheduler reads from the configuration of another one, whether they were given there or are defaults.
@@ -85,7 +85,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
+        num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         beta_schedule: str = "scaled_linear",

@@ -22,6 +22,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule
 from d2f_fast.models.marigold import depth_scheduler, marigold_pipeline
 from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
+from d2f_fast.models.tags import TAGS_FILE
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.step import TrainingStep
@@ -131,7 +132,7 @@ def publish_pipeline(
         saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": scheduler})
     with atomic_folder(folder, replace=replace) as temporary:
         save_pipeline_folder(saved, temporary)
-        write_json(temporary / "d2f.json", tags)
+        write_json(temporary / TAGS_FILE, tags)
     return Path(folder)
 
 

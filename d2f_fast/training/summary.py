@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 
-from d2f_fast.config import DEFAULT_GUIDANCE, TrainingConfig
+from d2f_fast.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.lora.start import StartingLora
 
-RECOMMENDED_STEPS = 4
 RECOMMENDED_STEPS_AFTER_PAIRS = 2
 
 
 def recommended_steps(tags: Mapping[str, str]) -> int:
     """Return the number of sampling steps that tags recommend, or else the usual one."""
-    return int(tags.get("d2f.recommended_steps", RECOMMENDED_STEPS))
+    return int(tags.get("d2f.recommended_steps", DEFAULT_STEPS))
 
 
 def pair_tags(dataset: PairDataset, *, taught: bool = False, distilled: bool = False) -> dict[str, str]:

@@ -22,11 +22,12 @@ def write(path: Path, content: Any) -> Path:
 
 def test_export_says_its_steps_and_its_guidance(tmp_path: Path) -> None:
     report = {"model": "miniature", "guidance": True, "recommended_guidance": 1.0, "verified": False, "shift": 2.0}
+    report["recommended_steps"] = 1
     write(tmp_path / "export.json", report)
     write(tmp_path / "model_index.json", {})
     write(tmp_path / "unet" / "steps.json", {"1": {}, "4": {}})
     found = describe(tmp_path)
-    assert (found["kind"], found["model"], found["steps"]) == ("ONNX export", "miniature", "1, 4")
+    assert (found["kind"], found["model"], found["steps"]) == ("ONNX export", "miniature", "1, 4; 1 recommended")
     assert found["guidance"] == "built into the sampler, 1.0 recommended"
     assert found["odd"] == ["its graphs were not compared with torch"] and "--onnx" in found["needs"][0]
 

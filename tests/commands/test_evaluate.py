@@ -90,13 +90,17 @@ def test_model_is_evaluated_on_the_captions_of_the_reference_with_its_straightne
         return lambda x_t, t: 2 * t * torch.ones_like(x_t)
 
     monkeypatch.setattr("d2f_fast.evaluation.path_set.prompt_velocity", stub)
-    sampling = ["--num_inference_steps", "1", "--guidance_scale", "1", "--batch_size", "3"]
-    model = ["--model", str(tiny_folder), "--num_samples", "8", "--straightness", "--num_paths", "3"]
+    recommending = tmp_path / "model"
+    shutil.copytree(tiny_folder, recommending)
+    (recommending / "d2f.json").write_text('{"d2f.recommended_steps": "1"}')
+    sampling = ["--guidance_scale", "1", "--batch_size", "3"]
+    model = ["--model", str(recommending), "--num_samples", "8", "--straightness", "--num_paths", "3"]
     command = ["evaluate", "--reference", str(folders / "real"), "--seed", "2", "--features", "miniature"]
     assert main([*command, *model, *sampling, "--output_dir", str(tmp_path / "a"), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert "Straightness of 3 paths" in captured.err
+    assert f"d2f: num_inference_steps 1, as saved in {recommending / 'd2f.json'}\n" in captured.err
     straightness = result["straightness"]
     assert straightness["mean_deviation"] == pytest.approx(1 / 3, rel=1e-4)
     assert straightness["curvature"] == pytest.approx([2.0] * 8, rel=1e-3)
@@ -118,7 +122,7 @@ def test_model_is_evaluated_on_the_captions_of_the_reference_with_its_straightne
     again = json.loads(capsys.readouterr().out)["images"]
     for name in (*MEASURES, "name_top5", "name_samples"):
         assert result["images"][name] == pytest.approx(again[name], rel=0.02), name
-    assert result["images"]["steps"] == 1 and result["images"]["model"] == str(tiny_folder)
+    assert result["images"]["steps"] == 1 and result["images"]["model"] == str(recommending)
 
 
 def test_straightness_of_prompts_needs_no_reference(

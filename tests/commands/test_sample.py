@@ -216,6 +216,26 @@ def test_guidance_is_the_lowest_that_the_files_recommend_unless_it_is_given(tiny
     assert "bad.safetensors holds no usable d2f.recommended_guidance" in capsys.readouterr().err
 
 
+def test_steps_are_those_that_the_files_recommend_unless_they_are_given(tiny_folder, tmp_path, capsys):
+    reflow = tmp_path / "reflow.safetensors"
+    random_lora(tiny_folder, reflow, 1, {"d2f.recommended_steps": "1"})
+    command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--output_dir", str(tmp_path / "images")]
+    cases = {
+        ("--lora", str(reflow)): (1, f"d2f: num_inference_steps 1, as saved in {reflow}"),
+        ("--lora", str(reflow), "--num_inference_steps", "2"): (2, None),
+        (): (4, "d2f: num_inference_steps 4, the default"),
+    }
+    for options, (steps, line) in cases.items():
+        assert main([*command, *options, "--json"]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["steps"] == steps
+        assert [text for text in captured.err.splitlines() if "num_inference_steps" in text] == ([line] if line else [])
+    saved, given = (np.asarray(Image.open(tmp_path / f"images/00{i}.png")) for i in (0, 1))
+    assert not np.array_equal(saved, given)
+    assert main([*command, "--lora", str(reflow), "--method", "heun", "--dry_run"]) == 2
+    assert "method heun needs at least 2 num_inference_steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -131,6 +131,21 @@ def test_seed_gives_the_images_of_torch(form, exported_miniature, short_miniatur
     assert np.abs(np.stack(got).astype(int) - np.stack(want)).max() <= 1
 
 
+def test_steps_saved_with_the_weights_are_the_default(exported):
+    pipeline, unrolled = (OnnxPipeline(exported[0], form) for form in ("loop", "unrolled"))
+    assert pipeline.default_steps == (4, "the default")
+    assert unrolled.default_steps == (unrolled.report["unroll"], "as exported with --unroll")
+    pipeline.report["recommended_steps"] = 2
+    assert pipeline.default_steps == (2, "as saved with the model or LoRA")
+    saved, given, other = (np.asarray(pipeline(["ab"], steps=steps)[0]) for steps in (None, 2, 4))
+    assert np.array_equal(saved, given) and not np.array_equal(saved, other)
+    pipeline.report["recommended_steps"] = "two"
+    with pytest.raises(
+        RefusedInputError, match=r"recommended_steps must be a whole number.*, got two: export again, or give steps"
+    ):
+        pipeline(["ab"])
+
+
 def test_guidance_saved_with_the_weights_is_the_default(exported):
     pipeline = OnnxPipeline(exported[0])
     images = [np.asarray(pipeline(["ab"], steps=2, guidance_scale=scale)[0]) for scale in (3.0, 1.0)]

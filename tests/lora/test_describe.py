@@ -49,6 +49,12 @@ def test_family_is_seen_from_the_header_where_no_layer_takes_text(described: Any
     assert found["family"] == "SDXL (header ss_base_model_version)"
 
 
+@pytest.mark.parametrize(("sigmas", "counted"), [("14.6146, 0", "1 step"), ("15.6146, 1, 0", "2 steps")])
+def test_sigmas_are_those_of_their_number_of_steps(sigmas: str, counted: str, described: Any) -> None:
+    found = described(kohya({TO_K: (8, 768)}), **{"d2f.recommended_sigmas": sigmas})
+    assert f"the sigmas {sigmas} for {counted}, as it was trained for" in found["needs"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [

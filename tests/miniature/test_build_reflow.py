@@ -101,7 +101,8 @@ def test_stock_pipeline_and_onnx_export_generate_the_images_of_this_package(
     assert np.abs(listed - even).max() <= 1 / 255 < np.abs(schedule - even).max()
 
     options = ExportOptions(output=str(tmp_path / "onnx"), lora=(str(REFLOW_LORA),), steps="2")
-    assert export_folder(options)["recommended_guidance"] == 1.0
+    report = export_folder(options)
+    assert (report["recommended_guidance"], report["recommended_steps"]) == (1.0, 2)
     noise = torch.randn(len(PROMPTS), 4, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
     images = OnnxPipeline(tmp_path / "onnx", form="folder")(PROMPTS, steps=2, noise=noise)
     got = np.stack([np.asarray(image, np.float32) for image in images]) / 255

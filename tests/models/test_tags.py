@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
-from d2f_fast.models.tags import lowest_guidance, saved_tags, tags_of_merged
+from d2f_fast.models.tags import chosen_steps, lowest_guidance, recommended_steps, saved_tags, tags_of_merged
 
 
 def lora(folder: Path, name: str, **tags: str) -> Path:
@@ -44,6 +44,30 @@ def test_guidance_that_cannot_be_used_is_refused(tmp_path: Path, value: str) -> 
         lowest_guidance("some/hub-id", [lora(tmp_path, "a", recommended_guidance=value)])
 
 
+def test_steps_are_those_of_the_lora_before_those_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "d2f.json").write_text(json.dumps({"d2f.recommended_steps": "8"}))
+    a, same, b = (lora(tmp_path, name, recommended_steps=steps) for name, steps in (("a", "2"), ("s", "2"), ("b", "4")))
+    silent = lora(tmp_path, "silent", shift="2.0")
+    assert chosen_steps(None, "some/hub-id", []) == (4, "the default")
+    assert chosen_steps(None, str(tmp_path), [silent]) == (8, f"as saved in {tmp_path / 'd2f.json'}")
+    assert chosen_steps(None, str(tmp_path), [silent, a, same]) == (2, f"as saved in {a} and {same}")
+    assert chosen_steps(None, str(tmp_path), [a, b]) == (4, f"the highest of those saved: 2 in {a}, 4 in {b}")
+    assert chosen_steps(7, str(tmp_path), [a, b]) == (7, "as given")
+
+
+def test_steps_that_the_result_of_a_training_states_are_found(tmp_path: Path) -> None:
+    assert recommended_steps("some/hub-id", [lora(tmp_path, "a", recommended_steps="1")]) == 1
+    assert recommended_steps("some/hub-id", []) is None
+
+
+@pytest.mark.parametrize("value", ["0", "2.5", "many", "10001"])
+def test_steps_that_cannot_be_used_are_refused_unless_others_are_given(tmp_path: Path, value: str) -> None:
+    file = lora(tmp_path, "a", recommended_steps=value)
+    with pytest.raises(RefusedInputError, match=r"a\.safetensors holds no usable d2f\.recommended_steps \(.*\): give"):
+        chosen_steps(None, "some/hub-id", [file])
+    assert chosen_steps(3, "some/hub-id", [file]).number == 3
+
+
 def test_merged_model_has_the_tags_of_its_lora(tmp_path: Path) -> None:
     loras = [
         lora(tmp_path, "a", shift="2.0", recommended_guidance="3.0", objective="diff2flow"),
@@ -54,6 +78,14 @@ def test_merged_model_has_the_tags_of_its_lora(tmp_path: Path) -> None:
     assert tags_of_merged("some/hub-id", own, loras) == (expected, ["d2f.shift"])
     merged, differing = tags_of_merged("some/hub-id", own, loras[:1])
     assert merged["d2f.shift"] == "2.0" and not differing
+
+
+def test_merged_model_recommends_the_highest_number_of_steps_of_its_lora(tmp_path: Path) -> None:
+    loras = [lora(tmp_path, name, recommended_steps=steps) for name, steps in (("a", "2"), ("b", "4"))]
+    own = {"d2f.recommended_steps": "8"}
+    assert tags_of_merged("some/hub-id", own, loras) == ({"d2f.recommended_steps": "4"}, [])
+    assert tags_of_merged("some/hub-id", own, loras[:1])[0] == {"d2f.recommended_steps": "2"}
+    assert tags_of_merged("some/hub-id", own, [lora(tmp_path, "c")])[0] == own
 
 
 def test_tag_of_a_lora_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
