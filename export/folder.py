@@ -10,7 +10,7 @@ from torch import Tensor
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.engines import engine_commands
-from d2f_fast.export.options import MODEL_OPTIONS, ExportOptions
+from d2f_fast.export.options import MODEL_OPTIONS, ExportOptions, check_sampler_network
 from d2f_fast.export.output_folder import check_output, output_folder
 from d2f_fast.export.output_place import check_place
 from d2f_fast.export.pipeline_files import write_component_config, write_pipeline_files
@@ -92,11 +92,8 @@ class ExportJob:
             set_reflection_padding(self.model.vae, True)
         self.components = self._components()
         unet = self.model.unet.config
-        if "sampler" in options.component_names and unet.in_channels != unet.out_channels:
-            raise RefusedInputError(
-                f"the network takes {unet.in_channels} channels and returns {unet.out_channels} (depth or inpainting),"
-                " and the sampler graph has no image to condition on: leave sampler out of components"
-            )
+        if "sampler" in options.component_names:
+            check_sampler_network(unet.in_channels, unet.out_channels)
         self.recommended_steps = steps if steps in options.step_counts else None
         self.tables = {count: step_table(self.flow, count, self.shift) for count in options.step_counts}
         self.sizes = self._static_sizes()

@@ -19,8 +19,10 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.source import LoraSource, check_lora_file, parse_lora
 from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.configs import read_configs
+from d2f_fast.models.layers import check_lora_fits
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.tags import check_sampling_tags
 from d2f_fast.option_help import options_of, parse_groups
 from d2f_fast.unknown_options import refuse_unknown_options
 
@@ -230,8 +232,12 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
         Raises:
             RefusedInputError: a file is missing or cannot be used, or two LoRA contradict each other.
         """
-        read_configs(self.model, self.model_options)
+        configs = read_configs(self.model, self.model_options)
         common_tags([adapter.path for adapter in self.adapters], self.shift)
+        check_sampling_tags(self.model, self.lora, self.model_options, self.shift)
+        check_lora_fits(self.lora, self.model, self.model_options)
+        if configs is not None and "sampler" in self.component_names:
+            check_sampler_network(configs.unet.get("in_channels", 4), configs.unet.get("out_channels", 4))
 
     def _check_components(self) -> None:
         unknown = [name for name in self.component_names if name not in COMPONENTS]
@@ -306,6 +312,23 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
     def adapters(self) -> tuple[LoraSource, ...]:
         """Return the path and the scale of each LoRA."""
         return tuple(map(parse_lora, self.lora))
+
+
+def check_sampler_network(in_channels: int, out_channels: int) -> None:
+    """Refuse a network whose inputs the sampler graph does not have.
+
+    Args:
+        in_channels: number of channels that the network takes.
+        out_channels: number of channels that it returns.
+
+    Raises:
+        RefusedInputError: it also takes an image.
+    """
+    if in_channels != out_channels:
+        raise RefusedInputError(
+            f"the network takes {in_channels} channels and returns {out_channels} (depth or inpainting), and the"
+            " sampler graph has no image to condition on: leave sampler out of components"
+        )
 
 
 def parse(arguments: list[str], program: str) -> ExportOptions:

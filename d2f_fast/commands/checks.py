@@ -2,34 +2,52 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.lora.family import unknown_family
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import ChosenSteps
 
 
-def check_lora_and_output(lora: Iterable[str], output_dir: str, shift: float | None = None) -> None:
-    """Refuse LoRA files that cannot be read or used together, and an output folder whose name is that of a file.
+def check_lora_and_output(
+    lora: Sequence[str],
+    output_dir: str,
+    shift: float | None = None,
+    *,
+    model: str | None = None,
+    options: ModelOptions | None = None,
+    images: int = 0,
+) -> None:
+    """Refuse LoRA files and tags that cannot be used together, and an output folder whose name is that of a file.
 
     Args:
         lora: LoRA as PATH or PATH:SCALE.
         output_dir: Output folder, which is not made here.
         shift: Shift of the sampling, whatever the files say; None takes theirs, on which they must agree.
+        model: Model that the LoRA are merged into, whose own files were checked; None for none.
+        options: Options of the model; None for the defaults.
+        images: Number of images whose latents the network sees beside its own; see `model_layers`.
 
     Raises:
-        RefusedInputError: A LoRA file or the output folder cannot be used.
+        RefusedInputError: A LoRA file, a tag or the output folder cannot be used.
     """
     from d2f_fast.files.atomic import make_folder
     from d2f_fast.lora.tags import common_tags
+    from d2f_fast.models.layers import check_lora_fits
+    from d2f_fast.models.tags import check_sampling_tags
 
+    options = options or ModelOptions()
     paths = [parse_lora(entry).path for entry in lora]
     for path in paths:
         check_lora_file(path)
     common_tags(paths, shift)  # This refuses tags that contradict each other.
+    if model is not None:
+        check_sampling_tags(model, lora, options, shift)
+        check_lora_fits(lora, model, options, images)
     if os.path.exists(output_dir):
         make_folder(output_dir)  # This refuses a file of that name.
 
@@ -45,21 +63,52 @@ def say_steps(given: int | None, steps: ChosenSteps) -> None:
         print(f"d2f: num_inference_steps {steps.number}, {steps.source}", file=sys.stderr)
 
 
-def check_base_model(base_model: str | None, lora: Path, kohya_output: Path | None) -> None:
-    """Refuse a base model that is no folder, and a kohya file whose names nothing tells.
+def check_lora_forms(base_model: str | None, loras: Sequence[Path], kohya_output: Path | None) -> None:
+    """Refuse LoRA files that cannot be written in another form: of different models, or of one that nothing names.
 
     Args:
-        base_model: Folder of the model that a LoRA belongs to, or "miniature"; None for none.
-        lora: LoRA file.
+        base_model: Folder of the model that the LoRA belong to, or "miniature"; None for none.
+        loras: LoRA files, at least one.
         kohya_output: Kohya file to write; None for a file of another form.
 
     Raises:
-        RefusedInputError: There is no such folder, or the LoRA does not show which model it is of.
+        RefusedInputError: There is no such folder, a LoRA does not belong to its model or shows no model, or the LoRA
+            are of different families.
     """
     from d2f_fast.lora.describe import shows_no_family
+    from d2f_fast.lora.fit import check_named_as_in_diffusers, check_plain_layers, known_layers
+    from d2f_fast.lora.header import common_family, read_lora_header
+    from d2f_fast.models.layers import model_layers
 
     if base_model is None:
-        if kohya_output is not None and shows_no_family(lora):
+        if kohya_output is not None and shows_no_family(loras[0]):
             raise unknown_family(kohya_output)
     elif base_model != MINIATURE and not Path(base_model).is_dir():
         raise RefusedInputError(f"base_model: {printable(base_model)} is not a diffusers folder")
+    headers = [read_lora_header(path) for path in loras]
+    family = common_family(headers)
+    layers = None if base_model is None else model_layers(base_model, ModelOptions())
+    for header in headers:
+        check_plain_layers(header)
+        if layers is not None:
+            known_layers(header, layers)
+        elif family is None:
+            check_named_as_in_diffusers(header)
+
+
+def check_merge(model: str, lora: Sequence[str], options: ModelOptions) -> None:
+    """Refuse LoRA that cannot be merged into a model together.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file, or "miniature".
+        lora: LoRA as PATH or PATH:SCALE.
+        options: Options of the model.
+
+    Raises:
+        RefusedInputError: A LoRA cannot be used, is one of another model, or contradicts another one.
+    """
+    from d2f_fast.lora.tags import common_tags
+    from d2f_fast.models.layers import check_lora_fits
+
+    common_tags([parse_lora(entry).path for entry in lora], shift=1.0)  # Where their shifts differ, none is taken.
+    check_lora_fits(lora, model, options)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from d2f_fast.commands.checks import check_base_model
+from d2f_fast.commands.checks import check_lora_forms, check_merge
 from d2f_fast.config import MAX_RANK, at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_place
@@ -116,7 +116,10 @@ class Convert:
         for entry in self.lora:
             check_lora_file(parse_lora(entry).path)
         if source.is_lora:
-            check_base_model(self.base_model, lora_path(source.name), output if form == "kohya" else None)
+            loras = [lora_path(source.name), *(parse_lora(entry).path for entry in self.lora)]
+            check_lora_forms(self.base_model, loras, output if form == "kohya" else None)
+        elif self.lora:
+            check_merge(source.name, self.lora, self.model_options)
         return source, form, output
 
     def run(self) -> dict[str, Any]:
@@ -252,17 +255,14 @@ class Convert:
     def _convert_lora(self, source: Input, output: Path, form: OutputForm) -> dict[str, Any]:
         """Write a LoRA, with others joined to it, and return details of the result."""
         from d2f_fast.files.tensor_header import read_tensor_header
-        from d2f_fast.lora.forms import family_of_lora, kept_entries, layers_by_name
+        from d2f_fast.lora.forms import kept_entries, layers_by_name
+        from d2f_fast.lora.header import common_family
         from d2f_fast.lora.read import read_lora
         from d2f_fast.lora.resize import added
 
         loras = [(Path(source.name), source.scale), *map(parse_lora, self.lora)]
         files = [(read_lora(path), scale) for path, scale in loras]
-        families = {family_of_lora(file) for file, _ in files}
-        if len(families) > 1:
-            named = ", ".join(f"{printable(file.path)} {family_of_lora(file)}" for file, _ in files)
-            raise RefusedInputError(f"the LoRA files are of different families ({named}): give LoRA of one model")
-        networks = self._networks(next(iter(families)))
+        networks = self._networks(common_family([file.about for file, _ in files]))
         layers = added([(layers_by_name(file, networks), scale) for file, scale in files])
         tags = [kept_entries(file.header) for file, _ in files]
         common = {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}

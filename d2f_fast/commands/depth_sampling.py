@@ -6,6 +6,8 @@ This module imports torch only where a model is loaded, so that the help answers
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2f_fast.commands.checks import check_lora_and_output
+from d2f_fast.commands.depth_checks import check_depth_model, check_ensemble
 from d2f_fast.config import MAX_SIDE, at_least, check_options, check_seed, option
 from d2f_fast.models.options import ModelOptions
 
@@ -52,16 +54,28 @@ class DepthSampling:
         """Refuse values that an option does not take."""
         check_options(self)
 
+    def check(self, output_dir: str) -> None:
+        """Refuse, before the slow imports, a model, LoRA or output folder that cannot be used.
+
+        Args:
+            output_dir: Output folder, which is not made here.
+
+        Raises:
+            RefusedInputError: The model or a LoRA cannot be used or predicts no depth, SciPy is needed and missing, or
+                the output folder is a file.
+        """
+        check_ensemble(self.ensemble_size)
+        check_depth_model(self.model, self.lora, self.model_options)
+        check_lora_and_output(self.lora, output_dir, model=self.model, options=self.model_options, images=1)
+
     def load(self) -> "DepthModel":
         """Load the model, onto the GPU where there is one.
 
         Raises:
-            RefusedInputError: The model or a LoRA cannot be used or predicts no depth, or SciPy is needed and missing.
+            RefusedInputError: The model or a LoRA cannot be used or predicts no depth.
         """
-        from d2f_fast.commands.depth_model import check_depth_model, check_ensemble, load_depth_model
+        from d2f_fast.commands.depth_model import load_depth_model
 
-        check_ensemble(self.ensemble_size)
-        check_depth_model(self.model, self.lora, self.model_options)
         return load_depth_model(self.model, self.lora, self.model_options, self.sampler)
 
     @property

@@ -185,7 +185,7 @@ class Evaluate:
         check_negative_prompt(self.negative_prompt, guidance_or_default(self.guidance_scale))
         if self.model is not None and (configs := read_configs(self.model, self.model_options)) is not None:
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        check_lora_and_output(self.lora, self.output_dir, self.shift)
+        check_lora_and_output(self.lora, self.output_dir, self.shift, model=self.model, options=self.model_options)
         if self.model is not None:
             check_steps(self.method, self.steps_of(self.model).number)
         return self._files()

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.commands.depth_sampling import DepthSampling
 from d2f_fast.config import MAX_STEPS, at_least, check_options, option, positive
 from d2f_fast.data.depth_options import MAX_DEPTH, DepthOptions
@@ -72,7 +71,7 @@ class EvaluateDepth:
         """
         check_options(self)
         self._images()
-        check_lora_and_output(self.sampling.lora, self.output_dir)
+        self.sampling.check(self.output_dir)
 
     def run(self) -> dict[str, Any]:
         """Measure, write what was measured, and return it.

@@ -10,14 +10,14 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.lora.merge import MergedLora, fuse_adapter
 from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.source import parse_lora
-from d2f_fast.lora.tags import check_tags, common_tags
+from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.autoencoder import other_autoencoder
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import ModelFacts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
-from d2f_fast.models.tags import lowest_guidance, saved_tags, tags_source
+from d2f_fast.models.tags import lowest_guidance, options_of_training
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -94,36 +94,3 @@ def load_with_lora(
     if of_training.pop("vae_reflection_padding", False):
         facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipeline.vae, True))
     return SampledModel(pipeline, facts, of_training, guidance, fingerprints, merged)
-
-
-def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> dict[str, Any]:
-    """Return prediction type, form, shift and padding: those given, else those in the tags of the LoRA or model.
-
-    Args:
-        model: Model as it was given.
-        lora: LoRA as PATH or PATH:SCALE; where there are any, their tags count, and those of the model do not.
-        options: Options of the model.
-        shift: Shift that was given; None for none.
-
-    Raises:
-        RefusedInputError: The tags cannot be used, or contradict each other.
-    """
-    source = ", ".join(lora) or tags_source(model)
-    tags = common_tags([parse_lora(entry).path for entry in lora], shift) if lora else saved_tags(model)
-    chosen: dict[str, Any] = {"prediction_type": options.prediction_type, "shift": shift}
-    try:
-        tags = dict(tags)
-        check_tags(str(source), tags, shift)
-        if shift is None and "d2f.shift" in tags:
-            chosen["shift"] = float(tags["d2f.shift"])
-        # The other types are the base model's, whose own configuration says which one it is.
-        kinds = (None, "flow_prediction")
-        if chosen["prediction_type"] in kinds and tags.get("d2f.prediction_type") == "flow_prediction":
-            chosen |= {"prediction_type": "flow_prediction", "fm_form": tags.get("d2f.fm_form")}
-        if options.vae_reflection_padding is None:
-            chosen["vae_reflection_padding"] = tags.get("d2f.vae_reflection_padding") == "true"
-    except RefusedInputError:
-        raise
-    except (AttributeError, TypeError, ValueError) as error:
-        raise RefusedInputError(f"{source} holds no usable tags ({error}): write the model again") from error
-    return {name: value for name, value in chosen.items() if value is not None}

@@ -272,5 +272,5 @@ class Pairs:
         check_negative_prompt(self.negative_prompt, self.guidance_scale_max or self.guidance_scale)
         if (configs := read_configs(self.model, self.model_options)) is not None:
             self._size(configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        check_lora_and_output(self.lora, self.output_dir, self.shift)
+        check_lora_and_output(self.lora, self.output_dir, self.shift, model=self.model, options=self.model_options)
         return list(self._prompts())

@@ -165,7 +165,8 @@ class Sample:
         elif (configs := read_configs(self._model, self.model_options)) is not None:
             check_sees_no_image(self._model, configs)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
-        check_lora_and_output(self.lora, self.output_dir, self.shift)
+        model = None if self.onnx is not None else self._model
+        check_lora_and_output(self.lora, self.output_dir, self.shift, model=model, options=self.model_options)
         if self.onnx is None:
             check_steps(self.method, self._steps.number)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_fast.commands.checks import check_lora_and_output
 from d2f_fast.commands.depth_sampling import DepthSampling
 from d2f_fast.commands.sample import earlier_rows
 from d2f_fast.config import check_options, option
@@ -57,7 +56,7 @@ class SampleDepth:
         for path in self._images():
             if (existing := output / f"{path.stem}.npy").exists():
                 raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
-        check_lora_and_output(self.sampling.lora, self.output_dir)
+        self.sampling.check(self.output_dir)
 
     def run(self) -> dict[str, Any]:
         """Predict the depth of the images, write it, and return what was written.

@@ -15,7 +15,6 @@ from d2f_fast.config import TrainingConfig, check_options, option
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions, check_flow_schedule
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from d2f_fast.data.image_folder import CaptionedImages
     from d2f_fast.data.mixed import MixedImages
     from d2f_fast.data.pairs import PairDataset
+    from d2f_fast.models.configs import ModelConfigs
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
 
 
@@ -125,8 +125,7 @@ class Train:
         Raises:
             RefusedInputError: The data, the model, the output folder or an option cannot be used.
         """
-        self._data_set()
-        self._validation_set()
+        self._checked_data()
 
     def run(self) -> dict[str, Any]:
         """Train the model, save the result, and return what was trained and where it was written.
@@ -134,21 +133,24 @@ class Train:
         Raises:
             RefusedInputError: The data, the model or an option cannot be used.
         """
-        dataset, output = self._data_set(), Path(self.options.output_dir)
+        data, output = self._checked_data(), Path(self.options.output_dir)
         # The first process writes, and so keeps other runs out, before the slow imports and the loading of the model.
         writes = int(os.environ.get("RANK", 0)) == 0
         with locked_folder(output) if writes else nullcontext():
-            return self._train(dataset, output)
+            return self._train(*data, output)
 
     def _train(
-        self, found: "CaptionedImages | MixedImages | PairDataset | list[DepthSource]", output: Path
+        self,
+        found: "CaptionedImages | MixedImages | PairDataset | list[DepthSource]",
+        held_out: "CaptionedImages | PairDataset | None",
+        output: Path,
     ) -> dict[str, Any]:
         """Train and save in an output folder that no other run uses."""
         started = time.monotonic()
         silence_libraries()
         from d2f_fast.commands.data_lines import data_lines
         from d2f_fast.data.depth_encoding import DepthDataset, options_for_depth
-        from d2f_fast.data.pair_encoding import options_for_pairs
+        from d2f_fast.data.pair_checks import options_for_pairs
         from d2f_fast.data.pairs import PairDataset
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.objective import method_line
@@ -173,7 +175,7 @@ class Train:
                 print(f"d2f: {line}", file=sys.stderr)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
         with stop_signals(trainer.has_unsaved_steps, announce=trainer.accelerator.is_main_process) as signals:
-            result = trainer.fit(dataset, self._validation_set())
+            result = trainer.fit(dataset, held_out)
             if not trainer.accelerator.is_main_process:
                 return result | {"output": str(output)}
             if result["loss"] is None and not result["skipped_steps"]:
@@ -201,28 +203,45 @@ class Train:
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
 
-    def _data_set(self) -> "CaptionedImages | MixedImages | PairDataset | list[DepthSource]":
-        """Return the images or pairs, once everything that can be refused without torch has been checked."""
+    def _checked_data(
+        self,
+    ) -> "tuple[CaptionedImages | MixedImages | PairDataset | list[DepthSource], CaptionedImages | PairDataset | None]":
+        """Return the data and the held-out data, once all that can be refused without torch has been checked."""
+        configs = self._check_files()
+        dataset, held_out = self._data_set(), self._validation_set()
+        if configs is not None and (self.pairs or self.validation_pairs):
+            from d2f_fast.data.pair_checks import check_pairs_of_run  # It imports NumPy.
+
+            check_pairs_of_run(self.options, self.model_options, configs, dataset, held_out)
+        return dataset, held_out
+
+    def _check_files(self) -> "ModelConfigs | None":
+        """Refuse options, a model, LoRA and a checkpoint that cannot be used, and return the model's configurations."""
         check_options(self)
         check_launch(self.options, os.environ)
-        output = Path(self.options.output_dir)
-        self._check_pipeline(output / "pipeline")
-        if self.options.init_lora is not None:
-            check_lora_file(parse_lora(self.options.init_lora).path)
+        self._check_pipeline(Path(self.options.output_dir) / "pipeline")
         self._check_data()
-        from d2f_fast.data.image_folder import CaptionedImages
-        from d2f_fast.models.configs import check_training, read_configs
+        from d2f_fast.models.configs import check_one_text_encoder, check_training, read_configs
+        from d2f_fast.training.adapter import check_adapter
         from d2f_fast.training.checkpoint import refuse_used_folder
         from d2f_fast.training.run_settings import check_settings
 
+        model, is_depth = (self.pretrained_model_name_or_path, self.model_options), self.task == "depth"
         if self.options.objective == "fm":
             check_flow_schedule(self.model_options, "objective fm")
-        check_teacher_files(self.teacher_options, self.pretrained_model_name_or_path, self.model_options)
-        if (configs := read_configs(self.pretrained_model_name_or_path, self.model_options)) is not None:
-            check_training(configs, self.options.resolution, images=int(self.task == "depth"))
-        normalization = self.depth_options.depth_normalization if self.task == "depth" else None
+        check_teacher_files(self.teacher_options, *model)
+        if (configs := read_configs(*model)) is not None:
+            check_training(configs, self.options.resolution, images=int(is_depth))
+            if is_depth:
+                check_one_text_encoder(configs.text_encoders)
+        normalization = self.depth_options.depth_normalization if is_depth else None
         check_settings(self.options, self.model_options, self.teacher_options, configs, normalization)
-        refuse_used_folder(output, self.options.resume_from_checkpoint)
+        check_adapter(self.options, *model, images=int(is_depth), has_teacher=self.teacher_options.teacher is not None)
+        refuse_used_folder(self.options.output_dir, self.options.resume_from_checkpoint)
+        return configs
+
+    def _data_set(self) -> "CaptionedImages | MixedImages | PairDataset | list[DepthSource]":
+        """Return the images or pairs."""
         if not self._folders:
             from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
 
@@ -234,6 +253,8 @@ class Train:
             sources = find_depth_sources(self._folders, self.depth_options)
             mixture_of([len(source) for source in sources], self.dataset_weights)
             return sources
+        from d2f_fast.data.image_folder import CaptionedImages
+
         keys = self.image_column, self.caption_column, self.caption_extension
         folders = [CaptionedImages(folder, *keys) for folder in self._folders]
         if len(folders) == 1 and self.dataset_weights is None:
@@ -243,7 +264,7 @@ class Train:
         return MixedImages(folders, self.dataset_weights)
 
     def _validation_set(self) -> "CaptionedImages | PairDataset | None":
-        """Return the held-out images or pairs, once what can be refused without torch has been checked."""
+        """Return the held-out images or pairs."""
         from d2f_fast.data.image_folder import CaptionedImages
 
         folder, pairs, steps = self.validation_data_dir, self.validation_pairs, self.options.validation_steps

@@ -25,7 +25,8 @@ from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import DatasetError
 from d2f_fast.files.hashes import FileHashes
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.models.marigold import check_one_text_encoder, empty_text
+from d2f_fast.models.configs import check_one_text_encoder
+from d2f_fast.models.marigold import empty_text, text_encoders_of
 
 if TYPE_CHECKING:
     import os
@@ -170,7 +171,7 @@ class DepthEncoder:
     def __init__(self, model: BaseModel, config: TrainingConfig, dataset: DepthDataset) -> None:
         self._model, self._config, self._dataset = model, config, dataset
         self._resolution = config.resolution or model.resolution
-        check_one_text_encoder(model.pipeline)
+        check_one_text_encoder(text_encoders_of(model.pipeline))
         self._text = empty_text(model.pipeline).cpu()
         self._cache = None
         if config.cache_latents:

@@ -1,10 +1,8 @@
 """Load this process' pairs of a batch, and encode their prompts through the cache on disk."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +13,10 @@ from d2f_fast.data.batch import Batch
 from d2f_fast.data.cache import CacheKey, EmbeddingCache
 from d2f_fast.data.encoding import empty_slice, encode_one_by_one
 from d2f_fast.data.order import BatchPlan
+from d2f_fast.data.pair_checks import check_origin, check_pairs_fit
 from d2f_fast.data.pairs import PairDataset
-from d2f_fast.errors import DatasetError, printable
+from d2f_fast.errors import DatasetError
 from d2f_fast.models.base_model import BaseModel
-
-# A deviation in this range is accepted whatever the scaling factor is: that of strongly guided latents is above 1.
-_USUAL_DEVIATION = (0.4, 2.5)
 
 
 @dataclass
@@ -118,26 +114,6 @@ class PairEncoder:
         }
 
 
-def options_for_pairs(config: TrainingConfig, dataset: PairDataset) -> TrainingConfig:
-    """Return the options of a run on pairs, with what the pairs settle where it is left open.
-
-    Args:
-        config: Options of the run.
-        dataset: The pairs.
-
-    Returns:
-        The same options, with no dropout, because the guidance of the pairs is built in; and with the resolution of the
-        pairs, where they state it.
-    """
-    sides = [dataset.common_meta(name) for name in ("height", "width")]
-    known = all(isinstance(side, int) and side > 0 for side in sides)
-    return dataclasses.replace(
-        config,
-        caption_dropout=0.0 if config.caption_dropout is None else config.caption_dropout,
-        resolution=config.resolution or (min(sides) if known else None),
-    )
-
-
 def check_pairs(dataset: PairDataset, model: BaseModel, fingerprints: Mapping[str, str], resolution: int) -> None:
     """Refuse pairs that do not fit the model that is to be trained.
 
@@ -151,46 +127,6 @@ def check_pairs(dataset: PairDataset, model: BaseModel, fingerprints: Mapping[st
         DatasetError: The latents have another number of channels, size or scale, or the pairs were made with another
             model or autoencoder, and the data set was not told that this is meant.
     """
-    channels, height, width = dataset.shape
-    first = printable(dataset.shards[0].path)
-    if channels != (wanted := model.unet.config.in_channels):
-        raise DatasetError(
-            f"{first} has latents of {channels} channels, and the model takes {wanted}: train the model that made the"
-            " pairs"
-        )
-    if (side := min(height, width) * model.downsampling) != resolution:
-        raise DatasetError(
-            f"{first} has images whose shorter side is {side} pixels, and the resolution is {resolution}: give"
-            f" --resolution {side}"
-        )
-    _check_scale(dataset, float(model.vae.config.scaling_factor))
-    if not dataset.of_another_model:
-        for shard in dataset.shards:
-            _check_origin(printable(shard.path), shard.meta, fingerprints)
-
-
-def _check_scale(dataset: PairDataset, scaling_factor: float) -> None:
-    """Refuse latents that lack the scaling factor of the autoencoder, or have it twice.
-
-    The deviation of scaled latents is about 1, so that of others is about the factor, or its inverse: the border is
-    half way, as a ratio.
-    """
-    border = min(scaling_factor, 1 / scaling_factor) ** 0.5
-    low, high = min(border, _USUAL_DEVIATION[0]), max(1 / border, _USUAL_DEVIATION[1])
-    if not low <= (deviation := dataset.latents_deviation) <= high:
-        raise DatasetError(
-            f"{printable(dataset.shards[0].path)}: the latents have a deviation of {deviation:.3g}, and those of the"
-            f" model about 1 with its scaling factor of {scaling_factor:g}: store latents in the scale of the pipeline,"
-            " as d2f pairs does, or give the model's own --vae_custom_scale"
-        )
-
-
-def _check_origin(shard: str, meta: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
-    """Refuse a shard that another model or autoencoder made."""
-    for key, part, name in (("vae", "vae", "autoencoder"), ("model", "unet", "model")):
-        if key in meta and meta[key] != fingerprints[part]:
-            raise DatasetError(
-                f"{shard} was made with another {name} ({printable(str(meta[key])[:40])}) than the one that is trained"
-                f" ({fingerprints[part]}): train the model that made the pairs, or add --pairs_of_another_model if this"
-                " is meant"
-            )
+    channels: int = model.unet.config.in_channels
+    check_pairs_fit(dataset, channels, model.downsampling, float(model.vae.config.scaling_factor), resolution)
+    check_origin(dataset, fingerprints)

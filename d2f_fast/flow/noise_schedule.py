@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from d2f_fast.errors import ModelError
+from d2f_fast.flow.scheduler_config import check_zero_snr
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -58,11 +59,7 @@ class NoiseSchedule:
         # Flow times must differ in float32 too: training could not distinguish two that coincide there.
         if not in_range or not bool((self.flow_times().float().diff() < 0).all()):
             raise ModelError("alphas_cumprod must decrease strictly within (0, 1), ending at 0 or above")
-        if self.prediction_type == "epsilon" and self.zero_terminal_snr:
-            raise ModelError(
-                "prediction_type 'epsilon' with zero terminal SNR: pure noise says nothing about the data, so its"
-                " velocity is undefined; set rescale_betas_zero_snr to false, or use a v-prediction model"
-            )
+        check_zero_snr(self.prediction_type, self.zero_terminal_snr)
 
     @property
     def zero_terminal_snr(self) -> bool:

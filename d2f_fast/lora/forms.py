@@ -4,7 +4,6 @@ unet.<module>    text_encoder.text_model.<module>    text_encoder_2.text_model.<
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,14 +12,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.tensor_stream import LazyTensor, write_tensor_stream
-from d2f_fast.lora.family import Family, family_of_text_width, unknown_family
-from d2f_fast.lora.file_keys import component_of
-from d2f_fast.lora.key_names import module_names
+from d2f_fast.lora.family import unknown_family
+from d2f_fast.lora.fit import check_named_as_in_diffusers, check_plain_layers, known_layers
+from d2f_fast.lora.key_names import layers_of
 from d2f_fast.lora.kohya import kohya_header, kohya_state_dict
-from d2f_fast.lora.layer_weights import LayerWeights, LoraLayerWeights
-from d2f_fast.lora.match import canonical_names
+from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.read import LoraFile
 from d2f_fast.lora.reload import uniform_scale_metadata
 from d2f_fast.lora.resize import Layers, folded
@@ -34,7 +31,6 @@ _KEPT = ("d2f.", "ss_", "modelspec.")
 _OF_ONE_FILE = {
     *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "modelspec.hash_sha256"),
 }
-_FAMILY_OF_VERSION: dict[str, Family] = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl_": "sdxl"}
 
 
 class Networks(Protocol):
@@ -46,19 +42,6 @@ class Networks(Protocol):
     def text_encoder(self) -> nn.Module: ...
     @property
     def text_encoder_2(self) -> nn.Module | None: ...
-
-
-def family_of_lora(lora: LoraFile) -> Family | None:
-    """Return the family of the model that a LoRA was trained for, or None where the file does not show it.
-
-    Args:
-        lora: LoRA file. The width of the text that its layers take decides, and its header where it has none of them.
-    """
-    for name, layer in lora.layers.items():
-        if re.search(r"attn2[._]to_[kv]$", name) and component_of(name) == "unet":
-            return family_of_text_width(layer.shape[1])
-    version = lora.header.get("ss_base_model_version", "")
-    return next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
 
 
 def kept_entries(header: Mapping[str, str]) -> dict[str, str]:
@@ -80,27 +63,13 @@ def layers_by_name(lora: LoraFile, networks: Networks | None) -> dict[str, LoraL
     Raises:
         ModelError: A layer is not one of the model's, occurs twice, or is DoRA; or the model is needed and not known.
     """
+    check_plain_layers(lora.about)
     if networks is None:
-        foreign = [name for name in lora.layers if not name.startswith(("unet.", *(f"{e}." for e in _TEXT_ENCODERS)))]
-        if foreign:
-            raise ModelError(
-                f"LoRA {printable(lora.path)}: its layers, such as {printable(foreign[0])}, do not show which model"
-                " they are of: give its folder as --base_model"
-            )
-        return {_with_text_model(name): _as_lora(lora, name, layer) for name, layer in lora.layers.items()}
-    modules, names = module_names(networks), canonical_names(networks)
-    layers: dict[str, LoraLayerWeights] = {}
-    for name, layer in lora.layers.items():
-        if name not in modules:
-            raise ModelError(
-                f"LoRA {printable(lora.path)}: {printable(name)} is no layer of this model: give the folder of the"
-                " model that the LoRA was trained for as --base_model"
-            )
-        known = _with_text_model(names[id(modules[name])])
-        if known in layers:
-            raise ModelError(f"LoRA {printable(lora.path)}: {known} is adapted twice, under two names: it is damaged")
-        layers[known] = _as_lora(lora, name, layer)
-    return layers
+        check_named_as_in_diffusers(lora.about)
+        names = {name: name for name in lora.layers}
+    else:
+        names = known_layers(lora.about, layers_of(networks))
+    return {_with_text_model(known): folded(lora.layers[name].as_lora()) for name, known in names.items()}
 
 
 def write_lora_form(
@@ -148,17 +117,6 @@ def write_lora_form(
         for key, tensor in tensors.items()
     }
     write_tensor_stream(path, lazy, entries | dict(tags or {}))
-
-
-def _as_lora(lora: LoraFile, name: str, layer: LayerWeights) -> LoraLayerWeights:
-    """Return an update as two matrices with the scale folded in, or refuse DoRA, which depends on the weight."""
-    found = layer.as_lora()
-    if found.magnitude is not None:
-        raise ModelError(
-            f"LoRA {printable(lora.path)}: {printable(name)} is DoRA, whose update depends on the model's weights:"
-            " merge it into the model, with --lora"
-        )
-    return folded(found)
 
 
 def _peft_metadata(layers: Layers) -> dict[str, object]:

@@ -11,14 +11,9 @@ from torch import nn
 
 from d2f_fast.errors import ModelError
 from d2f_fast.lora.float32_weights import float32_stand_ins
+from d2f_fast.lora.targets import CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, LINEAR_TARGETS, check_targets
 
 ADAPTER = "default"
-LINEAR_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"),
-    *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-)
-CONVOLUTION_TARGETS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
-FIRST_LAYER, LAST_LAYER = "conv_in", "conv_out"
 
 
 def inject_lora(
@@ -53,13 +48,7 @@ def inject_lora(
     if rank < 1 or conv_rank < 0:
         raise ModelError(f"rank must be at least 1 and conv_rank at least 0, got {rank} and {conv_rank}")
     targets = list(LINEAR_TARGETS if target_modules is None else target_modules)
-    for target in target_modules or ():  # peft ignores the ones that match nothing
-        matched = [module for name, module in unet.named_modules() if f".{name}".endswith(f".{target}")]
-        if not matched or not all(isinstance(module, nn.Linear | nn.Conv2d) for module in matched):
-            raise ModelError(
-                f"target_modules: {target!r} is not a linear or convolution layer of the UNet:"
-                " choose from its module names"
-            )
+    check_targets(target_modules or (), adaptable_names(unet))
     ranks: dict[str, int] = {}
     if conv_rank:
         ranks |= dict.fromkeys(CONVOLUTION_TARGETS, conv_rank)
@@ -80,6 +69,11 @@ def inject_lora(
         alpha_pattern={name: scale * r for name, r in ranks.items()},
     )
     return add_adapter(unet, config, seed)
+
+
+def adaptable_names(unet: nn.Module) -> list[str]:
+    """Return the names of the linear layers and convolutions of a UNet."""
+    return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 def add_adapter(unet: UNet2DConditionModel, config: LoraConfig, seed: int = 0) -> dict[str, nn.Parameter]:

@@ -3,10 +3,35 @@
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from d2f_fast.lora.fit import ModelLayers, unet_names_in_files
 from d2f_fast.lora.original_names import original_unet_name
 
 AdaptableLayer = nn.Linear | nn.Conv2d
-KOHYA_PREFIX = "lora_unet_"
+
+
+def adaptable_layers(pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
+    """Return every linear and convolution layer of a pipeline, by the names of `ModelLayers`.
+
+    Args:
+        pipeline: Stable Diffusion pipeline, with one or two text encoders.
+    """
+    return {
+        f"{component}.{name.removeprefix('text_model.')}": module
+        for component in ("unet", "text_encoder", "text_encoder_2")
+        if (model := getattr(pipeline, component, None)) is not None
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptableLayer)
+    }
+
+
+def layers_of(pipeline: DiffusionPipeline) -> ModelLayers:
+    """Return the names and shapes of the layers of a pipeline.
+
+    Args:
+        pipeline: Stable Diffusion pipeline, with one or two text encoders.
+    """
+    shapes = {name: tuple(module.weight.shape) for name, module in adaptable_layers(pipeline).items()}
+    return ModelLayers(shapes, pipeline.unet.config)
 
 
 def module_names(pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
@@ -15,20 +40,8 @@ def module_names(pipeline: DiffusionPipeline) -> dict[str, AdaptableLayer]:
     Args:
         pipeline: Stable Diffusion pipeline, with one or two text encoders.
     """
-    found: dict[str, AdaptableLayer] = {}
-    unet = pipeline.unet
-    for name, module in _layers(unet):
-        found |= dict.fromkeys(unet_layer_names(name, unet), module)
-    for component, prefixes in {"text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}.items():
-        encoder = getattr(pipeline, component, None)
-        for name, module in _layers(encoder) if encoder is not None else ():
-            # LoRA files have this prefix, which transformers has dropped from its module names.
-            bare = name.removeprefix("text_model.")
-            for spelled in (bare, f"text_model.{bare}"):
-                found[f"{component}.{spelled}"] = module
-                for prefix in prefixes:
-                    found[f"lora_{prefix}_{spelled.replace('.', '_')}"] = module
-    return found
+    modules = adaptable_layers(pipeline)
+    return {spelled: modules[name] for spelled, name in layers_of(pipeline).names_in_files().items()}
 
 
 def unet_layer_names(name: str, unet: UNet2DConditionModel) -> list[str]:
@@ -38,9 +51,7 @@ def unet_layer_names(name: str, unet: UNet2DConditionModel) -> list[str]:
         name: Name of the layer in diffusers.
         unet: The UNet, whose configuration gives the number of layers in a block.
     """
-    names = [f"unet.{name}", f"{KOHYA_PREFIX}{name.replace('.', '_')}"]
-    sgm = sgm_name(name, unet)
-    return names if sgm is None else [*names, f"{KOHYA_PREFIX}{sgm}"]
+    return unet_names_in_files(name, unet.config)
 
 
 def sgm_name(name: str, unet: UNet2DConditionModel) -> str | None:
@@ -65,8 +76,3 @@ def text_module(name: str) -> str:
     """
     bare = name.removeprefix("text_model.")
     return bare if bare.startswith("text_projection") else f"text_model.{bare}"
-
-
-def _layers(model: nn.Module) -> list[tuple[str, AdaptableLayer]]:
-    """Return the linear and convolution layers of a model, by name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptableLayer)]

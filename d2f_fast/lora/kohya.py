@@ -18,8 +18,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from d2f_fast.lora.family import Family, family_of, has_sizes_condition
-from d2f_fast.lora.inject import FIRST_LAYER, LAST_LAYER
-from d2f_fast.lora.key_names import KOHYA_PREFIX, sgm_name, text_module
+from d2f_fast.lora.fit import KOHYA_PREFIX
+from d2f_fast.lora.key_names import sgm_name, text_module
+from d2f_fast.lora.targets import FIRST_LAYER, LAST_LAYER
 
 # What the programs call each family, from which A1111 and Forge decide whether a file fits the loaded model.
 _KOHYA_VERSIONS: dict[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from d2f_fast.lora.shapes import loha_shape, lokr_shape, lora_shape
+
 
 @dataclass(frozen=True)
 class LoraLayerWeights:
@@ -152,15 +154,10 @@ def lora_weights(parts: Mapping[str, Tensor], alpha: float) -> LoraLayerWeights:
     Raises:
         ValueError: The parts have no rank in common.
     """
+    lora_shape(_shapes(parts))
     down, up, mid, magnitude = parts["down"], parts["up"], parts.get("mid"), parts.get("magnitude")
     if mid is not None:
-        if mid.ndim != 4 or down.ndim < 2 or down.shape[2:].numel() != 1 or mid.shape[1] != down.shape[0]:
-            raise ValueError(f"the core {list(mid.shape)} does not fit {list(down.shape)}")
         down = torch.einsum("rskl,si->rikl", mid, down.flatten(1))
-    if min(down.ndim, up.ndim) < 2 or not 0 < down.shape[0] == up.shape[1:].numel():
-        raise ValueError(f"the matrices {list(up.shape)} and {list(down.shape)} have no rank in common")
-    if magnitude is not None and magnitude.numel() not in (up.shape[0], down.shape[1]):
-        raise ValueError(f"the magnitude {list(magnitude.shape)} has no number for each output")
     if magnitude is not None:
         magnitude = magnitude.flatten() if magnitude.numel() == up.shape[0] else magnitude.reshape(1, -1)
     return LoraLayerWeights(down, up, alpha, magnitude)
@@ -176,15 +173,12 @@ def loha_weights(parts: Mapping[str, Tensor], alpha: float | None) -> HadamardLa
     Raises:
         ValueError: The shapes do not fit each other.
     """
-    factors = []
-    for i in ("1", "2"):
-        a, b, core = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")
-        factors.append(_with_core(a, b, core) if core is not None else _product(a, b))
-    (up1, down1), (up2, down2) = factors
-    if (up1.shape[0], down1.shape[1]) != (up2.shape[0], down2.shape[1]):
-        raise ValueError("the two products differ in shape")
+    loha_shape(_shapes(parts))
+    first, second = (
+        _product(parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")) for i in ("1", "2")
+    )
     rank = parts["hada_w1_b"].shape[0]
-    return HadamardLayerWeights(((up1, down1), (up2, down2)), float(rank) if alpha is None else alpha, rank)
+    return HadamardLayerWeights((first, second), float(rank) if alpha is None else alpha, rank)
 
 
 def lokr_weights(parts: Mapping[str, Tensor], alpha: float | None, rank: int | None = None) -> KroneckerLayerWeights:
@@ -199,34 +193,31 @@ def lokr_weights(parts: Mapping[str, Tensor], alpha: float | None, rank: int | N
     Raises:
         ValueError: A factor is missing, or the shapes do not fit each other.
     """
+    lokr_shape(_shapes(parts))
     factors: list[tuple[Tensor, Tensor | None]] = []
     for i in ("1", "2"):
-        whole, core = parts.get(f"lokr_w{i}"), parts.get(f"lokr_t{i}")
-        if whole is not None:
-            if whole.ndim < 2 or not whole.numel():
-                raise ValueError(f"lokr_w{i} is not a matrix")
+        if (whole := parts.get(f"lokr_w{i}")) is not None:
             factors.append((whole.flatten(1), None))
             continue
-        if f"lokr_w{i}_a" not in parts or f"lokr_w{i}_b" not in parts:
-            raise ValueError(f"lokr_w{i} is missing")
         a, b = parts[f"lokr_w{i}_a"], parts[f"lokr_w{i}_b"]
-        factors.append(_with_core(a, b, core) if core is not None else _product(a, b))
+        factors.append(_product(a, b, parts.get(f"lokr_t{i}")))
         rank = rank or b.shape[0]
     scale = 1.0 if rank is None or alpha is None else alpha / rank
     return KroneckerLayerWeights((factors[0], factors[1]), scale)
 
 
-def _product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two matrices that have a rank in common."""
-    if a.ndim < 2 or b.ndim < 2 or not 0 < a.shape[1:].numel() == b.shape[0]:
-        raise ValueError(f"the matrices {list(a.shape)} and {list(b.shape)} have no rank in common")
-    return a.flatten(1), b.flatten(1)
+def _shapes(parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each part."""
+    return {name: tuple(part.shape) for name, part in parts.items()}
 
 
-def _with_core(a: Tensor, b: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two matrices of a convolution in Tucker form: core [r, s, height, width], a [r, out], b [s, in]."""
-    if a.ndim != 2 or b.ndim != 2 or core.ndim != 4 or core.shape[:2] != (a.shape[0], b.shape[0]) or not core.numel():
-        raise ValueError(f"the core {list(core.shape)} does not fit {list(a.shape)} and {list(b.shape)}")
+def _product(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return two matrices that have a rank in common, into the second of which a convolution's core is folded.
+
+    The core is [r, s, height, width], with a [r, out] and b [s, in].
+    """
+    if core is None:
+        return a.flatten(1), b.flatten(1)
     return a.T, torch.einsum("rskl,si->rikl", core, b).flatten(1)
 
 

@@ -1,7 +1,7 @@
 """Name the layers of a UNet as in the original code of CompVis (ldm) and Stability (sgm), from diffusers' names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _RESIDUAL_LAYERS = {
@@ -59,3 +59,42 @@ def original_unet_name(name: str, config: Mapping[str, Any]) -> str | None:
     if kind == "resnets":
         return f"{blocks}.{index}.0.{_RESIDUAL_LAYERS.get(leaf, leaf)}"
     return f"{blocks}.{index}.1.{leaf}"
+
+
+def diffusers_unet_name(original: str, config: Mapping[str, Any]) -> str | None:
+    """Return the name in diffusers of a UNet's layer in the original code: the inverse of `original_unet_name`.
+
+    Args:
+        original: Name of the layer, such as "input_blocks.2.0.in_layers.2".
+        config: Configuration of the UNet in diffusers, which gives the number of layers in a block.
+
+    Returns:
+        The name, or None for a layer that diffusers does not have.
+    """
+    return next((name for name in _candidates(original, config) if original_unet_name(name, config) == original), None)
+
+
+def _candidates(original: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names in diffusers that a layer of the original code may have."""
+    yield from (name for name, at_end in _LAYERS_AT_THE_ENDS.items() if at_end == original)
+    if found := re.fullmatch(r"middle_block\.(\d+)\.(.+)", original):
+        kind, index = ("attentions", 0) if found[1] == "1" else ("resnets", int(found[1]) // 2)
+        yield from (f"mid_block.{kind}.{index}.{leaf}" for leaf in _leaves(found[2]))
+    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", original)
+    layers = config["layers_per_block"]
+    if found is None or not isinstance(layers, int):
+        return
+    if found[1] == "input":
+        block, layer = divmod(int(found[2]) - 1, layers + 1)
+        way, sampler = "down", "downsamplers"
+    else:
+        block, layer = divmod(int(found[2]), layers + 1)
+        way, sampler = "up", "upsamplers"
+    yield f"{way}_blocks.{block}.{sampler}.0.conv"
+    for kind in ("resnets", "attentions"):
+        yield from (f"{way}_blocks.{block}.{kind}.{layer}.{leaf}" for leaf in _leaves(found[4]))
+
+
+def _leaves(original: str) -> list[str]:
+    """Return the names that the end of an original name has in diffusers."""
+    return [name for name, leaf in _RESIDUAL_LAYERS.items() if leaf == original] or [original]

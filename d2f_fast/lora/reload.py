@@ -16,12 +16,14 @@ from d2f_fast.errors import ModelError
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.tensor_file import read_tensors
 from d2f_fast.lora.family import family_of
+from d2f_fast.lora.fit import KOHYA_PREFIX
 from d2f_fast.lora.float32_weights import computing_in_float32, float32_stand_ins
-from d2f_fast.lora.inject import ADAPTER, CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, lora_layers
-from d2f_fast.lora.key_names import KOHYA_PREFIX, text_module, unet_layer_names
+from d2f_fast.lora.inject import ADAPTER, lora_layers
+from d2f_fast.lora.key_names import text_module, unet_layer_names
 from d2f_fast.lora.layer_weights import LoraLayerWeights
 from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.scales import ADAPTER_METADATA
+from d2f_fast.lora.targets import CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER
 
 _RELOADED = "reloaded"
 _LAYERS_WITH_THEIR_OWN_RANK = tuple(f".{name}" for name in (*CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER))

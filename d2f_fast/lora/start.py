@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.hashes import file_sha256
-from d2f_fast.lora.inject import ADAPTER, CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, add_adapter, lora_layers
+from d2f_fast.lora.fit import starting_layers
+from d2f_fast.lora.inject import ADAPTER, add_adapter, lora_layers
+from d2f_fast.lora.key_names import layers_of
 from d2f_fast.lora.layer_weights import LoraLayerWeights
-from d2f_fast.lora.match import canonical_names, match_layers, modules_by_canonical_name
+from d2f_fast.lora.match import modules_by_canonical_name
 from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.source import lora_identity, parse_lora
 from d2f_fast.lora.tags import check_tags, lora_tags
@@ -45,6 +47,11 @@ class StartingLora:
     tags: dict[str, str]
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of each layer of the UNet."""
+        return {name: layer.rank for name, layer in self.unet_layers.items()}
+
+    @property
     def identity(self) -> str:
         """Return a short text that differs for another content or scale."""
         return lora_identity(self.sha256, self.scale)
@@ -63,33 +70,22 @@ def read_start(entry: str, pipeline: DiffusionPipeline) -> StartingLora:
     """
     source = parse_lora(entry)
     lora = read_lora(source.path)
-    modules = match_layers(lora, pipeline)
-    names = canonical_names(pipeline)
+    names = starting_layers(lora.about, layers_of(pipeline))
+    modules = modules_by_canonical_name(pipeline)
     unet_layers: dict[str, LoraLayerWeights] = {}
     text_layers: dict[str, LoraLayerWeights] = {}
-    for name, layer in lora.layers.items():
-        product = layer.as_lora()
-        if product.magnitude is not None:
-            raise ModelError(
-                f"LoRA {printable(lora.path)}: {lora.stems[name]} is a DoRA, which a plain LoRA cannot go on from:"
-                " merge it into the model first, and start from that model"
-            )
-        module, canonical = modules[name], names[id(modules[name])]
-        folded = _folded(product, source.scale, module.weight.shape)
+    for name, canonical in names.items():
+        weight: Tensor = modules[canonical].weight  # type: ignore[assignment]
+        folded = _folded(lora.layers[name].as_lora(), source.scale, weight.shape)
         if not (folded.down.norm() * folded.up.norm()).isfinite():
             raise ModelError(
-                f"LoRA {printable(lora.path)}: {lora.stems[name]} holds numbers that are too large: take an"
-                " earlier save of the LoRA"
+                f"LoRA {printable(lora.path)}: {lora.about.layers[name].stem} holds numbers that are too large: take"
+                " an earlier save of the LoRA"
             )
         if canonical.startswith("unet."):
             unet_layers[canonical.removeprefix("unet.")] = folded
         else:
             text_layers[canonical] = folded
-    if not unet_layers:
-        raise ModelError(
-            f"LoRA {printable(lora.path)} adapts text encoders only, and training adapts the UNet: give a LoRA of the"
-            " UNet, or leave out init_lora"
-        )
     tags = lora_tags(source.path)
     check_tags(f"LoRA {lora.path}", tags, shift=1.0)  # Its shift is not used.
     return StartingLora(lora.path, source.scale, file_sha256(lora.path), unet_layers, text_layers, tags)
@@ -111,7 +107,7 @@ def inject_start(
     Returns:
         The trainable parameters by name.
     """
-    ranks = {name: layer.rank for name, layer in start.unet_layers.items()}
+    ranks = start.ranks
     common = mode(ranks.values())
     scale = 1.0 if alpha is None else alpha / common
     others = {name: rank for name, rank in ranks.items() if rank != common}
@@ -144,64 +140,6 @@ def merge_text_layers(pipeline: DiffusionPipeline, start: StartingLora) -> None:
         weight: Tensor = modules[name].weight  # type: ignore[assignment]
         delta = layer.delta(weight.cpu()).reshape(weight.shape)
         weight.copy_(weight.float() + delta.to(weight.device))
-
-
-def check_start(
-    start: StartingLora,
-    unet: UNet2DConditionModel,
-    *,
-    rank: int | None = None,
-    conv_rank: int | None = None,
-    first_last_layers: bool | None = None,
-    target_modules: Sequence[str] | None = None,
-) -> None:
-    """Refuse options that state other layers or ranks than those of the file that is started from.
-
-    Args:
-        start: LoRA that is started from.
-        unet: UNet without an adapter.
-        rank: Rank of attention and feed-forward layers; None states none.
-        conv_rank: Rank of convolutions but the first and the last; 0 states that none is adapted, None states nothing.
-        first_last_layers: Whether the first and the last layer are adapted; None states nothing.
-        target_modules: Endings of the names of the other layers; None states none.
-
-    Raises:
-        ModelError: An option contradicts the file.
-    """
-    ends = {name: layer.rank for name, layer in start.unet_layers.items() if name in (FIRST_LAYER, LAST_LAYER)}
-    kernels = {
-        n: layer.rank for n, layer in start.unet_layers.items() if n not in ends and _ends(n, CONVOLUTION_TARGETS)
-    }
-    others = {n: layer.rank for n, layer in start.unet_layers.items() if n not in ends and n not in kernels}
-    for option, stated, found in (("rank", rank, others), ("conv_rank", conv_rank, kernels)):
-        if stated is not None and set(found.values()) != ({stated} if stated else set()):
-            ranks = ", ".join(map(str, sorted(set(found.values()))[:5])) or "no such layers"
-            raise _contradiction(start, option, str(stated), f"rank {ranks}" if found else ranks)
-    if first_last_layers is not None and len(ends) != 2 * first_last_layers:
-        stated_word = "set" if first_last_layers else "off"
-        raise _contradiction(start, "first_last_layers", stated_word, f"{len(ends)} of the two layers")
-    if target_modules is not None:
-        wanted = {
-            name
-            for name, module in unet.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and _ends(name, target_modules)
-        }
-        if wanted != set(others):
-            count = f"{len(wanted & set(others))} of its {len(wanted)} layers, and {len(set(others) - wanted)} others"
-            raise _contradiction(start, "target_modules", " ".join(target_modules), count)
-
-
-def _contradiction(start: StartingLora, option: str, stated: str, found: str) -> ModelError:
-    """Return the error of an option that contradicts the file."""
-    return ModelError(
-        f"{option} is {printable(stated)}, and {printable(start.path)} has {found}: leave {option} out, so that the"
-        " file decides"
-    )
-
-
-def _ends(name: str, endings: Sequence[str]) -> bool:
-    """Return whether a module's name ends with one of the endings, at a dot."""
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
 def _folded(layer: LoraLayerWeights, scale: float, shape: Sequence[int]) -> LoraLayerWeights:

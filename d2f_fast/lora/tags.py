@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from d2f_fast.config import FlowForm
+from d2f_fast.config import FlowForm, PredictionType
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.tensor_header import read_tensor_header
@@ -11,6 +11,19 @@ from d2f_fast.lora.source import check_lora_file
 
 TAG_PREFIX = "d2f."
 _PREDICTION, _SHIFT, _FORM = "d2f.prediction_type", "d2f.shift", "d2f.fm_form"
+# Words that headers use for what a network predicts, and those of diffusers.
+PREDICTION_WORDS: dict[str, PredictionType] = {
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred"), "v_prediction"),
+    "sample": "sample",
+    **dict.fromkeys(("flow", "flow_prediction"), "flow_prediction"),
+}
+# Entries that take a few words only, which this package writes; other spellings of a prediction are read, too.
+_WORDS: dict[str, tuple[str, ...]] = {
+    _PREDICTION: get_args(PredictionType),
+    _FORM: get_args(FlowForm),
+    "d2f.vae_reflection_padding": ("true", "false"),
+}
 
 
 def lora_tags(source: StrPath) -> dict[str, str]:
@@ -67,7 +80,7 @@ def common_tags(sources: Sequence[StrPath], shift: float | None = None) -> dict[
 
 
 def check_tags(where: str, tags: Mapping[str, object], shift: float | None = None) -> None:
-    """Refuse a shift or a form of naive flow matching that a file cannot have.
+    """Refuse a shift that a file cannot have, and unknown words in the entries that take a few.
 
     Args:
         where: Name of the file, for the message.
@@ -75,9 +88,9 @@ def check_tags(where: str, tags: Mapping[str, object], shift: float | None = Non
         shift: Shift that is used whatever the file says; None takes the file's.
 
     Raises:
-        ModelError: The shift is not a number from 0.001 to 1000, or the form is unknown.
+        ModelError: The shift is not a number from 0.001 to 1000, or a word is unknown.
     """
-    stated, form = tags.get(_SHIFT, 1.0), tags.get(_FORM, "diffusers")
+    stated = tags.get(_SHIFT, 1.0)
     try:
         is_usable = shift is not None or (isinstance(stated, str | int | float) and 1e-3 <= float(stated) <= 1e3)
     except ValueError:
@@ -85,8 +98,21 @@ def check_tags(where: str, tags: Mapping[str, object], shift: float | None = Non
     if not is_usable:
         got = printable(str(stated)[:100])
         raise ModelError(f"{printable(where)}: {_SHIFT} must be a number from 0.001 to 1000, got {got}: give --shift")
-    if form not in get_args(FlowForm):
-        raise ModelError(
-            f"{printable(where)}: {_FORM} must be {' or '.join(get_args(FlowForm))}, got {printable(str(form)[:100])}:"
-            " save the file again with d2f_fast"
-        )
+    for name, words in _WORDS.items():
+        if name not in tags:
+            continue
+        word = str(tags[name]).strip().lower()
+        if (PREDICTION_WORDS.get(word) if name == _PREDICTION else word) not in words:
+            raise ModelError(
+                f"{printable(where)}: {name} must be {', '.join(words[:-1])} or {words[-1]}, got"
+                f" {printable(str(tags[name])[:100])}: correct the entry, or save the file again with d2f_fast"
+            )
+
+
+def predicts_depth(tags: Mapping[str, object]) -> bool:
+    """Return whether tags are those of a model that predicts depth.
+
+    Args:
+        tags: Entries that begin with "d2f.".
+    """
+    return tags.get("d2f.task") == "depth"

@@ -9,12 +9,21 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from d2f_fast.errors import ModelError, RefusedInputError, printable
-from d2f_fast.flow.scheduler_config import predicts_flow
+from d2f_fast.flow.scheduler_config import check_zero_snr, has_zero_snr, predicts_flow
 from d2f_fast.models.folder import cached_folder, check_folder, read_config
 from d2f_fast.models.names import MINIATURE, check_autoencoder_name, is_single_file
 from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_model, check_prediction_type
-from d2f_fast.models.single_file_header import check_has_vae, fitted_table, read_single_file, stated_prediction
+from d2f_fast.models.single_file_header import (
+    check_has_vae,
+    fitted_table,
+    read_single_file,
+    stated_prediction,
+    stated_zero_snr,
+)
 
+# Class that takes the place of one without zero terminal SNR where this is asked for.
+_WITH_ZERO_SNR = "EulerDiscreteScheduler"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 MINIATURE_FOLDER = Path(__file__).parent.parent / "miniature" / "pipeline"
 
 
@@ -24,12 +33,14 @@ class ModelConfigs(NamedTuple):
     Attributes:
         unet: Content of the UNet's config.json.
         vae: The same for the autoencoder.
-        scheduler: The same for the scheduler, with the prediction type that the options or the model's file state.
+        scheduler: The same for the scheduler, with what the options or the model's file state of it.
+        text_encoders: Number of text encoders.
     """
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any] = MappingProxyType({})
+    text_encoders: int = 1
 
 
 def read_configs(model: str, options: ModelOptions) -> ModelConfigs | None:
@@ -55,32 +66,65 @@ def read_configs(model: str, options: ModelOptions) -> ModelConfigs | None:
             check_has_vae(file)
         table = fitted_table(file)
         prediction = stated_prediction(file, options.prediction_type) or (table["scheduler"]["prediction_type"], "")
-        scheduler = _with_options({**table["scheduler"], "prediction_type": prediction[0]}, options, prediction[1])
-        return ModelConfigs(table["unet"], table["vae"], scheduler)
-    if model == MINIATURE:
-        folder = MINIATURE_FOLDER
-    elif (folder := Path(model)).is_dir():
-        check_folder(folder, options.variant)
-    elif _is_offline():
-        folder = Path(cached_folder(model, options.revision, options.variant))
-    else:
+        stated = {**table["scheduler"], "prediction_type": prediction[0]}
+        if (zero_snr := stated_zero_snr(file)) is not None and zero_snr[0]:
+            stated |= {"rescale_betas_zero_snr": True, "_class_name": _WITH_ZERO_SNR}
+        try:
+            scheduler = _with_options(stated, options, prediction[1])
+        except ModelError as error:
+            raise ModelError(f"{printable(model)}: {error}") from error
+        return ModelConfigs(table["unet"], table["vae"], scheduler, sum(name in table for name in TEXT_ENCODERS))
+    if (folder := model_folder(model, options)) is None:
         return None
+    if folder == Path(model):  # The other two are whole.
+        check_folder(folder, options.variant)
     unet, vae = (read_config(folder / part / "config.json") for part in ("unet", "vae"))
     scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
     try:
-        return ModelConfigs(unet, vae, _with_options(scheduler, options, "scheduler_config.json"))
+        settled = _with_options(scheduler, options, "scheduler_config.json")
     except ModelError as error:
         raise ModelError(f"{printable(model)}: {error}") from error
+    index = read_config(folder / "model_index.json")
+    encoders = [name for name in TEXT_ENCODERS if index.get(name, [None, None]) != [None, None]]
+    return ModelConfigs(unet, vae, settled, len(encoders))
+
+
+def model_folder(model: str, options: ModelOptions) -> Path | None:
+    """Return the folder of a model; None for a hub id, whose files may have to be downloaded first.
+
+    Args:
+        model: Hub id, pipeline folder, or "miniature".
+        options: Options of the base model.
+
+    Raises:
+        ModelError: Nothing may be downloaded, and the model is not whole on this machine.
+    """
+    if model == MINIATURE:
+        return MINIATURE_FOLDER
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(cached_folder(model, options.revision, options.variant)) if _is_offline() else None
 
 
 def _with_options(scheduler: Mapping[str, Any], options: ModelOptions, source: str) -> Mapping[str, Any]:
-    """Return a scheduler's configuration with the prediction type of the options, or refuse what it states."""
-    if options.prediction_type is not None:
-        return {**scheduler, "prediction_type": options.prediction_type}
-    if "prediction_type" in scheduler:
+    """Return a scheduler's configuration with what the options state of it, or refuse what it states."""
+    if options.prediction_type is None and "prediction_type" in scheduler:
         check_prediction_type(scheduler["prediction_type"], source)
+    if options.prediction_type is not None:
+        scheduler = {**scheduler, "prediction_type": options.prediction_type}
     if predicts_flow(scheduler):
-        check_flow_schedule(options, f"a model that predicts the flow ({source})")
+        if options.prediction_type is None:
+            check_flow_schedule(options, f"a model that predicts the flow ({source})")
+        return scheduler
+    if options.rescale_betas_zero_snr is not None:
+        scheduler = {**scheduler, "rescale_betas_zero_snr": options.rescale_betas_zero_snr}
+        if options.rescale_betas_zero_snr and not has_zero_snr(scheduler):
+            scheduler = {**scheduler, "_class_name": _WITH_ZERO_SNR}
+    try:
+        check_zero_snr(scheduler.get("prediction_type", "epsilon"), has_zero_snr(scheduler))
+    except ModelError as error:
+        where = "option --rescale_betas_zero_snr" if options.rescale_betas_zero_snr else source
+        raise ModelError(f"{where}: {error}" if where else str(error)) from error
     return scheduler
 
 
@@ -163,3 +207,16 @@ def check_training(configs: ModelConfigs, resolution: int | None, images: int = 
     side = resolution_of(unet, downsampling) if resolution is None else resolution
     if side % downsampling:
         raise RefusedInputError(f"resolution must be a multiple of {downsampling}, got {side}")
+
+
+def check_one_text_encoder(text_encoders: int) -> None:
+    """Refuse a model that Marigold's pipeline, which predicts depth, cannot hold.
+
+    Args:
+        text_encoders: Number of text encoders of the model.
+
+    Raises:
+        ModelError: It has two text encoders, as SDXL, or none.
+    """
+    if text_encoders != 1:
+        raise ModelError("depth needs a model with one text encoder: give one of Stable Diffusion 1.x or 2.x")

@@ -94,9 +94,19 @@ def unet_half_type(folder: Path, variant: str | None) -> "torch.dtype | None":
     Raises:
         CheckpointError: A file is damaged.
     """
-    found = [(path, match) for path in (folder / "unet").iterdir() if (match := _WEIGHTS.fullmatch(path.name))]
-    files = [path for path, match in found if (match["variant"] or match["late"]) == variant]
+    files = weight_files(folder / "unet", variant)
     return half_type(info for path in files for info in read_tensor_header(path).tensors.values())
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Return the safetensors files of a component, those of one variant.
+
+    Args:
+        folder: Folder of the component.
+        variant: Variant of the weight files; None for the files without one.
+    """
+    found = [(path, match) for path in sorted(folder.glob("*.safetensors")) if (match := _WEIGHTS.fullmatch(path.name))]
+    return [path for path, match in found if (match["variant"] or match["late"]) == variant]
 
 
 def half_type(tensors: Iterable[TensorInfo]) -> "torch.dtype | None":

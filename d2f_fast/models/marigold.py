@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, MarigoldDepthPipeline
 from torch import Tensor
 
-from d2f_fast.errors import ModelError
+from d2f_fast.models.configs import TEXT_ENCODERS
 from d2f_fast.models.facts import same_schedule
 
 if TYPE_CHECKING:
@@ -30,17 +30,13 @@ def empty_text(pipeline: "DiffusionPipeline") -> Tensor:
     return encoded
 
 
-def check_one_text_encoder(pipeline: "DiffusionPipeline") -> None:
-    """Refuse a model that Marigold's pipeline cannot hold.
+def text_encoders_of(pipeline: "DiffusionPipeline") -> int:
+    """Return the number of text encoders of a pipeline.
 
     Args:
         pipeline: Pipeline of the base model.
-
-    Raises:
-        ModelError: It has two text encoders, as SDXL, or none.
     """
-    if getattr(pipeline, "text_encoder_2", None) is not None or getattr(pipeline, "text_encoder", None) is None:
-        raise ModelError("depth needs a model with one text encoder: give one of Stable Diffusion 1.x or 2.x")
+    return sum(getattr(pipeline, name, None) is not None for name in TEXT_ENCODERS)
 
 
 def depth_scheduler(scheduler: "SchedulerMixin") -> DDIMScheduler:

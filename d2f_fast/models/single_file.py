@@ -26,6 +26,7 @@ from d2f_fast.models.single_file_header import (
     family_table,
     fitted_table,
     stated_prediction,
+    stated_zero_snr,
 )
 from d2f_fast.models.single_file_weights import check_weights
 
@@ -43,19 +44,13 @@ def read_facts(file: SingleFile, options: ModelOptions) -> ModelFacts:
     Raises:
         ModelError: The header names a prediction type that is not known, and no option states another.
     """
-    keys, entries, name = file.header.tensors, file.header.entries, FAMILY_NAMES[file.family]
+    name = FAMILY_NAMES[file.family]
     assumed = f"assumed for {name}, as the file has no marker"
     prediction = stated_prediction(file, options.prediction_type)
     if prediction is None:
         cure = "; state --prediction_type epsilon for a relative of SD2-base" if file.family == "sd2" else ""
         prediction = family_table(file.family)["scheduler"]["prediction_type"], f"{assumed}{cure}"
-    zero_snr = False, assumed
-    for entry in ("ss_zero_terminal_snr", "d2f.zero_snr"):
-        if (word := entries.get(entry, "").strip().lower()) in ("true", "false"):
-            zero_snr = word == "true", f"header {entry}"
-    if "ztsnr" in keys:
-        zero_snr = True, "marker ztsnr"
-    return ModelFacts(name, *prediction, *zero_snr)
+    return ModelFacts(name, *prediction, *(stated_zero_snr(file) or (False, assumed)))
 
 
 def load_single_file(

@@ -12,6 +12,7 @@ from typing import Any
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
 from d2f_fast.lora.family import FAMILY_NAMES, Family
+from d2f_fast.lora.tags import PREDICTION_WORDS
 from d2f_fast.models.folder import check_real_weights
 
 FAMILIES = Path(__file__).parent / "families"
@@ -28,12 +29,6 @@ _OTHER_KEYS = (
     *("alphas_cumprod", "betas", "sqrt_", "log_one_minus", "posterior_", "lvlb_weights", "logvar", "scale_factor"),
     *("global_step", "epoch"),
 )
-_PREDICTION_WORDS = {
-    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
-    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred"), "v_prediction"),
-    "sample": "sample",
-    **dict.fromkeys(("flow", "flow_prediction"), "flow_prediction"),
-}
 _MOST_FOREIGN = 0.02  # Share of unknown keys that a file may have, such as embedded textual inversions.
 _REFUSED = {
     "edm_vpred.": "it predicts v in the EDM form (edm_vpred), whose noise levels no alignment serves",
@@ -172,12 +167,27 @@ def stated_prediction(file: SingleFile, given: str | None = None) -> tuple[str, 
     found = None
     for entry in ("modelspec.prediction_type", "d2f.prediction_type"):
         if (word := file.header.entries.get(entry, "").strip().lower()) and given is None:
-            if word not in _PREDICTION_WORDS:
+            if word not in PREDICTION_WORDS:
                 raise ModelError(
                     f"{printable(file.path)}: {entry} in its header is {printable(word[:100])}, which is not known:"
                     " state --prediction_type"
                 )
-            found = _PREDICTION_WORDS[word], f"header {entry}"
+            found = PREDICTION_WORDS[word], f"header {entry}"
+    return found
+
+
+def stated_zero_snr(file: SingleFile) -> tuple[bool, str] | None:
+    """Return whether a file states zero terminal SNR, and where; None where it states nothing.
+
+    Args:
+        file: File, whose header was read.
+    """
+    if "ztsnr" in file.header.tensors:
+        return True, "marker ztsnr"
+    found = None
+    for entry in ("ss_zero_terminal_snr", "d2f.zero_snr"):
+        if (word := file.header.entries.get(entry, "").strip().lower()) in ("true", "false"):
+            found = word == "true", f"header {entry}"
     return found
 
 

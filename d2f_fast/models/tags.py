@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from d2f_fast.config import DEFAULT_STEPS, MAX_SAMPLING_STEPS, check_guidance, check_number
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
+from d2f_fast.lora.source import parse_lora
 from d2f_fast.lora.tags import TAG_PREFIX, check_tags, common_tags, lora_tags
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import ChosenSteps
 
 TAGS_FILE = "d2f.json"
@@ -69,7 +72,7 @@ def _lowest_guidance(tagged: Mapping[str, Mapping[str, str]]) -> float | None:
                 check_guidance("guidance_scale", scales[-1])
             except ValueError as error:
                 raise RefusedInputError(
-                    f"{printable(source)} holds no usable {_GUIDANCE} ({error}): give --guidance_scale"
+                    f"{printable(source)} holds no usable {_GUIDANCE} ({error}): correct the entry, or remove it"
                 ) from error
     return min(scales, default=None)
 
@@ -156,3 +159,52 @@ def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]
     if steps := _stated_steps(tagged):
         merged[_STEPS] = str(max(steps.values()))
     return merged, [name for name in _OF_SAMPLING if name in stated and name not in merged]
+
+
+def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> dict[str, Any]:
+    """Return prediction type, form, shift and padding: those given, else those in the tags of the LoRA or model.
+
+    Args:
+        model: Model as it was given.
+        lora: LoRA as PATH or PATH:SCALE; where there are any, their tags count, and those of the model do not.
+        options: Options of the model.
+        shift: Shift that was given; None for none.
+
+    Raises:
+        RefusedInputError: The tags cannot be used, or contradict each other.
+    """
+    source = ", ".join(lora) or tags_source(model)
+    tags = common_tags([parse_lora(entry).path for entry in lora], shift) if lora else saved_tags(model)
+    chosen: dict[str, Any] = {"prediction_type": options.prediction_type, "shift": shift}
+    try:
+        tags = dict(tags)
+        check_tags(str(source), tags, shift)
+        if shift is None and "d2f.shift" in tags:
+            chosen["shift"] = float(tags["d2f.shift"])
+        # The other types are the base model's, whose own configuration says which one it is.
+        kinds = (None, "flow_prediction")
+        if chosen["prediction_type"] in kinds and tags.get("d2f.prediction_type") == "flow_prediction":
+            chosen |= {"prediction_type": "flow_prediction", "fm_form": tags.get("d2f.fm_form")}
+        if options.vae_reflection_padding is None:
+            chosen["vae_reflection_padding"] = tags.get("d2f.vae_reflection_padding") == "true"
+    except RefusedInputError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RefusedInputError(f"{source} holds no usable tags ({error}): write the model again") from error
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def check_sampling_tags(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> None:
+    """Refuse tags of a model or of LoRA that cannot be used for sampling.
+
+    Args:
+        model: Model as it was given.
+        lora: LoRA as PATH or PATH:SCALE.
+        options: Options of the model.
+        shift: Shift that was given; None for none.
+
+    Raises:
+        RefusedInputError: A tag has a value that it cannot have, or the tags of two files contradict each other.
+    """
+    options_of_training(model, lora, options, shift)
+    lowest_guidance(model, [parse_lora(entry).path for entry in lora])

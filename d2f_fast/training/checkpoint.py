@@ -9,17 +9,19 @@ file) and renamed; only then do older ones go. State is safetensors and JSON, wh
 """
 
 import logging
+import operator
 import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath, in_mebibytes, is_full_disk, sync_to_disk
 from d2f_fast.files.hashes import file_sha256
 from d2f_fast.files.json_file import read_json, write_json
+from d2f_fast.files.tensor_header import read_tensor_header
 
 logger = logging.getLogger(__name__)
 
@@ -85,21 +87,28 @@ def verify_checkpoint(folder: StrPath, *, contents: bool = True) -> int:
 
     Args:
         folder: folder of the checkpoint.
-        contents: whether the contents are compared, which are read for it, and not only the sizes.
+        contents: whether the contents are compared, which are read for it; otherwise the sizes and the headers of
+            safetensors files are.
 
     Raises:
-        CheckpointError: the manifest or a file is missing, was changed, or lies outside the folder.
+        CheckpointError: the manifest or a file is missing, was changed, or lies outside the folder; or the manifest
+            belongs to another step than the folder's name.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     manifest = read_json(path)
     try:
-        version, step = int(manifest["format"]), int(manifest["step"])
+        version, step = int(manifest["format"]), operator.index(manifest["step"])
         files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint: resume from another checkpoint") from error
     if version != MANIFEST_FORMAT:
         raise CheckpointError(f"{path} has format {version}, and format {MANIFEST_FORMAT} is known: update d2f_fast")
+    named = re.fullmatch(r"(?:\.old-)?checkpoint-(\d+)", folder.name)
+    if named and int(named[1]) != step:
+        raise CheckpointError(
+            f"{path} has step {step}, and the name of its folder says {named[1]}: resume from another checkpoint"
+        )
     for name, size, sha256 in files:
         file = folder / name
         if not file.is_file():
@@ -111,6 +120,8 @@ def verify_checkpoint(folder: StrPath, *, contents: bool = True) -> int:
             raise CheckpointError(f"{file} has {found} bytes, and {size} were written: resume from another checkpoint")
         if contents and file_sha256(file) != sha256:
             raise CheckpointError(f"{file} was changed after it was written: resume from another checkpoint")
+        if not contents and file.suffix == ".safetensors":
+            read_tensor_header(file)
     return step
 
 
@@ -130,10 +141,22 @@ def find_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | 
     output_dir = Path(output_dir)
     if resume_from == "latest":
         return _find_latest(output_dir)
-    return _find_named(output_dir, Path(resume_from), contents=True)
+    return _find_named(output_dir, Path(resume_from), contents=True).folder
 
 
-def named_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path | None:
+class Checkpoint(NamedTuple):
+    """A checkpoint that was found.
+
+    Attributes:
+        folder: its folder.
+        step: number of optimizer steps taken.
+    """
+
+    folder: Path
+    step: int
+
+
+def named_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Checkpoint | None:
     """Return the checkpoint that `find_checkpoint` would find, without reading the contents of its files.
 
     Args:
@@ -141,21 +164,17 @@ def named_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Path |
         resume_from: checkpoint to resume from, as for `find_checkpoint`.
 
     Returns:
-        The folder; None for a new run, and where "latest" may stand for an older checkpoint than the newest.
+        The checkpoint, in whose place an older one is found where its contents are damaged; None for a new run.
 
     Raises:
-        CheckpointError: the named checkpoint is missing or damaged.
+        CheckpointError: the named checkpoint is missing or damaged, or "latest" was asked for and all are damaged.
     """
     if resume_from is None:
         return None
     output_dir = Path(output_dir)
-    if resume_from != "latest":
-        return _find_named(output_dir, Path(resume_from), contents=False)
-    for _, newest in list_checkpoints(output_dir)[:1]:
-        with suppress(CheckpointError, OSError):
-            verify_checkpoint(newest, contents=False)
-            return newest
-    return None
+    if resume_from == "latest":
+        return _newest_whole(output_dir, contents=False)[0]
+    return _find_named(output_dir, Path(resume_from), contents=False)
 
 
 def refuse_used_folder(output_dir: StrPath, resume_from: StrPath | None) -> None:
@@ -192,17 +211,34 @@ def list_checkpoints(output_dir: Path, prefix: str = "") -> list[tuple[int, Path
     return sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
 
 
-def _find_named(output_dir: Path, named: Path, *, contents: bool) -> Path:
-    """Return the folder of a checkpoint by its name or path, verified with or without the contents of its files."""
+def _find_named(output_dir: Path, named: Path, *, contents: bool) -> Checkpoint:
+    """Return a checkpoint by its name or path, verified with or without the contents of its files."""
     for folder in (output_dir / named, named, output_dir / f".old-{named.name}"):
         if folder.is_dir():
-            verify_checkpoint(folder, contents=contents)
-            return folder
+            return Checkpoint(folder, verify_checkpoint(folder, contents=contents))
     raise CheckpointError(f'{named} is not a checkpoint in {output_dir}: give one that is there, or "latest"')
 
 
 def _find_latest(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that is whole; None where the folder holds none at all.
+    """Return the folder of the newest checkpoint that is whole, and log which are skipped; None where there is none."""
+    found, damaged = _newest_whole(output_dir, contents=True)
+    for skipped, problem in damaged:
+        logger.warning("%s is skipped: %s", skipped.name, problem)
+    if found is None:
+        logger.warning("%s holds no checkpoint to resume from: the run begins from its start", output_dir)
+        return None
+    return found.folder
+
+
+def _newest_whole(output_dir: Path, *, contents: bool) -> tuple[Checkpoint | None, list[tuple[Path, Exception]]]:
+    """Return the newest checkpoint that is whole, and the damaged ones that are newer.
+
+    Args:
+        output_dir: folder of the run.
+        contents: whether the contents of the files are compared; see `verify_checkpoint`.
+
+    Returns:
+        The checkpoint, None where the folder holds none at all; and folder and problem of each that is damaged.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -210,22 +246,17 @@ def _find_latest(output_dir: Path) -> Path | None:
     damaged: list[tuple[Path, Exception]] = []
     for _, folder in sorted(list_checkpoints(output_dir) + list_checkpoints(output_dir, ".old-"), reverse=True):
         try:
-            verify_checkpoint(folder)
+            return Checkpoint(folder, verify_checkpoint(folder, contents=contents)), damaged
         except (CheckpointError, OSError) as error:
             if not folder.name.startswith(".old-"):  # such a folder may be half deleted
                 damaged.append((folder, error))
-        else:
-            for skipped, problem in damaged:
-                logger.warning("%s is skipped: %s", skipped.name, problem)
-            return folder
     if damaged:
         reasons = "; ".join(f"{each.name}: {_reason(each, problem)}" for each, problem in damaged)
         raise CheckpointError(
             f"every checkpoint in {printable(output_dir)} is damaged ({reasons}): restore one from a copy, or name a"
             " new output_dir"
         )
-    logger.warning("%s holds no checkpoint to resume from: the run begins from its start", output_dir)
-    return None
+    return None, damaged
 
 
 def _reason(folder: Path, error: Exception) -> str:

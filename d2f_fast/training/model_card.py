@@ -10,7 +10,8 @@ from huggingface_hub import ModelCardData
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
-from d2f_fast.training.summary import predicts_depth, recommended_steps
+from d2f_fast.lora.tags import predicts_depth
+from d2f_fast.training.summary import recommended_steps
 
 CARD_FILE = "README.md"
 # A card that has this line is replaced by the next run into the folder; any other README.md is somebody's own.

@@ -16,11 +16,13 @@ from d2f_fast.errors import ModelError
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.layers.fused_lora import use_fused_lora
 from d2f_fast.layers.half_base import HalfBase
-from d2f_fast.lora.inject import inject_lora
-from d2f_fast.lora.start import check_start, inject_start, merge_text_layers, read_start
+from d2f_fast.lora.inject import adaptable_names, inject_lora
+from d2f_fast.lora.start import inject_start, merge_text_layers, read_start
+from d2f_fast.lora.targets import check_stated_layers
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.configs import ModelConfigs, check_training
 from d2f_fast.models.options import check_flow_schedule
+from d2f_fast.training.adapter import stated_layers
 from d2f_fast.training.launch import precision_of
 from d2f_fast.training.method import check_starting_tags, settle_method
 
@@ -126,8 +128,7 @@ def prepare_network(model: BaseModel, config: TrainingConfig) -> dict[str, nn.Pa
 def _start_from_lora(model: BaseModel, config: TrainingConfig, entry: str) -> dict[str, nn.Parameter]:
     """Add LoRA layers that start with the effect of a file, and return their parameters by name."""
     start = read_start(entry, model.pipeline)
-    options = {name: getattr(config, name) for name in ("rank", "conv_rank", "first_last_layers", "target_modules")}
-    check_start(start, model.unet, **options)
+    check_stated_layers(start.path, start.ranks, adaptable_names(model.unet), **stated_layers(config))
     check_starting_tags(start.path, start.tags, config)
     merge_text_layers(model.pipeline, start)
     model.starting_lora = start

@@ -16,6 +16,7 @@ from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.source import LORA_FILE
+from d2f_fast.lora.tags import predicts_depth
 from d2f_fast.lora.write import lora_state_dict, save_lora
 from d2f_fast.models.autoencoder import autoencoder_tags
 from d2f_fast.models.base_model import BaseModel
@@ -26,7 +27,7 @@ from d2f_fast.models.tags import TAGS_FILE
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.step import TrainingStep
-from d2f_fast.training.summary import predicts_depth, recommended_steps, summary_tags
+from d2f_fast.training.summary import recommended_steps, summary_tags
 
 
 def publish_lora(

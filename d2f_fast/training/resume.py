@@ -21,7 +21,17 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.checkpoint import MANIFEST, find_checkpoint, refuse_used_folder
 from d2f_fast.training.optimizer_state import read_optimizer, write_optimizer
 from d2f_fast.training.publish import write_checkpoint_lora
-from d2f_fast.training.run_settings import RunState, read_state, refuse_changes, refuse_past_end, settings_of
+from d2f_fast.training.run_settings import (
+    AVERAGE_FILE,
+    OPTIMIZER_FILE,
+    TRAINABLE_FILE,
+    RunState,
+    check_parts,
+    read_state,
+    refuse_changes,
+    refuse_past_end,
+    settings_of,
+)
 from d2f_fast.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -93,10 +103,10 @@ def write_state(folder: Path, step: TrainingStep, identity: dict[str, object], s
         CheckpointError: a tensor holds NaN or an infinity.
         RefusedInputError: the disk is full.
     """
-    write_tensors(folder / "trainable.safetensors", {name: p.detach() for name, p in step.trainable.items()})
+    write_tensors(folder / TRAINABLE_FILE, {name: p.detach() for name, p in step.trainable.items()})
     if step.ema is not None:
-        write_tensors(folder / "ema.safetensors", step.ema.state_dict())
-    write_optimizer(folder / "optimizer.safetensors", step.optimizer, step.trainable)
+        write_tensors(folder / AVERAGE_FILE, step.ema.state_dict())
+    write_optimizer(folder / OPTIMIZER_FILE, step.optimizer, step.trainable)
     state: RunState = {"identity": identity, "samples": samples, "skipped_steps": int(step.skipped)}
     write_json(folder / "state.json", state)
     if step.config.adapter == "lora":
@@ -122,6 +132,7 @@ def load_state(
     """
     steps_taken = int(read_json(folder / MANIFEST)["step"])
     state = read_state(folder)
+    check_parts(folder, has_average=step.ema is not None)
     refuse_past_end(folder, steps_taken, max_train_steps)
     if state["samples"] != samples:
         logger.warning(
@@ -129,7 +140,7 @@ def load_state(
             *(state["samples"], samples),
         )
     refuse_changes(folder, state["identity"], identity, identity.keys() | state["identity"].keys())
-    trained, _ = read_tensors(folder / "trainable.safetensors")
+    trained, _ = read_tensors(folder / TRAINABLE_FILE)
     if {name: x.shape for name, x in trained.items()} != {name: x.shape for name, x in step.trainable.items()}:
         raise CheckpointError(
             f"{folder / 'trainable.safetensors'} holds the parameters of another model: resume with the model of the"
@@ -139,8 +150,8 @@ def load_state(
         for name, parameter in step.trainable.items():
             parameter.copy_(trained[name])
     if step.ema is not None:
-        step.ema.load_state_dict(read_tensors(folder / "ema.safetensors")[0])
-    read_optimizer(folder / "optimizer.safetensors", step.optimizer, step.trainable)
+        step.ema.load_state_dict(read_tensors(folder / AVERAGE_FILE)[0])
+    read_optimizer(folder / OPTIMIZER_FILE, step.optimizer, step.trainable)
     step.state_was_replaced()
     step.skipped.fill_(state["skipped_steps"])
     logger.info("resumed from %s at step %d", folder, steps_taken)

@@ -19,11 +19,12 @@ from d2f_fast.lora.source import lora_identity, lora_path, parse_lora
 from d2f_fast.lora.tags import check_tags, lora_tags
 from d2f_fast.models.configs import ModelConfigs
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.training.checkpoint import MANIFEST, named_checkpoint
+from d2f_fast.training.checkpoint import named_checkpoint
 from d2f_fast.training.launch import precision_of, processes_asked_for
 from d2f_fast.training.method import check_starting_tags, settle_method
 from d2f_fast.training.teacher_options import TeacherOptions
 
+TRAINABLE_FILE, AVERAGE_FILE, OPTIMIZER_FILE = "trainable.safetensors", "ema.safetensors", "optimizer.safetensors"
 # Options that may differ between a run and its continuation: they change nothing but, at most, the rounding of sums.
 _FREE_ON_RESUME = {
     *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
@@ -112,7 +113,7 @@ def check_settings(
 def check_continuation(config: TrainingConfig, known: Mapping[str, object], unknown: Iterable[str]) -> None:
     """Refuse a checkpoint that is not there, is past the end of the run, or was saved under other settings.
 
-    Its contents are read and checked later, when it is loaded.
+    Its tensors are read and checked later, when it is loaded.
 
     Args:
         config: options of the run, settled as far as is possible without the model.
@@ -122,12 +123,30 @@ def check_continuation(config: TrainingConfig, known: Mapping[str, object], unkn
     Raises:
         CheckpointError: the checkpoint cannot be continued with these options.
     """
-    folder = named_checkpoint(config.output_dir, config.resume_from_checkpoint)
-    if folder is None:
+    found = named_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    if found is None:
         return
-    refuse_past_end(folder, int(read_json(folder / MANIFEST)["step"]), config.max_train_steps)
+    folder = found.folder
+    state = read_state(folder)
+    check_parts(folder, has_average=config.ema_decay > 0)
+    refuse_past_end(folder, found.step, config.max_train_steps)
     now = json.loads(json.dumps(settings_of(config) | dict(known)))
-    refuse_changes(folder, read_state(folder)["identity"], now, now.keys() - set(unknown))
+    refuse_changes(folder, state["identity"], now, now.keys() - set(unknown))
+
+
+def check_parts(folder: Path, *, has_average: bool) -> None:
+    """Refuse a checkpoint that lacks a file which a continuation reads, whatever its manifest lists.
+
+    Args:
+        folder: folder of the checkpoint.
+        has_average: whether the run keeps an average of the trained parameters.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+    for name in (TRAINABLE_FILE, *((AVERAGE_FILE,) if has_average else ()), OPTIMIZER_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing: resume from another checkpoint")
 
 
 def refuse_past_end(folder: Path, steps_taken: int, max_train_steps: int) -> None:
@@ -177,6 +196,7 @@ def read_state(folder: Path) -> RunState:
     """
     path = folder / "state.json"
     state = read_json(path)
-    if not isinstance(state, dict) or not RunState.__required_keys__ <= state.keys():
+    kinds = {"identity": dict, "samples": int, "skipped_steps": int}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise CheckpointError(f"{path} does not describe a training run: resume from another checkpoint")
     return RunState(identity=state["identity"], samples=state["samples"], skipped_steps=state["skipped_steps"])

@@ -6,6 +6,7 @@ from d2f_fast.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.lora.start import StartingLora
+from d2f_fast.lora.tags import predicts_depth
 
 RECOMMENDED_STEPS_AFTER_PAIRS = 2
 
@@ -63,11 +64,6 @@ def depth_tags(dataset: DepthDataset) -> dict[str, str]:
 def recommended_guidance(tags: Mapping[str, str]) -> float:
     """Return the guidance scale to sample with."""
     return float(tags.get("d2f.recommended_guidance", DEFAULT_GUIDANCE))
-
-
-def predicts_depth(tags: Mapping[str, object]) -> bool:
-    """Return whether tags are those of a model that predicts depth."""
-    return tags.get("d2f.task") == "depth"
 
 
 def summary_tags(

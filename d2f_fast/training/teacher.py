@@ -36,7 +36,13 @@ from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.integrate import unet_velocity
 from d2f_fast.training.compiled import compiled
 from d2f_fast.training.objective import Objective
-from d2f_fast.training.teacher_options import BASE, TeacherOptions, check_fits_base
+from d2f_fast.training.teacher_options import (
+    BASE,
+    TeacherOptions,
+    check_fits_base,
+    check_teacher_lora,
+    check_text_of_start,
+)
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -190,11 +196,7 @@ def start_teacher(
             f"teacher base has nothing to teach with the objective {objective.name}, which reads the network in the"
             " same way: give --objective fm, a teacher_guidance_scale above 1, a teacher_lora or another teacher"
         )
-    if model.starting_lora is not None and model.starting_lora.text_layers:
-        raise RefusedInputError(
-            "init_lora adapts text encoders, whose text the teacher does not know: merge it into the model first, and"
-            " start from that model"
-        )
+    check_text_of_start(adapts_text=model.starting_lora is not None and bool(model.starting_lora.text_layers))
     return Teacher(teacher, model, precision, compile=compile)
 
 
@@ -244,12 +246,8 @@ def _merge(lora: LoraFile, scale: float, source: BaseModel, unet: "UNet2DConditi
     pipeline = source.pipeline
     if source.unet is not unet:
         pipeline = type(pipeline)(**{**pipeline.components, "unet": unet})
-    own = {id(module) for module in unet.modules()}
-    if any(id(module) not in own for module in match_layers(lora, pipeline).values()):
-        raise ModelError(
-            f"teacher_lora {printable(lora.path)} adapts text encoders, and teacher and student are given the same"
-            " text: merge it into the model first (d2f convert MODEL OUTPUT --lora FILE), and start from that model"
-        )
+    match_layers(lora, pipeline)
+    check_teacher_lora(lora.about)
     return f"{fuse_adapter(pipeline, lora, scale)['sha256'][:16]}:{scale:g}"
 
 

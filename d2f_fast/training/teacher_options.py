@@ -15,6 +15,8 @@ from d2f_fast.config import (
 )
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
+from d2f_fast.lora.file_keys import component_of
+from d2f_fast.lora.header import LoraHeader
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.options import ModelOptions
 
@@ -93,19 +95,61 @@ def check_teacher_files(options: TeacherOptions, base: str, base_options: ModelO
     """
     if options.teacher is None:
         return
-    for entry in options.teacher_lora or ():
+    # Most runs have no teacher.
+    from d2f_fast.models.configs import read_configs
+    from d2f_fast.models.layers import check_lora_fits
+
+    own = ModelOptions(prediction_type=options.teacher_prediction_type)
+    source = (base, base_options) if options.teacher == BASE else (options.teacher, own)
+    loras = options.teacher_lora or ()
+    for entry in loras:
         check_lora_file(parse_lora(entry).path)
     if options.teacher == BASE:
+        for header in check_lora_fits(loras, *source):
+            check_teacher_lora(header)
         return
-    from d2f_fast.models.configs import read_configs  # Most runs have no teacher.
 
     try:
-        teacher_configs = read_configs(options.teacher, ModelOptions(prediction_type=options.teacher_prediction_type))
+        teacher_configs = read_configs(options.teacher, own)
     except RefusedInputError as error:
         raise type(error)(f"teacher: {error}") from error
     base_configs = read_configs(base, base_options)
     if teacher_configs is not None and base_configs is not None:
         check_fits_base(options.teacher, teacher_configs, base_configs, base_options)
+    for header in check_lora_fits(loras, *source):
+        check_teacher_lora(header)
+
+
+def check_teacher_lora(lora: LoraHeader) -> None:
+    """Refuse a LoRA of the teacher that adapts text encoders.
+
+    Args:
+        lora: Header of the LoRA file, which fits the teacher.
+
+    Raises:
+        ModelError: A layer is one of a text encoder.
+    """
+    if any(component_of(name) != "unet" for name in lora.layers):
+        raise ModelError(
+            f"teacher_lora {printable(lora.path)} adapts text encoders, and teacher and student are given the same"
+            " text: merge it into the model first (d2f convert MODEL OUTPUT --lora FILE), and start from that model"
+        )
+
+
+def check_text_of_start(*, adapts_text: bool) -> None:
+    """Refuse a run with a teacher that starts from a LoRA of text encoders.
+
+    Args:
+        adapts_text: Whether the LoRA that the run starts from adapts text encoders.
+
+    Raises:
+        RefusedInputError: It does.
+    """
+    if adapts_text:
+        raise RefusedInputError(
+            "init_lora adapts text encoders, whose text the teacher does not know: merge it into the model first, and"
+            " start from that model"
+        )
 
 
 def check_fits_base(teacher: str, configs: "ModelConfigs", base: "ModelConfigs", base_options: ModelOptions) -> None:

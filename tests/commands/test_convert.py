@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.commands.convert import Convert
-from d2f_fast.commands.load_model import options_of_training
 from d2f_fast.commands.main import main
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
@@ -26,7 +25,7 @@ from d2f_fast.lora.read import read_lora
 from d2f_fast.models import single_file_header
 from d2f_fast.models.convert import read_model, tags_of_model
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import lowest_guidance, saved_tags
+from d2f_fast.models.tags import lowest_guidance, options_of_training, saved_tags
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 

@@ -171,6 +171,8 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
     checkpoint = tmp_path / "resumed" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "files": {}}))
+    for name in ("trainable", "ema", "optimizer"):
+        (checkpoint / f"{name}.safetensors").touch()
     state = {"identity": {"learning_rate": 0.5}, "samples": 1, "skipped_steps": 0}
     (checkpoint / "state.json").write_text(json.dumps(state))
     resumed = ("--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "latest")

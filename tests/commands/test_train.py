@@ -14,7 +14,7 @@ from PIL import Image
 from d2f_fast.commands.main import main
 from d2f_fast.commands.train import Train
 from d2f_fast.config import TrainingConfig
-from d2f_fast.data import pair_encoding
+from d2f_fast.data import pair_checks
 from d2f_fast.data.mixed import MixedImages
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.files.tensor_file import read_tensors
@@ -120,7 +120,7 @@ def test_bad_input_is_refused_with_exit_code_2(arguments, sentence, images, tmp_
 def test_model_is_rectified_twice_from_its_own_pairs(tiny_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The tiny network has random weights, whose latents are larger than those of a trained one.
-    monkeypatch.setattr(pair_encoding, "_USUAL_DEVIATION", (0.0, 1e3))
+    monkeypatch.setattr(pair_checks, "_USUAL_DEVIATION", (0.0, 1e3))
     Path("prompts.txt").write_text("ab\nc\n")
     model = str(tiny_folder)
     make = ["pairs", "--prompts_file", "prompts.txt", "--num_pairs", "6", "--pairs_per_shard", "4", "--model", model]

@@ -11,7 +11,7 @@ import torch
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.order import BatchPlan, batch_indices, plan_batches
-from d2f_fast.data.pair_encoding import PairEncoder, check_pairs, options_for_pairs
+from d2f_fast.data.pair_encoding import PairEncoder, check_pairs
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError
 from d2f_fast.models.base_model import BaseModel
@@ -152,12 +152,3 @@ def test_pairs_of_another_model_are_accepted_where_they_are_meant(
     own = model.fingerprints()
     path = write_pairs(tmp_path / "1.tar", meta={"model": own["unet"], "vae": own["vae"]})
     check_pairs(PairDataset([path]), model, own, 16)
-
-
-def test_open_options_are_settled_by_the_pairs(write_pairs: Write, tmp_path: Path) -> None:
-    dataset = PairDataset([write_pairs(tmp_path / "0.tar", meta={"height": 24, "width": 16})])
-    settled = options_for_pairs(TrainingConfig(), dataset)
-    assert settled.caption_dropout == 0 and settled.resolution == 16
-    given = options_for_pairs(TrainingConfig(caption_dropout=0.2, resolution=32), dataset)
-    assert given.caption_dropout == 0.2 and given.resolution == 32
-    assert options_for_pairs(TrainingConfig(), PairDataset([write_pairs(tmp_path / "1.tar")])).resolution is None

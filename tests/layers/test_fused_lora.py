@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2f_fast.kernels.lora_dispatch import PATH_VARIABLE
 from d2f_fast.layers.fused_lora import use_fused_lora
-from d2f_fast.lora.inject import CONVOLUTION_TARGETS, LINEAR_TARGETS
+from d2f_fast.lora.targets import CONVOLUTION_TARGETS, LINEAR_TARGETS
 from d2f_fast.lora.write import save_lora
 
 EVERYWHERE = (*LINEAR_TARGETS, *CONVOLUTION_TARGETS, "conv_in", "conv_out")

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from d2f_fast.errors import ModelError
 from d2f_fast.files.tensor_file import write_tensors
-from d2f_fast.lora.forms import family_of_lora, layers_by_name, write_lora_form
+from d2f_fast.lora.forms import layers_by_name, write_lora_form
+from d2f_fast.lora.header import family_of_lora
 from d2f_fast.lora.inject import inject_lora
 from d2f_fast.lora.kohya import kohya_header, kohya_state_dict
 from d2f_fast.lora.read import read_lora
@@ -70,7 +71,7 @@ def test_peft_to_kohya_to_peft_gives_the_files_of_training(
 ) -> None:
     peft, kohya = trained[family] / "pytorch_lora_weights.safetensors", trained[family] / f"{family}_kohya.safetensors"
     lora = read_lora(peft)
-    assert family_of_lora(lora) == family_of_lora(read_lora(kohya)) == family
+    assert family_of_lora(lora.about) == family_of_lora(read_lora(kohya).about) == family
     out = tmp_path / "out_kohya.safetensors"
     write_lora_form(out, layers_by_name(lora, skeletons[family]), "kohya", skeletons[family], title=family)
     same(out, kohya)

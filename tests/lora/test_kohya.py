@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from d2f_fast.lora.family import family_of
-from d2f_fast.lora.inject import CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, LINEAR_TARGETS
 from d2f_fast.lora.key_names import sgm_name
 from d2f_fast.lora.kohya import kohya_header, kohya_layer_names, kohya_state_dict
+from d2f_fast.lora.targets import CONVOLUTION_TARGETS, FIRST_LAYER, LAST_LAYER, LINEAR_TARGETS
 
 ATTENTION = tuple(target for target in LINEAR_TARGETS if target.startswith("to_"))
 TARGETS: dict[str, tuple[str, ...]] = {

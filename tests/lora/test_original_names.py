@@ -1,8 +1,11 @@
 """Names of single layers in the original code; tests/models/test_original_layout.py compares whole networks."""
 
-import pytest
+from typing import Any
 
-from d2f_fast.lora.original_names import original_unet_name
+import pytest
+from torch import nn
+
+from d2f_fast.lora.original_names import diffusers_unet_name, original_unet_name
 
 CONFIG = {"layers_per_block": 2, "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
 
@@ -32,3 +35,14 @@ def test_network_with_other_numbers_of_layers_has_no_original_names() -> None:
     config = CONFIG | {"layers_per_block": [2, 3]}
     assert original_unet_name("down_blocks.0.resnets.0.conv1", config) is None
     assert original_unet_name("conv_in", config) == "input_blocks.0.0"
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_original_name_leads_back_to_the_layer(family: str, family_unet: Any) -> None:
+    unet = family_unet(family)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    originals = {name: original_unet_name(name, unet.config) for name in layers}
+    assert {name: diffusers_unet_name(str(found), unet.config) for name, found in originals.items()} == {
+        name: name for name in layers
+    }
+    assert diffusers_unet_name("nowhere.0", unet.config) is None

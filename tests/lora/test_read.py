@@ -83,8 +83,8 @@ A, B = "a.lora_down.weight", "a.lora_up.weight"
         ({A: DOWN, B: UP, "a.alpha": torch.tensor(1e30)}, "the alpha of a is 1e"),
         ({A: DOWN, B: UP, "a.alpha": torch.tensor(float("nan"))}, r"a\.alpha holds NaN or infinity"),
         ({A: DOWN, B: UP * torch.inf}, r"a\.lora_up\.weight holds NaN or infinity: take an earlier save"),
-        ({A: DOWN, B: UP.to(torch.complex64)}, r"a\.lora_up\.weight holds complex64 numbers, not real ones"),
-        ({A: DOWN, B: UP.to(torch.int32)}, r"a\.lora_up\.weight holds int32 numbers, not real ones"),
+        ({A: DOWN, B: UP.to(torch.complex64)}, r"a\.lora_up\.weight holds numbers of type C64, not real ones"),
+        ({A: DOWN, B: UP.to(torch.int32)}, r"a\.lora_up\.weight holds numbers of type I32, not real ones"),
         (
             {A: DOWN, B: UP, "a.alpha": torch.tensor(1.0), "b.lora_down.weight": DOWN, "b.lora_up.weight": UP},
             "b has no alpha, and 1 of 2 layers have one: the file is incomplete",

@@ -20,7 +20,7 @@ DOWN, UP = torch.ones(2, 6), torch.ones(5, 2)
         ({"d2f.shift": "-2"}, "d2f.shift must be a number from 0.001 to 1000, got -2: give --shift"),
         ({"d2f.shift": "nan"}, "got nan: give --shift"),
         ({"d2f.shift": "wide\n"}, r"got 'wide\\n': give --shift"),
-        ({"d2f.fm_form": "mine"}, "d2f.fm_form must be diffusers or published, got mine: save the file again"),
+        ({"d2f.fm_form": "mine"}, "d2f.fm_form must be diffusers or published, got mine: correct the entry"),
     ],
 )
 def test_tag_with_an_impossible_value_is_refused_with_its_file(

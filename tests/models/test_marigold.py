@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, MarigoldDepthPipeline, StableDiffusionPipel
 
 from d2f_fast.errors import ModelError
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.models.marigold import check_one_text_encoder, depth_scheduler, empty_text, marigold_pipeline
+from d2f_fast.models.configs import check_one_text_encoder
+from d2f_fast.models.marigold import depth_scheduler, empty_text, marigold_pipeline, text_encoders_of
 
 
 @pytest.fixture(scope="module")
@@ -47,4 +48,4 @@ def test_text_is_what_the_stock_pipeline_makes_of_the_empty_prompt(tiny_folder: 
 
 def test_model_with_two_text_encoders_is_refused(tiny_xl: Any) -> None:
     with pytest.raises(ModelError, match="depth needs a model with one text encoder: give one of Stable Diffusion 1"):
-        check_one_text_encoder(tiny_xl)
+        check_one_text_encoder(text_encoders_of(tiny_xl))

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from d2f_fast.errors import CheckpointError
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tensor_file import read_tensors, write_tensors
-from d2f_fast.training.checkpoint import find_checkpoint, save_checkpoint, verify_checkpoint
+from d2f_fast.training.checkpoint import find_checkpoint, named_checkpoint, save_checkpoint, verify_checkpoint
 
 torch.set_num_threads(1)
 
@@ -402,6 +402,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "manifest a list": ("manifest.json", lambda path: path.write_text("[]")),
     "manifest without files": ("manifest.json", lambda path: path.write_text('{"format": 1, "step": 2}')),
     "manifest files a list": ("manifest.json", set_manifest(files=["state.safetensors"])),
+    "manifest of another step": ("manifest.json", set_manifest(step=1)),
+    "manifest step in text": ("manifest.json", set_manifest(step="2")),
     "manifest step infinite": ("manifest.json", set_manifest(step=math.inf)),
     "manifest format newer": ("manifest.json", set_manifest(format=2)),
 }
@@ -493,3 +495,21 @@ if __name__ == "__main__":
     logging.disable()
     action = {function.__name__: function for function in (kill_at_every_call, kill_at_random_moments, fill_the_disk)}
     print(json.dumps(action[sys.argv[1]](Path(sys.argv[2]))))
+
+
+def test_named_checkpoint_is_found_with_its_step_and_without_reading_contents(tmp_path: Path) -> None:
+    assert named_checkpoint(tmp_path, None) is None and named_checkpoint(tmp_path, "latest") is None
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, writer(step))
+    (weights,) = (tmp_path / "checkpoint-2").glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for named in ("latest", "checkpoint-2"):
+        assert named_checkpoint(tmp_path, named) == (tmp_path / "checkpoint-2", 2)
+    weights.write_bytes(b"\xff" * len(content))
+    with pytest.raises(CheckpointError, match="not an intact safetensors file"):
+        named_checkpoint(tmp_path, "checkpoint-2")
+    assert named_checkpoint(tmp_path, "latest") == (tmp_path / "checkpoint-1", 1)
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged \(checkpoint-2: .*; checkpoint-1: "):
+        named_checkpoint(tmp_path, "latest")

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import CheckpointError
 from d2f_fast.models.configs import ModelConfigs
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.training.run_settings import check_settings, settings_of
+from d2f_fast.training.run_settings import check_parts, check_settings, read_state, settings_of
 from d2f_fast.training.teacher_options import TeacherOptions
 
 SETTLED = {"objective": "diff2flow", "loss_weighting": "flow", "resolution": 64, "caption_dropout": 0.1}
@@ -21,6 +22,8 @@ def continue_run(tmp_path: Path, saved: dict[str, object], known: bool = True, *
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "files": {}}))
+    for name in ("trainable", "ema", "optimizer"):
+        save_file({}, checkpoint / f"{name}.safetensors")
     identity = settings_of(TrainingConfig()) | SETTLED | {"mixed_precision": "no", "global_batch_size": 4} | saved
     state = {"identity": identity, "samples": 1, "skipped_steps": 0}
     (checkpoint / "state.json").write_text(json.dumps(state))
@@ -48,3 +51,23 @@ def test_other_settings_are_refused(tmp_path: Path, saved: Any, options: Any, se
 @pytest.mark.parametrize("known", [True, False], ids=["local model", "model of the hub"])
 def test_settings_that_only_the_model_settles_are_not_compared(tmp_path: Path, known: bool) -> None:
     continue_run(tmp_path, {"base_model": "0123"}, known, learning_rate=1e-4, resolution=None)
+
+
+@pytest.mark.parametrize("missing", ["trainable.safetensors", "ema.safetensors", "optimizer.safetensors"])
+def test_checkpoint_without_a_file_that_is_read_is_refused(missing: str, tmp_path: Path) -> None:
+    for name in {"trainable.safetensors", "ema.safetensors", "optimizer.safetensors"} - {missing}:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=f"{missing} is missing: resume from another checkpoint"):
+        check_parts(tmp_path, has_average=True)
+    if missing == "ema.safetensors":
+        check_parts(tmp_path, has_average=False)
+
+
+@pytest.mark.parametrize("change", [{"identity": None}, {"samples": "7"}, {"skipped_steps": []}])
+def test_state_of_another_form_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    state = {"identity": {}, "samples": 7, "skipped_steps": 0}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert read_state(tmp_path) == state
+    (tmp_path / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(CheckpointError, match=r"state\.json does not describe a training run"):
+        read_state(tmp_path)

@@ -1,0 +1,148 @@
+"""Compare pairs with the model that is to be trained, as far as its configuration says. Imports no torch."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from d2f_fast.config import TrainingConfig
+from d2f_fast.data.pairs import PairDataset
+from d2f_fast.errors import DatasetError, printable
+from d2f_fast.models.configs import ModelConfigs, downsampling_of, resolution_of
+from d2f_fast.models.options import ModelOptions
+
+# A deviation in this range is accepted whatever the scaling factor is: that of strongly guided latents is above 1.
+_USUAL_DEVIATION = (0.4, 2.5)
+# Entries of meta.json that identify what made a pair, the component of `BaseModel.fingerprints`, and its name.
+_ORIGINS = (("vae", "vae", "autoencoder"), ("model", "unet", "model"))
+
+
+def options_for_pairs(config: TrainingConfig, dataset: PairDataset) -> TrainingConfig:
+    """Return the options of a run on pairs, with what the pairs settle where it is left open.
+
+    Args:
+        config: Options of the run.
+        dataset: The pairs.
+
+    Returns:
+        The same options, with no dropout, because the guidance of the pairs is built in; and with the resolution of the
+        pairs, where they state it.
+    """
+    sides = [dataset.common_meta(name) for name in ("height", "width")]
+    known = all(isinstance(side, int) and side > 0 for side in sides)
+    return dataclasses.replace(
+        config,
+        caption_dropout=0.0 if config.caption_dropout is None else config.caption_dropout,
+        resolution=config.resolution or (min(sides) if known else None),
+    )
+
+
+def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: ModelConfigs, *datasets: object) -> None:
+    """Refuse pairs whose latents are not those of the model that is to be trained, from its configuration alone.
+
+    Args:
+        config: Options of the run.
+        options: Options of the base model.
+        configs: Configurations of the base model.
+        datasets: Data of the run and held-out data, of which those that are no pairs are passed over.
+
+    Raises:
+        DatasetError: The pairs do not fit; see `check_pairs_fit`.
+        RefusedInputError: Nothing says the resolution.
+    """
+    if isinstance(datasets[0], PairDataset):
+        config = options_for_pairs(config, datasets[0])
+    downsampling = downsampling_of(configs.vae)
+    resolution = config.resolution or resolution_of(configs.unet, downsampling)
+    scaling_factor = options.vae_custom_scale
+    if scaling_factor is None and options.pretrained_vae_model_name_or_path is None:
+        scaling_factor = float(configs.vae.get("scaling_factor", 0.18215))
+    for dataset in datasets:
+        if isinstance(dataset, PairDataset):
+            check_pairs_fit(dataset, configs.unet.get("in_channels", 4), downsampling, scaling_factor, resolution)
+
+
+def check_pairs_fit(
+    dataset: PairDataset, channels: int, downsampling: int, scaling_factor: float | None, resolution: int
+) -> None:
+    """Refuse pairs whose latents are not those of a model.
+
+    Args:
+        dataset: The pairs.
+        channels: Number of channels that the network takes.
+        downsampling: Number of pixels along each side of one latent.
+        scaling_factor: Factor on the latents of the autoencoder; None where it is not known, and not compared.
+        resolution: Resolution of the run, in pixels.
+
+    Raises:
+        DatasetError: The latents have another number of channels, size or scale, or two shards were made with different
+            models, and the data set was not told that this is meant.
+    """
+    found, height, width = dataset.shape
+    first = printable(dataset.shards[0].path)
+    if found != channels:
+        raise DatasetError(
+            f"{first} has latents of {found} channels, and the model takes {channels}: train the model that made the"
+            " pairs"
+        )
+    if (side := min(height, width) * downsampling) != resolution:
+        raise DatasetError(
+            f"{first} has images whose shorter side is {side} pixels, and the resolution is {resolution}: give"
+            f" --resolution {side}"
+        )
+    if scaling_factor is not None:
+        _check_scale(dataset, scaling_factor)
+    if not dataset.of_another_model:
+        _check_common_origin(dataset)
+
+
+def check_origin(dataset: PairDataset, fingerprints: Mapping[str, str]) -> None:
+    """Refuse pairs that another model or autoencoder made, unless the data set was told that this is meant.
+
+    Args:
+        dataset: The pairs.
+        fingerprints: Hashes of the base model before training; see `BaseModel.fingerprints`.
+
+    Raises:
+        DatasetError: A shard states another model or autoencoder.
+    """
+    for shard in () if dataset.of_another_model else dataset.shards:
+        for key, part, name in _ORIGINS:
+            if key in shard.meta and shard.meta[key] != fingerprints[part]:
+                raise DatasetError(
+                    f"{printable(shard.path)} was made with another {name} ({_shown(shard.meta[key])}) than the one"
+                    f" that is trained ({fingerprints[part]}): train the model that made the pairs, or add"
+                    " --pairs_of_another_model if this is meant"
+                )
+
+
+def _check_common_origin(dataset: PairDataset) -> None:
+    """Refuse shards that were made with different models, of which only one can be the one that is trained."""
+    for key, _, name in _ORIGINS:
+        stated = [(shard.path, shard.meta[key]) for shard in dataset.shards if key in shard.meta]
+        for path, value in stated:
+            if value != stated[0][1]:
+                raise DatasetError(
+                    f"{printable(path)} was made with another {name} ({_shown(value)}) than {printable(stated[0][0])}"
+                    f" ({_shown(stated[0][1])}): give pairs of one {name}, or add --pairs_of_another_model if this is"
+                    " meant"
+                )
+
+
+def _check_scale(dataset: PairDataset, scaling_factor: float) -> None:
+    """Refuse latents that lack the scaling factor of the autoencoder, or have it twice.
+
+    The deviation of scaled latents is about 1, so that of others is about the factor, or its inverse: the border is
+    half way, as a ratio.
+    """
+    border = min(scaling_factor, 1 / scaling_factor) ** 0.5
+    low, high = min(border, _USUAL_DEVIATION[0]), max(1 / border, _USUAL_DEVIATION[1])
+    if not low <= (deviation := dataset.latents_deviation) <= high:
+        raise DatasetError(
+            f"{printable(dataset.shards[0].path)}: the latents have a deviation of {deviation:.3g}, and those of the"
+            f" model about 1 with its scaling factor of {scaling_factor:g}: store latents in the scale of the pipeline,"
+            " as d2f pairs does, or give the model's own --vae_custom_scale"
+        )
+
+
+def _shown(value: object) -> str:
+    """Return the start of an entry of meta.json for a one-line message."""
+    return printable(str(value)[:40])
