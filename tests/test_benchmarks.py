@@ -36,16 +36,22 @@ def run(folder, *options):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def test_row_holds_the_time_of_one_call_and_is_appended(tmp_path):
+@pytest.fixture
+def checkout(tmp_path):
+    """Return a folder with the files that measure, and no benchmark."""
     for name in ("conftest.py", "pyproject.toml", "benchmarks/clock.py", "benchmarks/conftest.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "tests").mkdir()  # pytest warns of a folder of its settings that is missing.
-    (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
+    return tmp_path
+
+
+def test_row_holds_the_time_of_one_call_and_is_appended(checkout):
+    (checkout / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
     for rows in (1, 2):
-        done = run(tmp_path)
+        done = run(checkout)
         assert done.returncode == 0, done.stdout
-        (table,) = (tmp_path / "benchmarks/results").glob("*.csv")
+        (table,) = (checkout / "benchmarks/results").glob("*.csv")
         with table.open() as file:
             found = list(csv.DictReader(file))
         assert len(found) == rows
@@ -58,25 +64,22 @@ def test_row_holds_the_time_of_one_call_and_is_appended(tmp_path):
 
     before = "another,table\n"
     table.write_text(before)
-    done = run(tmp_path)
+    done = run(checkout)
     assert done.returncode == 1 and "has other columns than this version writes: move it away" in done.stdout
     assert table.read_text() == before
 
 
 @pytest.mark.slow
-def test_go_on_runs_only_the_benchmarks_that_are_missing(tmp_path):
-    for name in ("conftest.py", "pyproject.toml", "benchmarks/clock.py", "benchmarks/conftest.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+def test_go_on_runs_only_the_benchmarks_that_are_missing(checkout):
     fails = "\n\ndef test_fails():\n    assert False\n"
-    (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK + fails)
-    first, second = (run(tmp_path, "--go_on", "--results", "rows") for _ in range(2))
+    (checkout / "benchmarks/bench_sleep.py").write_text(BENCHMARK + fails)
+    first, second = (run(checkout, "--go_on", "--results", "rows") for _ in range(2))
     assert "1 failed, 1 passed" in first.stdout, first.stdout
     assert "1 failed, 1 deselected" in second.stdout
-    assert len((tmp_path / "rows/measured.txt").read_text().splitlines()) == 1
-    (tmp_path / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
+    assert len((checkout / "rows/measured.txt").read_text().splitlines()) == 1
+    (checkout / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
     for chosen in ([], ["-k", "sleep"]):
-        third = run(tmp_path, "--go_on", "--results", "rows", *chosen)
+        third = run(checkout, "--go_on", "--results", "rows", *chosen)
         assert third.returncode == 0 and "1 deselected" in third.stdout
 
 
