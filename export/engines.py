@@ -6,13 +6,14 @@ from pathlib import Path
 import onnx
 
 from d2f_fast.export.exported_files import latent_sides
+from d2f_fast.export.source import text_length
 from d2f_fast.models.base_model import BaseModel
 
 # Smallest, usual and largest side of an engine's images, as a factor of the model's own.
 _SIDE_FACTORS = (0.5, 1, 1.5)
 
 
-def engine_commands(folder: Path, model: BaseModel, guidance: bool, step_counts: Sequence[int]) -> list[str]:
+def engine_commands(folder: Path, model: BaseModel, copies: int, step_counts: Sequence[int]) -> list[str]:
     """Return a trtexec command for each graph of an export.
 
     Its engine takes images whose sides are half to one and a half times those that the model was trained at.
@@ -20,7 +21,7 @@ def engine_commands(folder: Path, model: BaseModel, guidance: bool, step_counts:
     Args:
         folder: export folder with the graphs.
         model: model that was exported.
-        guidance: Whether the sampler guides; the network then takes two halves of a batch.
+        copies: number of conditions on which the sampler evaluates the network at once.
         step_counts: numbers of steps that the sampler has tables for.
     """
     config = model.unet.config
@@ -28,13 +29,13 @@ def engine_commands(folder: Path, model: BaseModel, guidance: bool, step_counts:
     lines = []
     for path in sorted(folder.glob("*/*.onnx")):
         name = path.relative_to(folder).as_posix()
-        halves = 2 if name == "unet/model.onnx" and guidance else 1
+        least = copies if name == "unet/model.onnx" else 1
         unit = model.downsampling if path.parent.name == "vae_encoder" else 1
         sizes = {}
         for axis, side in zip(("height", "width"), latent_sides(config), strict=True):
             sides = [unit * max(step, round(side * factor / step) * step) for factor in _SIDE_FACTORS]
             sizes[axis] = sizes[f"latent_{axis}"] = sides
-        sizes |= {"batch": [halves, halves, 4 * halves], "sequence": [model.pipeline.tokenizer.model_max_length] * 3}
+        sizes |= {"batch": [least, least, 4 * least], "sequence": [text_length(model.pipeline)] * 3}
         sizes["steps"] = [1, 4, max(4, *step_counts)]
         lines.append(trtexec_line(name, profiles_of(path, sizes)))
     return lines

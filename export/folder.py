@@ -25,12 +25,14 @@ from d2f_fast.export.report import (
     read_report,
 )
 from d2f_fast.export.resources import check_memory_to_load, check_resources
-from d2f_fast.export.sampler_graph import step_table, write_sampler, write_tables
-from d2f_fast.export.source import load_model, sampling_of
+from d2f_fast.export.sampler_graph import write_sampler
+from d2f_fast.export.source import guidance_of, is_marigold, load_model, sampling_of, text_length
+from d2f_fast.export.step_tables import StepTable, step_table, trailing_table, write_tables
 from d2f_fast.export.wrappers import Component, text_encoder_component, unet_component, vae_components
 from d2f_fast.files.atomic import recover_folder
 from d2f_fast.files.json_file import write_json
 from d2f_fast.files.lock import locked_place
+from d2f_fast.flow.alignment import Alignment
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.models.reflection_padding import set_reflection_padding
 
@@ -94,8 +96,9 @@ class ExportJob:
         unet = self.model.unet.config
         if "sampler" in options.component_names:
             check_sampler_network(unet.in_channels, unet.out_channels)
+        self.guidance = guidance_of(self.model, options.guidance, options.image_guidance)
         self.recommended_steps = steps if steps in options.step_counts else None
-        self.tables = {count: step_table(self.flow, count, self.shift) for count in options.step_counts}
+        self.tables = {count: self._table(count) for count in options.step_counts}
         self.sizes = self._static_sizes()
 
     def weight_bytes(self) -> dict[str, int]:
@@ -149,6 +152,12 @@ class ExportJob:
         report["parity"] = rows
         return report
 
+    def _table(self, steps: int) -> StepTable:
+        """Return the table of a number of steps: those of the stock scheduler for a depth model without a shift."""
+        if is_marigold(self.model.pipeline) and isinstance(self.flow, Alignment) and self.shift == 1:
+            return trailing_table(self.flow, steps)
+        return step_table(self.flow, steps, self.shift)
+
     def _components(self) -> dict[str, Component]:
         """Return the graphs that the options ask for, by name; a pipeline may have two text encoders."""
         pipeline, asked = self.model.pipeline, self.options.component_names
@@ -181,11 +190,11 @@ class ExportJob:
             if size < step or size % step:
                 raise RefusedInputError(f"{name} {size} is not a multiple of {step}: choose one in --static")
         height, width = sides
-        length = self.model.pipeline.tokenizer.model_max_length
+        length = text_length(self.model.pipeline)
         latent = {"height": height // factor, "width": width // factor}
         decoded = {f"latent_{name}": size for name, size in latent.items()}
         return {
-            "unet": {"batch": batch * (2 if self.options.guidance else 1), "sequence": length, **latent},
+            "unet": {"batch": batch * self.guidance.copies, "sequence": length, **latent},
             "text_encoder": {"batch": batch, "sequence": length},
             "text_encoder_2": {"batch": batch, "sequence": length},
             "vae_encoder": {"batch": batch, "height": height, "width": width},
@@ -210,7 +219,7 @@ class ExportJob:
             write_sampler(
                 path,
                 folder / "unet" / "model.onnx",
-                guidance=self.options.guidance,
+                guidance=self.guidance,
                 unroll=unroll,
                 vae=folder / "vae_decoder" / "model.onnx" if self.options.with_vae else None,
                 scaling=self.model.vae.config,
@@ -236,13 +245,13 @@ class ExportJob:
         if "sampler" in self.options.component_names:
             _say_part("computing torch's results of the sampler")
             sizes = self.sizes.get("unet")
-            if sizes is not None and self.options.guidance:
-                sizes = sizes | {"batch": sizes["batch"] // 2}
+            if sizes is not None:
+                sizes = sizes | {"batch": sizes["batch"] // self.guidance.copies}
             made = verify.sampler_cases(
                 self.components["unet"],
                 self.flow,
                 self.tables,
-                self.options.guidance,
+                self.guidance,
                 self._decode if self.options.with_vae else None,
                 sizes,
             )
@@ -293,7 +302,8 @@ class ExportJob:
             "shift": self.shift,
             "taken_for": str(self.model.facts),
             "model_options": {name: value for name in MODEL_OPTIONS if (value := getattr(options, name)) is not None},
-            "guidance": options.guidance,
+            "guidance": self.guidance.text,
+            "image_guidance": self.guidance.image,
             "recommended_guidance": self.recommended_guidance,
             "recommended_steps": self.recommended_steps,
             "with_vae": options.with_vae,
@@ -303,7 +313,7 @@ class ExportJob:
             "tolerance": options.largest_error,
             "parity": rows,
             "tensorrt": checked,
-            "trtexec": engine_commands(folder, self.model, options.guidance, options.step_counts),
+            "trtexec": engine_commands(folder, self.model, self.guidance.copies, options.step_counts),
             "versions": package_versions(),
             "files": list_files(folder),
         }

@@ -146,7 +146,9 @@ class SamplerOptions:
         shift: Factor on the ratio of noise to image, (1 - t) / t, at each step; 1 changes nothing. Default: the one
             saved with the LoRA or model, or that of the model's own flow-matching scheduler, or 1.
         guidance: Build classifier-free guidance into the sampler, which doubles the network's batch. Its strength is an
-            input of the graph.
+            input of the graph. A Marigold model has no prompt, and so no guidance.
+        image_guidance: Build guidance by the image into the sampler, too, for a model such as InstructPix2Pix, which
+            triples the network's batch.
         with_vae: Let the sampler also decode its latents, so that it returns an image.
         unroll: Also write unet/sampler_N.onnx, a sampler of N steps, at most 50, without a loop, for programs that run
             no loops. It holds N copies of the network's operators, which share its weights. 0 writes none.
@@ -155,6 +157,7 @@ class SamplerOptions:
     steps: str = option(None, "1,2,4,8", metavar="N,...")
     shift: float | None = option(None, None, positive(MAX_SHIFT))
     guidance: bool = True
+    image_guidance: bool = False
     with_vae: bool = False
     unroll: int = option(None, 0, metavar="N")
 
@@ -247,9 +250,12 @@ class ExportOptions(CheckOptions, SamplerOptions, GraphOptions, OutputOptions, S
             )
         if self.unroll < 0 or self.unroll > 50:
             raise RefusedInputError(f"unroll must be 0 to 50, got {self.unroll}: each step is a copy of the network")
-        for name, is_given in {"with_vae": self.with_vae, "unroll": self.unroll > 0}.items():
+        of_sampler = {"with_vae": self.with_vae, "unroll": self.unroll > 0, "image_guidance": self.image_guidance}
+        for name, is_given in of_sampler.items():
             if is_given and "sampler" not in self.component_names:
                 raise RefusedInputError(f"{name} changes the sampler only: add sampler to components")
+        if self.image_guidance and not self.guidance:
+            raise RefusedInputError("image_guidance needs guidance by text, too: leave no_guidance out")
         if "sampler" in self.component_names and "unet" not in self.component_names:
             raise RefusedInputError("the sampler uses the weights in unet/: add unet to components")
         if self.with_vae and "vae_decoder" not in self.component_names:
@@ -322,12 +328,12 @@ def check_sampler_network(in_channels: int, out_channels: int) -> None:
         out_channels: number of channels that it returns.
 
     Raises:
-        RefusedInputError: it also takes an image.
+        RefusedInputError: it takes other channels than those of its own latents and of whole images.
     """
-    if in_channels != out_channels:
+    if in_channels % out_channels:
         raise RefusedInputError(
-            f"the network takes {in_channels} channels and returns {out_channels} (depth or inpainting), and the"
-            " sampler graph has no image to condition on: leave sampler out of components"
+            f"the network takes {in_channels} channels and returns {out_channels} (inpainting), and the sampler graph"
+            " has no mask to condition on: leave sampler out of components"
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import diffusers
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
+from d2f_fast.export.source import is_marigold
 from d2f_fast.export.wrappers import Component
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow
@@ -58,8 +59,7 @@ def _stock_scheduler(pipeline: "DiffusionPipeline", flow: Flow, shift: float) ->
     config = {**pipeline.scheduler.config, **_STOCK_STEPS}
     config.pop("_use_default_values", None)
     # Marigold's pipelines never scale the network's input, which the states of Euler's scheduler need.
-    is_marigold = type(pipeline).__name__.startswith("Marigold")
-    return (DDIMScheduler if is_marigold else EulerDiscreteScheduler).from_config(config)
+    return (DDIMScheduler if is_marigold(pipeline) else EulerDiscreteScheduler).from_config(config)
 
 
 def write_component_config(folder: Path, component: Component) -> None:

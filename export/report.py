@@ -55,6 +55,7 @@ class Report(TypedDict):
     taken_for: str
     model_options: dict[str, Any]
     guidance: bool
+    image_guidance: bool
     recommended_guidance: float | None
     recommended_steps: int | None
     with_vae: bool
@@ -148,6 +149,7 @@ def options_of_export(options: ExportOptions, output: Path) -> ExportOptions:
             steps=",".join(map(str, counts)),
             shift=float(made["shift"]),
             guidance=made["guidance"],
+            image_guidance=made.get("image_guidance", False),  # Exports of earlier versions have no such entry.
             with_vae=made["with_vae"],
             static=made["static"],
             unroll=made["unroll"],

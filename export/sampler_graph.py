@@ -2,116 +2,83 @@
 
     sample' = A_k * sample + B_k * output,   output = uncond + guidance_scale * (cond - uncond)
 
-An Euler step in flow time is linear in the diffusion state (`euler_coefficients`). A schedule, a number of steps and a
-prediction type therefore come down to three vectors of K numbers: the timesteps that the network is fed, A and B. They
-are inputs of the graph, computed here in float64 and rounded once. The state starts as N(0, 1) noise at t = 0.
+The three vectors of K numbers that say where the steps lie (`step_tables`) are inputs of the graph: the timesteps that
+the network is fed, A and B. A network that sees images takes their latents, the input `image_latents`, beside the state
+in every step. With guidance by image, whose network evaluation `neither` has the negative text and zeros as images,
+
+    output = uncond + guidance_scale * (cond - uncond) + (image_guidance_scale - 1) * (uncond - neither).
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from d2f_fast.flow.flow import Flow
+from d2f_fast.export.step_tables import TABLE_INPUTS
 
-TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
+IMAGE_LATENTS = "image_latents"  # as diffusers' pipeline of InstructPix2Pix calls them
 
 # Configuration of an autoencoder; only its numbers scaling_factor and shift_factor are read.
 Scaling: TypeAlias = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class StepTable:
-    """Everything that a sampler of K steps takes from the flow.
+class Guidance:
+    """Guidance that is built into a sampler, and how its network takes images.
 
     Args:
-        times: flow times of the nodes between steps, [K + 1], from 0 to 1.
-        timesteps: fractional timesteps that the network is fed, [K].
-        coef_x: factor A of the state in each step, [K].
-        coef_out: factor B of the network's output in each step, [K].
-        alphas: weight of the latents in the network's state at the nodes, [K + 1].
-        noise_scales: weight of the noise in the network's state at the nodes, [K + 1].
-        sigmas: sigmas of a stock scheduler at the nodes, [K + 1], ending in 0.
+        text: Take a negative condition and a guidance_scale, and evaluate the network on both conditions at once.
+        image: Take an image_guidance_scale, too, and evaluate the network on a third condition, without text and image.
+        context_first: whether the latents of images come before the network's own along the channels.
     """
 
-    times: list[float]
-    timesteps: list[float]
-    coef_x: list[float]
-    coef_out: list[float]
-    alphas: list[float]
-    noise_scales: list[float]
-    sigmas: list[float]
+    text: bool = True
+    image: bool = False
+    context_first: bool = True
 
-    def feed(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the inputs of the sampler graph that hold the table."""
-        return {name: np.asarray(getattr(self, name), np.float32) for name in TABLE_INPUTS}
+    @property
+    def copies(self) -> int:
+        """Return the number of conditions on which the network is evaluated at once."""
+        return 1 + self.text + self.image
 
-
-def step_table(flow: Flow, steps: int, shift: float = 1.0) -> StepTable:
-    """Return the table of an Euler sampler with uniform nodes in flow time, computed in float64.
-
-    Args:
-        flow: flow that reads the network's output as a velocity.
-        steps: number of steps, at least 1.
-        shift: positive factor on (1 - t) / t at each node; 1 leaves the nodes uniform.
-    """
-    nodes = flow.times(steps, shift=shift).double()
-    a, b = flow.euler_coefficients(nodes[:-1], nodes[1:])
-    n = flow.state_scale(nodes)
-    return StepTable(
-        times=nodes.tolist(),
-        timesteps=flow.timestep(nodes[:-1]).tolist(),
-        coef_x=a.tolist(),
-        coef_out=b.tolist(),
-        alphas=(nodes / n).tolist(),
-        noise_scales=((1 - nodes) / n).tolist(),
-        sigmas=flow.sigmas(steps, shift),
-    )
-
-
-def write_tables(path: Path, tables: Mapping[int, StepTable]) -> None:
-    """Write `steps.json`, which holds step tables by number of steps."""
-    path.write_text(json.dumps({str(steps): asdict(table) for steps, table in tables.items()}, indent=1) + "\n")
+    def scales(self, text: float, image: float) -> dict[str, float]:
+        """Return the scales of both kinds of guidance, by the names of the sampler's inputs for them."""
+        given = {"guidance_scale": (self.text, text), "image_guidance_scale": (self.image, image)}
+        return {name: scale for name, (taken, scale) in given.items() if taken}
 
 
 def write_sampler(
-    path: Path, unet: Path, *, guidance: bool, unroll: int = 0, vae: Path | None = None, scaling: Scaling
+    path: Path, unet: Path, *, guidance: Guidance, unroll: int = 0, vae: Path | None = None, scaling: Scaling
 ) -> None:
     """Write the sampler of an exported network.
 
     Args:
         path: path of the sampler, in the network's own folder, so that it can share the weight file.
         unet: path of the network's graph, with its weights in `NAME.data` beside it.
-        guidance: Take a negative condition and a guidance_scale, and call the network on both conditions at once.
+        guidance: guidance to build in, and how the network takes images.
         unroll: Number of steps to write out one after the other; 0 writes a Loop, for any number of steps.
         vae: path of the decoder's graph, to return `image` in [0, 1]; None returns `out_latents`.
         scaling: configuration of the autoencoder; scaling_factor and shift_factor are read where `vae` is given.
 
     Raises:
-        ValueError: the network's input and output have different channels, or the decoder has another opset.
+        ValueError: the network takes other channels than those of its own latents and of whole images, or the decoder
+            has another opset.
     """
     network = onnx.load(str(unet), load_external_data=False)
     ports = {value.name: value for value in network.graph.input}
     in_channels, out_channels = _channels(ports["sample"]), _channels(network.graph.output[0])
-    if in_channels != out_channels:
+    if in_channels % out_channels:
         raise ValueError(
             f"the network takes {in_channels} channels and returns {out_channels}: it needs another sampler"
         )
     conditions = [name for name in ports if name not in ("sample", "timestep")]
-    parts = _Parts(_sampler_inputs(ports, conditions, guidance, unroll))
-    parts.nodes += [
-        helper.make_node("Concat", [f"negative_{name}", name], [f"d2f/{name}"], axis=0)
-        if guidance
-        else helper.make_node("Identity", [name], [f"d2f/{name}"])
-        for name in conditions
-    ]
-    given = {name: f"d2f/{name}" for name in conditions}
+    sees_images = in_channels > out_channels
+    parts = _Parts(_sampler_inputs(ports, conditions, guidance, unroll, out_channels))
+    parts.nodes += _conditions(conditions, guidance, sees_images)
+    given = {name: f"d2f/{name}" for name in [*conditions, *[IMAGE_LATENTS] * sees_images]}
     if unroll:
         state = _append_steps(parts, network.graph, given, guidance, unroll)
     else:
@@ -160,19 +127,44 @@ class _Parts:
 
 
 def _sampler_inputs(
-    ports: Mapping[str, ValueInfoProto], conditions: list[str], guidance: bool, unroll: int
+    ports: Mapping[str, ValueInfoProto], conditions: list[str], guidance: Guidance, unroll: int, channels: int
 ) -> list[ValueInfoProto]:
-    """Return the inputs of the sampler: noise, conditions, guidance_scale and the step table."""
-    inputs = [_like(ports["sample"], "latents", guidance)]
-    inputs += [_like(ports[name], name, guidance) for name in conditions]
-    if guidance:
-        inputs += [_like(ports[name], f"negative_{name}", guidance) for name in conditions]
-        inputs.append(helper.make_tensor_value_info("guidance_scale", TensorProto.FLOAT, []))
+    """Return the inputs of the sampler: noise of some channels, conditions, images, scales and the step table."""
+    copies = guidance.copies
+    inputs = [_like(ports["sample"], "latents", copies)]
+    inputs[0].type.tensor_type.shape.dim[1].dim_value = channels
+    inputs += [_like(ports[name], name, copies) for name in conditions]
+    of_images = _channels(ports["sample"]) - channels
+    if of_images:
+        inputs.append(_like(ports["sample"], IMAGE_LATENTS, copies))
+        inputs[-1].type.tensor_type.shape.dim[1].dim_value = of_images
+    if guidance.text:
+        inputs += [_like(ports[name], f"negative_{name}", copies) for name in conditions]
+    inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in guidance.scales(1, 1)]
     inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, [unroll or "steps"]) for name in TABLE_INPUTS]
     return inputs
 
 
-def _append_steps(parts: _Parts, network: onnx.GraphProto, given: Mapping[str, str], guidance: bool, count: int) -> str:
+def _conditions(names: list[str], guidance: Guidance, sees_images: bool) -> list[NodeProto]:
+    """Return the nodes that put the conditions of all evaluations of a step into one batch, under `d2f/NAME`."""
+    parts = {name: [f"negative_{name}"] * (guidance.copies - 1) + [name] for name in names}
+    nodes = []
+    if sees_images:
+        parts[IMAGE_LATENTS] = [IMAGE_LATENTS] * guidance.copies
+        if guidance.image:
+            parts[IMAGE_LATENTS][0] = "d2f/no_image"
+            nodes.append(helper.make_node("Sub", [IMAGE_LATENTS, IMAGE_LATENTS], ["d2f/no_image"]))
+    for name, joined in parts.items():
+        if len(joined) > 1:
+            nodes.append(helper.make_node("Concat", joined, [f"d2f/{name}"], axis=0))
+        else:
+            nodes.append(helper.make_node("Identity", joined, [f"d2f/{name}"]))
+    return nodes
+
+
+def _append_steps(
+    parts: _Parts, network: onnx.GraphProto, given: Mapping[str, str], guidance: Guidance, count: int
+) -> str:
     """Append a number of steps one after the other, and return the name of the last state."""
     state = "latents"
     for k in range(count):
@@ -184,7 +176,7 @@ def _append_steps(parts: _Parts, network: onnx.GraphProto, given: Mapping[str, s
     return state
 
 
-def _append_loop(parts: _Parts, network: onnx.GraphProto, given: Mapping[str, str], guidance: bool) -> str:
+def _append_loop(parts: _Parts, network: onnx.GraphProto, given: Mapping[str, str], guidance: Guidance) -> str:
     """Append a Loop over the steps of the table, and return the name of the last state."""
     body = helper.make_graph(
         [
@@ -222,7 +214,7 @@ def _append_decoder(
     parts.nodes += _decode(decoder.graph, state, scaling, parts.initializers)
     parts.initializers += [_prefixed_tensor(tensor, "d2f/vae/") for tensor in decoder.graph.initializer]
     parts.known += [_renamed(value, f"d2f/vae/{value.name}") for value in decoder.graph.value_info]
-    output = _like(decoder.graph.output[0], "image", False)
+    output = _like(decoder.graph.output[0], "image", 1)
     dims, own = output.type.tensor_type.shape.dim, parts.latents.type.tensor_type.shape.dim
     dims[0].CopyFrom(own[0])
     for side, latent in zip(dims[2:], own[2:], strict=True):
@@ -233,44 +225,67 @@ def _append_decoder(
 
 
 def _step(
-    network: onnx.GraphProto, given: Mapping[str, str], state: str, index: str, guidance: bool, prefix: str
+    network: onnx.GraphProto, given: Mapping[str, str], state: str, index: str, guidance: Guidance, prefix: str
 ) -> list[NodeProto]:
     """Return the nodes of one step, from the value `state` to the value `{prefix}next`.
 
     Args:
         network: the network's graph.
-        given: names of the conditions outside, by the network's names for them.
+        given: names of the conditions outside, by the network's names for them, and of the latents of images.
         state: name of the state before the step.
         index: name of the scalar that holds the step's number, which selects its coefficients.
-        guidance: Whether the network is called on the negative and the positive condition at once.
+        guidance: guidance of the sampler.
         prefix: prefix of the names of all values in the step.
     """
 
     def name(word: str) -> str:
         return f"{prefix}{word}"
 
-    gathered = [helper.make_node("Gather", [table, index], [name(table)], axis=0) for table in TABLE_INPUTS]
-    sample = name("sample") if guidance else state
-    renamed = {**given, "sample": sample, "timestep": name("timesteps")}
-    evaluation = prefixed_nodes(network, renamed, name("net/"))
+    nodes = [helper.make_node("Gather", [table, index], [name(table)], axis=0) for table in TABLE_INPUTS]
+    sample = state
+    if guidance.copies > 1:
+        nodes.append(helper.make_node("Concat", [state] * guidance.copies, [name("states")], axis=0))
+        sample = name("states")
+    conditions = dict(given)
+    if (images := conditions.pop(IMAGE_LATENTS, None)) is not None:
+        channels = [images, sample] if guidance.context_first else [sample, images]
+        nodes.append(helper.make_node("Concat", channels, [name("sample")], axis=1))
+        sample = name("sample")
+    renamed = {**conditions, "sample": sample, "timestep": name("timesteps")}
+    nodes += prefixed_nodes(network, renamed, name("net/"))
     output = name(f"net/{network.output[0].name}")
-    nodes = [*gathered]
-    if guidance:
-        nodes.append(helper.make_node("Concat", [state, state], [sample], axis=0))
-    nodes += evaluation
-    if guidance:
-        nodes += [
-            helper.make_node("Split", [output], [name("uncond"), name("cond")], axis=0, num_outputs=2),
-            helper.make_node("Sub", [name("cond"), name("uncond")], [name("direction")]),
-            helper.make_node("Mul", ["guidance_scale", name("direction")], [name("scaled")]),
-            helper.make_node("Add", [name("uncond"), name("scaled")], [name("guided")]),
-        ]
+    if guidance.copies > 1:
+        nodes += _guide(output, guidance, prefix)
         output = name("guided")
     nodes += [
         helper.make_node("Mul", [name("coef_x"), state], [name("kept")]),
         helper.make_node("Mul", [name("coef_out"), output], [name("moved")]),
         helper.make_node("Add", [name("kept"), name("moved")], [name("next")]),
     ]
+    return nodes
+
+
+def _guide(output: str, guidance: Guidance, prefix: str) -> list[NodeProto]:
+    """Return the nodes from the network's output on all conditions to the value `{prefix}guided`."""
+
+    def name(word: str) -> str:
+        return f"{prefix}{word}"
+
+    halves = [name("neither")] * guidance.image + [name("uncond"), name("cond")]
+    by_text = name("by_text") if guidance.image else name("guided")
+    nodes = [
+        helper.make_node("Split", [output], halves, axis=0, num_outputs=guidance.copies),
+        helper.make_node("Sub", [name("cond"), name("uncond")], [name("direction")]),
+        helper.make_node("Mul", ["guidance_scale", name("direction")], [name("scaled")]),
+        helper.make_node("Add", [name("uncond"), name("scaled")], [by_text]),
+    ]
+    if guidance.image:
+        nodes += [
+            helper.make_node("Sub", [name("uncond"), name("neither")], [name("to_image")]),
+            helper.make_node("Mul", ["image_guidance_scale", name("to_image")], [name("to_image_scaled")]),
+            helper.make_node("Sub", [name("to_image_scaled"), name("to_image")], [name("further")]),
+            helper.make_node("Add", [by_text, name("further")], [name("guided")]),
+        ]
     return nodes
 
 
@@ -344,12 +359,12 @@ def _renamed(value: ValueInfoProto, name: str) -> ValueInfoProto:
     return copy
 
 
-def _like(value: ValueInfoProto, name: str, guidance: bool) -> ValueInfoProto:
-    """Return a value under another name; with guidance a fixed batch is halved, as the network takes both halves."""
+def _like(value: ValueInfoProto, name: str, copies: int) -> ValueInfoProto:
+    """Return a value under another name; a fixed batch is divided by the copies of it that the network takes."""
     copy = _renamed(value, name)
     batch = copy.type.tensor_type.shape.dim[0] if copy.type.tensor_type.shape.dim else None
-    if guidance and batch is not None and batch.dim_value:
-        batch.dim_value //= 2
+    if batch is not None and batch.dim_value:
+        batch.dim_value //= copies
     return copy
 
 

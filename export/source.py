@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from d2f_fast.errors import ModelError
+from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.export.sampler_graph import Guidance
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.lora.tags import check_tags, common_tags
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.image_context import form_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import lowest_guidance, recommended_steps, saved_tags
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Sampling(NamedTuple):
@@ -86,3 +91,33 @@ def load_model(model: str, options: ModelOptions | None = None) -> BaseModel:
             " an autoencoder without it"
         )
     return loaded
+
+
+def is_marigold(pipeline: "DiffusionPipeline") -> bool:
+    """Return whether a pipeline is one of Marigold's, whose text is always the empty prompt without padding."""
+    return type(pipeline).__name__.startswith("Marigold")
+
+
+def text_length(pipeline: "DiffusionPipeline") -> int:
+    """Return the number of tokens of a text that the network of a pipeline sees."""
+    tokenizer = pipeline.tokenizer
+    return len(tokenizer("").input_ids) if is_marigold(pipeline) else int(tokenizer.model_max_length)
+
+
+def guidance_of(model: BaseModel, text: bool, image: bool) -> Guidance:
+    """Return the guidance that is built into the sampler of a model: none for Marigold's, which has no prompt.
+
+    Args:
+        model: model that is exported.
+        text: whether guidance by text was asked for.
+        image: whether guidance by image was asked for.
+
+    Raises:
+        RefusedInputError: the model cannot be guided by an image.
+    """
+    prompted = not is_marigold(model.pipeline)
+    if image and not (model.context_images and prompted):
+        raise RefusedInputError(
+            "image_guidance needs a model that sees an image and a prompt, such as InstructPix2Pix: leave it out"
+        )
+    return Guidance(text and prompted, image, form_of(model).first)

@@ -15,12 +15,13 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from d2f_fast.export.sampler_graph import StepTable
+from d2f_fast.export.sampler_graph import IMAGE_LATENTS, Guidance
+from d2f_fast.export.step_tables import StepTable
 from d2f_fast.export.wrappers import Component, check_sizes
 from d2f_fast.flow.flow import Flow
 from d2f_fast.sampling.integrate import Velocity, sample_flow, unet_velocity
 
-GUIDANCE_SCALE = 1.5
+GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 1.5, 1.25
 # One timestep between two training timesteps, one on a training timestep, and the last.
 TIMESTEPS = (673.16, 21.0, 999.0)
 
@@ -96,7 +97,7 @@ def sampler_cases(
     component: Component,
     flow: Flow,
     tables: Mapping[int, StepTable],
-    guidance: bool,
+    guidance: Guidance,
     decode: Callable[[Tensor], Tensor] | None = None,
     sizes: dict[str, int] | None = None,
 ) -> dict[int, Case]:
@@ -108,7 +109,7 @@ def sampler_cases(
         component: component of the UNet, in float32.
         flow: flow that reads the network's output as a velocity.
         tables: step tables by number of steps.
-        guidance: Whether the sampler guides.
+        guidance: guidance of the sampler, and how its network takes images.
         decode: function from scaled latents to pixels in [-1, 1]; None where the sampler returns latents.
         sizes: sizes of the network's inputs in a static export, with the sampler's own batch; None elsewhere.
     """
@@ -118,49 +119,52 @@ def sampler_cases(
         # The largest number of steps is checked at the smallest batch, to save time.
         given = component.make_inputs(sizes or free[i % len(free)], seed=100 + i)
         negative = component.make_inputs(sizes or free[i % len(free)], seed=200 + i)
+        channels: int = component.outputs[0].dims[1]  # type: ignore[assignment]
         latents = torch.randn(
-            len(given["sample"]),
-            component.outputs[0].dims[1],  # type: ignore[arg-type]
-            *given["sample"].shape[2:],
+            *(len(given["sample"]), channels, *given["sample"].shape[2:]),
             generator=torch.Generator().manual_seed(300 + i),
         )
-        context = given["encoder_hidden_states"]
+        text = given["encoder_hidden_states"]
+        images = given["sample"][:, channels:] if given["sample"].shape[1] > channels else None
         extra: dict[str, Tensor] = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
-        inputs = {"latents": latents, "encoder_hidden_states": context, **extra}
-        if guidance:
+        inputs = {"latents": latents, "encoder_hidden_states": text, **extra}
+        if images is not None:
+            inputs[IMAGE_LATENTS] = images
+        scales = guidance.scales(GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE)
+        if guidance.text:
             inputs["negative_encoder_hidden_states"] = negative["encoder_hidden_states"]
             inputs |= {f"negative_{name}": negative[name] for name in extra}
-            inputs["guidance_scale"] = torch.tensor(GUIDANCE_SCALE)
+        inputs |= {name: torch.tensor(scale) for name, scale in scales.items()}
         added: dict[str, Tensor] = {
-            name: torch.cat([negative[name], value]) if guidance else value for name, value in extra.items()
+            name: torch.cat([negative[name], value]) if guidance.text else value for name, value in extra.items()
         }
         velocity = unet_velocity(
-            component.module.unet,
-            flow,
-            context,
-            negative["encoder_hidden_states"],
-            GUIDANCE_SCALE if guidance else 1.0,
-            added or None,
+            *(component.module.unet, flow, text, negative["encoder_hidden_states"]),
+            added_cond_kwargs=added or None,
+            context=images,
+            context_first=guidance.context_first,
+            **scales,  # type: ignore[arg-type]
         )
 
         # Times are float64, as in the tables: in float32 a timestep between two training timesteps has three digits.
         def exactly_timed(x_t: Tensor, t: Tensor, velocity: Velocity = velocity) -> Tensor:
             return velocity(x_t, t.double())
 
-        # At both ends of the flow, the flow state and the diffusion state are equal: n(0) = n(1) = 1.
+        # At the end of the flow, the flow state and the diffusion state are equal: n(1) = 1.
+        start = flow.to_flow(latents, torch.tensor(table.times[0], dtype=torch.float64))
         with exact_convolutions():
-            final = sample_flow(exactly_timed, latents, times=torch.tensor(table.times))
+            final = sample_flow(exactly_timed, start, times=torch.tensor(table.times))
             assert isinstance(final, Tensor)
             outputs = {"out_latents": final} if decode is None else {"image": (decode(final) / 2 + 0.5).clamp(0, 1)}
-        amplification = error_amplification(table, GUIDANCE_SCALE if guidance else 1.0)
+        amplification = error_amplification(table, **scales)
         cases[steps] = Case(_arrays(inputs) | table.feed(), _arrays(outputs), amplification)
     return cases
 
 
-def error_amplification(table: StepTable, guidance_scale: float) -> float:
+def error_amplification(table: StepTable, guidance_scale: float = 1.0, image_guidance_scale: float = 1.0) -> float:
     """Return the factor from a relative error of each network evaluation to that of the final latents, at least 1.
 
-        sum_k |B_k| prod_{j > k} |A_j| * sqrt(g² + (g - 1)²)
+        sum_k |B_k| prod_{j > k} |A_j| * sqrt(g² + (g - h)² + (h - 1)²)
 
     The first step of an epsilon-prediction divides by alpha, 0.07 in Stable Diffusion, so that one step from pure noise
     multiplies the rounding of any network by 15. How a network responds to a changed state is left out.
@@ -168,11 +172,13 @@ def error_amplification(table: StepTable, guidance_scale: float) -> float:
     Args:
         table: step table of the sampler.
         guidance_scale: guidance scale g; 1 for none.
+        image_guidance_scale: scale h of the guidance by image; 1 for none.
     """
     total = 0.0
     for a, b in zip(table.coef_x, table.coef_out, strict=True):
         total = abs(a) * total + abs(b)
-    return max(1.0, total * math.hypot(guidance_scale, guidance_scale - 1))
+    scales = guidance_scale, guidance_scale - image_guidance_scale, image_guidance_scale - 1
+    return max(1.0, total * math.hypot(*scales))
 
 
 @contextlib.contextmanager

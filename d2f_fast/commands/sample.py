@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_fast import __version__
 from d2f_fast.commands.checks import check_lora_and_output, say_steps
-from d2f_fast.commands.sample_files import check_start
+from d2f_fast.commands.sample_files import check_start, png_entries
 from d2f_fast.config import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
@@ -35,6 +34,7 @@ from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import chosen_steps
+from d2f_fast.sampling.image_options import ImageOptions
 from d2f_fast.sampling.options import (
     ChosenSteps,
     check_negative_prompt,
@@ -103,6 +103,7 @@ class Sample:
             or that of the model's own flow-matching scheduler; or 1.
         height: Height of the images in pixels, a multiple of 8. Default: the model's own.
         width: Width of the images in pixels, a multiple of 8. Default: the model's own.
+        image_options: Images that the network sees.
         intermediates: Also write each image as it is before the first and after each step, as 000_00.png and so on.
         invert: Image files, one for each prompt, to find the noise that they come from; the prompt describes the image.
             The noise is written as 000_noise.safetensors, and 000.png is generated from it again. It needs many exact
@@ -117,6 +118,7 @@ class Sample:
         d2f sample --prompts "an owl on a blue background"
         d2f sample --model MODEL --prompts "a red fox" --num_inference_steps 25 --guidance_scale 5
         d2f sample --model MODEL --lora run:0.8 --prompts "a red fox" "a lighthouse" --seed 1
+        d2f sample --model timbrooks/instruct-pix2pix --prompts "make it snow" --image photo.jpg --guidance_scale 7.5
     """
 
     prompts: tuple[str, ...] = field(metadata={"group": "essential"})
@@ -137,6 +139,7 @@ class Sample:
     shift: float | None = option("sampling", None, positive(MAX_SHIFT))
     height: int | None = option("image", None, at_least(8, MAX_SIDE))
     width: int | None = option("image", None, at_least(8, MAX_SIDE))
+    image_options: ImageOptions = field(default_factory=ImageOptions)
     intermediates: bool = option("image", False)
     invert: tuple[str, ...] | None = option("image", None, metavar="FILE")
     noise: tuple[str, ...] | None = option("image", None, metavar="FILE")
@@ -149,21 +152,23 @@ class Sample:
         Raises:
             RefusedInputError: An option, the model, the LoRA file or the output folder cannot be used.
         """
-        from d2f_fast.models.configs import check_sees_no_image, downsampling_of, read_configs
+        from d2f_fast.models.configs import check_seen_images, downsampling_of, read_configs
 
         if not self.prompts or not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
         check_options(self)
         guidance_scale = guidance_or_default(self.guidance_scale, self._own_guidance)
+        guidance_scale = max(guidance_scale, self.image_options.image_guidance_scale)
         check_negative_prompt(self.negative_prompt, guidance_scale)
         self.solver_options.check(self.method, guidance_scale)
+        self.image_options.check(len(self.prompts))
         check_start(self.invert, self.noise, len(self.prompts), self.method)
         if self.onnx is not None:
             self._check_onnx(self.onnx)
         elif self.onnx_provider is not None:
             raise RefusedInputError("onnx_provider needs --onnx: add --onnx FOLDER, or leave onnx_provider out")
         elif (configs := read_configs(self._model, self.model_options)) is not None:
-            check_sees_no_image(self._model, configs)
+            check_seen_images(self._model, configs, int(self.image_options.image is not None))
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
         model = None if self.onnx is not None else self._model
         check_lora_and_output(self.lora, self.output_dir, self.shift, model=model, options=self.model_options)
@@ -193,7 +198,7 @@ class Sample:
         files = [output / f"{first + i:03d}.png" for i in range(len(images))]
         row = self._row(taken, images[0])
         for position, (file, image, prompt) in enumerate(zip(files, images, self.prompts, strict=True)):
-            text = png_text(prompt, self.negative_prompt, self._entries(row, position))
+            text = png_text(prompt, self.negative_prompt, png_entries(row, position))
             with atomic_path(file) as temporary:
                 image.save(temporary, pnginfo=text)
         seconds = time.monotonic() - started
@@ -211,6 +216,7 @@ class Sample:
             **{name: taken.get(name) for name in ("shift", "prediction_type", "fm_form")},
             **self.solver_options.given(),
             "guidance_scale": guidance_or_default(self.guidance_scale, taken.get("guidance_scale")),
+            **self.image_options.given(),
             "seed": self.seed,
             "height": image.height,
             "width": image.width,
@@ -226,26 +232,6 @@ class Sample:
         }
         fixed = ("method", "flow_spacing", "lora") if self.onnx is not None else ()
         return {name: value for name, value in found.items() if value is not None and name not in fixed}
-
-    def _entries(self, row: dict[str, Any], position: int) -> dict[str, object]:
-        """Return how one image was generated, under the names that A1111 gives them."""
-        loras = [f"{_file_name(path)}:{scale:g}" for path, scale in map(parse_lora, self.lora)]
-        model = Path(self.onnx or self._model)
-        found = {
-            "Steps": row["steps"],
-            "Sampler": f"d2f flow {row.get('method', 'graph')}",
-            "Schedule type": row.get("flow_spacing"),
-            "Shift": row.get("shift"),
-            "CFG scale": row["guidance_scale"],
-            "Seed": row["seed"],
-            "Size": f"{row['width']}x{row['height']}",
-            "Model": _file_name(model) if model.exists() else str(model),
-            "Lora": ", ".join(loras) or None,
-            "Batch size": len(self.prompts) if len(self.prompts) > 1 else None,
-            "Batch pos": position if len(self.prompts) > 1 else None,
-            "Version": f"d2f_fast {__version__}",
-        }
-        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def _model(self) -> str:
@@ -292,7 +278,8 @@ class Sample:
         from d2f_fast.commands.load_model import load_with_lora
         from d2f_fast.commands.sample_files import read_images, read_noise, write_noise, write_states
         from d2f_fast.models.base_model import BaseModel
-        from d2f_fast.models.solve import Sampling, generate_images, invert_images
+        from d2f_fast.models.image_context import encode_context
+        from d2f_fast.models.solve import Sampling, generate_images, images_size, invert_images
 
         loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
@@ -314,21 +301,28 @@ class Sample:
             self.width,
             self.flow_spacing,
             loaded.scheduler_options,
+            self.image_options.image_guidance_scale,
         )
         shift = float(loaded.flow_scheduler(self.flow_spacing).config["shift"])
         taken = {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance, "steps": steps.number}
+        context = None
+        if self.image_options.image is not None:
+            if type(loaded.pipeline).__name__.startswith("Marigold"):
+                raise RefusedInputError(f"{self._model} predicts depth: add --task depth, and leave --prompts out")
+            context = encode_context(model, read_images(self.image_options.image), *images_size(model, sampling))
         noise = None if self.noise is None else read_noise(self.noise)
         if self.invert is not None:
-            noise, error = invert_images(model, read_images(self.invert), self.prompts, sampling)
+            noise, error = invert_images(model, read_images(self.invert), self.prompts, sampling, context)
             taken["round_trip_error"] = error
             print(f"d2f: latents generated again differ by {error:.2g} of their norm", file=sys.stderr)
             write_noise(output, first, noise)
         on_state = partial(write_states, output, first) if self.intermediates else None
         generator = torch.Generator().manual_seed(self.seed)
-        return generate_images(model, self.prompts, sampling, generator, noise, on_state), taken
+        return generate_images(model, self.prompts, sampling, generator, noise, on_state, context), taken
 
     def _with_onnx(self, folder: str) -> "tuple[list[Image], dict[str, Any]]":
         """Generate the images with ONNX Runtime, from an exported folder."""
+        from d2f_fast.commands.sample_files import read_images
         from d2f_fast.export.inference import OnnxPipeline
         from d2f_fast.export.sessions import PROVIDERS
 
@@ -336,6 +330,9 @@ class Sample:
         pipeline = OnnxPipeline(folder, providers=providers)
         say_steps(self.num_inference_steps, pipeline.default_steps)
         steps = self.num_inference_steps or pipeline.default_steps.number
+        seen = self.image_options.image
+        if seen is not None and not pipeline.sees_image:
+            raise RefusedInputError(f"the network of {printable(folder)} sees no image: leave --image out")
         images = pipeline(
             self.prompts,
             steps=steps,
@@ -344,6 +341,8 @@ class Sample:
             height=self.height,
             width=self.width,
             seed=self.seed,
+            image=None if seen is None else read_images(seen),
+            image_guidance_scale=self.image_options.image_guidance_scale,
         )
         guidance = pipeline.recommended_guidance
         return images, {"shift": pipeline.report.get("shift"), "guidance_scale": guidance, "steps": steps}
@@ -374,8 +373,3 @@ def _next_number(output: Path) -> int:
     """Return the number after the largest one of an image in the output folder; 0 where there is none."""
     found = [re.fullmatch(r"(\d{3,9})\.png", path.name) for path in output.iterdir()]
     return max((int(match[1]) for match in found if match), default=-1) + 1
-
-
-def _file_name(path: Path) -> str:
-    """Return the name of a model or a LoRA, which images may carry to others; a path may not."""
-    return path.resolve().name.removesuffix(".safetensors")

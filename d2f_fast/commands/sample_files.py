@@ -1,11 +1,13 @@
 """Files of `d2f sample` beside its images: images that are inverted, noise, and states on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from d2f_fast import __version__
 from d2f_fast.config import SamplingMethod, StochasticMethod
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
+from d2f_fast.lora.source import parse_lora
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -117,3 +119,36 @@ def write_states(folder: Path, first: int, number: int, t: float, images: "Seque
     for position, image in enumerate(images):
         with atomic_path(folder / f"{first + position:03d}_{number:02d}.png") as temporary:
             image.save(temporary, pnginfo=text)
+
+
+def png_entries(row: Mapping[str, Any], position: int) -> dict[str, object]:
+    """Return how one image was generated, under the names that A1111 gives them.
+
+    Args:
+        row: How the images were generated, as metrics.json records it.
+        position: Number of the image among them, from 0.
+    """
+    loras = [f"{_file_name(path)}:{scale:g}" for path, scale in map(parse_lora, row.get("lora", []))]
+    model = Path(row.get("onnx") or row["model"])
+    several = row["samples"] > 1
+    found = {
+        "Steps": row["steps"],
+        "Sampler": f"d2f flow {row.get('method', 'graph')}",
+        "Schedule type": row.get("flow_spacing"),
+        "Shift": row.get("shift"),
+        "CFG scale": row["guidance_scale"],
+        "Image CFG scale": row.get("image_guidance_scale"),
+        "Seed": row["seed"],
+        "Size": f"{row['width']}x{row['height']}",
+        "Model": _file_name(model) if model.exists() else str(model),
+        "Lora": ", ".join(loras) or None,
+        "Batch size": row["samples"] if several else None,
+        "Batch pos": position if several else None,
+        "Version": f"d2f_fast {__version__}",
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _file_name(path: Path) -> str:
+    """Return the name of a model or a LoRA, which images may carry to others; a path may not."""
+    return path.resolve().name.removesuffix(".safetensors")

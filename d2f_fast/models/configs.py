@@ -162,22 +162,25 @@ def resolution_of(unet: Mapping[str, Any], downsampling: int) -> int:
     return shorter * downsampling
 
 
-def check_sees_no_image(model: str, configs: ModelConfigs) -> None:
-    """Refuse a model whose network takes images beside its latents, which the prompts of `d2f sample` do not give.
+def check_seen_images(model: str, configs: ModelConfigs, images: int) -> None:
+    """Refuse a model whose network takes another number of images beside its latents than `d2f sample` is given.
 
     Args:
         model: Name of the model, for the message.
         configs: Configurations of the model.
+        images: Number of images for each prompt, 0 or 1.
 
     Raises:
-        ModelError: The UNet takes other channels than those of its latents.
+        ModelError: The UNet takes other channels than those of its latents and the images.
     """
     channels, latents = configs.unet.get("in_channels", 4), configs.vae.get("latent_channels", 4)
-    if channels != latents:
-        raise ModelError(
-            f"{printable(model)} takes {channels} channels, and its latents have {latents}: add --task depth for a"
-            " model of depth, or give a text-to-image model"
-        )
+    if channels == latents * (1 + images):
+        return
+    cure = "leave --image out" if images else "add --task depth for a model of depth, or --image for InstructPix2Pix"
+    raise ModelError(
+        f"{printable(model)} takes {channels} channels, and its latents{' and an image' * images} have"
+        f" {latents * (1 + images)}: {cure}, or give {'InstructPix2Pix' if images else 'a text-to-image model'}"
+    )
 
 
 def check_training(configs: ModelConfigs, resolution: int | None, images: int = 0) -> None:

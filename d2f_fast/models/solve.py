@@ -122,7 +122,7 @@ def generate_images(
             flow_spacing=sampling.flow_spacing,
             **sampling.scheduler_options,
         )
-    height, width = _size(model, sampling)
+    height, width = images_size(model, sampling)
     shape = (len(prompts), *model.latents_shape(height, width))
     check_sampling_context(model, context, shape)
     if noise is None:
@@ -171,7 +171,7 @@ def invert_images(
         )
     if len(images) != len(prompts):
         raise RefusedInputError(f"give one prompt for each image, got {len(prompts)} for {len(images)}")
-    height, width = _size(model, sampling)
+    height, width = images_size(model, sampling)
     check_sampling_context(model, context, (len(prompts), *model.latents_shape(height, width)))
     pixels = fit_pixels(images, height, width)
     flow, times = _path(model, sampling)
@@ -183,8 +183,16 @@ def invert_images(
     return noise, float((again - latents).norm() / latents.norm())
 
 
-def _size(model: BaseModel, sampling: Sampling) -> tuple[int, int]:
-    """Return the height and the width of the images in pixels."""
+def images_size(model: BaseModel, sampling: Sampling) -> tuple[int, int]:
+    """Return the height and the width in pixels of the images that are generated.
+
+    Args:
+        model: base model.
+        sampling: how they are generated.
+
+    Raises:
+        RefusedInputError: the model cannot generate images of this size.
+    """
     given = image_size(sampling.height, sampling.width, model.unet.config.sample_size, model.downsampling)
     return complete_size(*given, model.unet.config.sample_size, model.downsampling)
 

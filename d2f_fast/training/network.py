@@ -21,6 +21,7 @@ from d2f_fast.lora.start import inject_start, merge_text_layers, read_start
 from d2f_fast.lora.targets import check_stated_layers
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.configs import ModelConfigs, check_training
+from d2f_fast.models.image_context import form_of
 from d2f_fast.models.options import check_flow_schedule
 from d2f_fast.training.adapter import stated_layers
 from d2f_fast.training.launch import precision_of
@@ -60,6 +61,11 @@ def check_trainable(model: BaseModel, config: TrainingConfig) -> None:
     if config.objective == "fm":
         check_flow_schedule(model.options, "objective fm")
     check_training(ModelConfigs(model.unet.config, model.vae.config), config.resolution, model.context_images)
+    if model.context_images and not form_of(model).first:
+        raise ModelError(
+            f"the network of {type(model.pipeline).__name__} takes the image behind its own latents, unscaled, and"
+            " training puts it before them: give a text-to-image model, or a Marigold folder"
+        )
     is_float16 = any(parameter.dtype == torch.float16 for parameter in model.unet.parameters())
     if is_float16 and not model.unet_as_stored:  # The run rounds stored weights itself.
         raise ModelError("the UNet is float16, whose gradients overflow: load it in bfloat16 or float32")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -264,6 +264,46 @@ def test_bad_sampling_options_are_refused(options, sentence, tiny_folder, tmp_pa
     except SystemExit as exit_:  # raised by the option parser
         code = exit_.code
     assert code == 2 and sentence in capsys.readouterr().err
+
+
+def test_model_of_instruct_pix2pix_changes_an_image_as_the_stock_pipeline_does(tiny_folder, tmp_path, capsys):
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    torch.manual_seed(2)
+    network = UNet2DConditionModel.from_config(dict(base.unet.config) | {"in_channels": 8}).eval()
+    parts = base.components | {"unet": network, "safety_checker": None}
+    pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    image.save(tmp_path / "a.png")
+    pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config)
+    command = ["sample", "--model", str(tmp_path / "model"), "--prompts", "ab", "--output_dir", str(tmp_path / "out")]
+    command += ["--num_inference_steps", "3", "--json"]
+    for scales in ((3.0, 1.5), (3.0, 1.0), (1.0, 1.0)):
+        options = {"guidance_scale": scales[0], "image_guidance_scale": scales[1]}
+        given = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0), **options}
+        (want,) = pipe("ab", image, **given).images
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        assert main([*command, "--image", str(tmp_path / "a.png"), *words]) == 0
+        row = json.loads(capsys.readouterr().out)
+        got = Image.open(row["files"][0])
+        assert np.abs(np.asarray(got, np.int16) - np.asarray(want, np.int16)).max() <= 1
+        assert row["image_guidance_scale"] == scales[1]
+        assert f"Image CFG scale: {scales[1]}" in got.text["parameters"]
+    for model, words, sentence in (
+        (
+            tmp_path / "model",
+            [],
+            "takes 8 channels, and its latents have 4: add --task depth for a model of depth, or --image",
+        ),
+        (
+            tiny_folder,
+            ["--image", str(tmp_path / "a.png")],
+            "takes 4 channels, and its latents and an image have 8: leave",
+        ),
+    ):
+        assert main(["sample", "--model", str(model), "--prompts", "ab", *words]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_unusable_saved_shift_is_refused_with_its_file(tiny_folder, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Export each folder once for all tests of this folder, in whichever worker process they run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from d2f_fast import load_miniature
+from d2f_fast import Alignment, load_miniature
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.report import Report
+from d2f_fast.export.sampler_graph import Guidance, write_sampler
+from d2f_fast.export.step_tables import step_table, write_tables
 
 MakeFolder = Callable[..., tuple[Path, Report]]
 
@@ -119,3 +122,82 @@ def exported_static(export_once: MakeFolder, one_level_folder: Path) -> tuple[Pa
     components = "unet,sampler,text_encoder,vae_encoder,vae_decoder"
     options = {"static": "2x32x16", "with_vae": True, "steps": "2"}
     return export_once("exported_static", model=str(one_level_folder), components=components, **options)
+
+
+@pytest.fixture(scope="session")
+def marigold_folder(one_level_folder: Path, shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Save a depth pipeline in Marigold's layout, with a UNet of a single level, and return its folder."""
+    from diffusers import DDIMScheduler, MarigoldDepthPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+    base = StableDiffusionPipeline.from_pretrained(one_level_folder)
+    options = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "set_alpha_to_one": True}
+    torch.manual_seed(2)
+    pipeline = MarigoldDepthPipeline(
+        unet=UNet2DConditionModel.from_config(dict(base.unet.config) | {"in_channels": 8}),
+        vae=base.vae,
+        scheduler=DDIMScheduler.from_config(base.scheduler.config, **options),
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        prediction_type="depth",
+        default_denoising_steps=2,
+        default_processing_resolution=0,
+    )
+    return shared_folder("marigold", lambda folder: pipeline.save_pretrained(folder / "pipeline")) / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def exported_depth(
+    exported: tuple[Path, Report],
+    marigold_folder: Path,
+    shared_folder: Callable[[str, Callable[[Path], object]], Path],
+) -> tuple[Path, Report]:
+    """Export the UNet of a depth pipeline, with a sampler of 1 and 2 steps; its other graphs are of `exported`."""
+
+    def make(folder: Path) -> None:
+        graphs = folder / "graphs"
+        options = {"model": str(marigold_folder), "components": "unet,sampler", "steps": "1,2"}
+        report = export_folder(ExportOptions(output=str(graphs), **options))
+        for part in ("text_encoder", "vae_encoder", "vae_decoder"):
+            shutil.copytree(exported[0] / part, graphs / part)
+        (folder / "returned.json").write_text(json.dumps(report))
+
+    folder = shared_folder("exported_depth", make)
+    return folder / "graphs", json.loads((folder / "returned.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def pix2pix_folder(marigold_folder: Path, shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Save a pipeline of InstructPix2Pix with the parts of the depth pipeline, and return its folder."""
+    from diffusers import MarigoldDepthPipeline, StableDiffusionInstructPix2PixPipeline
+
+    base = MarigoldDepthPipeline.from_pretrained(marigold_folder)
+    parts = base.components | {"safety_checker": None, "feature_extractor": None}
+    pipeline = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    return shared_folder("pix2pix", lambda folder: pipeline.save_pretrained(folder / "pipeline")) / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def exported_pix2pix(
+    exported_depth: tuple[Path, Report],
+    pix2pix_folder: Path,
+    shared_folder: Callable[[str, Callable[[Path], object]], Path],
+) -> Path:
+    """Return a folder as an export of InstructPix2Pix writes it, with the graph of the depth pipeline's UNet."""
+    from diffusers import DDIMScheduler
+
+    def make(folder: Path) -> None:
+        graphs = folder / "graphs"
+        shutil.copytree(exported_depth[0], graphs)
+        unet = graphs / "unet"
+        guidance = Guidance(text=True, image=True, context_first=False)
+        write_sampler(unet / "sampler.onnx", unet / "model.onnx", guidance=guidance, scaling={})
+        scheduler = DDIMScheduler.from_pretrained(pix2pix_folder / "scheduler")
+        write_tables(unet / "steps.json", {2: step_table(Alignment.from_scheduler(scheduler), 2)})
+        changes = {
+            "model_index.json": {"_class_name": "StableDiffusionInstructPix2PixPipeline"},
+            "export.json": {"guidance": True, "image_guidance": True},
+        }
+        for name, entries in changes.items():
+            (graphs / name).write_text(json.dumps(json.loads((graphs / name).read_text()) | entries))
+
+    return shared_folder("exported_pix2pix", make) / "graphs"

@@ -38,7 +38,7 @@ def test_engine_commands_of_a_model_of_wide_images_are_wide(exported, one_level_
     shutil.copytree(one_level_folder, tmp_path / "model")
     config = json.loads((tmp_path / "model/unet/config.json").read_text())
     (tmp_path / "model/unet/config.json").write_text(json.dumps(config | {"sample_size": [8, 12]}))
-    lines = " ".join(engine_commands(exported[0], BaseModel.load(tmp_path / "model"), True, (1, 2, 4, 8)))
+    lines = " ".join(engine_commands(exported[0], BaseModel.load(tmp_path / "model"), 2, (1, 2, 4, 8)))
     for shapes in ("optShapes=sample:2x4x8x12,", "maxShapes=latent_sample:4x4x12x18 ", "minShapes=sample:1x3x8x12 "):
         assert shapes in lines
 

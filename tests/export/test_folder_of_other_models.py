@@ -22,6 +22,7 @@ from PIL import Image
 
 from d2f_fast import AlignedTrainer, Diff2FlowScheduler, TrainingConfig
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.export.depth_inference import OnnxDepthPipeline
 from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.inference import OnnxPipeline
 from d2f_fast.export.options import ExportOptions
@@ -87,11 +88,44 @@ def marigold(one_level_folder, tmp_path):
     return pipeline
 
 
-def test_sampler_of_a_depth_model_is_refused(marigold, tmp_path):
+def test_sampler_of_an_inpainting_model_is_refused(one_level_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(one_level_folder)
+    pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"in_channels": 9})
+    pipeline.save_pretrained(tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    with pytest.raises(RefusedInputError, match=r"takes 8 channels and returns 4 .*leave sampler out of components"):
+    with pytest.raises(RefusedInputError, match=r"takes 9 channels and returns 4 .*leave sampler out of components"):
         export_folder(ExportOptions(**options))
+    with pytest.raises(RefusedInputError, match="image_guidance needs a model that sees an image and a prompt"):
+        export_folder(ExportOptions(model=str(one_level_folder), output=str(tmp_path / "out"), image_guidance=True))
+    with pytest.raises(RefusedInputError, match="image_guidance needs guidance by text, too: leave no_guidance out"):
+        ExportOptions(image_guidance=True, guidance=False).check()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_every_component_of_a_model_that_sees_an_image_is_exported(pix2pix_folder, marigold_folder, tmp_path):
+    # The static depth model has a text of two tokens, and the other one all kinds of guidance.
+    for name, model, options in (
+        ("pix2pix", pix2pix_folder, {"image_guidance": True, "unroll": 2}),
+        ("depth", marigold_folder, {"static": "1x16x32", "with_vae": True}),
+    ):
+        folder = tmp_path / name
+        report = export_folder(ExportOptions(model=str(model), output=str(folder), steps="2", **options))
+        assert max(row["rms"] / row["amplification"] for row in report["parity"]) <= 1e-5
+        assert all(found["ready"] for found in report["tensorrt"].values())
+        again = export_folder(ExportOptions(model=str(model), output=str(folder), verify_only=True))
+        assert [row["rms"] for row in again["parity"]] == [row["rms"] for row in report["parity"]]
+    names = {value.name for value in onnxruntime.InferenceSession(tmp_path / "pix2pix/unet/sampler.onnx").get_inputs()}
+    assert names >= {"image_latents", "guidance_scale", "image_guidance_scale", "negative_encoder_hidden_states"}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8))
+    stock = MarigoldDepthPipeline.from_pretrained(marigold_folder)
+    want = stock(image, generator=torch.Generator().manual_seed(3)).prediction[0, ..., 0]
+    assert np.abs(OnnxDepthPipeline(tmp_path / "depth")(image, seed=3) - want).max() <= 1e-4
+    images = [
+        np.asarray(OnnxPipeline(tmp_path / "pix2pix", form)(["ab"], steps=2, image=image, height=16, width=32)[0], int)
+        for form in ("loop", "unrolled")
+    ]
+    assert np.abs(images[0] - images[1]).max() <= 1
 
 
 @pytest.mark.slow
@@ -103,8 +137,6 @@ def test_marigold_folder_returns_the_depth_of_diffusers(marigold, tmp_path):
     assert {row["sizes"]["sample"][1] for row in report["parity"] if row["graph"].startswith("unet")} == {8}
     index = json.loads((folder / "model_index.json").read_text())
     assert (index["_class_name"], index["prediction_type"]) == ("MarigoldDepthPipeline", "depth")
-    with pytest.raises(RefusedInputError, match=r"out generates no images from prompts: its network takes 8 channels"):
-        OnnxPipeline(folder)
     # The graphs and the scheduler of the folder must give what the pipeline of diffusers gives.
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)

@@ -10,7 +10,7 @@ from torch import nn
 
 from d2f_fast.export import graphs, verify
 from d2f_fast.export.readiness import check_readiness
-from d2f_fast.export.sampler_graph import write_sampler
+from d2f_fast.export.sampler_graph import Guidance, write_sampler
 from d2f_fast.export.wrappers import unet_component
 
 
@@ -49,7 +49,7 @@ def test_network_with_the_blocks_of_stable_diffusion_15_is_ready(opset, counts, 
     print(f"\nopset {opset}: {sum(found['operators'].values())} nodes, rms {max(row['rms'] for row in rows):.1e}")
     assert max(row["rms"] for row in rows) <= 5e-6
     # The Loop adds 17 nodes, of 1900 or 1200.
-    write_sampler(tmp_path / "sampler.onnx", tmp_path / "model.onnx", guidance=True, scaling={})
+    write_sampler(tmp_path / "sampler.onnx", tmp_path / "model.onnx", guidance=Guidance(), scaling={})
     operators = check_readiness(tmp_path / "sampler.onnx")["operators"]
     assert sum(operators.values()) <= 1.05 * sum(found["operators"].values())
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from d2f_fast.export.sampler_graph import StepTable
+from d2f_fast.export.step_tables import StepTable
 from d2f_fast.export.verify import (
     Case,
     VerificationError,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from d2f_fast.errors import CheckpointError, ModelError
@@ -28,6 +28,16 @@ def test_network_with_other_inputs_is_refused(
     pipeline = tiny_pipeline()
     pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **unet})
     with pytest.raises(ModelError, match=sentence):
+        AlignedTrainer.from_pretrained(pipeline, make_config(tmp_path))
+
+
+def test_network_that_takes_the_image_behind_its_latents_is_refused(
+    tiny_pipeline: Any, make_config: Any, tmp_path: Path
+) -> None:
+    parts = tiny_pipeline().components
+    parts["unet"] = UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8})
+    pipeline = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ModelError, match="StableDiffusionInstructPix2PixPipeline takes the image behind its own"):
         AlignedTrainer.from_pretrained(pipeline, make_config(tmp_path))
 
 
