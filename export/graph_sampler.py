@@ -57,10 +57,11 @@ class GraphSampler:
         """
         needed = 3 if image_guidance_scale > 1 else 2 if guidance_scale > 1 else 1
         if needed > self.built and (self.form != "folder" or self._static):
-            if needed == 3 and self.built == 2:
+            if needed == 3:
+                other = "" if self._static else ", or choose the form folder"
                 raise RefusedInputError(
                     "this sampler was exported without guidance by image: image_guidance_scale must be 1, got"
-                    f" {image_guidance_scale}; export with --image_guidance, or choose the form folder"
+                    f" {image_guidance_scale}; export with --image_guidance{other}"
                 )
             raise RefusedInputError(
                 f"this sampler was exported without guidance: guidance_scale must be 1, got {guidance_scale}"

@@ -174,8 +174,8 @@ class OnnxPipeline(ExportedPipeline):
                 f" {self.report['static']}), got {len(prompts)} prompts"
             )
         if self.sees_image and (image is None or strength is not None):
-            wrong = "needs an image" if image is None else f"takes no strength, got {strength}"
-            raise RefusedInputError(f"the network of {self.folder} sees an image, and {wrong}: give image alone")
+            wrong = "none was given: give image" if image is None else f"strength {strength} has no use: leave it out"
+            raise RefusedInputError(f"the network of {self.folder} sees an image, and {wrong}")
         if (
             image is not None
             and not isinstance(image, Image.Image)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from d2f_fast.flow.alignment import SIGMA_OF_PURE_NOISE
 from d2f_fast.flow.flow import Flow
 
 TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
@@ -74,7 +75,8 @@ def trailing_table(flow: Flow, steps: int) -> StepTable:
     trained = flow.num_train_timesteps
     timesteps = (trained * (1 - torch.arange(steps, dtype=torch.float64) / steps)).round() - 1
     nodes = torch.cat([flow.flow_time(timesteps), torch.ones(1, dtype=torch.float64)])
-    return _table(flow, nodes, ((1 - nodes) / nodes).tolist())
+    sigmas = ((1 - nodes) / nodes).clamp(max=SIGMA_OF_PURE_NOISE)  # It is infinite at zero terminal SNR.
+    return _table(flow, nodes, sigmas.tolist())
 
 
 def _table(flow: Flow, nodes: Tensor, sigmas: list[float]) -> StepTable:
@@ -94,4 +96,6 @@ def _table(flow: Flow, nodes: Tensor, sigmas: list[float]) -> StepTable:
 
 def write_tables(path: Path, tables: Mapping[int, StepTable]) -> None:
     """Write `steps.json`, which holds step tables by number of steps."""
-    path.write_text(json.dumps({str(steps): asdict(table) for steps, table in tables.items()}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({str(steps): asdict(table) for steps, table in tables.items()}, indent=1, allow_nan=False) + "\n"
+    )

@@ -229,11 +229,11 @@ class Train:
         model, is_depth = (self.pretrained_model_name_or_path, self.model_options), self.task == "depth"
         if self.options.objective == "fm":
             check_flow_schedule(self.model_options, "objective fm")
-        check_teacher_files(self.teacher_options, *model)
         if (configs := read_configs(*model)) is not None:
             check_training(configs, self.options.resolution, images=int(is_depth))
             if is_depth:
                 check_one_text_encoder(configs.text_encoders)
+        check_teacher_files(self.teacher_options, *model)
         normalization = self.depth_options.depth_normalization if is_depth else None
         check_settings(self.options, self.model_options, self.teacher_options, configs, normalization)
         check_adapter(self.options, *model, images=int(is_depth), has_teacher=self.teacher_options.teacher is not None)

@@ -21,8 +21,8 @@ class DepthOptions:
             and 98 % quantile.
         depth_scale: Number in the depth files that stands for one metre, such as 1000 for millimetres. Files of whole
             numbers in a plain folder need it. With several folders it is that of the plain ones alone, and so are the
-            next two options. Default: metres for floating-point files; the unit of a data set whose
-            layout is recognised, see docs/depth.md.
+            next two options. Default: metres for floating-point files; the unit of a data set whose layout is
+            recognised, see docs/depth.md.
         depth_min: Smallest depth that counts, in metres. Nearer pixels are left out. 0 counts every positive depth.
         depth_max: Largest depth that counts, in metres. Farther pixels are left out. Default: no limit in a plain
             folder; that of a recognised data set, such as 80 for Virtual KITTI 2 and 65 for Hypersim.

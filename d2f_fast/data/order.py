@@ -53,8 +53,8 @@ class Mixture:
 
         weight_k / (weight_0 + weight_1 + …) · (size_0 + size_1 + …),
 
-    rounded so that the sum is kept; so each epoch holds the weights exactly. Each data set is passed through in an
-    order of its own, from one epoch into the next: no sample comes again before all others of its data set came.
+    rounded to whole numbers so that the sum is kept; it is the same in every epoch. Each data set is passed through in
+    an order of its own, from one epoch into the next: no sample comes again before all others of its data set came.
 
     Args:
         sizes: Number of samples of each data set, at least 1.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 # EulerDiscreteScheduler's own sigma_max for zero terminal SNR: far enough from the data that the start is pure noise.
-_SIGMA_OF_PURE_NOISE = 4096.0
+SIGMA_OF_PURE_NOISE = 4096.0
 
 # Largest 1 / alpha at which an ε-prediction is read: SD's table ends at 14.6, DDPM's at 157, a cosine one at 20,000.
 _LARGEST_READOUT = 200.0
@@ -135,5 +135,5 @@ class Alignment(Flow):
         """
         times = formulas.shifted_uniform_times(steps, self.t_min, shift)[1:]
         later = ((1 - times) / times).tolist()
-        first = (1 - self.t_min) / self.t_min + later[0] if self.prediction_type == "epsilon" else _SIGMA_OF_PURE_NOISE
+        first = (1 - self.t_min) / self.t_min + later[0] if self.prediction_type == "epsilon" else SIGMA_OF_PURE_NOISE
         return [first, *later]

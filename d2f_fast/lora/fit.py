@@ -121,14 +121,15 @@ def known_layers(lora: LoraHeader, model: ModelLayers) -> dict[str, str]:
 
     Args:
         lora: Header of the file.
-        model: Layers of the model, whose shapes are not compared.
+        model: Layers of the model, whose shapes are not compared. Layers of components that are not known are left out.
 
     Raises:
         ModelError: A layer is not one of the model's, or occurs twice.
     """
     names = model.names_in_files()
+    compared = [name for name in lora.layers if component_of(name) not in model.unknown]
     owners: dict[str, str] = {}
-    for name in lora.layers:
+    for name in compared:
         if name not in names:
             raise ModelError(
                 f"LoRA {printable(lora.path)}: {printable(name)} is no layer of this model: give the folder of the"
@@ -138,7 +139,7 @@ def known_layers(lora: LoraHeader, model: ModelLayers) -> dict[str, str]:
             raise ModelError(
                 f"LoRA {printable(lora.path)}: {names[name]} is adapted twice, under two names: it is damaged"
             )
-    return {name: names[name] for name in lora.layers}
+    return {name: names[name] for name in compared}
 
 
 def check_named_as_in_diffusers(lora: LoraHeader) -> None:

@@ -21,6 +21,9 @@ _LAYERS_AT_THE_ENDS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+# What diffusers takes where a config.json does not say it.
+_LAYERS_PER_BLOCK = 2
+_UP_BLOCK_TYPES = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
 
 
 def original_unet_name(name: str, config: Mapping[str, Any]) -> str | None:
@@ -41,7 +44,7 @@ def original_unet_name(name: str, config: Mapping[str, Any]) -> str | None:
         if kind == "resnets":
             return f"middle_block.{2 * int(found[2])}.{_RESIDUAL_LAYERS.get(leaf, leaf)}"
         return f"middle_block.1.{leaf}"
-    layers = config["layers_per_block"]
+    layers = config.get("layers_per_block", _LAYERS_PER_BLOCK)
     found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
     if found is None or not isinstance(layers, int):
         return None
@@ -51,7 +54,10 @@ def original_unet_name(name: str, config: Mapping[str, Any]) -> str | None:
     if kind == "downsamplers":
         return f"input_blocks.{per_block * (block + 1)}.0.op"
     if kind == "upsamplers":
-        place = 2 if "Attn" in config["up_block_types"][block] else 1
+        types = config.get("up_block_types", _UP_BLOCK_TYPES)
+        if block >= len(types):
+            return None
+        place = 2 if "Attn" in types[block] else 1
         return f"output_blocks.{per_block * (block + 1) - 1}.{place}.conv"
     blocks, index = ("input_blocks", per_block * block + layer + 1) if way == "down" else ("output_blocks", 0)
     if way == "up":
@@ -81,7 +87,7 @@ def _candidates(original: str, config: Mapping[str, Any]) -> Iterator[str]:
         kind, index = ("attentions", 0) if found[1] == "1" else ("resnets", int(found[1]) // 2)
         yield from (f"mid_block.{kind}.{index}.{leaf}" for leaf in _leaves(found[2]))
     found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", original)
-    layers = config["layers_per_block"]
+    layers = config.get("layers_per_block", _LAYERS_PER_BLOCK)
     if found is None or not isinstance(layers, int):
         return
     if found[1] == "input":

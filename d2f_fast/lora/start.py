@@ -12,15 +12,14 @@ from statistics import mode
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from d2f_fast.errors import ModelError, printable
 from d2f_fast.files.hashes import file_sha256
 from d2f_fast.lora.fit import starting_layers
 from d2f_fast.lora.inject import ADAPTER, add_adapter, lora_layers
-from d2f_fast.lora.key_names import layers_of
+from d2f_fast.lora.key_names import adaptable_layers, layers_of
 from d2f_fast.lora.layer_weights import LoraLayerWeights
-from d2f_fast.lora.match import modules_by_canonical_name
 from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.source import lora_identity, parse_lora
 from d2f_fast.lora.tags import check_tags, lora_tags
@@ -71,12 +70,11 @@ def read_start(entry: str, pipeline: DiffusionPipeline) -> StartingLora:
     source = parse_lora(entry)
     lora = read_lora(source.path)
     names = starting_layers(lora.about, layers_of(pipeline))
-    modules = modules_by_canonical_name(pipeline)
+    modules = adaptable_layers(pipeline)
     unet_layers: dict[str, LoraLayerWeights] = {}
     text_layers: dict[str, LoraLayerWeights] = {}
     for name, canonical in names.items():
-        weight: Tensor = modules[canonical].weight  # type: ignore[assignment]
-        folded = _folded(lora.layers[name].as_lora(), source.scale, weight.shape)
+        folded = _folded(lora.layers[name].as_lora(), source.scale, modules[canonical].weight.shape)
         if not (folded.down.norm() * folded.up.norm()).isfinite():
             raise ModelError(
                 f"LoRA {printable(lora.path)}: {lora.about.layers[name].stem} holds numbers that are too large: take"
@@ -135,9 +133,9 @@ def merge_text_layers(pipeline: DiffusionPipeline, start: StartingLora) -> None:
         pipeline: Pipeline for which the LoRA was read.
         start: LoRA that is started from.
     """
-    modules = modules_by_canonical_name(pipeline)
+    modules = adaptable_layers(pipeline)
     for name, layer in start.text_layers.items():
-        weight: Tensor = modules[name].weight  # type: ignore[assignment]
+        weight = modules[name].weight
         delta = layer.delta(weight.cpu()).reshape(weight.shape)
         weight.copy_(weight.float() + delta.to(weight.device))
 

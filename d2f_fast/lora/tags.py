@@ -11,14 +11,7 @@ from d2f_fast.lora.source import check_lora_file
 
 TAG_PREFIX = "d2f."
 _PREDICTION, _SHIFT, _FORM = "d2f.prediction_type", "d2f.shift", "d2f.fm_form"
-# Words that headers use for what a network predicts, and those of diffusers.
-PREDICTION_WORDS: dict[str, PredictionType] = {
-    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
-    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred"), "v_prediction"),
-    "sample": "sample",
-    **dict.fromkeys(("flow", "flow_prediction"), "flow_prediction"),
-}
-# Entries that take a few words only, which this package writes; other spellings of a prediction are read, too.
+# Entries that take a few words only, in the spelling that this package writes and reads.
 _WORDS: dict[str, tuple[str, ...]] = {
     _PREDICTION: get_args(PredictionType),
     _FORM: get_args(FlowForm),
@@ -99,10 +92,7 @@ def check_tags(where: str, tags: Mapping[str, object], shift: float | None = Non
         got = printable(str(stated)[:100])
         raise ModelError(f"{printable(where)}: {_SHIFT} must be a number from 0.001 to 1000, got {got}: give --shift")
     for name, words in _WORDS.items():
-        if name not in tags:
-            continue
-        word = str(tags[name]).strip().lower()
-        if (PREDICTION_WORDS.get(word) if name == _PREDICTION else word) not in words:
+        if name in tags and tags[name] not in words:
             raise ModelError(
                 f"{printable(where)}: {name} must be {', '.join(words[:-1])} or {words[-1]}, got"
                 f" {printable(str(tags[name])[:100])}: correct the entry, or save the file again with d2f_fast"

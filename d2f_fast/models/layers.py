@@ -30,7 +30,7 @@ def check_lora_fits(lora: Iterable[str], model: str, options: ModelOptions, imag
     Args:
         lora: LoRA as PATH or PATH:SCALE.
         model: Hub id, pipeline folder, `.safetensors` file, or "miniature", whose files were checked. The LoRA are not
-            compared with a model whose files are not on this machine.
+            compared with a hub id, unless nothing may be downloaded.
         options: Options of the model.
         images: Number of images whose latents the network sees beside its own; see `model_layers`.
 
@@ -55,7 +55,7 @@ def model_layers(model: str, options: ModelOptions, images: int = 0) -> ModelLay
             widened; 0 leaves the network as it is.
 
     Returns:
-        The layers; None for a model whose files are not on this machine, or whose UNet is of another class.
+        The layers; None for a hub id, whose files may have to be downloaded first, and for a UNet of another class.
 
     Raises:
         CheckpointError: A file is missing or damaged.

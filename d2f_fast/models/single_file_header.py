@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2f_fast.config import PredictionType
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.tensor_header import TensorHeader, read_tensor_header
 from d2f_fast.lora.family import FAMILY_NAMES, Family
-from d2f_fast.lora.tags import PREDICTION_WORDS
 from d2f_fast.models.folder import check_real_weights
 
 FAMILIES = Path(__file__).parent / "families"
@@ -30,6 +30,13 @@ _OTHER_KEYS = (
     *("global_step", "epoch"),
 )
 _MOST_FOREIGN = 0.02  # Share of unknown keys that a file may have, such as embedded textual inversions.
+# Words that headers use for what a network predicts, and those of diffusers.
+_PREDICTION_WORDS: dict[str, PredictionType] = {
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred"), "v_prediction"),
+    "sample": "sample",
+    **dict.fromkeys(("flow", "flow_prediction"), "flow_prediction"),
+}
 _REFUSED = {
     "edm_vpred.": "it predicts v in the EDM form (edm_vpred), whose noise levels no alignment serves",
     "edm_mean": "it predicts in the EDM form (Playground 2.5), whose noise levels no alignment serves",
@@ -167,12 +174,12 @@ def stated_prediction(file: SingleFile, given: str | None = None) -> tuple[str, 
     found = None
     for entry in ("modelspec.prediction_type", "d2f.prediction_type"):
         if (word := file.header.entries.get(entry, "").strip().lower()) and given is None:
-            if word not in PREDICTION_WORDS:
+            if word not in _PREDICTION_WORDS:
                 raise ModelError(
                     f"{printable(file.path)}: {entry} in its header is {printable(word[:100])}, which is not known:"
                     " state --prediction_type"
                 )
-            found = PREDICTION_WORDS[word], f"header {entry}"
+            found = _PREDICTION_WORDS[word], f"header {entry}"
     return found
 
 

@@ -127,7 +127,8 @@ def _stated_steps(tagged: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
                 check_number("num_inference_steps", stated[source], 1, MAX_SAMPLING_STEPS)
             except ValueError as error:
                 raise RefusedInputError(
-                    f"{printable(source)} holds no usable {_STEPS} ({error}): give --num_inference_steps"
+                    f"{printable(source)} holds no usable {_STEPS} ({error}): give the number of steps, or correct the"
+                    " entry"
                 ) from error
     return stated
 

@@ -15,7 +15,7 @@ from d2f_fast.errors import CheckpointError
 from d2f_fast.files.hashes import file_sha256
 from d2f_fast.files.json_file import read_json
 from d2f_fast.flow.scheduler_config import form_of_config
-from d2f_fast.lora.source import lora_identity, lora_path, parse_lora
+from d2f_fast.lora.source import check_lora_file, lora_identity, lora_path, parse_lora
 from d2f_fast.lora.tags import check_tags, lora_tags
 from d2f_fast.models.configs import ModelConfigs
 from d2f_fast.models.options import ModelOptions
@@ -81,7 +81,7 @@ def check_settings(
 
     Raises:
         RefusedInputError: the base model, or the LoRA that the run starts from, does not take the objective.
-        CheckpointError: the checkpoint cannot be continued with these options.
+        CheckpointError: the checkpoint cannot be continued with these options, or the LoRA is missing.
     """
     config = teacher_options.settle(config)
     unknown = {name for name in _SETTLED_BY_DATA if getattr(config, name) is None}
@@ -106,7 +106,7 @@ def check_settings(
         known["teacher"] = None
     if config.init_lora is not None and config.resume_from_checkpoint is not None:
         source = parse_lora(config.init_lora)
-        known["init_lora"] = lora_identity(file_sha256(lora_path(source.path)), source.scale)
+        known["init_lora"] = lora_identity(file_sha256(check_lora_file(source.path)), source.scale)
     check_continuation(config, known, unknown)
 
 

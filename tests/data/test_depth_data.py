@@ -3,10 +3,13 @@
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from d2f_fast.data.depth_data import find_depth_images, find_depth_sources
 from d2f_fast.data.depth_images import DepthImages
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.depth_shards import DepthShards
+from d2f_fast.errors import RefusedInputError
 
 
 def test_folder_of_files_and_folder_of_shards_are_told_apart(depth_rooms: Path, tmp_path: Path) -> None:
@@ -34,3 +37,6 @@ def test_options_of_several_folders_are_those_of_the_plain_ones(depth_rooms: Pat
     assert (kitti.layout, kitti.scale, kitti.most) == ("vkitti2", 100.0, 80.0)
     (alone,) = find_depth_sources([tmp_path], options)
     assert (alone.scale, alone.most) == (1000.0, 5.0)
+    with pytest.raises(RefusedInputError, match="have no effect on several folders of which none is plain"):
+        find_depth_sources([tmp_path, tmp_path], options)
+    assert len(find_depth_sources([tmp_path, tmp_path], DepthOptions(depth_normalization="log"))) == 2

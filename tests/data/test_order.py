@@ -128,7 +128,7 @@ def test_impossible_rank_is_refused(options, sentence):
 # Mixtures.
 
 
-def test_each_epoch_of_a_mixture_holds_the_weights_exactly_and_passes_through_each_data_set():
+def test_each_epoch_of_a_mixture_holds_the_rounded_shares_and_passes_through_each_data_set():
     mixture = Mixture((54, 20), (0.9, 0.1))
     assert mixture.counts == (67, 7)  # 66.6 and 7.4 of 74
     plans = list(itertools.islice(plan_batches(74, 8, 3, mixture=mixture), 10 * 20))

@@ -33,7 +33,6 @@ def test_depth_is_that_of_the_stock_pipeline(form, exported_depth, stock):
         want = stock(image, latents=torch.from_numpy(noise), num_inference_steps=steps).prediction[0, ..., 0]
         got = pipeline(image, noise=noise, steps=steps)
         assert got.shape == (16, 32) and got.dtype == np.float32 and want.std() > 0.01
-        print(form, steps, np.abs(got - want).max())
         assert np.abs(got - want).max() <= 1e-4
 
 

@@ -49,9 +49,9 @@ def test_edited_images_are_those_of_torch(form, exported_pix2pix, model, image):
 
 def test_arguments_that_the_graphs_cannot_serve_are_refused(exported_pix2pix, exported, image):
     pipeline = OnnxPipeline(exported_pix2pix)
-    with pytest.raises(RefusedInputError, match="sees an image, and needs an image: give image alone"):
+    with pytest.raises(RefusedInputError, match="sees an image, and none was given: give image"):
         pipeline(["ab"], steps=2)
-    with pytest.raises(RefusedInputError, match=r"sees an image, and takes no strength, got 0\.5: give image alone"):
+    with pytest.raises(RefusedInputError, match=r"sees an image, and strength 0\.5 has no use: leave it out"):
         pipeline(["ab"], steps=2, image=image, strength=0.5)
     with pytest.raises(RefusedInputError, match="image_guidance_scale must be 1, which turns it off, or above, got 0"):
         pipeline(["ab"], steps=2, image=image, image_guidance_scale=0)

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from d2f_fast import Alignment
-from d2f_fast.export.step_tables import step_table, trailing_table
+from d2f_fast.export.step_tables import step_table, trailing_table, write_tables
 
 
 def test_first_step_from_pure_noise_is_finite():
@@ -36,3 +36,13 @@ def test_trailing_steps_are_those_of_ddim(prediction_type):
             assert (got - want).abs().max() <= 1e-5 * want.abs().max()
             sample = got
         assert table.sigmas[-1] == 0 and table.sigmas[0] == pytest.approx((1 - table.times[0]) / table.times[0])
+
+
+def test_table_of_zero_terminal_snr_is_finite(tmp_path):
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    table = trailing_table(Alignment.from_scheduler(scheduler), 2)
+    assert table.times[0] == 0 and table.sigmas[0] == 4096
+    write_tables(tmp_path / "steps.json", {2: table})
+    assert "Infinity" not in (tmp_path / "steps.json").read_text()

@@ -24,11 +24,18 @@ CONFIG = {"layers_per_block": 2, "up_block_types": ["UpBlock2D", "CrossAttnUpBlo
             "up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_q",
             "output_blocks.5.1.transformer_blocks.0.attn1.to_q",
         ),
+        ("up_blocks.2.upsamplers.0.conv", None),
         ("encoder_hid_proj", None),
     ],
 )
 def test_layer_has_the_name_of_the_original_code(name: str, original: str | None) -> None:
     assert original_unet_name(name, CONFIG) == original
+
+
+def test_entries_that_a_configuration_lacks_are_those_of_diffusers() -> None:
+    for name in ("down_blocks.0.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv"):
+        assert original_unet_name(name, {}) == original_unet_name(name, CONFIG)
+    assert diffusers_unet_name("output_blocks.99.2.conv", {}) is None
 
 
 def test_network_with_other_numbers_of_layers_has_no_original_names() -> None:

@@ -21,6 +21,11 @@ DOWN, UP = torch.ones(2, 6), torch.ones(5, 2)
         ({"d2f.shift": "nan"}, "got nan: give --shift"),
         ({"d2f.shift": "wide\n"}, r"got 'wide\\n': give --shift"),
         ({"d2f.fm_form": "mine"}, "d2f.fm_form must be diffusers or published, got mine: correct the entry"),
+        (
+            {"d2f.prediction_type": "flow"},
+            "d2f.prediction_type must be epsilon, .* or flow_prediction, got flow: correct",
+        ),
+        ({"d2f.vae_reflection_padding": "True"}, "d2f.vae_reflection_padding must be true or false, got True: correct"),
     ],
 )
 def test_tag_with_an_impossible_value_is_refused_with_its_file(

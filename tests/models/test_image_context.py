@@ -71,10 +71,10 @@ def test_guidance_is_that_of_the_pipeline_of_diffusers(
     assert (got - expected).abs().max() <= 3e-6 * expected.abs().max()
     sampling = Sampling(num_inference_steps=5, negative_prompt="d" * (text_scale > 1), height=16, width=16)
     sampling = replace(sampling, flow_spacing="trailing", **scales)
-    pictures = generate_images(model, PROMPTS, sampling, noise=noise, context=context)
+    generated = generate_images(model, PROMPTS, sampling, noise=noise, context=context)
     differences = [
         np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max()
-        for a, b in zip(pictures, to_pil(model.decode(expected)), strict=True)
+        for a, b in zip(generated, to_pil(model.decode(expected)), strict=True)
     ]
     assert max(differences) <= 1
 
