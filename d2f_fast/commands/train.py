@@ -109,7 +109,7 @@ class Train:
     json: bool = option("other", False)
 
     def __post_init__(self) -> None:
-        """Keep a single folder as the text that it was before there could be several."""
+        """Hold a single folder as text, and several as a tuple."""
         if isinstance(self.train_data_dir, tuple) and len(self.train_data_dir) < 2:
             object.__setattr__(self, "train_data_dir", next(iter(self.train_data_dir), None))
 

@@ -12,7 +12,7 @@ from d2f_fast.errors import RefusedInputError
 
 @runtime_checkable
 class MixedDataset(Protocol):
-    """Data set that says how it is mixed of several ones; None where it is a single one."""
+    """Data set that may be mixed from several ones; its mixture is None where it is a single one."""
 
     mixture: Mixture | None
 

@@ -92,7 +92,7 @@ def fitted_layers(lora: LoraHeader, model: ModelLayers) -> dict[str, str]:
 
 
 def starting_layers(lora: LoraHeader, model: ModelLayers) -> dict[str, str]:
-    """Return the same for a LoRA file that a training goes on from.
+    """Return what `fitted_layers` returns, or refuse a LoRA file that a training cannot start from.
 
     Args:
         lora: Header of the file.

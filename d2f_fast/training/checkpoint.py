@@ -164,7 +164,7 @@ def named_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Checkp
         resume_from: checkpoint to resume from, as for `find_checkpoint`.
 
     Returns:
-        The checkpoint, in whose place an older one is found where its contents are damaged; None for a new run.
+        The checkpoint; None for a new run. `find_checkpoint` takes an older one where the contents are damaged.
 
     Raises:
         CheckpointError: the named checkpoint is missing or damaged, or "latest" was asked for and all are damaged.
