@@ -73,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add_training(add("classifier", "Train the classifier of names and styles."), 2000, 128, 3e-3)
     stage = add("reflow", "Make pairs, and train the reflow LoRA on them.")
     stage.add_argument("--folder", type=Path, required=True, help="folder for the pairs and the run")
-    stage.add_argument("--pairs", type=int, default=5120, help="number of pairs (default %(default)s)")
-    stage.add_argument("--steps", type=int, default=1000, help="training steps (default %(default)s)")
+    stage.add_argument("--pairs", type=int, default=13110, help="number of pairs (default %(default)s)")
+    stage.add_argument("--steps", type=int, default=3000, help="training steps (default %(default)s)")
     stage = add("evaluate", "Print how many generated images show the background colour and name of their caption.")
     text = "images of trained combinations, and of held-out ones (default %(default)s)"
     stage.add_argument("--count", type=int, default=1000, help=text)
