@@ -1,0 +1,162 @@
+"""Train the miniature to predict depth by several objectives, and compare the depth at several numbers of steps.
+
+    python -m d2f_fast.miniature.rooms rooms/train --split train
+    python -m d2f_fast.miniature.rooms rooms/test --split test
+    python -m benchmarks.depth_table --rooms rooms --output depth_table --cases lora_diff2flow lora_diffusion --seeds 0 1 2
+    python -m benchmarks.depth_table --output depth_table --table
+
+Each case is one run of `d2f train --task depth`, whose folder `pipeline` is then measured as `d2f evaluate` does. A case
+that is already in the folder is not trained again. The table has the means over the images and the seeds, with 95 %
+intervals from resampling the images; they do not include other seeds of the training.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from d2f_fast.evaluation.depth import DepthErrors
+from d2f_fast.evaluation.distances import bootstrap_interval
+from d2f_fast.files.json_file import write_json
+
+STEPS = (1, 2, 4, 10, 50)
+OBJECTIVES: dict[str, dict[str, str]] = {
+    "diff2flow": {"objective": "diff2flow"},
+    "fm_published": {"objective": "fm", "fm_form": "published"},
+    "fm_diffusers": {"objective": "fm", "fm_form": "diffusers"},
+    "diffusion": {"objective": "diffusion"},
+    # One step from noise to depth, as end-to-end finetuning does it, which starts from zeros in place of noise.
+    "one_step": {"objective": "diff2flow", "distill": ""},
+}
+ADAPTERS = {"lora": {"adapter": "lora", "rank": "64", "conv_rank": "64"}, "full": {"adapter": "full"}}
+CASES = {
+    f"{adapter}_{objective}": {**ADAPTERS[adapter], **options}
+    for adapter in ADAPTERS
+    for objective, options in OBJECTIVES.items()
+}
+TRAINING = {
+    "task": "depth",
+    "pretrained_model_name_or_path": "miniature",
+    "resolution": "64",
+    "train_batch_size": "8",
+    "lr_scheduler": "cosine",
+    "ema_decay": "0.99",
+    "checkpointing_steps": "0",
+}
+TITLES = {"abs_rel": "AbsRel, lower is better", "delta1": "δ1, higher is better"}
+
+
+def train(case: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
+    """Train one case."""
+    chosen = {
+        **TRAINING,
+        **CASES[case],
+        "train_data_dir": str(options.rooms / "train"),
+        "max_train_steps": str(options.steps),
+        "learning_rate": str(options.learning_rate),
+        "lr_warmup_steps": str(options.warmup),
+        "seed": str(seed),
+        "output_dir": str(folder),
+    }
+    words = [word for name, value in chosen.items() for word in (f"--{name}", value) if word]
+    subprocess.run([sys.executable, "-m", "d2f_fast", "train", *words], check=True)
+
+
+def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, list[DepthErrors]]:
+    """Return the errors of each image at each number of steps."""
+    from d2f_fast.commands.depth_model import load_depth_model
+    from d2f_fast.data.depth_data import find_depth_images
+    from d2f_fast.data.depth_options import DepthOptions
+    from d2f_fast.models.options import ModelOptions
+    from d2f_fast.tasks.depth import measure_depth
+
+    aligned = OBJECTIVES[case.partition("_")[2]]["objective"] == "diff2flow"
+    model = load_depth_model(str(folder / "pipeline"), (), ModelOptions(), "flow" if aligned else "saved")
+    images = find_depth_images(options.rooms / options.split, DepthOptions())
+    measured = {}
+    for steps in (1,) if case.endswith("one_step") else options.sampling_steps:
+        with tqdm(total=options.images, desc=f"{case}, {steps} steps", unit="image") as bar:
+            progress = lambda done, bar=bar: bar.update()  # noqa: E731
+            measured[str(steps)] = measure_depth(model, images, options.images, progress, steps=steps, seed=0)
+    return measured
+
+
+def run(case: str, seed: int, options: argparse.Namespace) -> None:
+    """Train and measure one case, and write its errors, unless they are there."""
+    path = options.output / f"{case}-{seed}.json"
+    if path.exists():
+        return
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        train(case, seed, options, folder)
+        trained = time.monotonic()
+        measured = measure(case, folder, options)
+    write_json(
+        path,
+        {
+            "case": case,
+            "seed": seed,
+            "training_steps": options.steps,
+            "learning_rate": options.learning_rate,
+            "lr_warmup_steps": options.warmup,
+            "rooms": options.split,
+            "training_seconds": round(trained - started),
+            "measuring_seconds": round(time.monotonic() - trained),
+            "errors": {steps: [error._asdict() for error in errors] for steps, errors in measured.items()},
+        },
+    )
+
+
+def table(output: Path) -> list[str]:
+    """Return the lines of a table of all cases in a folder."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(output.glob("*.json")):
+        row = json.loads(path.read_text())
+        runs.setdefault(row["case"], []).append(row)
+    lines = ["| case | seeds | steps | " + " | ".join(TITLES.values()) + " |", "|---|---|---|" + "---|" * len(TITLES)]
+    for case in filter(runs.__contains__, CASES):
+        seeds = ", ".join(str(row["seed"]) for row in runs[case])
+        for steps in runs[case][0]["errors"]:
+            cells = []
+            for name in TITLES:
+                errors = np.mean([[e[name] for e in row["errors"][steps]] for row in runs[case]], axis=0)
+                interval = bootstrap_interval(np.mean, errors, repeats=1000)
+                cells.append(f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})")
+            lines.append(f"| {case} | {seeds} | {steps} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Run the cases, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the errors of each case")
+    parser.add_argument("--table", action="store_true", help="print the table of what is in the folder, and stop")
+    parser.add_argument("--rooms", type=Path, default=Path("rooms"), help="folder of train and test (%(default)s)")
+    parser.add_argument("--split", default="test", help="rooms that are measured (%(default)s)")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="cases (all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (%(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=100, help="steps to the highest learning rate (%(default)s)")
+    parser.add_argument("--images", type=int, default=200, help="images that are measured (%(default)s)")
+    text = f"numbers of sampling steps ({' '.join(map(str, STEPS))})"
+    parser.add_argument("--sampling_steps", type=int, nargs="+", default=STEPS, help=text)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        for seed in options.seeds:
+            for case in options.cases:
+                run(case, seed, options)
+    print("\n".join(table(options.output)))
+
+
+if __name__ == "__main__":
+    main()
