@@ -126,7 +126,10 @@ def test_report_charts_each_number_of_steps_of_a_sampler(tmp_path):
 
 def suite(folder, stage, seconds, **environment):
     """Run a stage, and return the finished process and the seconds that it took."""
-    environment = {**os.environ, "D2F_SUITE_DRY_RUN": "1", "D2F_SUITE_SECONDS": str(seconds), **environment}
+    # The script runs the first `python` that it finds.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    dry_run = {"D2F_SUITE_DRY_RUN": "1", "D2F_SUITE_SECONDS": str(seconds)}
+    environment = {**os.environ, "PATH": path, **dry_run, **environment}
     started = time.monotonic()
     command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), stage, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
