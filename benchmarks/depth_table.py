@@ -2,12 +2,12 @@
 
     python -m d2f_fast.miniature.rooms rooms/train --split train
     python -m d2f_fast.miniature.rooms rooms/test --split test
-    python -m benchmarks.depth_table --rooms rooms --output depth_table --cases lora_diff2flow lora_diffusion --seeds 0 1 2
+    python -m benchmarks.depth_table --output depth_table --cases lora_diff2flow lora_diffusion --seeds 0 1 2
     python -m benchmarks.depth_table --output depth_table --table
 
-Each case is one run of `d2f train --task depth`, whose folder `pipeline` is then measured as `d2f evaluate` does. A case
-that is already in the folder is not trained again. The table has the means over the images and the seeds, with 95 %
-intervals from resampling the images; they do not include other seeds of the training.
+Each case is one run of `d2f train --task depth`, whose folder `pipeline` is then measured as `d2f evaluate` does. A
+case that is already in the folder is not trained again. The table has the means over the images and the seeds, with
+95 % intervals from resampling the images; they do not include other seeds of the training.
 """
 
 import argparse
@@ -32,8 +32,6 @@ OBJECTIVES: dict[str, dict[str, str]] = {
     "fm_published": {"objective": "fm", "fm_form": "published"},
     "fm_diffusers": {"objective": "fm", "fm_form": "diffusers"},
     "diffusion": {"objective": "diffusion"},
-    # One step from noise to depth, as end-to-end finetuning does it, which starts from zeros in place of noise.
-    "one_step": {"objective": "diff2flow", "distill": ""},
 }
 ADAPTERS = {"lora": {"adapter": "lora", "rank": "64", "conv_rank": "64"}, "full": {"adapter": "full"}}
 CASES = {
@@ -65,7 +63,7 @@ def train(case: str, seed: int, options: argparse.Namespace, folder: Path) -> No
         "seed": str(seed),
         "output_dir": str(folder),
     }
-    words = [word for name, value in chosen.items() for word in (f"--{name}", value) if word]
+    words = [word for name, value in chosen.items() for word in (f"--{name}", value)]
     subprocess.run([sys.executable, "-m", "d2f_fast", "train", *words], check=True)
 
 
@@ -81,7 +79,7 @@ def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, l
     model = load_depth_model(str(folder / "pipeline"), (), ModelOptions(), "flow" if aligned else "saved")
     images = find_depth_images(options.rooms / options.split, DepthOptions())
     measured = {}
-    for steps in (1,) if case.endswith("one_step") else options.sampling_steps:
+    for steps in options.sampling_steps:
         with tqdm(total=options.images, desc=f"{case}, {steps} steps", unit="image") as bar:
             progress = lambda done, bar=bar: bar.update()  # noqa: E731
             measured[str(steps)] = measure_depth(model, images, options.images, progress, steps=steps, seed=0)
