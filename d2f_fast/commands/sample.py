@@ -118,7 +118,7 @@ class Sample:
         d2f sample --prompts "an owl on a blue background"
         d2f sample --model MODEL --prompts "a red fox" --num_inference_steps 25 --guidance_scale 5
         d2f sample --model MODEL --lora run:0.8 --prompts "a red fox" "a lighthouse" --seed 1
-        d2f sample --model timbrooks/instruct-pix2pix --prompts "make it snow" --image photo.jpg --guidance_scale 7.5
+        d2f sample --model timbrooks/instruct-pix2pix --prompts "make it snow" --image photo.jpg
     """
 
     prompts: tuple[str, ...] = field(metadata={"group": "essential"})
