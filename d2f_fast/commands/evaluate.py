@@ -174,7 +174,7 @@ class Evaluate:
 
     def _checked_files(self) -> ImageFiles:
         """Return the images, once everything that can be refused without torch has been checked."""
-        from d2f_fast.models.configs import downsampling_of, read_configs
+        from d2f_fast.models.configs import check_seen_images, downsampling_of, read_configs
 
         check_options(self)
         self._check_what_is_evaluated()
@@ -184,6 +184,8 @@ class Evaluate:
                 raise RefusedInputError(f"{name}: {printable(folder)} is not a folder: give a folder of images")
         check_negative_prompt(self.negative_prompt, guidance_or_default(self.guidance_scale))
         if self.model is not None and (configs := read_configs(self.model, self.model_options)) is not None:
+            cure = "add --task depth for a model of depth, or give a text-to-image model"
+            check_seen_images(self.model, configs, cure)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
         check_lora_and_output(self.lora, self.output_dir, self.shift, model=self.model, options=self.model_options)
         if self.model is not None:

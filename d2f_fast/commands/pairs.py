@@ -249,7 +249,7 @@ class Pairs:
 
     def _checked_prompts(self) -> list[str]:
         """Return the prompts, once everything that can be refused without torch has been checked."""
-        from d2f_fast.models.configs import downsampling_of, read_configs
+        from d2f_fast.models.configs import check_seen_images, downsampling_of, read_configs
 
         if self.prompts_file is None and self.train_data_dir is None:
             raise RefusedInputError("give --prompts_file, --train_data_dir, or both: pairs need prompts")
@@ -271,6 +271,7 @@ class Pairs:
                 raise RefusedInputError(f"{name} needs --train_data_dir: leave {name} out")
         check_negative_prompt(self.negative_prompt, self.guidance_scale_max or self.guidance_scale)
         if (configs := read_configs(self.model, self.model_options)) is not None:
+            check_seen_images(self.model, configs, "give a text-to-image model")
             self._size(configs.unet.get("sample_size"), downsampling_of(configs.vae))
         check_lora_and_output(self.lora, self.output_dir, self.shift, model=self.model, options=self.model_options)
         return list(self._prompts())

@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # These options are fixed in an exported folder, so that they cannot be given together with --onnx.
+# What to do about a network that takes another number of images, without --image and with it.
+_CURES = (
+    "add --task depth for a model of depth, or --image for InstructPix2Pix, or give a text-to-image model",
+    "leave --image out, or give InstructPix2Pix",
+)
 _FIXED_BY_EXPORT = ("model", "lora", "method", "flow_spacing", "shift", "intermediates", "invert", "noise")
 
 
@@ -168,7 +173,8 @@ class Sample:
         elif self.onnx_provider is not None:
             raise RefusedInputError("onnx_provider needs --onnx: add --onnx FOLDER, or leave onnx_provider out")
         elif (configs := read_configs(self._model, self.model_options)) is not None:
-            check_seen_images(self._model, configs, int(self.image_options.image is not None))
+            images = int(self.image_options.image is not None)
+            check_seen_images(self._model, configs, _CURES[images], images)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
         model = None if self.onnx is not None else self._model
         check_lora_and_output(self.lora, self.output_dir, self.shift, model=model, options=self.model_options)

@@ -162,25 +162,24 @@ def resolution_of(unet: Mapping[str, Any], downsampling: int) -> int:
     return shorter * downsampling
 
 
-def check_seen_images(model: str, configs: ModelConfigs, images: int) -> None:
-    """Refuse a model whose network takes another number of images beside its latents than `d2f sample` is given.
+def check_seen_images(model: str, configs: ModelConfigs, cure: str, images: int = 0) -> None:
+    """Refuse a model whose network takes another number of images beside its latents than a command gives it.
 
     Args:
         model: Name of the model, for the message.
         configs: Configurations of the model.
+        cure: What to do instead, for the end of the message.
         images: Number of images for each prompt, 0 or 1.
 
     Raises:
         ModelError: The UNet takes other channels than those of its latents and the images.
     """
     channels, latents = configs.unet.get("in_channels", 4), configs.vae.get("latent_channels", 4)
-    if channels == latents * (1 + images):
-        return
-    cure = "leave --image out" if images else "add --task depth for a model of depth, or --image for InstructPix2Pix"
-    raise ModelError(
-        f"{printable(model)} takes {channels} channels, and its latents{' and an image' * images} have"
-        f" {latents * (1 + images)}: {cure}, or give {'InstructPix2Pix' if images else 'a text-to-image model'}"
-    )
+    if channels != latents * (1 + images):
+        raise ModelError(
+            f"{printable(model)} takes {channels} channels, and its latents{' and an image' * images} have"
+            f" {latents * (1 + images)}: {cure}"
+        )
 
 
 def check_training(configs: ModelConfigs, resolution: int | None, images: int = 0) -> None:
