@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.export.exported_files import TABLE_INPUTS
 from d2f_fast.export.exported_pipeline import ExportedPipeline
-from d2f_fast.export.graph_sampler import TABLE_INPUTS, Conditions, Form
+from d2f_fast.export.graph_sampler import Conditions, Form
 from d2f_fast.export.sessions import Array, Provider
 
 

@@ -12,8 +12,10 @@ from d2f_fast.config import DEFAULT_STEPS
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.sampling.options import ChosenSteps
 
+# Lists of a step table that the graphs of a sampler take, one number for each step.
+TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
 # Lists of a step table, and by how many numbers each is longer than the number of steps.
-_TABLE_KEYS = {"timesteps": 0, "coef_x": 0, "coef_out": 0, "alphas": 1, "noise_scales": 1}
+_TABLE_KEYS = {**dict.fromkeys(TABLE_INPUTS, 0), "alphas": 1, "noise_scales": 1}
 
 
 def read_object(folder: Path, name: str, *keys: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import numpy as np
 import onnxruntime
 
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.export.exported_files import TABLE_INPUTS
 from d2f_fast.export.sessions import Array, GraphSessions
 
 Form = Literal["loop", "folder", "unrolled"]
-TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from d2f_fast.config import check_guidance
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.exported_files import steps_of_report
+from d2f_fast.export.exported_files import TABLE_INPUTS, steps_of_report
 from d2f_fast.export.exported_pipeline import ExportedPipeline
-from d2f_fast.export.graph_sampler import TABLE_INPUTS, Conditions, Form
+from d2f_fast.export.graph_sampler import Conditions, Form
 from d2f_fast.export.sessions import Array, Provider
 from d2f_fast.sampling.options import (
     ChosenSteps,

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from d2f_fast.export.step_tables import TABLE_INPUTS
+from d2f_fast.export.exported_files import TABLE_INPUTS
 
 IMAGE_LATENTS = "image_latents"  # as diffusers' pipeline of InstructPix2Pix calls them
 

@@ -17,10 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from d2f_fast.export.exported_files import TABLE_INPUTS
 from d2f_fast.flow.alignment import SIGMA_OF_PURE_NOISE
 from d2f_fast.flow.flow import Flow
-
-TABLE_INPUTS = ("timesteps", "coef_x", "coef_out")
 
 
 @dataclass(frozen=True)

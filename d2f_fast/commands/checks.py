@@ -44,8 +44,9 @@ def check_lora_and_output(
     paths = [parse_lora(entry).path for entry in lora]
     for path in paths:
         check_lora_file(path)
-    common_tags(paths, shift)  # This refuses tags that contradict each other.
-    if model is not None:
+    if model is None:
+        common_tags(paths, shift)  # This refuses tags that contradict each other, as the next one does.
+    else:
         check_sampling_tags(model, lora, options, shift)
         check_lora_fits(lora, model, options, images)
     if os.path.exists(output_dir):

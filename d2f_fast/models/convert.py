@@ -20,9 +20,10 @@ from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.files.tensor_stream import LazyTensor, lazy_tensors, write_tensor_stream
 from d2f_fast.flow.scheduler_config import NUM_TRAIN_TIMESTEPS, predicts_flow
 from d2f_fast.lora.family import Family, family_of_config
+from d2f_fast.lora.fit import fitted_layers
+from d2f_fast.lora.key_names import layers_of
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.layer_weights import LayerWeights
-from d2f_fast.lora.match import canonical_names, match_layers
 from d2f_fast.lora.read import read_lora
 from d2f_fast.models.folder import check_real_weights
 from d2f_fast.models.load import load_pipeline
@@ -177,12 +178,12 @@ def with_lora(
         CheckpointError: A LoRA file is missing, damaged, or a pickle.
     """
     networks = skeleton_of_folder(Path(model.source))
-    names = canonical_names(networks)
+    layers = layers_of(networks)
     changes: dict[tuple[str, str], list[tuple[LayerWeights, float]]] = {}
     for source, scale in loras:
         lora = read_lora(source)
-        for name, module in match_layers(lora, networks).items():
-            component, _, layer = names[id(module)].partition(".")
+        for name, known in fitted_layers(lora.about, layers).items():
+            component, _, layer = known.partition(".")
             key = f"{layer}.weight"
             if component != "unet" and key not in model.components[component]:
                 key = f"text_model.{key}"

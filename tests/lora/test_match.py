@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from d2f_fast.errors import ModelError
-from d2f_fast.lora.match import canonical_names, match_layers, modules_by_canonical_name
+from d2f_fast.lora.key_names import adaptable_layers
+from d2f_fast.lora.match import match_layers
 from d2f_fast.lora.read import LoraFile, read_lora
 
 TEXT = "encoder.layers.0.self_attn.q_proj"
@@ -39,9 +40,10 @@ def test_module_and_name_of_each_layer_are_found(tiny_xl: Any, tmp_path: Path) -
     }
     shapes = {"lora_unet_conv_in": (16, 36)} | dict.fromkeys(list(names)[1:], (16, 16))
     found = match_layers(lora_of(tmp_path, shapes), tiny_xl)
-    canonical = canonical_names(tiny_xl)
+    modules = adaptable_layers(tiny_xl)
+    canonical = {id(module): name for name, module in modules.items()}
     assert {name: canonical[id(module)] for name, module in found.items()} == names
-    assert all(modules_by_canonical_name(tiny_xl)[names[name]] is module for name, module in found.items())
+    assert all(modules[names[name]] is module for name, module in found.items())
 
 
 @pytest.mark.parametrize(
