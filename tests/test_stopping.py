@@ -24,7 +24,7 @@ def run(work: str, *numbers: int) -> "subprocess.CompletedProcess[str]":
     first = process.stdout.readline()
     for number in numbers:
         process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, first + output, errors)
 
 
@@ -32,7 +32,7 @@ SLEEP = """
 def work():
     try:
         print('begun', flush=True)
-        time.sleep(60)
+        time.sleep(600)
     finally:
         time.sleep(0.2)
         print('cleaned')
@@ -57,12 +57,12 @@ def test_signal_whose_exception_python_drops_is_sent_again():
 class Slow:
     def __del__(self):
         print('begun', flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
 def work():
     slow = Slow()
     del slow
-    time.sleep(60)
+    time.sleep(600)
 """
     done = run(work, signal.SIGTERM)
     assert (done.returncode, done.stderr) == (143, "d2f: stopped by SIGTERM\n")
@@ -73,7 +73,7 @@ def test_error_that_a_library_made_of_the_signal_is_not_shown():
 def load():
     try:
         print('begun', flush=True)
-        time.sleep(60)
+        time.sleep(600)
     except BaseException:
         raise OSError('unable to load')
 
@@ -90,7 +90,7 @@ def work():
 def test_signal_while_python_shuts_down_keeps_the_exit_code():
     work = """
 import atexit
-atexit.register(lambda: (print('begun', flush=True), time.sleep(60)))
+atexit.register(lambda: (print('begun', flush=True), time.sleep(600)))
 
 def work():
     return 7
@@ -98,7 +98,7 @@ def work():
     started = time.monotonic()
     done = run(work, signal.SIGINT)
     assert (done.returncode, done.stdout, done.stderr) == (7, "begun\n", "")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
 
 
 def test_signal_that_arrives_as_the_work_ends_prints_no_traceback():
@@ -126,10 +126,10 @@ import d2f_fast.stopping
 d2f_fast.stopping.PATIENCE_SECONDS = 0.2
 
 def work():
-    threading.Timer(0.3, print, ('begun',), {'flush': True}).start()
     mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
-    for _ in range(2):  # the second call waits for ever, and no signal ends it
-        libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+    threading.Timer(0.5, print, ('begun',), {'flush': True}).start()
+    libc.pthread_mutex_lock(mutex)  # This second call waits for ever, and no signal ends it.
 """
     done = run(work, signal.SIGTERM)
     assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
@@ -165,7 +165,7 @@ class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == sys.argv[1]:
             print('begun', flush=True)
-            time.sleep(60)
+            time.sleep(600)
 
 sys.meta_path.insert(0, Finder())
 """
@@ -184,7 +184,7 @@ def test_signal_during_the_first_imports_ends_the_command_in_one_line(start, imp
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=600)[1]
     assert (process.returncode, errors) == (130, f"{program}: stopped by SIGINT\n")
 
 
@@ -212,7 +212,7 @@ def test_help_whose_output_has_no_reader_ends_quietly():
     with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
         reader.wait()
         command = [sys.executable, "-m", "d2f_fast", "train", "--help"]
-        done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (141, "")
 
 

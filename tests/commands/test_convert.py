@@ -403,7 +403,7 @@ def test_output_that_another_process_writes_is_refused(loras: Any, tmp_path: Pat
     out = tmp_path / "out.safetensors"
     command = [sys.executable, "-m", "d2f_fast", "convert", str(loras[0]), str(tmp_path / "." / "out.safetensors")]
     with locked_place(out):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (
         2,
         f"d2f: {out} is in use by process {os.getpid()}: wait until it ends, or name another output folder\n",

@@ -305,7 +305,9 @@ def write_until_killed(folder: Path, offset: int) -> None:
 
 def test_processes_killed_while_writing_leave_a_cache_that_serves_right_values(tmp_path):
     chance = random.Random(1)
-    for _ in range(10):
+    kills = 0
+    while kills < 10 or (not any(map(files, tmp_path.iterdir())) and kills < 200):  # A loaded machine takes more kills.
+        kills += 1
         workers = [FORK.Process(target=write_until_killed, args=(tmp_path, offset)) for offset in (0, 7)]
         for worker in workers:
             worker.start()

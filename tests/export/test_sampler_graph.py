@@ -112,13 +112,12 @@ def test_loop_adds_few_nodes_and_little_load_time_to_the_network(exported):
     # Guidance and step are 17 nodes for a network of any size; that of SD1.5 has 1900.
     assert nodes[1] - nodes[0] <= 17
     assert sampler.stat().st_size < 1e6
-    seconds = []
-    for path in (unet, sampler):
-        onnxruntime.InferenceSession(path)
+    seconds = {unet: [], sampler: []}
+    for path in [unet, sampler] * 5:  # The shortest of five is the time that another process has not taken part of.
         start = time.perf_counter()
         onnxruntime.InferenceSession(path)
-        seconds.append(time.perf_counter() - start)
-    assert seconds[1] <= 5 * seconds[0]
+        seconds[path].append(time.perf_counter() - start)
+    assert min(seconds[sampler]) <= 5 * min(seconds[unet])
 
 
 def test_weights_are_shared_and_the_folder_can_be_moved(exported, alignment, tmp_path):

@@ -232,7 +232,7 @@ def _run_until_it_writes(model: Path, output: Path) -> subprocess.Popen[bytes]:
     """Start an export in a process, and return it in the middle of its work."""
     command = [sys.executable, str(SCRIPT), "--model", str(model), "--output", str(output), "--skip_verify"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(output.parent.glob(".tmp-*/*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None and list(output.parent.glob(".tmp-*/*"))
@@ -242,14 +242,14 @@ def _run_until_it_writes(model: Path, output: Path) -> subprocess.Popen[bytes]:
 def test_terminated_run_removes_its_unfinished_folder(one_level_folder, tmp_path):
     process = _run_until_it_writes(one_level_folder, tmp_path / "out")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
+    assert process.wait(timeout=600) == 143
     assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_run_leaves_no_output_and_the_next_run_removes_its_leftovers(one_level_folder, tmp_path, monkeypatch):
     process = _run_until_it_writes(one_level_folder, tmp_path / "out")
     process.kill()
-    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert process.wait(timeout=600) == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock-out", f".tmp-{process.pid}-out"]
     # The next run to the same folder removes the leftovers even if it is refused.
     refusal = mock.Mock(side_effect=RefusedInputError("too little memory"))

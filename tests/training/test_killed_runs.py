@@ -85,7 +85,7 @@ def start(model: Path, output: Path, **options: Any) -> int:
 
 def wait_for_steps(output: Path, rows: int) -> int:
     """Wait until the log has so many rows, and return how many it has."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         found = (output / "log.jsonl").read_text().count("\n") if (output / "log.jsonl").exists() else 0
         if found >= rows:
@@ -121,8 +121,12 @@ def kill_runs(model: Path, root: Path) -> dict[str, Any]:
 
     stopped = root / "stopped"
     pid = start(model, stopped, checkpointing_steps=0)
+    wait_for_steps(stopped, 4)
+    os.kill(pid, signal.SIGSTOP)  # The run takes no further step between the count of its rows and the signal.
+    os.waitpid(pid, os.WUNTRACED)
     rows = wait_for_steps(stopped, 4)
     os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGCONT)
     code = finish(pid)
     folder = find_checkpoint(stopped, "latest")
     assert folder is not None
@@ -156,7 +160,7 @@ def run_script(action: str, *arguments: Path, **variables: str) -> "subprocess.P
 
 
 def result(process: "subprocess.Popen[str]") -> Any:
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1])
 
