@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.image_sizes import LARGEST_SIDE, Resolution, check_resolution, simplest
 from d2f_fast.option_pairs import check_pairs
 
 ObjectiveName = Literal["diff2flow", "fm", "diffusion"]
@@ -49,7 +50,7 @@ OptionGroup = Literal[
 ]
 DEFAULT_SNR_GAMMA = 5.0
 # Larger values are typing errors, and would fill the memory or give numbers that are not finite.
-MAX_STEPS, MAX_RANK, MAX_BATCH, MAX_SIDE, MAX_GUIDANCE, MAX_SHIFT = 10**9, 4096, 1 << 16, 1 << 14, 1000.0, 1000.0
+MAX_STEPS, MAX_RANK, MAX_BATCH, MAX_SIDE, MAX_GUIDANCE, MAX_SHIFT = 10**9, 4096, 1 << 16, LARGEST_SIDE, 1000.0, 1000.0
 DEFAULT_RANK = 64
 DEFAULT_CAPTION_DROPOUT = 0.1
 DEFAULT_GUIDANCE = 3.0
@@ -214,9 +215,11 @@ class TrainingConfig:
             encoders are never trained.
         rank: Rank of the LoRA in attention and feed-forward layers. A larger rank can learn more, and makes a larger
             file. Not with --adapter full. Default: that of --init_lora, or 64.
-        resolution: Side of the square training images in pixels, a multiple of 8. The shorter side of each image is
-            scaled to it, up or down, and the longer side is cropped. Default: the model's own size, such as 512 for
-            SD1.5 and 1024 for SDXL, or that of --pairs.
+        resolution: Size of the training images in pixels, multiples of 8: one number for squares, or height and width.
+            Each image is scaled, up or down, until it covers the size, and cropped to it. Several folders may have
+            sizes of their own: give the height and width of each, one after the other; a step then takes images of one
+            folder alone. The first size is that of validation and, as saved with the result, of `d2f sample`. Default:
+            the model's own size, such as 512 for SD1.5 and 1024 for SDXL, or that of --pairs.
         max_train_steps: Number of optimizer steps of the whole run, including those before a resumed checkpoint. The
             run says how many epochs they are.
         train_batch_size: Number of images in each forward and backward pass of each process. There is one process for
@@ -329,7 +332,7 @@ class TrainingConfig:
     output_dir: str = option("essential", "d2f-output", metavar="FOLDER")
     adapter: Literal["lora", "full"] = option("essential", "lora")
     rank: int | None = option("essential", None, at_least(1, MAX_RANK))
-    resolution: int | None = option("essential", None, at_least(8, MAX_SIDE))
+    resolution: Resolution | None = option("essential", None, partial(check_resolution, least=8, most=MAX_SIDE))
     max_train_steps: int = option("essential", 1000, at_least(1, MAX_STEPS))
     train_batch_size: int = option("essential", 4, at_least(1, MAX_BATCH))
     gradient_accumulation_steps: int = option("essential", 1, at_least(1, MAX_BATCH))
@@ -380,6 +383,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Refuse values that an option does not take, and options that contradict each other."""
         check_options(self)
+        object.__setattr__(self, "resolution", simplest(self.resolution))
         check_pairs(self)
 
     @property

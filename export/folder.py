@@ -35,6 +35,7 @@ from d2f_fast.files.lock import locked_place
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.models.reflection_padding import set_reflection_padding
+from d2f_fast.models.tags import take_trained_size
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -88,6 +89,7 @@ class ExportJob:
         self.model = load_model(options.model, options.model_options)
         self.adapters = [fuse_adapter(self.model.pipeline, path, scale) for path, scale in options.adapters]
         adapters = [path for path, _ in options.adapters]
+        take_trained_size(self.model.pipeline, options.model, adapters)
         sampling = sampling_of(self.model, options.model, adapters, options.shift)
         self.flow, self.shift, self.recommended_guidance, steps, reflects = sampling
         if reflects and options.vae_reflection_padding is None:

@@ -28,7 +28,7 @@ TIME_LIMIT_S = 900  # stops a process that hangs; a loaded machine takes minutes
 # Imports go one way: a module imports from its own layer or from those above it in this list. A folder lies in one
 # layer, except the embedded miniature: its loader belongs to the models, and the rest of it to the demonstration.
 LAYERS = (
-    {"d2f_fast.errors", "d2f_fast.stopping", "d2f_fast.unknown_options"},
+    {"d2f_fast.errors", "d2f_fast.image_sizes", "d2f_fast.stopping", "d2f_fast.unknown_options"},
     {"d2f_fast.config", "d2f_fast.option_help", "d2f_fast.option_pairs", "d2f_fast.files.*", "d2f_fast.flow.*"},
     {"d2f_fast.kernels.*"},
     {"d2f_fast.ops"},
@@ -46,7 +46,7 @@ LAYERS = (
 # What export/ may import, itself or through what it imports.
 ROOMS_OF_EXPORT = (
     *("d2f_fast", "d2f_fast.errors", "d2f_fast.stopping", "d2f_fast.config", "d2f_fast.option_pairs"),
-    *("d2f_fast.option_help", "d2f_fast.unknown_options"),
+    *("d2f_fast.image_sizes", "d2f_fast.option_help", "d2f_fast.unknown_options"),
     *("d2f_fast.export.*", "d2f_fast.miniature"),
     *(f"d2f_fast.{room}.*" for room in ("models", "flow", "lora", "files", "sampling")),
 )

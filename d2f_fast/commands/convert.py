@@ -224,6 +224,7 @@ class Convert:
         from d2f_fast.lora.merge import fuse_adapter
         from d2f_fast.models import convert
         from d2f_fast.models.load import load_model
+        from d2f_fast.models.tags import take_trained_size
 
         dtype = None if self.dtype is None else _torch_dtype(self.dtype)
         loras = [parse_lora(entry) for entry in self.lora]
@@ -237,6 +238,7 @@ class Convert:
             loaded = load_model(source.name, kept if not loras else _torch_dtype("fp32"), self.model_options)
             for path, scale in loras:
                 fuse_adapter(loaded.pipeline, path, scale)
+            take_trained_size(loaded.pipeline, source.name, [path for path, _ in loras], squares_only=True)
             print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
             dtype = dtype or kept
             if form == "diffusers":

@@ -9,6 +9,8 @@ from d2f_fast.data.mixed import MixedDataset, MixedImages
 from d2f_fast.data.order import steps_per_epoch
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import printable
+from d2f_fast.image_sizes import Resolution, sizes_of
+from d2f_fast.training.batches import mixture_of_run
 from d2f_fast.training.doubtful_options import doubts
 from d2f_fast.training.summary import pair_tags
 from d2f_fast.training.trainer import AlignedTrainer
@@ -20,7 +22,7 @@ def data_lines(
     trainer: AlignedTrainer,
     dataset: CaptionedImages | MixedImages | PairDataset | DepthDataset,
     folders: Sequence[str],
-    resolution: int | None,
+    resolution: Resolution | None,
 ) -> Iterator[str]:
     """Yield the lines that a run prints about its data before it starts.
 
@@ -28,11 +30,13 @@ def data_lines(
         trainer: Trainer of the run.
         dataset: What it trains on.
         folders: Folders of the training images, for messages.
-        resolution: Side of the images in pixels that was asked for; None for that of the model.
+        resolution: Resolution that was asked for; None for that of the model.
     """
-    side, steps, size = trainer.config.resolution, trainer.config.max_train_steps, trainer.global_batch_size
+    steps, size = trainer.config.max_train_steps, trainer.global_batch_size
+    sizes = sizes_of(trainer.config.resolution or trainer.model.resolution)
     source = "the model's own size" if resolution is None else "option --resolution"
-    yield f"trained at {side} x {side} pixels ({source})"
+    order = "height x width; " if any(each.height != each.width for each in sizes) else ""
+    yield f"trained at {' and '.join(map(str, dict.fromkeys(sizes)))} pixels ({order}{source})"
     if isinstance(dataset, DepthDataset):
         for images in dataset.sources:
             kinds = f"layout {images.layout}, normalisation {dataset.options.depth_normalization}"
@@ -48,9 +52,11 @@ def data_lines(
         for folder in dataset.folders if isinstance(dataset, MixedImages) else (dataset,):
             yield from _repeats_of(folder)
     if isinstance(dataset, MixedDataset) and (mixture := dataset.mixture) is not None:
-        for name, own, count in zip(folders, mixture.sizes, mixture.counts, strict=True):
-            yield f"{printable(name)} has {own} images, and an epoch takes {count} from it"
-    an_epoch = steps_per_epoch(len(dataset), size)
+        each_size = [f", at {each} pixels" if len(set(sizes)) > 1 else "" for each in sizes]
+        each_size = each_size if len(sizes) > 1 else each_size * len(mixture.sizes)
+        for name, own, count, at in zip(folders, mixture.sizes, mixture.counts, each_size, strict=True):
+            yield f"{printable(name)} has {own} images, and an epoch takes {count} from it{at}"
+    an_epoch = steps_per_epoch(len(dataset), size, mixture_of_run(dataset, trainer.config))
     yield (
         f"{len(dataset)} {'pairs' if isinstance(dataset, PairDataset) else 'images'}, {size} per step: an epoch has"
         f" {an_epoch} steps, and {steps} steps are {steps / an_epoch:.4g} epochs"

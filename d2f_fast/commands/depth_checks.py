@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import get_args
 
-from d2f_fast.config import MAX_SIDE
 from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.image_sizes import first_size
 from d2f_fast.lora.source import parse_lora
 from d2f_fast.lora.tags import common_tags, predicts_depth
 from d2f_fast.models.configs import check_one_text_encoder, read_configs
@@ -78,9 +78,11 @@ def depth_tags(model: str, lora: Sequence[str]) -> dict[str, str]:
             f"{printable(source)}: d2f.depth_normalization must be {', '.join(get_args(DepthNormalization))}, got"
             f" {printable(str(word)[:100])}: {_TRAIN}"
         )
-    if not str(side := tags.get("d2f.resolution", "1")).isdecimal() or not 0 < int(side) <= MAX_SIDE:
+    try:
+        first_size(tags.get("d2f.resolution", "1"))
+    except ValueError as error:
         raise ModelError(
-            f"{printable(source)}: d2f.resolution must be a number of pixels, got {printable(str(side)[:100])}: correct"
-            " the entry, or save the file again with d2f_fast"
-        )
+            f"{printable(source)}: d2f.resolution {printable(error)}: correct the entry, or save the file again with"
+            " d2f_fast"
+        ) from error
     return tags

@@ -8,10 +8,12 @@ import torch
 
 from d2f_fast.commands.depth_checks import depth_tags
 from d2f_fast.commands.load_model import load_with_lora
+from d2f_fast.image_sizes import first_size
 from d2f_fast.models.configs import check_one_text_encoder
 from d2f_fast.models.marigold import depth_scheduler, marigold_pipeline, text_encoders_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.save import stock_flow_scheduler
+from d2f_fast.sampling.options import complete_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.tasks.depth import DepthModel, DepthSampler
 
@@ -38,7 +40,8 @@ def load_depth_model(model: str, lora: Sequence[str], options: ModelOptions, sam
     if type(pipeline).__name__ != "MarigoldDepthPipeline":
         check_one_text_encoder(text_encoders_of(pipeline))
         scheduler = _scheduler(pipeline.scheduler, flow_options)
-        resolution = int(tags.get("d2f.resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+        own_size = max(complete_size(None, None, pipeline.unet.config.sample_size, pipeline.vae_scale_factor))
+        resolution = max(first_size(tags["d2f.resolution"])) if "d2f.resolution" in tags else own_size
         pipeline = marigold_pipeline(pipeline, pipeline.unet, scheduler, normalization, resolution)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)

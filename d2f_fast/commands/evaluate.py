@@ -109,8 +109,10 @@ class Evaluate:
         flow_spacing: Spacing of the sampling steps, as for `d2f sample`.
         shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. Default: the one saved with the
             LoRA or model, or that of the model's own flow-matching scheduler, or 1, which changes nothing.
-        height: Height of the images in pixels, a multiple of 8. Default: the model's own.
-        width: Width of the images in pixels, a multiple of 8. Default: the model's own.
+        height: Height of the images in pixels, a multiple of 8. Default: that of the training, as saved with the LoRA
+            or model; or the model's own.
+        width: Width of the images in pixels, a multiple of 8. Default: that of the training, as saved with the LoRA
+            or model; or the model's own.
         batch_size: Number of images or paths that are generated at once. It does not change their noise.
         dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
             or written. An option that was left open is printed as null.

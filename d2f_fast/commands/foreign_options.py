@@ -48,7 +48,7 @@ FOREIGN_OPTIONS: Mapping[str, Mapping[str, str]] = {
         "optimizer_args": _ADAMW,
         "lr_scheduler_num_cycles": "--lr_scheduler cosine_with_restarts has one cycle: leave it out",
         "cache_latents_to_disk": "give --cache_latents, which is on by default; --cache_dir names the folder",
-        "enable_bucket": "images are cropped to one size, --resolution: leave it out",
+        "enable_bucket": "images are cropped to --resolution, which may be a size for each folder: leave it out",
         "flip_aug": "give --random_flip",
         "random_crop": "give --no_center_crop and --no_cache_latents",
         "shuffle_caption": "captions are used as they are: leave it out",

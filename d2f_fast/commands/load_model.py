@@ -17,7 +17,7 @@ from d2f_fast.models.facts import ModelFacts
 from d2f_fast.models.load import load_model
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
-from d2f_fast.models.tags import lowest_guidance, options_of_training
+from d2f_fast.models.tags import lowest_guidance, options_of_training, take_trained_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class SampledModel(NamedTuple):
 def load_with_lora(
     model: str, lora: Sequence[str], options: ModelOptions, shift: float | None, *, context_images: int = 0
 ) -> SampledModel:
-    """Load a model, and merge LoRA into it.
+    """Load a model, merge LoRA into it, and make the size that they were trained at its own.
 
     Args:
         model: Hub id, pipeline folder, or `.safetensors` file.
@@ -91,6 +91,7 @@ def load_with_lora(
     if context_images:
         base.see_images(context_images)
     merged = [fuse_adapter(pipeline, adapter, scale) for adapter, scale in adapters]
+    take_trained_size(pipeline, model, [file.path for file, _ in adapters])
     if of_training.pop("vae_reflection_padding", False):
         facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipeline.vae, True))
     return SampledModel(pipeline, facts, of_training, guidance, fingerprints, merged)

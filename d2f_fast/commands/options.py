@@ -1,6 +1,7 @@
 """Parse the options of a command into its dataclass: defaults, then the configuration file, then what was typed."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
@@ -79,7 +80,7 @@ def _refuse_values(arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
 
     Args:
         arguments: words after the command's name, all of whose options are known.
-        hints: type of each option by name. Those that are no number and no `Literal`, alone or in a union with None,
+        hints: type of each option by name. Those that are no numbers and no `Literal`, alone or in a union with None,
             are left to tyro.
 
     Raises:
@@ -92,20 +93,22 @@ def _refuse_values(arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
             continue
         parts = {hints[name], *get_args(hints[name])} if type(None) in get_args(hints[name]) else {hints[name]}
         words = words_of(hints[name])
-        number = next((part for part in (int, float) if part in parts), None)
+        several = {get_args(part)[0] for part in parts if get_origin(part) is tuple}
+        number = next((part for part in (int, float) if part in parts | several), None)
         if number is None and not words:
             continue
-        if not inline:
-            value = next(iter(arguments[position + 1 :]), "--")
-        if value.startswith("--"):
+        following = list(itertools.takewhile(lambda word: not word.startswith("--"), arguments[position + 1 :]))
+        values = [value] if inline else following if several else following[:1]
+        if not values or values[0].startswith("--"):
             raise RefusedInputError(f"--{name} needs a value: give {choice_of(words) if words else 'a number'}")
-        if value == "None" and type(None) in parts:
+        if values == ["None"] and type(None) in parts:
             continue
-        if words and value not in words:
-            raise RefusedInputError(f"{name} must be {choice_of(words)}, got {printable(value)}")
-        if number is not None and not _is_number(value, number):
+        if words and values[0] not in words:
+            raise RefusedInputError(f"{name} must be {choice_of(words)}, got {printable(values[0])}")
+        wrong = next((each for each in values if number is not None and not _is_number(each, number)), None)
+        if wrong is not None:
             kind = "a whole number" if number is int else "a number"
-            raise RefusedInputError(f"{name} must be {kind}, got {printable(value)}")
+            raise RefusedInputError(f"{name} must be {kind}, got {printable(wrong)}")
 
 
 def _refuse_repeated(arguments: Sequence[str], names: Iterable[str]) -> None:

@@ -79,8 +79,10 @@ class Pairs:
         flow_spacing: Spacing of the steps of every solver, as for `d2f sample`.
         shift: Factor on the ratio of noise to image at each step, as for `d2f sample`. Default: the one saved with the
             LoRA or model, or that of the model's own flow-matching scheduler, or 1, which changes nothing.
-        height: Height of the images in pixels, a multiple of 8. Default: the model's own.
-        width: Width of the images in pixels, a multiple of 8. Default: the model's own.
+        height: Height of the images in pixels, a multiple of 8. Default: that of the training, as saved with the LoRA
+            or model; or the model's own.
+        width: Width of the images in pixels, a multiple of 8. Default: that of the training, as saved with the LoRA
+            or model; or the model's own.
         save_images: Also store each image as a JPEG file, to look at. The training does not use it.
         dtype: Type of the stored numbers. "float16" takes half the space. The noise is rounded to it before the path is
             followed, so that the stored noise is the noise that was used.

@@ -106,8 +106,10 @@ class Sample:
         shift: Factor on the ratio of noise to image, (1 - t) / t, at each step. Values above 1 spend more steps on
             noisy images; 1 changes nothing. Default: --sampling_shift of the training, as saved with the LoRA or model;
             or that of the model's own flow-matching scheduler; or 1.
-        height: Height of the images in pixels, a multiple of 8. Default: the model's own.
-        width: Width of the images in pixels, a multiple of 8. Default: the model's own.
+        height: Height of the images in pixels, a multiple of 8. Default: that of the training, as saved with the LoRA
+            or model; or the model's own.
+        width: Width of the images in pixels, a multiple of 8. Default: that of the training, as saved with the LoRA
+            or model; or the model's own.
         image_options: Images that the network sees.
         intermediates: Also write each image as it is before the first and after each step, as 000_00.png and so on.
         invert: Image files, one for each prompt, to find the noise that they come from; the prompt describes the image.

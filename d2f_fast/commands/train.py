@@ -15,6 +15,7 @@ from d2f_fast.config import TrainingConfig, check_options, option
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
+from d2f_fast.image_sizes import check_data_sets
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions, check_flow_schedule
@@ -315,11 +316,13 @@ class Train:
                     raise RefusedInputError(
                         f"train_data_dir: {printable(folder)} is not a folder: give the folder of the training images"
                     )
+            check_data_sets(self.options.resolution, len(self._folders))
             return
         if not self.pairs:
             raise RefusedInputError(
                 "give --train_data_dir, the folder of the captioned images, or --pairs, what d2f pairs made"
             )
+        check_data_sets(self.options.resolution, 1)
         for holder, names in ((self, (*_OF_CAPTIONS, "dataset_weights")), (self.options, _OF_IMAGE_TRAINING)):
             _refuse_given(holder, names, "has no effect on pairs: leave it out")
 

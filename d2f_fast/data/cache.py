@@ -27,6 +27,7 @@ from torch import Tensor
 
 from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.files.hashes import FileHashes
+from d2f_fast.image_sizes import Size, simplest, size_text
 
 FORMAT = "d2f_fast.data.cache"
 # The version is part of every key. Raise it when `preprocess` or the content of the files changes: older files then
@@ -219,7 +220,7 @@ class LatentCache(TensorCache):
     Args:
         folder: Folder of the cache, made when missing.
         model: Fingerprint of the autoencoder's weights.
-        resolution: Side of the square images, in pixels.
+        resolution: Side of square images in pixels, or their size.
         center_crop: Must be True: a random crop shows another part of the image in each epoch.
         dtype: Type of the stored tensors.
 
@@ -232,7 +233,7 @@ class LatentCache(TensorCache):
         folder: str | os.PathLike[str],
         *,
         model: str,
-        resolution: int,
+        resolution: int | Size,
         center_crop: bool,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -240,7 +241,10 @@ class LatentCache(TensorCache):
             raise RefusedInputError(
                 "cached latents cannot follow random crops: set center_crop, or turn the latent cache off"
             )
-        super().__init__(folder, {"kind": "latents", "model": model, "resolution": resolution, "crop": "center"}, dtype)
+        # Squares have the key of the time when there were no other sizes.
+        side = simplest(resolution)
+        size = side if isinstance(side, int) else size_text(resolution)
+        super().__init__(folder, {"kind": "latents", "model": model, "resolution": size, "crop": "center"}, dtype)
         self._hashes = FileHashes(self.folder / "hashes.jsonl")
 
     def identify(self, image: Path | Image.Image | str) -> ImageIdentity:

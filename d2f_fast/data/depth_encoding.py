@@ -24,6 +24,7 @@ from d2f_fast.data.mixed import mixture_of
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import DatasetError
 from d2f_fast.files.hashes import FileHashes
+from d2f_fast.image_sizes import Size, size_text, sizes_of
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.configs import check_one_text_encoder
 from d2f_fast.models.marigold import empty_text, text_encoders_of
@@ -170,14 +171,16 @@ class DepthEncoder:
 
     def __init__(self, model: BaseModel, config: TrainingConfig, dataset: DepthDataset) -> None:
         self._model, self._config, self._dataset = model, config, dataset
-        self._resolution = config.resolution or model.resolution
+        self._sizes = sizes_of(config.resolution or model.resolution)  # of each part of the data, or of all
         check_one_text_encoder(text_encoders_of(model.pipeline))
         self._text = empty_text(model.pipeline).cpu()
-        self._cache = None
+        self._caches: dict[Size, DepthCache] = {}
         if config.cache_latents:
             settings = {"normalization": dataset.options.depth_normalization, "model": model.fingerprint("vae")}
-            settings |= {"resolution": str(self._resolution)}
-            self._cache = DepthCache(config.cache_dir or Path(config.output_dir) / "cache", settings)
+            folder = config.cache_dir or Path(config.output_dir) / "cache"
+            for size in set(self._sizes):
+                resolution = size_text(size.height if size.height == size.width else size)
+                self._caches[size] = DepthCache(folder, settings | {"resolution": resolution})
 
     def load(self, plan: BatchPlan) -> LoadedDepth:
         """Read cached latents, and decode the images and depth that are not cached. Any thread may call it.
@@ -189,15 +192,16 @@ class DepthEncoder:
             DatasetError: A sample cannot be used.
             RefusedInputError: The index of the cache cannot be written.
         """
-        loaded = LoadedDepth()
+        loaded, size = LoadedDepth(), self._sizes[plan.part]
+        cache = self._caches.get(size)
         for position, (index, augmentation) in enumerate(zip(plan.index, plan.augmentations, strict=True)):
-            if self._cache is not None:
+            if cache is not None:
                 flip = self._config.random_flip and augmentation.mirrored
-                loaded.keys.append(key := self._cache.key(self._dataset, index, flip))
-                loaded.found |= (found := self._cache.read([key]))
+                loaded.keys.append(key := cache.key(self._dataset, index, flip))
+                loaded.found |= (found := cache.read([key]))
                 if found:
                     continue
-            loaded.pixels[position] = self._pixels(index, augmentation)
+            loaded.pixels[position] = self._pixels(index, augmentation, size)
         return loaded
 
     def encode(self, plan: BatchPlan, loaded: LoadedDepth) -> Batch:
@@ -211,14 +215,14 @@ class DepthEncoder:
             DatasetError: An encoded image is not finite.
             RefusedInputError: The cache's folder cannot be written.
         """
+        size = self._sizes[plan.part]
         if not plan.index:
-            side = self._resolution // self._model.downsampling
-            batch = empty_slice(self._model, plan, side, side)
+            batch = empty_slice(self._model, plan, *self._model.latents_shape(*size)[1:])
             return batch | {"context": batch["latents"], "mask": batch["latents"][:, :1]}
-        if self._cache is None:
+        if (cache := self._caches.get(size)) is None:
             tensors = self._encode(loaded, list(loaded.pixels))
         else:
-            tensors = self._cache.complete(loaded.keys, loaded.found, lambda missing: self._encode(loaded, missing))
+            tensors = cache.complete(loaded.keys, loaded.found, lambda missing: self._encode(loaded, missing))
         return {
             "latents": tensors["latents"],
             "context": tensors["context"],
@@ -241,13 +245,13 @@ class DepthEncoder:
         """Return the scaled mean of the autoencoder's posterior of one image, [1, C, h, w]."""
         return self._model.scale_latents(self._model.encode_images(pixels[None])["mean"])
 
-    def _pixels(self, index: int, augmentation: Augmentation) -> DepthPixels:
+    def _pixels(self, index: int, augmentation: Augmentation, size: Size) -> DepthPixels:
         """Return the training pixels of a sample with the options of the run."""
         config = self._config
         return depth_pixels(
             self._dataset[index],
             augmentation,
-            self._resolution,
+            size,
             self._model.downsampling,
             self._dataset.options.depth_normalization,
             random_flip=config.random_flip,

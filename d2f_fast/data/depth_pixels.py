@@ -13,14 +13,15 @@ from d2f_fast.data.depth_source import DepthSample
 from d2f_fast.data.images import crop_of, preprocess
 from d2f_fast.data.loading import refused_sample
 from d2f_fast.data.order import Augmentation
+from d2f_fast.image_sizes import Size
 
 
 class DepthPixels(NamedTuple):
     """Training pixels of one image.
 
     Attributes:
-        image: [3, R, R] float32 in [-1, 1].
-        depth: [3, R, R] float32, the normalised depth in three equal channels.
+        image: [3, H, W] float32 in [-1, 1].
+        depth: [3, H, W] float32, the normalised depth in three equal channels.
         mask: Share of valid pixels of each latent, [1, h, w] float32 in [0, 1]; 0 everywhere where the crop has none.
     """
 
@@ -32,7 +33,7 @@ class DepthPixels(NamedTuple):
 def depth_pixels(
     sample: DepthSample,
     augmentation: Augmentation,
-    resolution: int,
+    size: int | Size,
     pixels_per_latent: int,
     normalization: DepthNormalization,
     *,
@@ -47,22 +48,22 @@ def depth_pixels(
     Args:
         sample: Image with its depth.
         augmentation: Random numbers of the sample in this epoch.
-        resolution: Side R of the square, in pixels, a multiple of `pixels_per_latent`.
+        size: Size to which image and depth are resized and cropped, multiples of `pixels_per_latent`; one number is the
+            side of a square.
         pixels_per_latent: Number of pixels along each side of one latent.
         normalization: Which normalisation of the depth.
         random_flip: Whether the augmentation may mirror the image.
         center_crop: Whether the middle is cropped. Otherwise the augmentation gives the position.
 
     Raises:
-        DatasetError: The image is too elongated for the resolution.
+        DatasetError: The image is too elongated for the size.
     """
     flip = random_flip and augmentation.mirrored
     with refused_sample(sample.name):
-        image = preprocess(sample.image, resolution, center_crop, flip, augmentation.crop)
-        size, (left, top) = crop_of(sample.image.size, resolution, center_crop, augmentation.crop)
-    box = (left, top, left + resolution, top + resolution)
+        image = preprocess(sample.image, size, center_crop, flip, augmentation.crop)
+        resized, box = crop_of(sample.image.size, size, center_crop, augmentation.crop)
     depth, valid = (
-        np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST).crop(box))
+        np.asarray(Image.fromarray(values).resize(resized, Image.Resampling.NEAREST).crop(box))
         for values in (sample.depth, sample.valid.astype(np.uint8))
     )
     if flip:

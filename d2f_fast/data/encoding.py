@@ -24,6 +24,7 @@ from d2f_fast.data.loading import (
 )
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import printable
+from d2f_fast.image_sizes import Size, sizes_of
 from d2f_fast.models.base_model import BaseModel
 
 Input = TypeVar("Input")
@@ -36,7 +37,7 @@ class LoadedSlice:
     Attributes:
         keys: Keys of the latents, one for each sample; empty without a latent cache.
         found: Latents that the cache has, by digest.
-        pixels: Pixels [3, resolution, resolution] of the images that are still to be encoded, by position.
+        pixels: Pixels [3, height, width] of the images that are still to be encoded, by position.
         captions: One caption for each sample.
         text_keys: Keys of the encoded captions.
         found_texts: Encoded captions that the cache has, by digest.
@@ -67,13 +68,13 @@ class BatchEncoder:
 
     def __init__(self, model: BaseModel, config: TrainingConfig) -> None:
         self._model, self._config = model, config
-        self._resolution = config.resolution or model.resolution
+        self._sizes = sizes_of(config.resolution or model.resolution)  # of each part of the data, or of all
         folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
-        self._latents = None
+        self._latents: dict[Size, LatentCache] = {}
         if config.cache_latents:
             vae = model.fingerprint("vae")
-            crop = config.center_crop
-            self._latents = LatentCache(folder, model=vae, resolution=self._resolution, center_crop=crop)
+            for size in set(self._sizes):
+                self._latents[size] = LatentCache(folder, model=vae, resolution=size, center_crop=config.center_crop)
         texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         self._texts = EmbeddingCache(folder, model=texts)
         self._identities: dict[int, ImageIdentity] = {}
@@ -92,16 +93,17 @@ class BatchEncoder:
             DatasetError: A sample cannot be used.
             RefusedInputError: The index of the cache cannot be written.
         """
-        loaded = LoadedSlice()
+        loaded, size = LoadedSlice(), self._sizes[plan.part]
+        latents = self._latents.get(size)
         for position, (index, augmentation) in enumerate(zip(plan.index, plan.augmentations, strict=True)):
             missing: ReadSample | None
-            if self._latents is None:
+            if latents is None:
                 missing = read_sample(dataset, index)
                 captions = missing.captions
             else:
-                captions, missing = self._load_cached(self._latents, dataset, index, augmentation, loaded)
+                captions, missing = self._load_cached(latents, dataset, index, augmentation, loaded)
             if missing is not None:
-                loaded.pixels[position] = self._pixels(missing, augmentation)
+                loaded.pixels[position] = self._pixels(missing, augmentation, size)
             loaded.captions.append(captions.choose(augmentation.caption))
         loaded.text_keys = [self._texts.key(caption) for caption in loaded.captions]
         loaded.found_texts = self._texts.read(loaded.text_keys)
@@ -118,28 +120,27 @@ class BatchEncoder:
             DatasetError: The encoding of an image or caption is not finite.
             RefusedInputError: The cache's folder cannot be written.
         """
+        size = self._sizes[plan.part]
         if not plan.index:
-            side = self._resolution // self._model.downsampling
-            return empty_slice(self._model, plan, side, side)
+            return empty_slice(self._model, plan, *self._model.latents_shape(*size)[1:])
 
         def encode_images(positions: Iterable[int]) -> dict[str, Tensor]:
             return encode_one_by_one(self._model.encode_images, [loaded.pixels[i][None] for i in positions])
 
-        if self._latents is None:
+        if (latents := self._latents.get(size)) is None:
             posterior = encode_images(loaded.pixels)
         else:
-            posterior = self._latents.complete(loaded.keys, loaded.found, encode_images)
+            posterior = latents.complete(loaded.keys, loaded.found, encode_images)
         condition = self._texts.complete(
             loaded.text_keys,
             loaded.found_texts,
             lambda missing: encode_one_by_one(self._model.encode_prompts, [[loaded.captions[i]] for i in missing]),
         )
-        side = self._resolution
         return {
             "mean": posterior["mean"],
             "std": posterior["std"],
             "encoder_hidden_states": condition["encoder_hidden_states"],
-            "added_cond_kwargs": self._model.added_cond_kwargs(condition, side, side),
+            "added_cond_kwargs": self._model.added_cond_kwargs(condition, *size),
             "offset": plan.offset,
             "global_batch_size": plan.global_batch_size,
         }
@@ -175,11 +176,11 @@ class BatchEncoder:
         loaded.found |= found
         return captions, None if found else sample or read_sample(dataset, index)
 
-    def _pixels(self, sample: ReadSample, augmentation: Augmentation) -> Tensor:
+    def _pixels(self, sample: ReadSample, augmentation: Augmentation, size: Size) -> Tensor:
         """Return the training pixels of a sample with the options of the run."""
         config = self._config
         return augmented_pixels(
-            sample, augmentation, self._resolution, random_flip=config.random_flip, center_crop=config.center_crop
+            sample, augmentation, size, random_flip=config.random_flip, center_crop=config.center_crop
         )
 
 

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from d2f_fast.errors import DatasetError, printable
+from d2f_fast.image_sizes import Size, sizes_of
 
 # Other decoders are never tried, whatever the file's name says: some of them start programs.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -125,30 +126,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(
-    image: Image.Image, resolution: int, center_crop: bool, flip: bool, crop: tuple[float, float] = (0.0, 0.0)
+    image: Image.Image,
+    resolution: int | Size,
+    center_crop: bool,
+    flip: bool,
+    crop: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """Resize the short side with Lanczos, crop a square, mirror it, and scale to [-1, 1], as the diffusers scripts do.
+    """Resize an image with Lanczos, crop it to a size, mirror it, and scale to [-1, 1], as the diffusers scripts do.
 
-    Equals `Normalize(0.5, 0.5)(ToTensor()(crop(Resize(resolution, LANCZOS)(image))))` of torchvision. An image that is
-    `resolution` pixels square keeps its pixels: value / 127.5 - 1.
+    For a square this equals `Normalize(0.5, 0.5)(ToTensor()(crop(Resize(resolution, LANCZOS)(image))))` of torchvision.
+    An image that has the size keeps its pixels: value / 127.5 - 1.
 
     Args:
         image: Image of mode "RGB", as `to_rgb` returns it.
-        resolution: Side of the square, in pixels.
+        resolution: Side of a square in pixels, or a size.
         center_crop: Whether the middle is cropped. Otherwise `crop` gives the position.
-        flip: Whether the square is mirrored left to right, after the crop.
+        flip: Whether the image is mirrored left to right, after the crop.
         crop: Position of the crop, (vertical, horizontal), each in [0, 1): 0 is the top or left end.
 
     Returns:
-        Pixels, [3, resolution, resolution], float32.
+        Pixels, [3, height, width], float32.
 
     Raises:
         ValueError: The resized image would have more than 2**26 pixels.
     """
-    size, (left, top) = crop_of(image.size, resolution, center_crop, crop)
+    size, box = crop_of(image.size, resolution, center_crop, crop)
     if size != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = image.crop(box)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     values = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
@@ -156,31 +161,37 @@ def preprocess(
 
 
 def crop_of(
-    size: tuple[int, int], resolution: int, center_crop: bool, crop: tuple[float, float] = (0.0, 0.0)
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return to which size an image is resized, and where its square is cropped.
+    size: tuple[int, int], resolution: int | Size, center_crop: bool, crop: tuple[float, float] = (0.0, 0.0)
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Return to which size an image is resized, so that it just covers a resolution, and where it is cropped to that.
 
     Args:
         size: Width and height of the image, in pixels.
-        resolution: Side of the square, in pixels.
+        resolution: Side of a square in pixels, or a size.
         center_crop: Whether the middle is cropped. Otherwise `crop` gives the position.
         crop: Position of the crop, (vertical, horizontal), each in [0, 1).
 
     Returns:
-        Width and height of the resized image; left and top of the square in it.
+        Width and height of the resized image; left, top, right and bottom of the crop in it.
 
     Raises:
         ValueError: The resized image would have more than 2**26 pixels.
     """
-    width, height = (resolution * side // min(size) for side in size)
+    wanted = sizes_of(resolution)[0]
+    # The side that the image has less of, in proportion, is scaled to the wanted one.
+    width, height = size
+    if wanted.width * height >= wanted.height * width:
+        width, height = wanted.width, wanted.width * height // width
+    else:
+        width, height = wanted.height * width // height, wanted.height
     if width * height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{size[0]}x{size[1]} pixels are too elongated for resolution {resolution}: crop the image")
-    spare = (height - resolution, width - resolution)
+    spare = (height - wanted.height, width - wanted.width)
     if center_crop:
         top, left = (round(pixels / 2) for pixels in spare)
     else:
         top, left = (int(position * (pixels + 1)) for position, pixels in zip(crop, spare, strict=True))
-    return (width, height), (left, top)
+    return (width, height), (left, top, left + wanted.width, top + wanted.height)
 
 
 def _strip_to_rgb(strip: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from d2f_fast.data.captions import Captions
 from d2f_fast.data.images import preprocess, reason_of, to_rgb
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import DatasetError, RefusedInputError, printable
+from d2f_fast.image_sizes import Size
 
 Loaded = TypeVar("Loaded")
 
@@ -110,26 +111,26 @@ def read_sample(dataset: ImageDataset, index: int) -> ReadSample:
 
 
 def augmented_pixels(
-    sample: ReadSample, augmentation: Augmentation, resolution: int, *, random_flip: bool, center_crop: bool
+    sample: ReadSample, augmentation: Augmentation, size: int | Size, *, random_flip: bool, center_crop: bool
 ) -> Tensor:
     """Return the training pixels of a sample, cropped and mirrored as its augmentation says.
 
     Args:
         sample: The sample.
         augmentation: Random numbers of the sample in this epoch.
-        resolution: Side of the square, in pixels.
+        size: Size to which the image is resized and cropped; one number is the side of a square.
         random_flip: Whether the augmentation may mirror the image.
         center_crop: Whether the middle is cropped. Otherwise the augmentation gives the position.
 
     Returns:
-        Pixels, [3, resolution, resolution], float32, in [-1, 1].
+        Pixels, [3, height, width], float32, in [-1, 1].
 
     Raises:
-        DatasetError: The image is too elongated for the resolution.
+        DatasetError: The image is too elongated for the size.
     """
     flip = random_flip and augmentation.mirrored
     with refused_sample(sample.name):
-        return preprocess(sample.image, resolution, center_crop, flip, augmentation.crop)
+        return preprocess(sample.image, size, center_crop, flip, augmentation.crop)
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     augmentation(epoch, sample) = Philox(seed; epoch, sample)
 
 Of several data sets that are mixed by weight, each has its own passes, which take the place of the epochs in its
-augmentations; see `Mixture`.
+augmentations; see `Mixture`. Where their images have different sizes, each batch holds samples of one data set alone.
 
 The content of a global step is a pure function of (seed, step): a run that restarts at any step, with any number of
 processes and of decoding threads, trains on the same images, mirrored, cropped and captioned the same way. Only raw
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 _ORDER_STREAM = 0
 _AUGMENTATION_STREAM = 1
 _MIXTURE_STREAM = 2
+_BATCH_STREAM = 3
 
 
 class Augmentation(NamedTuple):
@@ -56,9 +57,13 @@ class Mixture:
     rounded to whole numbers so that the sum is kept; it is the same in every epoch. Each data set is passed through in
     an order of its own, from one epoch into the next: no sample comes again before all others of its data set came.
 
+    Where the data sets are kept apart, each batch holds samples of one of them. The batches of an epoch come in a
+    random order; the last one of each data set is smaller where the batch size does not divide its number of samples.
+
     Args:
         sizes: Number of samples of each data set, at least 1.
         weights: Positive weight of each data set. Only their ratios count.
+        apart: Whether the data sets are kept apart.
 
     Raises:
         ValueError: There are no data sets or not as many weights, one of them is out of its range, or a weight is so
@@ -67,6 +72,7 @@ class Mixture:
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
+    apart: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be mixed."""
@@ -94,6 +100,19 @@ class Mixture:
         starts = [0, *accumulate(self.sizes)]
         part = bisect_right(starts, index) - 1
         return part, index - starts[part]
+
+    def batches(self, batch_size: int) -> list[range]:
+        """Return the positions in an epoch of the samples of each batch, where the data sets are kept apart.
+
+        Args:
+            batch_size: Number of samples in a batch, at least 1.
+        """
+        ends = list(accumulate(self.counts))
+        return [
+            range(first, min(first + batch_size, end))
+            for end, count in zip(ends, self.counts, strict=True)
+            for first in range(end - count, end, batch_size)
+        ]
 
     def epoch(self, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the samples of an epoch, data set by data set, and the pass of its data set that each belongs to.
@@ -123,6 +142,7 @@ class BatchPlan:
         augmentations: Random numbers of each sample.
         global_batch_size: Number of samples in the global batch, over all processes.
         offset: Position in the global batch where this slice begins.
+        part: Number of the data set of all samples of the global batch, where several are kept apart; else 0.
     """
 
     epoch: int
@@ -130,21 +150,25 @@ class BatchPlan:
     augmentations: list[Augmentation]
     global_batch_size: int
     offset: int
+    part: int = 0
 
 
-def steps_per_epoch(length: int, batch_size: int) -> int:
+def steps_per_epoch(length: int, batch_size: int, mixture: Mixture | None = None) -> int:
     """Return the number of global batches in an epoch.
 
     Args:
         length: Number of samples in the data set, at least 1.
         batch_size: Number of samples in a global batch, at least 1. The last batch of an epoch is smaller where it does
             not divide `length`.
+        mixture: How several data sets are mixed; None for a single one.
 
     Raises:
         ValueError: `length` or `batch_size` is below 1.
     """
     if length < 1 or batch_size < 1:
         raise ValueError(f"length and batch_size must be at least 1, got {length} and {batch_size}")
+    if mixture is not None and mixture.apart:
+        return len(mixture.batches(batch_size))
     return -(-length // batch_size)
 
 
@@ -233,17 +257,34 @@ def plan_batches(
     if mixture is not None and sum(mixture.sizes) != length:
         raise ValueError(f"the mixture must have {length} samples, got {sum(mixture.sizes)}")
     mixed_epoch, samples, passes = -1, np.empty(0, np.int64), np.empty(0, np.int64)
-    for epoch, indices in iterate_indices(length, batch_size, seed, start_step):
+    if mixture is not None and mixture.apart:
+        positions = _iterate_apart(mixture, batch_size, seed, start_step)
+    else:
+        positions = iterate_indices(length, batch_size, seed, start_step)
+    for epoch, indices in positions:
         size, larger_slices = divmod(len(indices), world_size)
         offset = rank * size + min(rank, larger_slices)
         mine = indices[offset : offset + size + (rank < larger_slices)]
-        times = [epoch] * len(mine)
+        times, part = [epoch] * len(mine), 0
         if mixture is not None:
             if epoch != mixed_epoch:
                 mixed_epoch, (samples, passes) = epoch, mixture.epoch(seed, epoch)
+            part = mixture.locate(int(samples[indices[0]]))[0] if mixture.apart else 0
             mine, times = samples[mine].tolist(), passes[mine].tolist()
         augmentations = [sample_augmentation(seed, time, index) for time, index in zip(times, mine, strict=True)]
-        yield BatchPlan(epoch, mine, augmentations, len(indices), offset)
+        yield BatchPlan(epoch, mine, augmentations, len(indices), offset, part)
+
+
+def _iterate_apart(mixture: Mixture, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield the epoch and the positions in it of the samples of every global batch, each of one data set alone."""
+    if start_step < 0:
+        raise ValueError(f"start_step must be at least 0, got {start_step}")
+    batches = mixture.batches(batch_size)
+    epoch, position = divmod(start_step, len(batches))
+    while True:
+        for number in _order(len(batches), seed, _BATCH_STREAM, epoch)[position:].tolist():
+            yield epoch, list(batches[number])
+        epoch, position = epoch + 1, 0
 
 
 def _rounded_shares(weights: Sequence[float], total: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError, printable
+from d2f_fast.image_sizes import Resolution, Size, simplest, sizes_of
 from d2f_fast.models.configs import ModelConfigs, downsampling_of, resolution_of
 from d2f_fast.models.options import ModelOptions
 
@@ -23,15 +24,16 @@ def options_for_pairs(config: TrainingConfig, dataset: PairDataset) -> TrainingC
         dataset: The pairs.
 
     Returns:
-        The same options, with no dropout, because the guidance of the pairs is built in; and with the resolution of the
+        The same options, with no dropout, because the guidance of the pairs is built in; and with the size of the
         pairs, where they state it.
     """
-    sides = [dataset.common_meta(name) for name in ("height", "width")]
-    known = all(isinstance(side, int) and side > 0 for side in sides)
+    stated = [dataset.common_meta(name) for name in ("height", "width")]
+    sides = [side for side in stated if isinstance(side, int) and side > 0]
+    known = len(sides) == len(stated)
     return dataclasses.replace(
         config,
         caption_dropout=0.0 if config.caption_dropout is None else config.caption_dropout,
-        resolution=config.resolution or (min(sides) if known else None),
+        resolution=config.resolution or (simplest(sides) if known else None),
     )
 
 
@@ -61,7 +63,7 @@ def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: M
 
 
 def check_pairs_fit(
-    dataset: PairDataset, channels: int, downsampling: int, scaling_factor: float | None, resolution: int
+    dataset: PairDataset, channels: int, downsampling: int, scaling_factor: float | None, resolution: Resolution
 ) -> None:
     """Refuse pairs whose latents are not those of a model.
 
@@ -70,7 +72,7 @@ def check_pairs_fit(
         channels: Number of channels that the network takes.
         downsampling: Number of pixels along each side of one latent.
         scaling_factor: Factor on the latents of the autoencoder; None where it is not known, and not compared.
-        resolution: Resolution of the run, in pixels.
+        resolution: Resolution of the run. One number is that of the shorter side of the pairs.
 
     Raises:
         DatasetError: The latents have another number of channels, size or scale, or two shards were made with different
@@ -83,10 +85,16 @@ def check_pairs_fit(
             f"{first} has latents of {found} channels, and the model takes {channels}: train the model that made the"
             " pairs"
         )
-    if (side := min(height, width) * downsampling) != resolution:
+    size = Size(height * downsampling, width * downsampling)
+    if isinstance(resolution, int) and min(size) != resolution:
         raise DatasetError(
-            f"{first} has images whose shorter side is {side} pixels, and the resolution is {resolution}: give"
-            f" --resolution {side}"
+            f"{first} has images whose shorter side is {min(size)} pixels, and the resolution is {resolution}: give"
+            f" --resolution {min(size)}"
+        )
+    if isinstance(resolution, tuple) and size != sizes_of(resolution)[0]:
+        raise DatasetError(
+            f"{first} has images of {size} pixels, and the resolution is {sizes_of(resolution)[0]}: give --resolution"
+            f" {size.height} {size.width}"
         )
     if scaling_factor is not None:
         _check_scale(dataset, scaling_factor)

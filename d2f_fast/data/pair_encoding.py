@@ -16,6 +16,7 @@ from d2f_fast.data.order import BatchPlan
 from d2f_fast.data.pair_checks import check_origin, check_pairs_fit
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError
+from d2f_fast.image_sizes import Resolution
 from d2f_fast.models.base_model import BaseModel
 
 
@@ -114,14 +115,16 @@ class PairEncoder:
         }
 
 
-def check_pairs(dataset: PairDataset, model: BaseModel, fingerprints: Mapping[str, str], resolution: int) -> None:
+def check_pairs(
+    dataset: PairDataset, model: BaseModel, fingerprints: Mapping[str, str], resolution: Resolution
+) -> None:
     """Refuse pairs that do not fit the model that is to be trained.
 
     Args:
         dataset: The pairs.
         model: Base model of the run.
         fingerprints: Hashes of the base model before training; see `BaseModel.fingerprints`.
-        resolution: Resolution of the run, in pixels.
+        resolution: Resolution of the run.
 
     Raises:
         DatasetError: The latents have another number of channels, size or scale, or the pairs were made with another

@@ -9,6 +9,9 @@ python -m d2f_fast.miniature.build classifier
 python -m d2f_fast.miniature.build reflow --folder reflow
 python -m d2f_fast.miniature.build evaluate
 
+The stage `images` writes the emoji as an image folder with captions, at a size that the miniature was not trained for:
+python -m d2f_fast.miniature.build images --npm node_modules --size 64 --split train --output emoji/64/train
+
 The shipped text encoder and UNet were trained for 8,600 steps of 64 images on two CPU cores, in two parts: 3,640 steps
 with a cosine schedule that ended there, then on to step 8,600 from the file of `--state`. The command above trains in
 one part, so its result differs in detail.
@@ -20,10 +23,12 @@ from pathlib import Path
 
 from d2f_fast.miniature.build_classifier import build_classifier
 from d2f_fast.miniature.build_denoiser import build_denoiser
+from d2f_fast.miniature.build_images import SPLITS, build_images
 from d2f_fast.miniature.build_reflow import build_reflow
 from d2f_fast.miniature.build_sheets import build_sheets
 from d2f_fast.miniature.build_tokenizer import build_tokenizer
 from d2f_fast.miniature.build_vae import build_vae
+from d2f_fast.miniature.emoji import STYLES
 from d2f_fast.miniature.evaluate import evaluate
 
 BUILDERS: dict[str, Callable[..., None]] = {
@@ -34,6 +39,7 @@ BUILDERS: dict[str, Callable[..., None]] = {
     "classifier": build_classifier,
     "reflow": build_reflow,
     "evaluate": evaluate,
+    "images": build_images,
 }
 
 
@@ -80,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--count", type=int, default=1000, help=text)
     stage.add_argument("--steps", type=int, default=25, help="DDIM steps for each image (default %(default)s)")
     stage.add_argument("--grid", type=Path, help="image file to write 128 generated images to (default: none)")
+    stage = add("images", "Write the emoji of one style as an image folder with captions.")
+    stage.add_argument("--npm", type=Path, required=True, help="node_modules folder that holds both npm packages")
+    stage.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist")
+    stage.add_argument("--size", type=int, default=64, help="side of the images in pixels (default %(default)s)")
+    stage.add_argument("--style", choices=STYLES, default="noto", help="style of the emoji (default %(default)s)")
+    text = "combinations of name and colour, which the base was trained on or not (default %(default)s)"
+    stage.add_argument("--split", choices=SPLITS, default="train", help=text)
+    stage.add_argument("--count", type=int, help="number of images, chosen at random (default: all of the split)")
     return parser
 
 

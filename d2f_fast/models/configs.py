@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.flow.scheduler_config import check_zero_snr, has_zero_snr, predicts_flow
+from d2f_fast.image_sizes import Resolution, sizes_of
 from d2f_fast.models.folder import cached_folder, check_folder, read_config
 from d2f_fast.models.names import MINIATURE, check_autoencoder_name, is_single_file
 from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_model, check_prediction_type
@@ -182,12 +183,12 @@ def check_seen_images(model: str, configs: ModelConfigs, cure: str, images: int 
         )
 
 
-def check_training(configs: ModelConfigs, resolution: int | None, images: int = 0) -> None:
+def check_training(configs: ModelConfigs, resolution: Resolution | None, images: int = 0) -> None:
     """Refuse a model that would fail in its first training step.
 
     Args:
         configs: Configurations of the model.
-        resolution: Side of the training images in pixels; None for the model's own size.
+        resolution: Resolution of the training images; None for the model's own size.
         images: Number of images whose latents the network sees beside its own; 0 for text-to-image. A model of that
             number is accepted, and so is a text-to-image model, which is widened.
 
@@ -206,9 +207,10 @@ def check_training(configs: ModelConfigs, resolution: int | None, images: int = 
                 " text-to-image model"
             )
     downsampling = downsampling_of(configs.vae)
-    side = resolution_of(unet, downsampling) if resolution is None else resolution
-    if side % downsampling:
-        raise RefusedInputError(f"resolution must be a multiple of {downsampling}, got {side}")
+    given = resolution_of(unet, downsampling) if resolution is None else resolution
+    for side in dict.fromkeys(side for size in sizes_of(given) for side in size):
+        if side % downsampling:
+            raise RefusedInputError(f"resolution must be a multiple of {downsampling}, got {side}")
 
 
 def check_one_text_encoder(text_encoders: int) -> None:

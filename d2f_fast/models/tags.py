@@ -2,20 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2f_fast.config import DEFAULT_STEPS, MAX_SAMPLING_STEPS, check_guidance, check_number
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
+from d2f_fast.image_sizes import Size, first_size
 from d2f_fast.lora.source import parse_lora
 from d2f_fast.lora.tags import TAG_PREFIX, check_tags, common_tags, lora_tags
+from d2f_fast.models.configs import downsampling_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import ChosenSteps
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
 TAGS_FILE = "d2f.json"
-_GUIDANCE, _STEPS = "d2f.recommended_guidance", "d2f.recommended_steps"
+_GUIDANCE, _STEPS, _RESOLUTION = "d2f.recommended_guidance", "d2f.recommended_steps", "d2f.resolution"
 # What says how a model is sampled; the sigmas are those of the steps and the shift, for other programs.
 _OF_SAMPLING = ("d2f.shift", _GUIDANCE, _STEPS, "d2f.recommended_sigmas")
 
@@ -117,6 +122,68 @@ def recommended_steps(model: str, loras: Sequence[StrPath]) -> int | None:
     return None if source == "the default" else number
 
 
+def trained_size(model: str, loras: Sequence[StrPath]) -> Size | None:
+    """Return the size of the images that LoRA, or else a model, were trained on: the first one where there are several.
+
+    Args:
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        loras: LoRA files or folders that are used with it.
+
+    Returns:
+        The size; None where no tags state it, or the LoRA state different ones.
+
+    Raises:
+        RefusedInputError: A tag states no size.
+    """
+    tagged = {str(path): lora_tags(path) for path in loras}
+    stated = {source: tags[_RESOLUTION] for source, tags in tagged.items() if _RESOLUTION in tags}
+    if not stated and (own := saved_tags(model).get(_RESOLUTION)) is not None:
+        stated = {str(tags_source(model)): own}
+    sizes = set()
+    for source, text in stated.items():
+        try:
+            sizes.add(first_size(text))
+        except ValueError as error:
+            raise RefusedInputError(
+                f"{printable(source)}: {_RESOLUTION} {printable(error)}: correct the entry, or remove it"
+            ) from error
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def take_trained_size(
+    pipeline: "DiffusionPipeline", model: str, loras: Sequence[StrPath], *, squares_only: bool = False
+) -> None:
+    """Make the size of the training a pipeline's own, at which it generates where no other size is given.
+
+    Args:
+        pipeline: Pipeline of the model, with the LoRA merged into it or not.
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        loras: LoRA files or folders that are used with it.
+        squares_only: Whether a size that is no square changes nothing.
+
+    Raises:
+        RefusedInputError: A tag states no size.
+    """
+    size = trained_size(model, loras)
+    if size is not None:
+        set_own_size(pipeline.unet, size, downsampling_of(pipeline.vae.config), squares_only=squares_only)
+
+
+def set_own_size(unet: "UNet2DConditionModel", size: Size, downsampling: int, *, squares_only: bool = False) -> None:
+    """Write the size of the images that a model was made for into the configuration of its network.
+
+    Args:
+        unet: Network of the model.
+        size: Size in pixels; one that is no multiple of `downsampling` changes nothing.
+        downsampling: Number of pixels along each side of one latent.
+        squares_only: Whether a size that is no square changes nothing.
+    """
+    if size.height % downsampling or size.width % downsampling or (squares_only and size.height != size.width):
+        return
+    height, width = size.height // downsampling, size.width // downsampling
+    unet.register_to_config(sample_size=height if height == width else (height, width))
+
+
 def _stated_steps(tagged: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
     """Return the number of sampling steps in the tags of each file that has one, by the names of the files."""
     stated = {}
@@ -207,5 +274,7 @@ def check_sampling_tags(model: str, lora: Sequence[str], options: ModelOptions, 
     Raises:
         RefusedInputError: A tag has a value that it cannot have, or the tags of two files contradict each other.
     """
+    paths = [parse_lora(entry).path for entry in lora]
     options_of_training(model, lora, options, shift)
-    lowest_guidance(model, [parse_lora(entry).path for entry in lora])
+    lowest_guidance(model, paths)
+    trained_size(model, paths)

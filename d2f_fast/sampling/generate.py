@@ -9,7 +9,7 @@ from PIL import Image
 
 from d2f_fast.config import FlowForm, Method, PredictionType, Spacing, check_guidance
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.sampling.options import check_negative_prompt, check_steps, image_size
+from d2f_fast.sampling.options import check_negative_prompt, check_steps, complete_size, image_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def generate(
     check_negative_prompt(negative_prompt, guidance_scale)
     check_steps(method, num_inference_steps)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    height, width = image_size(height, width, pipeline.unet.config.sample_size, pipeline.vae_scale_factor)
+    own_size = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    # The pipeline has read its own size when it was made, and may not know one that is no square.
+    height, width = complete_size(*image_size(height, width, *own_size), *own_size)
     given = {"shift": shift, "prediction_type": prediction_type, "fm_form": fm_form}
     options = {name: value for name, value in given.items() if value is not None}
     try:

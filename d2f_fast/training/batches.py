@@ -1,5 +1,6 @@
 """Make the batches of a run: plan them, load them ahead of the step, and encode what the cache lacks."""
 
+import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from itertools import islice
@@ -11,9 +12,10 @@ from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder
 from d2f_fast.data.encoding import BatchEncoder
 from d2f_fast.data.loading import ImageDataset, load_ahead
 from d2f_fast.data.mixed import MixedDataset
-from d2f_fast.data.order import BatchPlan, plan_batches
+from d2f_fast.data.order import BatchPlan, Mixture, plan_batches
 from d2f_fast.data.pair_encoding import PairEncoder
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.image_sizes import check_data_sets, sizes_differ
 from d2f_fast.models.base_model import BaseModel
 
 TrainingData: TypeAlias = ImageDataset | PairDataset | DepthDataset
@@ -54,12 +56,29 @@ def encoded_batches(
         return
     rank, count = processes.process_index, processes.num_processes
     size = config.train_batch_size * config.gradient_accumulation_steps * count
-    mixture = dataset.mixture if isinstance(dataset, MixedDataset) else None
+    mixture = mixture_of_run(dataset, config)
     plans = plan_batches(len(dataset), size, config.seed, step, rank=rank, world_size=count, mixture=mixture)
     left = islice(plans, config.max_train_steps - step)
     load, encode = loader_and_encoder(dataset, model, config, fingerprints)
     for plan, loaded in load_ahead(left, load, config.dataloader_num_workers):
         yield encode(plan, loaded)
+
+
+def mixture_of_run(dataset: TrainingData, config: TrainingConfig) -> Mixture | None:
+    """Return how the data sets of a run are mixed, kept apart where their images have different sizes; None for one.
+
+    Args:
+        dataset: Captioned images, pairs of noise and latents, or images with depth.
+        config: Options of the run.
+
+    Raises:
+        RefusedInputError: The resolution does not say which size each data set has.
+    """
+    mixture = dataset.mixture if isinstance(dataset, MixedDataset) else None
+    check_data_sets(config.resolution, 1 if mixture is None else len(mixture.sizes))
+    if mixture is None or config.resolution is None or not sizes_differ(config.resolution):
+        return mixture
+    return dataclasses.replace(mixture, apart=True)
 
 
 def data_settings(dataset: TrainingData) -> dict[str, str | float]:

@@ -151,7 +151,7 @@ def _card(
         "trained": kind,
         "steps": result["steps"],
         "images per step": result["images_per_step"],
-        "resolution": f"{config.resolution} px",
+        "resolution": f"{tags['d2f.resolution']} px",
         "learning rate": config.learning_rate,
         **({"trained on pairs with guidance": tags["d2f.pairs_guidance"]} if "d2f.pairs_guidance" in tags else {}),
         **_validation_row(result.get("validation_losses")),

@@ -14,6 +14,7 @@ from d2f_fast.files.json_file import write_json
 from d2f_fast.files.tensor_file import write_tensors
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
+from d2f_fast.image_sizes import first_size, size_text
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.source import LORA_FILE
 from d2f_fast.lora.tags import predicts_depth
@@ -23,7 +24,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import same_schedule
 from d2f_fast.models.marigold import depth_scheduler, marigold_pipeline
 from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
-from d2f_fast.models.tags import TAGS_FILE
+from d2f_fast.models.tags import TAGS_FILE, set_own_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.step import TrainingStep
@@ -127,9 +128,11 @@ def publish_pipeline(
     check_finite_weights(model.unet)
     scheduler, unet = saved_scheduler(config, model, objective, tags), merged_unet(model.unet)
     if predicts_depth(tags):
-        resolution = config.resolution or model.resolution
-        saved = marigold_pipeline(pipeline, unet, scheduler, tags["d2f.depth_normalization"], resolution)
+        longer_side = max(first_size(tags["d2f.resolution"]))
+        saved = marigold_pipeline(pipeline, unet, scheduler, tags["d2f.depth_normalization"], longer_side)
     else:
+        # Stock pipelines generate at this size. Not all of them take one that is no square.
+        set_own_size(unet, first_size(tags["d2f.resolution"]), model.downsampling, squares_only=True)
         saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": scheduler})
     with atomic_folder(folder, replace=replace) as temporary:
         save_pipeline_folder(saved, temporary)
@@ -193,6 +196,7 @@ def tags_of(
     sigmas = flow.sigmas(recommended_steps(data_tags), config.recommended_shift)
     tags = {
         "d2f.objective": objective.name,
+        "d2f.resolution": size_text(config.resolution or model.resolution),
         "d2f.prediction_type": flow.prediction_type,
         "d2f.loss_weighting": objective.weighting,
         "d2f.training_shift": str(config.flow_shift),

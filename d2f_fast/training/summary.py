@@ -89,7 +89,6 @@ def summary_tags(
         "d2f.steps": str(steps),
         "d2f.batch_size": str(batch_size),
         "d2f.learning_rate": str(config.learning_rate),
-        "d2f.resolution": str(config.resolution),
         "d2f.weights": "ema" if config.ema_decay else "last",
         "d2f.recommended_steps": str(sampling_steps),
         "d2f.recommended_spacing": "uniform",

@@ -15,6 +15,7 @@ from d2f_fast.config import SamplingMethod, Spacing, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.flow.alignment import Alignment
+from d2f_fast.image_sizes import sizes_of
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.solve import OnState, Sampling, generate_images, invert_images
@@ -105,7 +106,7 @@ class TrainedModel(ABC):
             num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" need 2.
             guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, other values below 1 are refused.
             negative_prompt: prompt to steer away from, with guidance; "" for the model's own empty prompt.
-            height, width: size of the images in pixels; None for the training resolution.
+            height, width: size of the images in pixels; None for the training resolution, the first of several.
             generator: source of the noise, on the device or the CPU; None for torch's global generator.
             method: integration method.
             solver: options of the method, and the interval of guidance; None for the defaults.
@@ -176,7 +177,8 @@ class TrainedModel(ABC):
         scheduler_options: dict[str, Any] = {"shift": config.recommended_shift}
         if config.objective == "fm":
             scheduler_options |= {"prediction_type": "flow_prediction", "fm_form": config.fm_form}
-        size = height or config.resolution, width or config.resolution
+        own_size = sizes_of(config.resolution or self.model.resolution)[0]
+        size = height or own_size.height, width or own_size.width
         own = solver or SolverOptions()
         spacing: Spacing = "uniform"
         return Sampling(method, own, steps, guidance_scale, negative_prompt, *size, spacing, scheduler_options)

@@ -24,7 +24,7 @@ from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
-from d2f_fast.training.batches import TrainingData, data_settings, encoded_batches
+from d2f_fast.training.batches import TrainingData, data_settings, encoded_batches, mixture_of_run
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.launch import precision_of
@@ -210,6 +210,7 @@ class AlignedTrainer(TrainedModel):
             check_dataset(samples)
             if self.config.distill and not isinstance(samples, PairDataset):
                 raise RefusedInputError("distill learns the jump from the noise of pairs: give pairs, or leave it out")
+        mixture_of_run(dataset, self.config)  # Its refusal comes before the first step.
         batch: Batch | None = None
         main, whole = self.accelerator.is_main_process, self._training_step.is_whole
         with stop_signals(self.has_unsaved_steps, announce=main) as signals:

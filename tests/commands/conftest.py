@@ -28,7 +28,8 @@ def train(images: Path, tiny_folder: Path) -> Callable[..., int]:
 
     def run(output: Path, *more: str) -> int:
         paths = ["--train_data_dir", str(images), "--pretrained_model_name_or_path", str(tiny_folder)]
-        options = ["--max_train_steps", "2", "--resolution", "16", "--train_batch_size", "2"]
+        options = ["--max_train_steps", "2", "--train_batch_size", "2"]
+        options += [] if "--resolution" in more else ["--resolution", "16"]
         options += [] if "full" in more else ["--rank", "2"]
         return main(["train", *paths, "--output_dir", str(output), *options, *more])
 

@@ -25,3 +25,18 @@ def test_share_of_each_folder_and_length_of_an_epoch_are_said(images: Path, tmp_
         "trained at 16 x 16 pixels (the model's own size)",
         "3 images, 2 per step: an epoch has 2 steps, and 6 steps are 3 epochs",
     ]
+
+
+def test_size_of_each_folder_is_said(images: Path, tmp_path: Path) -> None:
+    folders = [str(images), str(shutil.copytree(images, tmp_path / "other"))]
+    config = TrainingConfig(max_train_steps=8, resolution=(16, 24, 32, 32))
+    trainer: Any = SimpleNamespace(config=config, global_batch_size=2)
+    trainer.model = SimpleNamespace(stated_resolution=None, tokenizers=[])
+    lines = list(data_lines(trainer, MixedImages([CaptionedImages(folder) for folder in folders]), folders, 16))
+    assert lines[0] == "trained at 16 x 24 and 32 x 32 pixels (height x width; option --resolution)"
+    assert lines[1:3] == [
+        f"{folder} has 3 images, and an epoch takes 3 from it, at {size} pixels"
+        for folder, size in zip(folders, ("16 x 24", "32 x 32"), strict=True)
+    ]
+    # Each folder has a batch of two and one of one.
+    assert lines[3] == "6 images, 2 per step: an epoch has 4 steps, and 8 steps are 2 epochs"

@@ -20,7 +20,11 @@ from d2f_fast.models.options import ModelOptions
             "other",
             "d2f.depth_normalization must be affine, log, disparity, got other: train",
         ),
-        ("d2f.resolution", "wide", "d2f.resolution must be a number of pixels, got wide: correct the entry"),
+        (
+            "d2f.resolution",
+            "wide",
+            r"d2f.resolution must be a size in pixels, such as 64 or .*, got wide: correct the entry",
+        ),
     ],
 )
 def test_tags_that_do_not_fit_a_model_of_depth_are_refused(

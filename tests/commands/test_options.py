@@ -190,6 +190,8 @@ def test_number_that_no_run_can_use_is_refused(option):
     ("arguments", "line"),
     [
         (["--resolution", "64,64"], "resolution must be a whole number, got 64,64"),
+        (["--resolution", "64", "wide"], "resolution must be a whole number, got wide"),
+        (["--dataset_weights", "1", "two"], "dataset_weights must be a number, got two"),
         (["--learning-rate=fast"], "learning_rate must be a number, got fast"),
         (["--mixed_precision", "fp16"], "mixed_precision must be no or bf16, got fp16"),
         (["--max_train_steps", "--json"], "--max_train_steps needs a value: give a number"),
@@ -222,3 +224,13 @@ def test_text_that_is_not_utf8_is_refused_in_one_line(name, tmp_path, capsys, mo
         assert r"must be UTF-8 text without zero bytes, got 'a\udcff'" in (error := capsys.readouterr().err)
         assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_size_is_one_number_or_several_in_the_file_and_typed(tmp_path):
+    config = tmp_path / "options.yaml"
+    for text, given in (("768", 768), ("[48, 64]", (48, 64)), ("[64, 64]", 64)):
+        config.write_text(f"resolution: {text}\n")
+        assert parse(["train", "--config", str(config)]).options.resolution == given
+    assert parse(["train", "--config", str(config), "--resolution", "24", "32"]).options.resolution == (24, 32)
+    assert parse(["train", "--resolution", "24", "32", "32", "32"]).options.resolution == (24, 32, 32, 32)
+    assert parse(["train", "--resolution=24"]).options.resolution == 24

@@ -431,3 +431,37 @@ def test_loss_on_held_out_images_is_logged_and_shown_in_the_card(train, images, 
         capsys.readouterr()
         assert train(tmp_path / "refused", *given) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_lora_of_another_size_is_sampled_at_it_unless_a_size_is_given(images, tiny_folder, tmp_path, capsys):
+    output, model = tmp_path / "run", str(tiny_folder)
+    command = ["train", "--train_data_dir", str(images), "--pretrained_model_name_or_path", model, "--rank", "2"]
+    command += ["--max_train_steps", "1", "--output_dir", str(output)]
+    assert main([*command, "--resolution", "24", "32"]) == 0
+    assert "d2f: trained at 24 x 32 pixels (height x width; option --resolution)\n" in capsys.readouterr().err
+    assert read_tensors(output / "pytorch_lora_weights.safetensors")[1]["d2f.resolution"] == "24x32"
+    assert "| resolution | 24x32 px |" in (output / "README.md").read_text()
+    sample = ["sample", "--model", model, "--lora", str(output), "--prompts", "ab", "--num_inference_steps", "1"]
+    sizes = []
+    for number, more in enumerate(([], ["--height", "16"], ["--height", "40", "--width", "16"])):
+        assert main([*sample, "--output_dir", str(tmp_path / f"{number}"), *more]) == 0
+        with Image.open(tmp_path / f"{number}" / "000.png") as image:
+            sizes.append(image.size)
+    assert sizes == [(32, 24), (32, 16), (16, 40)]  # width and height
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--resolution", "24", "32", "32"], "resolution must be one number for squares, or pairs of a height and a w"),
+        (["--resolution", "24", "33"], "resolution must be a multiple of 2, got 33"),
+        (["--resolution", "24", "32", "32", "32"], "resolution: 4 numbers for 1 data set: give one number for a squar"),
+        (["x", "--resolution", "24", "32"], "resolution: 2 numbers for 2 data sets: give one number for squares of on"),
+    ],
+)
+def test_size_that_no_run_can_have_is_refused(more, sentence, images, tiny_folder, tmp_path, capsys):
+    more = [str(images) if word == "x" else word for word in more]
+    model = ["--pretrained_model_name_or_path", str(tiny_folder)]
+    assert main(["train", *model, "--output_dir", str(tmp_path / "run"), "--train_data_dir", str(images), *more]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not (tmp_path / "run").exists()

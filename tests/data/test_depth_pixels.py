@@ -8,6 +8,7 @@ from PIL import Image
 from d2f_fast.data.depth_pixels import depth_pixels
 from d2f_fast.data.depth_source import DepthSample
 from d2f_fast.data.order import Augmentation
+from d2f_fast.image_sizes import Size
 
 
 def sample(height: int = 16, width: int = 24) -> DepthSample:
@@ -66,3 +67,13 @@ def test_crop_without_valid_pixel_has_an_empty_mask() -> None:
     item.valid[:, 4:] = False
     pixels = depth_pixels(item, Augmentation(0.9, (0, 0.99), 0), 16, 2, "affine", random_flip=False, center_crop=False)
     assert not pixels.mask.any() and not pixels.depth.any()
+
+
+def test_depth_of_a_size_that_is_no_square_is_cropped_as_its_image() -> None:
+    item = sample(32, 48)._replace(valid=np.ones((32, 48), bool))
+    pixels = depth_pixels(
+        item, Augmentation(0.9, (0, 0), 0), Size(32, 24), 2, "log", random_flip=False, center_crop=True
+    )
+    assert pixels.depth.shape == pixels.image.shape == (3, 32, 24) and pixels.mask.shape == (1, 16, 12)
+    middle = torch.from_numpy(np.asarray(item.image)[:, 12:36].copy()).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(pixels.image, middle, atol=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data import cache as cache_module
@@ -16,7 +17,9 @@ from d2f_fast.data import loading as loading_module
 from d2f_fast.data.captions import Captions
 from d2f_fast.data.encoding import BatchEncoder
 from d2f_fast.data.image_folder import CaptionedImages
-from d2f_fast.data.order import plan_batches
+from d2f_fast.data.images import preprocess
+from d2f_fast.data.order import Mixture, plan_batches
+from d2f_fast.image_sizes import Size
 from d2f_fast.models.base_model import BaseModel
 
 COUNT = 5
@@ -167,3 +170,47 @@ def test_process_without_a_sample_gets_an_empty_batch(model: BaseModel, tmp_path
     assert batch["latents"].shape == (0, 4, 8, 8)
     assert batch["encoder_hidden_states"].shape == (0, 1, 16)
     assert (batch["offset"], batch["global_batch_size"]) == (1, 1)
+
+
+class MixedSizes(Images):
+    """Images of which the first two belong to one data set, and the others to another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Mixture((2, 3), (2.0, 3.0), apart=True)
+
+
+@pytest.mark.parametrize("cache_latents", [True, False])
+def test_each_data_set_is_encoded_and_cached_at_its_own_size(
+    cache_latents: bool, model: BaseModel, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"resolution": (16, 24, 32, 16), "cache_latents": cache_latents}
+    dataset, config = MixedSizes(), TrainingConfig(output_dir=str(tmp_path), **options)
+    plans = list(islice(plan_batches(COUNT, BATCH_SIZE, 0, mixture=dataset.mixture), 6))
+    for _ in range(2):  # The second encoder finds everything in the cache.
+        encoder = BatchEncoder(model, config)
+        for plan in plans:
+            batch = encoder.encode(plan, encoder.load(dataset, plan))
+            height, width = [(16, 24), (32, 16)][plan.part]
+            pixels = torch.stack(
+                [preprocess(dataset[i]["image"], Size(height, width), True, False) for i in plan.index]
+            )
+            expected = torch.cat([model.encode_images(each[None])["mean"] for each in pixels])
+            assert batch["mean"].shape == (len(plan.index), 4, height // 2, width // 2)
+            assert torch.equal(batch["mean"], expected)
+    cached = list((tmp_path / "cache").glob("*/*.safetensors"))
+    latents = [tensors["mean"].shape for path in cached if "mean" in (tensors := load_file(path))]
+    assert sorted(latents) == ([(4, 8, 12)] * 2 + [(4, 16, 8)] * 3 if cache_latents else [])
+    empty = next(plan_batches(COUNT, 1, 0, rank=1, world_size=2, mixture=dataset.mixture))
+    height, width = [(8, 12), (16, 8)][empty.part]
+    assert encoder.encode(empty, encoder.load(dataset, empty))["latents"].shape == (0, 4, height, width)
+
+
+def test_square_has_the_same_cache_entry_however_it_is_stated(tmp_path: Path) -> None:
+    keys = [
+        cache_module.LatentCache(tmp_path, model="vae", resolution=resolution, center_crop=True).key(
+            cache_module.ImageIdentity("key", "a"), flip=False
+        )
+        for resolution in (16, Size(16, 16), Size(16, 24), Size(24, 16))
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 3

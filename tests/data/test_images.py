@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from d2f_fast.data.images import MAX_IMAGE_BYTES, preprocess, read_image, to_rgb
 from d2f_fast.data.loading import read_sample
 from d2f_fast.errors import DatasetError
+from d2f_fast.image_sizes import Size
 
 HOSTILE = Path(__file__).parents[1] / "hostile"
 RANDOM = np.random.default_rng(0)
@@ -342,3 +343,24 @@ def test_transparent_pixels_are_white_before_resizing():
 def test_image_too_elongated_to_resize_is_refused():
     with pytest.raises(ValueError, match="60000x1 pixels are too elongated for resolution 512: crop the image"):
         preprocess(Image.new("RGB", (60_000, 1)), 512, True, False)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 57), (57, 40), (9, 12), (101, 33), (24, 16), (48, 32)])
+@pytest.mark.parametrize("size", [Size(24, 16), Size(16, 24)])
+def test_image_is_resized_until_it_covers_a_size_and_the_rest_is_cropped(height, width, size):
+    result = preprocess(smooth_image(height, width), size, True, False)
+    scale = max(size.height / height, size.width / width)
+    # The side that is scaled to the size has exactly its pixels, and the other one is rounded down, as in torchvision.
+    rows, columns = int(height * scale + 1e-9), int(width * scale + 1e-9)
+    resized = np.einsum(
+        "rh,cw,hwk->krc",
+        lanczos_weights(height, rows),
+        lanczos_weights(width, columns),
+        np.asarray(smooth_image(height, width), float),
+    ).clip(0, 255)
+    top, left = round((rows - size.height) / 2), round((columns - size.width) / 2)
+    expected = resized[:, top : top + size.height, left : left + size.width] / 127.5 - 1
+    assert result.shape == (3, *size) and min(top, left) == 0
+    assert np.abs(result.numpy() - expected).max() < 1.5 / 127.5
+    mirrored = preprocess(smooth_image(height, width), size, True, True)
+    assert torch.equal(mirrored, result.flip(-1))

@@ -177,3 +177,35 @@ def test_impossible_mixture_is_refused(sizes, weights, sentence):
         Mixture(sizes, weights)
     with pytest.raises(ValueError, match="the mixture must have 8 samples, got 7"):
         next(plan_batches(8, 4, 0, mixture=Mixture((3, 4), (1.0, 1.0))))
+
+
+# Data sets that are kept apart.
+
+
+def test_batch_of_data_sets_that_are_kept_apart_holds_samples_of_one():
+    mixture = Mixture((54, 20), (0.9, 0.1), apart=True)  # 67 and 7 samples in an epoch
+    assert steps_per_epoch(74, 8, mixture) == 9 + 1 and steps_per_epoch(74, 8, Mixture((54, 20), (0.9, 0.1))) == 10
+    plans = list(itertools.islice(plan_batches(74, 8, 3, mixture=mixture), 10 * 20))
+    for plan in plans:
+        assert {mixture.locate(index)[0] for index in plan.index} == {plan.part}
+    for epoch in range(20):
+        of_epoch = plans[10 * epoch : 10 * (epoch + 1)]
+        assert {plan.epoch for plan in of_epoch} == {epoch}
+        sizes = sorted((plan.part, plan.global_batch_size) for plan in of_epoch)
+        assert sizes == sorted([(0, 8)] * 8 + [(0, 3), (1, 7)])
+    assert len({tuple(plan.part for plan in plans[10 * epoch : 10 * (epoch + 1)]) for epoch in range(20)}) > 5
+    counts = np.bincount([index for plan in plans for index in plan.index], minlength=74)
+    assert set(counts[:54]) == {24, 25} and set(counts[54:]) == {7}
+
+
+def test_data_sets_that_are_kept_apart_are_the_same_at_any_step_for_any_number_of_processes():
+    mixture = Mixture((5, 11, 3), (2.0, 1.0, 1.0), apart=True)
+    whole = list(itertools.islice(plan_batches(19, 4, 7, mixture=mixture), 25))
+    for step in (1, 8, 13):
+        assert list(itertools.islice(plan_batches(19, 4, 7, step, mixture=mixture), 25 - step)) == whole[step:]
+    slices = [plan_batches(19, 4, 7, rank=rank, world_size=3, mixture=mixture) for rank in range(3)]
+    for plan, *parts in zip(whole, *slices, strict=False):
+        assert [index for part in parts for index in part.index] == plan.index
+        assert {part.part for part in parts} == {plan.part}  # also of a process without a sample
+    with pytest.raises(ValueError, match="start_step must be at least 0, got -1"):
+        next(plan_batches(19, 4, 7, -1, mixture=mixture))

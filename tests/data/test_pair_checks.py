@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from d2f_fast.config import TrainingConfig
-from d2f_fast.data.pair_checks import check_pairs_of_run, options_for_pairs
+from d2f_fast.data.pair_checks import check_pairs_fit, check_pairs_of_run, options_for_pairs
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError
 from d2f_fast.models.configs import read_configs
@@ -18,7 +18,7 @@ Write = Callable[..., Path]
 def test_open_options_are_settled_by_the_pairs(write_pairs: Write, tmp_path: Path) -> None:
     dataset = PairDataset([write_pairs(tmp_path / "0.tar", meta={"height": 24, "width": 16})])
     settled = options_for_pairs(TrainingConfig(), dataset)
-    assert settled.caption_dropout == 0 and settled.resolution == 16
+    assert settled.caption_dropout == 0 and settled.resolution == (24, 16)
     given = options_for_pairs(TrainingConfig(caption_dropout=0.2, resolution=32), dataset)
     assert given.caption_dropout == 0.2 and given.resolution == 32
     assert options_for_pairs(TrainingConfig(), PairDataset([write_pairs(tmp_path / "1.tar")])).resolution is None
@@ -54,3 +54,13 @@ def test_shards_of_two_models_are_refused_unless_they_are_meant(
         check_pairs_of_run(TrainingConfig(), ModelOptions(), configs, PairDataset(paths))
     meant = PairDataset(paths, of_another_model=True)
     check_pairs_of_run(TrainingConfig(), ModelOptions(), configs, meant)
+
+
+def test_size_of_pairs_that_are_no_squares_is_compared(write_pairs: Write, tmp_path: Path) -> None:
+    meta = {"height": 16, "width": 24}
+    dataset = PairDataset([write_pairs(tmp_path / "0.tar", shape=(4, 8, 12), meta=meta)])
+    assert options_for_pairs(TrainingConfig(), dataset).resolution == (16, 24)
+    for resolution in (16, (16, 24)):
+        check_pairs_fit(dataset, 4, 2, None, resolution)
+    with pytest.raises(DatasetError, match="has images of 16 x 24 pixels, and the resolution is 24 x 16: give --resol"):
+        check_pairs_fit(dataset, 4, 2, None, (24, 16))

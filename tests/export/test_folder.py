@@ -13,8 +13,11 @@ from diffusers import StableDiffusionPipeline
 
 from d2f_fast.export import folder as folder_module
 from d2f_fast.export import verify
+from d2f_fast.export.exported_files import latent_sides
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
+from d2f_fast.files.tensor_file import read_tensors, write_tensors
+from d2f_fast.lora.source import LORA_FILE
 
 
 def test_folder_has_the_layout_that_optimum_loads(exported):
@@ -180,3 +183,12 @@ def _broken_graphs(monkeypatch):
         return convert(component, *rest)
 
     monkeypatch.setattr(folder_module.graphs, "convert", broken)
+
+
+def test_export_generates_at_the_size_that_its_lora_was_trained_at(adapt, one_level_folder, tmp_path):
+    _, files = adapt(one_level_folder)
+    tensors, header = read_tensors(files["peft"] / LORA_FILE)
+    write_tensors(tmp_path / "lora.safetensors", tensors, header | {"d2f.resolution": "24x16"})
+    options = ExportOptions(model=str(one_level_folder), lora=(str(tmp_path / "lora.safetensors"),))
+    config = folder_module.ExportJob(options).model.unet.config
+    assert latent_sides(config) == (12, 8)

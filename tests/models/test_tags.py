@@ -2,13 +2,24 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
-from d2f_fast.models.tags import chosen_steps, lowest_guidance, recommended_steps, saved_tags, tags_of_merged
+from d2f_fast.models.tags import (
+    chosen_steps,
+    lowest_guidance,
+    recommended_steps,
+    saved_tags,
+    tags_of_merged,
+    take_trained_size,
+    trained_size,
+)
 
 
 def lora(folder: Path, name: str, **tags: str) -> Path:
@@ -91,3 +102,40 @@ def test_merged_model_recommends_the_highest_number_of_steps_of_its_lora(tmp_pat
 def test_tag_of_a_lora_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="shift"):
         tags_of_merged("some/hub-id", {}, [lora(tmp_path, "a", shift="-1")])
+
+
+def test_size_of_the_training_is_that_of_the_lora_before_that_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "d2f.json").write_text(json.dumps({"d2f.resolution": "32"}))
+    plain, high = lora(tmp_path, "plain", resolution="64"), lora(tmp_path, "high", resolution="48x64 64x64")
+    silent = lora(tmp_path, "silent", shift="2.0")
+    assert trained_size("some/hub-id", []) is None and trained_size("some/hub-id", [silent]) is None
+    assert trained_size(str(tmp_path), []) == trained_size(str(tmp_path), [silent]) == (32, 32)
+    assert trained_size(str(tmp_path), [silent, plain]) == (64, 64) and trained_size(str(tmp_path), [high]) == (48, 64)
+    assert trained_size(str(tmp_path), [plain, high]) is None  # Nothing says which of them.
+    with pytest.raises(
+        RefusedInputError, match=r"a\.safetensors: d2f\.resolution must be a size in pixels, .*, got wide"
+    ):
+        trained_size(str(tmp_path), [lora(tmp_path, "a", resolution="wide")])
+
+
+@pytest.mark.parametrize(
+    ("text", "squares_only", "sides"),
+    [("16", True, 8), ("16x24", False, (8, 12)), ("16x24", True, 5), ("17", False, 5)],
+)
+def test_size_of_the_training_becomes_that_of_the_network(
+    text: str, squares_only: bool, sides: object, tmp_path: Path
+) -> None:
+    unet = UNet2DConditionModel(
+        sample_size=5,
+        block_out_channels=(4,),
+        norm_num_groups=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=4,
+        attention_head_dim=4,
+        layers_per_block=1,
+    )
+    vae = SimpleNamespace(config={"block_out_channels": [4, 4]})
+    pipeline: Any = SimpleNamespace(unet=unet, vae=vae)
+    take_trained_size(pipeline, "some/hub-id", [lora(tmp_path, "a", resolution=text)], squares_only=squares_only)
+    assert unet.config.sample_size == sides

@@ -15,6 +15,7 @@ TAGS = {
     "d2f.prediction_type": "epsilon",
     "d2f.training_shift": "1.0",
     "d2f.shift": "1.0",
+    "d2f.resolution": "512",
     "d2f.recommended_sigmas": "17.6146, 3, 1, 0.3333, 0",
 }
 FLOW_TAGS = {**TAGS, "d2f.objective": "fm", "d2f.prediction_type": "flow_prediction", "d2f.shift": "3.0"}

@@ -241,3 +241,15 @@ def test_checkpoint_holds_the_lora_of_the_averaged_weights(images: Any, make_tra
 def test_full_finetuning_has_no_lora_in_its_checkpoint(images: Any, make_trainer: Any, tmp_path: Path) -> None:
     make_trainer("full", adapter="full", max_train_steps=1, checkpointing_steps=1).fit(images())
     assert not list((tmp_path / "full").rglob(LORA_FILE))
+
+
+@pytest.mark.parametrize(("resolution", "own", "tag"), [(24, 12, "24"), ((16, 24), 8, "16x24")])
+def test_saved_pipeline_states_the_size_of_its_training(
+    make_trainer: Any, tmp_path: Path, resolution: Any, own: int, tag: str
+) -> None:
+    trainer = make_trainer(adapter="full", resolution=resolution)
+    folder = trainer.save_pipeline(tmp_path / "saved")
+    # Stock pipelines take their size from here, and not all of them take one that is no square.
+    assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == own
+    assert json.loads((folder / "d2f.json").read_text())["d2f.resolution"] == tag
+    assert trainer.unet.config.sample_size == 8

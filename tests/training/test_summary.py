@@ -12,14 +12,13 @@ from d2f_fast.training.summary import pair_tags, recommended_steps, summary_tags
 
 
 def test_summary_names_training_and_recommended_sampling() -> None:
-    config = TrainingConfig(learning_rate=2e-5, max_train_steps=9, lr_scheduler="cosine", seed=3, resolution=256)
+    config = TrainingConfig(learning_rate=2e-5, max_train_steps=9, lr_scheduler="cosine", seed=3)
     tags = {"d2f.shift": "2.0", "d2f.recommended_sigmas": "17.6146, 3, 1, 0.3333, 0"}
     start = StartingLora(Path("folder/old.safetensors"), 0.5, "ab" * 32, {}, {}, {})
     assert summary_tags(config, tags, 7, 12, start) == tags | {
         "d2f.steps": "7",
         "d2f.batch_size": "12",
         "d2f.learning_rate": "2e-05",
-        "d2f.resolution": "256",
         "d2f.weights": "ema",
         "d2f.recommended_steps": "4",
         "d2f.recommended_spacing": "uniform",

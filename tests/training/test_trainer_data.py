@@ -11,8 +11,8 @@ import torch
 
 from d2f_fast.data import cache
 from d2f_fast.data.image_folder import CaptionedImages
-from d2f_fast.data.order import batch_indices
-from d2f_fast.errors import DatasetError, RefusedInputError
+from d2f_fast.data.order import Mixture, batch_indices
+from d2f_fast.errors import CheckpointError, DatasetError, RefusedInputError
 from d2f_fast.training.checkpoint import find_checkpoint, verify_checkpoint
 
 
@@ -170,3 +170,44 @@ def test_unusable_sample_is_refused(
 ) -> None:
     with pytest.raises(DatasetError, match=sentence):
         make_trainer(cache_latents=cache_latents).fit(images(change=lambda index, item: item | change))
+
+
+SIZES = {"resolution": (16, 24, 32, 16), "train_batch_size": 2, "random_flip": True, "max_train_steps": 6}
+
+
+def two_sizes(images: Any) -> Any:
+    """Return three images of one data set and four of another one."""
+    dataset = images(7)
+    dataset.mixture = Mixture((3, 4), (1.0, 1.0))
+    return dataset
+
+
+def test_run_over_data_sets_of_two_sizes_resumes_bit_for_bit(
+    images: Any, state_of: Any, assert_equal: Any, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = make_trainer("straight", **SIZES)
+    step, shapes = straight.step, []
+    monkeypatch.setattr(straight, "step", lambda batch: (shapes.append(batch["mean"].shape), step(batch))[1])
+    straight.fit(two_sizes(images))
+    # Four of seven samples are of the first data set: two batches of an epoch; the other three are two more.
+    assert sorted(shapes[:4]) == [(1, 4, 16, 8), (2, 4, 8, 12), (2, 4, 8, 12), (2, 4, 16, 8)]
+    make_trainer("resumed", **SIZES | {"max_train_steps": 3}).fit(two_sizes(images))
+    resumed = make_trainer("resumed", **SIZES, resume_from_checkpoint="latest")
+    resumed.fit(two_sizes(images))
+    assert_equal(state_of(resumed), state_of(straight))
+    (image,) = resumed.sample("ab", 1)
+    assert image.size == (24, 16)  # width and height of the first data set
+    changed = make_trainer("resumed", **SIZES | {"resolution": 16}, resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match=r"resolution was \[16, 24, 32, 16\] and is now 16: resume with"):
+        changed.fit(two_sizes(images))
+
+
+def test_sizes_of_another_number_of_data_sets_are_refused(images: Any, make_trainer: Any) -> None:
+    with pytest.raises(
+        RefusedInputError, match="resolution: 4 numbers for 1 data set: give one number for a square, or"
+    ):
+        make_trainer(**SIZES).fit(images(7))
+    with pytest.raises(
+        RefusedInputError, match="resolution: 2 numbers for 2 data sets: give one number for squares of"
+    ):
+        make_trainer(resolution=(16, 24)).fit(two_sizes(images))
