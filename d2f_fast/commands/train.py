@@ -170,9 +170,8 @@ class Train:
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
             taught = [] if trainer.teacher is None else [str(trainer.teacher)]
-            for line in (trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow), *taught):
-                print(f"d2f: {line}", file=sys.stderr)
-            for line in data_lines(trainer, dataset, self._folders, self.options.resolution):
+            of_model = trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow), *taught
+            for line in (*of_model, *data_lines(trainer, dataset, self._folders, self.options.resolution)):
                 print(f"d2f: {line}", file=sys.stderr)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
         with stop_signals(trainer.has_unsaved_steps, announce=trainer.accelerator.is_main_process) as signals:
@@ -306,6 +305,7 @@ class Train:
     def _check_data(self) -> None:
         """Refuse a folder that does not exist, images together with pairs, and options that have no effect."""
         self._check_task()
+        check_data_sets(self.options.resolution, max(1, len(self._folders)))
         if self.options.distill and not self.pairs:
             raise RefusedInputError("distill needs --pairs, whose noise and latents are the two ends of the jump")
         if self._folders:
@@ -316,13 +316,11 @@ class Train:
                     raise RefusedInputError(
                         f"train_data_dir: {printable(folder)} is not a folder: give the folder of the training images"
                     )
-            check_data_sets(self.options.resolution, len(self._folders))
             return
         if not self.pairs:
             raise RefusedInputError(
                 "give --train_data_dir, the folder of the captioned images, or --pairs, what d2f pairs made"
             )
-        check_data_sets(self.options.resolution, 1)
         for holder, names in ((self, (*_OF_CAPTIONS, "dataset_weights")), (self.options, _OF_IMAGE_TRAINING)):
             _refuse_given(holder, names, "has no effect on pairs: leave it out")
 

@@ -254,7 +254,7 @@ def run_to_continue(tmp_path_factory, tiny_folder):
 
 def continued(root, model, *options):
     paths = ["--train_data_dir", str(root / "images"), "--output_dir", str(root / "run")]
-    sizes = ["--resolution", "16", "--train_batch_size", "2", "--rank", "2"]
+    sizes = ["--train_batch_size", "2", "--rank", "2", *([] if "--resolution" in options else ["--resolution", "16"])]
     return [*paths, "--pretrained_model_name_or_path", str(model), *sizes, *options]
 
 
