@@ -1,6 +1,7 @@
 """`d2f pairs` as a user types it: what it writes, how it goes on, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,3 +125,30 @@ def test_folder_in_use_is_refused(
     finally:
         other.communicate("\n")
     assert f"is in use by process {other.pid}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+        ["torch.distributed.run", "--nproc_per_node", "2"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_folder_of_two_launched_processes_is_that_of_one(
+    launcher: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Launched as by a user, on a CPU; the second process makes every second shard."""
+    (tmp_path / "prompts.txt").write_text("ab\nc\nde fg\n")
+    options = ["pairs", "--model", str(tiny_folder), "--prompts_file", str(tmp_path / "prompts.txt"), "--seed", "3"]
+    options += ["--num_pairs", "17", "--pairs_per_shard", "4", "--batch_size", "3", "--num_inference_steps", "2"]
+    options += ["--height", "16", "--width", "16", "--guidance_scale", "2", "--guidance_scale_max", "6"]
+    assert main([*options, "--output_dir", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", *launcher, "-m", "d2f_fast", *options, "--output_dir", str(tmp_path / "two")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one.keys() == two.keys() and len([name for name in two if name.endswith(".tar")]) == 5
+    assert [name for name in one if one[name] != two[name]] == []

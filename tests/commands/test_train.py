@@ -1,11 +1,15 @@
 """`d2f train` as a user types it: what it saves, what it prints, and what it refuses."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import tarfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -143,6 +147,32 @@ def test_model_is_rectified_twice_from_its_own_pairs(tiny_folder, tmp_path, caps
     assert first["lora"] == [] and len(second["lora"]) == 1 and first["model"] == second["model"]
     assert main([*train, "--init_lora", "run1", "--pairs", "pairs2", "--output_dir", "run2"]) == 0
     assert read_tensors("run2/pytorch_lora_weights.safetensors")[1]["d2f.pairs_guidance"] == "1"
+
+
+def test_published_shards_train_as_those_of_this_package(tiny_folder, write_pairs, tmp_path):
+    """The published folders hold no meta.json and no pairs.json, and their members have times and owners."""
+    ours = PairDataset([write_pairs(tmp_path / "ours" / "0.tar", 4)])
+    (tmp_path / "published").mkdir()
+    with tarfile.open(tmp_path / "published" / "000000.tar", "w") as tar:
+        for i in range(len(ours)):
+            arrays = [io.BytesIO(), io.BytesIO()]
+            for stream, array in zip(arrays, (ours[i].latents, ours[i].noise), strict=True):
+                np.save(stream, array)
+            contents = [*(stream.getvalue() for stream in arrays), ours[i].prompt.encode()]
+            for name, content in zip(("image_latent.npy", "noise.npy", "prompt.txt"), contents, strict=True):
+                member = tarfile.TarInfo(f"{i:09d}.{name}")
+                member.size, member.mtime = len(content), time.time()
+                tar.addfile(member, io.BytesIO(content))
+    for name in ("ours", "published"):
+        train = ["train", "--pretrained_model_name_or_path", str(tiny_folder), "--pairs", str(tmp_path / name)]
+        run = ["--rank", "2", "--max_train_steps", "2", "--train_batch_size", "2", "--seed", "3"]
+        assert main([*train, *run, "--output_dir", str(tmp_path / f"run-{name}")]) == 0
+    (wanted, _), (found, tags) = (
+        read_tensors(tmp_path / f"run-{name}" / "pytorch_lora_weights.safetensors") for name in ("ours", "published")
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and found.keys() == wanted.keys()
+    assert any(tensor.any() for name, tensor in found.items() if "lora_B" in name)
+    assert (tags["d2f.pairs"], tags["d2f.pairs_guidance"]) == ("4", "unknown")
 
 
 @pytest.mark.parametrize(

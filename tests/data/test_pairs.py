@@ -1,5 +1,8 @@
 """The data set of pairs: its sources, its index, and pairs that do not belong together."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +92,36 @@ def test_index_takes_32_bytes_for_each_pair(write_pairs: Write, tmp_path: Path) 
     for i in range(2):
         write_pairs(tmp_path / f"{i}.tar", 50)
     assert sum(shard.index_bytes for shard in PairDataset([tmp_path]).shards) == 100 * 32
+
+
+READ = """
+import random, sys
+from itertools import islice
+from d2f_fast.data.order import plan_batches
+from d2f_fast.data.pairs import PairDataset
+from d2f_fast.files.memory import peak_resident_bytes
+
+dataset = PairDataset([sys.argv[1]])
+for plan in islice(plan_batches(len(dataset), 8, seed=0), 250):
+    for index in plan.index:
+        dataset[index]
+for _ in range(2000):
+    dataset[random.randrange(len(dataset))]
+print(len(dataset), peak_resident_bytes())
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_100000_pairs_is_within_100_mb_of_that_of_1000(write_pairs: Write, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "few" / "0.tar", 1000, (4, 4, 4))
+    shard = write_pairs(tmp_path / "many" / "0.tar", 10_000, (4, 4, 4))
+    for i in range(1, 10):
+        os.link(shard, shard.with_name(f"{i}.tar"))
+    peaks = {}
+    for name in ("few", "many"):
+        command = [sys.executable, "-c", READ, str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        pairs, peak = map(int, done.stdout.split())
+        peaks[pairs] = peak
+    assert peaks.keys() == {1000, 100_000}
+    assert peaks[100_000] - peaks[1000] <= 100e6, peaks
