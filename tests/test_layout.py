@@ -297,6 +297,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
         d2f_fast.align_all  # noqa: B018
 
 
+@pytest.mark.slow
 def test_dependencies_import_with_the_checkout_as_working_directory() -> None:
     code = """
 import importlib.util, sys

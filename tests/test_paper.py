@@ -59,6 +59,7 @@ def test_flow_euler_ddim_and_euler_discrete_agree_between_the_same_nodes(pipe, g
         assert relative(other, ddim) <= 1e-5
 
 
+@pytest.mark.slow
 def test_fractional_timesteps_are_as_accurate_as_integers(pipe):
     """The paper's summary, experiment 1: the network interpolates in its timestep."""
     alignment = Alignment.from_scheduler(pipe.scheduler)

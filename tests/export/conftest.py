@@ -1,8 +1,9 @@
 """Export each folder once for all tests of this folder, in whichever worker process they run."""
 
+import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from d2f_fast.export.sampler_graph import Guidance, write_sampler
 from d2f_fast.export.step_tables import step_table, write_tables
 
 MakeFolder = Callable[..., tuple[Path, Report]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_operator_table() -> Iterator[None]:
+    """Keep torch's table of ONNX operators: each export parses the sources of all of them, a fifth of a short one."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,7 @@ def test_half_precision_leaves_an_autoencoder_that_overflows_in_float32(
     assert converted == {name: {torch.float32 if name in kept else torch.float16} for name in names}
 
 
+@pytest.mark.slow
 def test_bfloat16_is_a_valid_graph_of_opset_23(exported_unet, one_level_folder):
     options = {"precision": "bf16", "skip_verify": True, "static": "1x16x16"}
     folder, report = exported_unet(model=str(one_level_folder), **options)

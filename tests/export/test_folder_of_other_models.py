@@ -54,6 +54,7 @@ def test_sdxl_pipeline_takes_pooled_text_and_sizes(tiny_xl, tmp_path):
     assert np.abs(np.asarray(got, np.int16) - np.asarray(want.images[0], np.int16)).max() <= 1
 
 
+@pytest.mark.slow
 def test_sdxl_pipeline_in_half_precision(tiny_xl, tmp_path):
     tiny_xl.save_pretrained(tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "static": "1x16x16", "steps": "2"}

@@ -24,6 +24,7 @@ def test_every_graph_of_an_export_is_ready(exported):
     assert loops["unet/sampler.onnx"] == 1 and sum(loops.values()) == 1
 
 
+@pytest.mark.slow
 def test_opset_23_has_one_node_for_each_normalisation_and_attention(exported_unet, one_level_folder):
     _, report = exported_unet(target="tensorrt", components="unet,sampler", steps="2", static="1x16x24")
     found = report["tensorrt"]["unet/model.onnx"]

@@ -246,6 +246,7 @@ def test_terminated_run_removes_its_unfinished_folder(one_level_folder, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_no_output_and_the_next_run_removes_its_leftovers(one_level_folder, tmp_path, monkeypatch):
     process = _run_until_it_writes(one_level_folder, tmp_path / "out")
     process.kill()

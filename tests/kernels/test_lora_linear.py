@@ -174,7 +174,7 @@ def test_ops_pass_opcheck() -> None:
     assert fake.dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_once_and_without_a_graph_break(path: str, backend: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)

@@ -38,7 +38,11 @@ def step(network, latents, noise, t, flow, weighting, mask):
 
 @pytest.mark.parametrize(
     ("backend", "fused"),
-    [("aot_eager", True), ("inductor", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
+    [
+        ("aot_eager", True),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+        pytest.param("inductor", False, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_step_is_one_graph_for_every_time_and_agrees_with_eager(backend, fused, request):
     if fused:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_trainers_of_one_process_do_not_share_the_recompile_limit(
     make_batch: Any, monkeypatch: pytest.MonkeyPatch, make_one_level_trainer: Any
 ) -> None:
