@@ -38,6 +38,7 @@ OptionGroup = Literal[
     "LoRA",
     "ONNX",
     "depth",
+    "image to image",
     "method",
     "teacher",
     "image",

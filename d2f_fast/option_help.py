@@ -34,6 +34,7 @@ _NOTES: Mapping[str, str] = {
     ),
     "teacher": "The network can learn the velocity of another model in place of that of the data. All need --teacher.",
     "depth": "They need --task depth.",
+    "image to image": "They need --task image_to_image.",
     "sampling": "Flow time t goes from 0 (pure noise) to 1 (image).",
 }
 _DEFAULT = " Default: "

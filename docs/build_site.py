@@ -21,7 +21,8 @@ from pdoc.render_helpers import to_html
 ROOT = Path(__file__).resolve().parent.parent
 # Pages in the order of the menu; a guide that is not named here comes last.
 ORDER = (
-    *("index.md", "README.md", "training.md", "reflow.md", "depth.md", "sampling.md", "comfyui.md", "a1111.md"),
+    *("index.md", "README.md", "training.md", "reflow.md", "depth.md", "image_to_image.md", "sampling.md"),
+    *("comfyui.md", "a1111.md"),
     *("convert.md", "evaluation.md", "deploy.md", "method.md", "results.md"),
 )
 # Folders of modules, and the package that they are imported as.

@@ -119,6 +119,25 @@ def depth_rooms(shared_folder: Callable[[str, Callable[[Path], object]], Path]) 
     return shared_folder("depth", lambda folder: write_rooms(folder / "rooms", "train", 6, side=16)) / "rooms"
 
 
+@pytest.fixture(scope="session")
+def source_targets(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Folder of four pairs of a source and a target image of 16 × 16 pixels; the source is JPEG, the target PNG."""
+    return shared_folder("source_targets", _save_source_targets)
+
+
+def _save_source_targets(folder: Path) -> None:
+    """Write pairs of smooth images and their damaged copies into `folder`."""
+    from PIL import Image
+
+    for name in ("source", "target"):
+        (folder / name).mkdir()
+    for i in range(4):
+        coarse = np.random.default_rng(i).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((16, 16), Image.Resampling.BICUBIC)
+        image.save(folder / f"target/{i}.png")
+        image.save(folder / f"source/{i}.jpg", quality=5)
+
+
 def _save_tiny_pipeline(folder: Path) -> None:
     """Write the tokenizer's files into `folder`, and the pipeline into `folder`/pipeline."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel

@@ -15,7 +15,7 @@ import pytest
 import torch
 from triton import knobs
 
-from benchmarks import few_steps_table
+from benchmarks import few_steps_table, source_table
 from benchmarks.bench_train_step import ROWS
 from benchmarks.compile_ahead import Ahead, Launch
 from benchmarks.train_steps import EVALUATED_AT_ONCE, MAX_NORM, Levers, PeftStep
@@ -243,6 +243,16 @@ def test_reference_step_sums_over_parts_of_the_batch():
     torch.testing.assert_close(loss, whole.detach(), rtol=1e-6, atol=0)
     size = float(torch.stack([tensor.norm() for tensor in wanted.values()]).norm())
     torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-5 * size)
+
+
+def test_restored_images_are_compared_by_their_peak_signal_to_noise_ratio():
+    (image,) = source_table.targets([3], 1, seed=0)
+    for task in source_table.TASKS:
+        source = source_table.damaged(image, task)
+        mean = np.square(np.asarray(source, np.float64) - np.asarray(image)).mean()
+        assert source.size == image.size == (32, 32) and 0 < mean < 2000
+        ratio, exact = source_table.psnr([source, image], [image, image])
+        assert abs(ratio - 10 * np.log10(65025 / mean)) < 1e-9 and exact == pytest.approx(99)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from d2f_fast.option_help import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = ("training", "reflow", "depth", "image_to_image", "sampling", "evaluation", "results")
 RECIPES = sorted((ROOT / "docs/recipes").glob("*.yaml"))
 
 
@@ -31,7 +32,7 @@ def test_examples_give_what_the_page_says(page: str) -> None:
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.parametrize("page", ["training.md", "reflow.md", "depth.md", "sampling.md", "evaluation.md", "results.md"])
+@pytest.mark.parametrize("page", [f"{page}.md" for page in PAGES])
 def test_d2f_commands_of_a_page_parse(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # recipes are named relative to the clone
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)

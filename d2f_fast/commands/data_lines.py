@@ -8,6 +8,7 @@ from d2f_fast.data.long_captions import find_long_captions
 from d2f_fast.data.mixed import MixedDataset, MixedImages
 from d2f_fast.data.order import steps_per_epoch
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.errors import printable
 from d2f_fast.image_sizes import Resolution, sizes_of
 from d2f_fast.training.batches import mixture_of_run
@@ -20,7 +21,7 @@ _NAMED = 8  # repeated folders that a line names
 
 def data_lines(
     trainer: AlignedTrainer,
-    dataset: CaptionedImages | MixedImages | PairDataset | DepthDataset,
+    dataset: CaptionedImages | MixedImages | PairDataset | DepthDataset | SourceTargetDataset,
     folders: Sequence[str],
     resolution: Resolution | None,
 ) -> Iterator[str]:
@@ -48,6 +49,12 @@ def data_lines(
             f"pairs of {len(dataset.shards)} shards, made with guidance {made['d2f.pairs_guidance']} and solver"
             f" {made['d2f.pairs_solver']}{end}"
         )
+    elif isinstance(dataset, SourceTargetDataset):
+        share = dataset.options.source_noise
+        yield f"the flow starts from the source images, with a share of {share:g} of noise, and ends at the targets"
+        for pairs in dataset.folders:
+            if pairs.captioned is not None:
+                yield from _repeats_of(pairs.captioned)
     else:
         for folder in dataset.folders if isinstance(dataset, MixedImages) else (dataset,):
             yield from _repeats_of(folder)
@@ -64,7 +71,7 @@ def data_lines(
     yield from doubts(trainer.config, trainer.model.stated_resolution)
     # The model that made pairs cut long prompts, too.
     if (
-        isinstance(dataset, CaptionedImages | MixedImages)
+        isinstance(dataset, CaptionedImages | MixedImages | SourceTargetDataset)
         and (long := find_long_captions(dataset, trainer.model.tokenizers)) is not None
     ):
         yield str(long)

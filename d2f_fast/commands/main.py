@@ -66,7 +66,11 @@ COMMANDS = LazyCommands(
 )
 # Commands whose options depend on --task.
 TASKS = LazyCommands(
-    {("sample", "depth"): "sample_depth:SampleDepth", ("evaluate", "depth"): "evaluate_depth:EvaluateDepth"}
+    {
+        ("sample", "depth"): "sample_depth:SampleDepth",
+        ("sample", "image_to_image"): "sample_image_to_image:SampleImageToImage",
+        ("evaluate", "depth"): "evaluate_depth:EvaluateDepth",
+    }
 )
 
 

@@ -64,7 +64,8 @@ class Sample:
     Everything is computed in float32, on an NVIDIA GPU or else on the CPU, and all prompts together: give fewer at
     once if the memory does not suffice.
 
-    The options for predicting depth are listed by `d2f sample --task depth --help`.
+    The options for predicting depth are listed by `d2f sample --task depth --help`, and those for changing images by
+    `d2f sample --task image_to_image --help`.
 
     Args:
         prompts: One or more prompts; one image is generated for each. A prompt that is given several times gives
@@ -87,7 +88,8 @@ class Sample:
             it off, which halves the time. Default: the lowest value saved with the model and LoRA, which is 1 after
             training on pairs, or else 3; 1 with --invert.
         seed: Seed of the noise. The same seed and options give the same images on one machine.
-        task: What the model does. "text" generates images of prompts. For "depth" see `d2f sample --task depth --help`.
+        task: What the model does. "text" generates images of prompts. For "depth" and "image_to_image" see `d2f sample
+            --task depth --help` and `d2f sample --task image_to_image --help`.
         model_options: Options of the base model.
         onnx: Folder that export/to_onnx.py wrote, which ONNX Runtime runs in place of a model. What the export has
             settled is then an error: the model and its options, --lora, --method and its options, --flow_spacing,
@@ -135,7 +137,7 @@ class Sample:
     num_inference_steps: int | None = option("essential", None, at_least(1, MAX_SAMPLING_STEPS))
     guidance_scale: float | None = option("essential", None, check_guidance)
     seed: int = option("essential", 0, check_seed)
-    task: Literal["text"] = option("essential", "text", metavar="{text,depth}")
+    task: Literal["text"] = option("essential", "text", metavar="{text,depth,image_to_image}")
     model_options: ModelOptions = field(default_factory=ModelOptions)
     onnx: str | None = option("ONNX", None, metavar="FOLDER")
     onnx_provider: Literal["auto", "cpu", "cuda", "tensorrt"] | None = option("ONNX", None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.commands.depth_sampling import DepthSampling
 from d2f_fast.commands.sample import earlier_rows
+from d2f_fast.commands.sample_files import find_images
 from d2f_fast.config import check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
@@ -53,7 +54,7 @@ class SampleDepth:
         """
         check_options(self)
         output = Path(self.output_dir)
-        for path in self._images():
+        for path in find_images(self.image):
             if (existing := output / f"{path.stem}.npy").exists():
                 raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
         self.sampling.check(self.output_dir)
@@ -78,37 +79,16 @@ class SampleDepth:
         from d2f_fast.files.run_record import write_run_record
 
         model = self.sampling.load()
-        files: list[Path] = []
-        for path in self._images():
+        images, files = find_images(self.image), list[Path]()
+        for path in images:
             with refused_sample(printable(path)):
                 image = to_rgb(read_image(path))
             prediction = model.predict(image, name=printable(path), **self.sampling.of_prediction)
             files += write_prediction(output / path.stem, prediction)
-        row = self.sampling.row(model) | {"samples": len(self._images())}
+        row = self.sampling.row(model) | {"samples": len(images)}
         rows = [*earlier, row | {"files": [file.name for file in files]}]
         write_run_record(output, "d2f sample", self.sampling.seed, time.monotonic() - started, rows)
         return row | {"files": [str(file) for file in files], "output": str(output)}
-
-    def _images(self) -> list[Path]:
-        """Return the image files, those of folders in the order of their names.
-
-        Raises:
-            RefusedInputError: There is none, one does not exist, or two have the same name.
-        """
-        from d2f_fast.data.image_folder import find_image_files
-
-        if not self.image:
-            raise RefusedInputError("image: give at least one image file, or a folder of images")
-        found: dict[str, Path] = {}
-        for entry in map(Path, self.image):
-            if not entry.exists():
-                raise RefusedInputError(f"image: {printable(entry)} does not exist: give an image file or a folder")
-            for path in find_image_files(entry) if entry.is_dir() else [entry]:
-                if (other := found.setdefault(path.stem, path)) is not path:
-                    raise RefusedInputError(
-                        f"image: {printable(path)} and {printable(other)} would have one name in output_dir: rename one"
-                    )
-        return list(found.values())
 
 
 def write_prediction(stem: Path, prediction: "DepthPrediction") -> list[Path]:

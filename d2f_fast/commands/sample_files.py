@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from d2f_fast import __version__
 from d2f_fast.config import SamplingMethod, StochasticMethod
+from d2f_fast.data.image_folder import find_image_files
 from d2f_fast.errors import CheckpointError, RefusedInputError, printable
 from d2f_fast.lora.source import parse_lora
 
@@ -42,6 +43,29 @@ def check_start(
         for file in files:
             if not Path(file).is_file():
                 raise RefusedInputError(f"{name}: {printable(file)} is no file: check the path")
+
+
+def find_images(entries: Sequence[str]) -> list[Path]:
+    """Return the image files among files and folders of images, those of folders in the order of their names.
+
+    Args:
+        entries: Files and folders, as they were given with --image.
+
+    Raises:
+        RefusedInputError: There is none, one does not exist, or two have the same name.
+    """
+    if not entries:
+        raise RefusedInputError("image: give at least one image file, or a folder of images")
+    found: dict[str, Path] = {}
+    for entry in map(Path, entries):
+        if not entry.exists():
+            raise RefusedInputError(f"image: {printable(entry)} does not exist: give an image file or a folder")
+        for path in find_image_files(entry) if entry.is_dir() else [entry]:
+            if (other := found.setdefault(path.stem, path)) is not path:
+                raise RefusedInputError(
+                    f"image: {printable(path)} and {printable(other)} would have one name in output_dir: rename one"
+                )
+    return list(found.values())
 
 
 def read_images(files: Sequence[str]) -> "list[Image.Image]":

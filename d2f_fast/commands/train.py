@@ -1,21 +1,21 @@
-"""`d2f train`: finetune a model on captioned images, on pairs of noise and latents, or on images with depth."""
+"""`d2f train`: finetune a model on captioned images, pairs of noise and latents, depth, or pairs of images."""
 
 import dataclasses
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2f_fast.commands.train_data import check_data, held_out_files, training_files
 from d2f_fast.config import TrainingConfig, check_options, option
 from d2f_fast.data.depth_options import DepthOptions
+from d2f_fast.data.source_options import SourceOptions
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
-from d2f_fast.image_sizes import check_data_sets
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions, check_flow_schedule
@@ -24,22 +24,14 @@ from d2f_fast.training.launch import check_launch
 from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_files
 
 if TYPE_CHECKING:
-    from d2f_fast.data.depth_source import DepthSource
-    from d2f_fast.data.image_folder import CaptionedImages
-    from d2f_fast.data.mixed import MixedImages
-    from d2f_fast.data.pairs import PairDataset
+    from d2f_fast.commands.train_data import HeldOutFiles, TrainingFiles
     from d2f_fast.models.configs import ModelConfigs
     from d2f_fast.training.trainer import AlignedTrainer, RunResult
 
 
-# Options that say how images are read and prepared, which pairs do without.
-_OF_CAPTIONS = ("image_column", "caption_column", "caption_extension")
-_OF_IMAGE_TRAINING = ("center_crop", "random_flip", "cache_latents")
-
-
 @dataclass(frozen=True)
 class Train:
-    """Finetune a model on captioned images, on pairs of noise and latents, or on depth.
+    """Finetune a model on captioned images, on pairs of noise and latents, on depth, or on pairs of images.
 
     Required: --train_data_dir or --pairs. Without --pretrained_model_name_or_path the miniature is trained, a tiny
     model of 32-pixel emoji inside this package, which is there for trying things out. The training runs on the GPU, or
@@ -51,21 +43,25 @@ class Train:
     Args:
         train_data_dir: Folder of the training images. Captions are in a text file beside each image (a.jpg and a.txt)
             or in one file metadata.jsonl. With --task depth it has the sub-folders rgb and depth, or another layout of
-            docs/depth.md. Several folders are mixed, see --dataset_weights. Not together with --pairs. Default: none.
+            docs/depth.md; with --task image_to_image the sub-folders source and target. Several folders are mixed, see
+            --dataset_weights. Not together with --pairs. Default: none.
         pairs: Train on pairs of noise and latents in place of images (reflow). Give folders of `d2f pairs`, or tar
             files of the same content; {000000..000009}.tar names ten. Options about image files, crops, flips and
             --cache_latents are then an error. Default: none.
         pretrained_model_name_or_path: Model to start from: a Hugging Face id, a diffusers pipeline folder, or one
             .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL. "miniature" is the tiny model.
         task: What the model learns. "text" generates images of captions. "depth" predicts the depth of an image; the
-            result then also has a folder `pipeline` for diffusers' MarigoldDepthPipeline.
+            result then also has a folder `pipeline` for diffusers' MarigoldDepthPipeline. "image_to_image" changes an
+            image, such as a small or a damaged one, into another: the flow starts from it in place of noise, see
+            docs/image_to_image.md.
         dataset_weights: Weight of each of several folders of --train_data_dir, such as 0.9 0.1. An epoch has as many
             images as all folders together, in the ratio of the weights. Default: the numbers of images, so that each
             image comes once an epoch.
         pairs_of_another_model: Accept pairs that another model made, such as a larger one with the same latents. They
             are an error otherwise.
         validation_data_dir: Folder of captioned images that are not trained on. Their loss is measured every
-            --validation_steps, on 64 images at most, spread over the folder. Not with --task depth. Default: none.
+            --validation_steps, on 64 images at most, spread over the folder. With --task image_to_image it has the
+            sub-folders source and target. Not with --task depth. Default: none.
         validation_pairs: Pairs that are not trained on, in place of such images; 64 at most are used. They are given as
             for --pairs. Default: none.
         image_column: Image of a line of metadata.jsonl, where lines name several. "image" is that of the key
@@ -78,6 +74,7 @@ class Train:
         model_options: Options of the base model.
         teacher_options: Options of the teacher.
         depth_options: Options of the depth.
+        source_options: Options of a flow that starts from an image.
         options: Options of the training itself.
         dry_run: Check the options and the files, print all options as JSON, and stop. Nothing is downloaded, computed
             or written. An option that was left open is printed as null.
@@ -94,7 +91,7 @@ class Train:
     train_data_dir: tuple[str, ...] | str | None = option("essential", None, metavar="FOLDER")
     pairs: tuple[str, ...] | None = option("essential", None, metavar="PATH")
     pretrained_model_name_or_path: str = option("essential", MINIATURE, metavar="MODEL")
-    task: Literal["text", "depth"] = option("method", "text")
+    task: Literal["text", "depth", "image_to_image"] = option("method", "text")
     dataset_weights: tuple[float, ...] | None = option("data", None)
     pairs_of_another_model: bool = option("data", False)
     validation_data_dir: str | None = option("data", None, metavar="FOLDER")
@@ -105,6 +102,7 @@ class Train:
     model_options: ModelOptions = field(default_factory=ModelOptions)
     teacher_options: TeacherOptions = field(default_factory=TeacherOptions)
     depth_options: DepthOptions = field(default_factory=DepthOptions)
+    source_options: SourceOptions = field(default_factory=SourceOptions)
     options: TrainingConfig = field(default_factory=TrainingConfig)
     dry_run: bool = option("other", False)
     json: bool = option("other", False)
@@ -115,7 +113,7 @@ class Train:
             object.__setattr__(self, "train_data_dir", next(iter(self.train_data_dir), None))
 
     @property
-    def _folders(self) -> tuple[str, ...]:
+    def folders(self) -> tuple[str, ...]:
         """Return the folders of the training images."""
         given = self.train_data_dir or ()
         return (given,) if isinstance(given, str) else given
@@ -140,12 +138,7 @@ class Train:
         with locked_folder(output) if writes else nullcontext():
             return self._train(*data, output)
 
-    def _train(
-        self,
-        found: "CaptionedImages | MixedImages | PairDataset | list[DepthSource]",
-        held_out: "CaptionedImages | PairDataset | None",
-        output: Path,
-    ) -> dict[str, Any]:
+    def _train(self, found: "TrainingFiles", held_out: "HeldOutFiles", output: Path) -> dict[str, Any]:
         """Train and save in an output folder that no other run uses."""
         started = time.monotonic()
         silence_libraries()
@@ -153,6 +146,8 @@ class Train:
         from d2f_fast.data.depth_encoding import DepthDataset, options_for_depth
         from d2f_fast.data.pair_checks import options_for_pairs
         from d2f_fast.data.pairs import PairDataset
+        from d2f_fast.data.source_images import SourceTargetDataset
+        from d2f_fast.data.source_options import options_for_source
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.objective import method_line
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
@@ -162,6 +157,7 @@ class Train:
         options = self.teacher_options.settle(self.options)
         options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
         options = options_for_depth(options) if isinstance(dataset, DepthDataset) else options
+        options = options_for_source(options) if isinstance(dataset, SourceTargetDataset) else options
         trainer = AlignedTrainer.from_pretrained(
             *(self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options),
             context_images=int(self.task == "depth"),
@@ -171,7 +167,7 @@ class Train:
         if trainer.accelerator.is_main_process:
             taught = [] if trainer.teacher is None else [str(trainer.teacher)]
             of_model = trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow), *taught
-            for line in (*of_model, *data_lines(trainer, dataset, self._folders, self.options.resolution)):
+            for line in (*of_model, *data_lines(trainer, dataset, self.folders, self.options.resolution)):
                 print(f"d2f: {line}", file=sys.stderr)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
         with stop_signals(trainer.has_unsaved_steps, announce=trainer.accelerator.is_main_process) as signals:
@@ -203,12 +199,10 @@ class Train:
             raise InterruptedRunError(f"stopped by {name} after the run was complete: {saved} is saved", number)
         return row | {"output": str(saved)}
 
-    def _checked_data(
-        self,
-    ) -> "tuple[CaptionedImages | MixedImages | PairDataset | list[DepthSource], CaptionedImages | PairDataset | None]":
+    def _checked_data(self) -> "tuple[TrainingFiles, HeldOutFiles]":
         """Return the data and the held-out data, once all that can be refused without torch has been checked."""
         configs = self._check_files()
-        dataset, held_out = self._data_set(), self._validation_set()
+        dataset, held_out = training_files(self), held_out_files(self)
         if configs is not None and (self.pairs or self.validation_pairs):
             from d2f_fast.data.pair_checks import check_pairs_of_run  # It imports NumPy.
 
@@ -220,7 +214,7 @@ class Train:
         check_options(self)
         check_launch(self.options, os.environ)
         self._check_pipeline(Path(self.options.output_dir) / "pipeline")
-        self._check_data()
+        check_data(self)
         from d2f_fast.models.configs import check_one_text_encoder, check_training, read_configs
         from d2f_fast.training.adapter import check_adapter
         from d2f_fast.training.checkpoint import refuse_used_folder
@@ -234,58 +228,15 @@ class Train:
             if is_depth:
                 check_one_text_encoder(configs.text_encoders)
         check_teacher_files(self.teacher_options, *model)
-        normalization = self.depth_options.depth_normalization if is_depth else None
-        check_settings(self.options, self.model_options, self.teacher_options, configs, normalization)
+        of_task: dict[str, str | float] = {}
+        if is_depth:
+            of_task = {"depth_normalization": self.depth_options.depth_normalization}
+        elif self.task == "image_to_image":
+            of_task = {"source_noise": self.source_options.source_noise}
+        check_settings(self.options, self.model_options, self.teacher_options, configs, of_task)
         check_adapter(self.options, *model, images=int(is_depth), has_teacher=self.teacher_options.teacher is not None)
         refuse_used_folder(self.options.output_dir, self.options.resume_from_checkpoint)
         return configs
-
-    def _data_set(self) -> "CaptionedImages | MixedImages | PairDataset | list[DepthSource]":
-        """Return the images or pairs."""
-        if not self._folders:
-            from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
-
-            return PairDataset(self.pairs or (), of_another_model=self.pairs_of_another_model)
-        if self.task == "depth":
-            from d2f_fast.data.depth_data import find_depth_sources  # It imports NumPy.
-            from d2f_fast.data.mixed import mixture_of
-
-            sources = find_depth_sources(self._folders, self.depth_options)
-            mixture_of([len(source) for source in sources], self.dataset_weights)
-            return sources
-        from d2f_fast.data.image_folder import CaptionedImages
-
-        keys = self.image_column, self.caption_column, self.caption_extension
-        folders = [CaptionedImages(folder, *keys) for folder in self._folders]
-        if len(folders) == 1 and self.dataset_weights is None:
-            return folders[0]
-        from d2f_fast.data.mixed import MixedImages  # It imports NumPy.
-
-        return MixedImages(folders, self.dataset_weights)
-
-    def _validation_set(self) -> "CaptionedImages | PairDataset | None":
-        """Return the held-out images or pairs."""
-        from d2f_fast.data.image_folder import CaptionedImages
-
-        folder, pairs, steps = self.validation_data_dir, self.validation_pairs, self.options.validation_steps
-        if folder is None and not pairs:
-            if steps and not self.options.validation_prompts:
-                raise RefusedInputError(
-                    "validation_steps needs something to validate with: add --validation_prompts, --validation_data_dir"
-                    " or --validation_pairs"
-                )
-            return None
-        if folder is not None and pairs:
-            raise RefusedInputError("give either --validation_data_dir or --validation_pairs")
-        if not steps:
-            raise RefusedInputError("held-out samples need --validation_steps, how often their loss is measured")
-        if folder is None:
-            from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
-
-            return PairDataset(pairs or (), of_another_model=self.pairs_of_another_model)
-        if not Path(folder).is_dir():
-            raise RefusedInputError(f"validation_data_dir: {printable(folder)} is not a folder: correct the path")
-        return CaptionedImages(folder, self.image_column, self.caption_column, self.caption_extension)
 
     def _check_pipeline(self, folder: Path) -> None:
         """Refuse a run that writes a pipeline and would replace the result of another run."""
@@ -301,43 +252,6 @@ class Train:
                 f"{printable(folder)} is no result of a run, and is not replaced: move it away, or choose another"
                 " output_dir"
             )
-
-    def _check_data(self) -> None:
-        """Refuse a folder that does not exist, images together with pairs, and options that have no effect."""
-        self._check_task()
-        check_data_sets(self.options.resolution, max(1, len(self._folders)))
-        if self.options.distill and not self.pairs:
-            raise RefusedInputError("distill needs --pairs, whose noise and latents are the two ends of the jump")
-        if self._folders:
-            if self.pairs:
-                raise RefusedInputError("give either --train_data_dir or --pairs: a run trains on one of them")
-            for folder in map(Path, self._folders):
-                if not folder.is_dir():
-                    raise RefusedInputError(
-                        f"train_data_dir: {printable(folder)} is not a folder: give the folder of the training images"
-                    )
-            return
-        if not self.pairs:
-            raise RefusedInputError(
-                "give --train_data_dir, the folder of the captioned images, or --pairs, what d2f pairs made"
-            )
-        for holder, names in ((self, (*_OF_CAPTIONS, "dataset_weights")), (self.options, _OF_IMAGE_TRAINING)):
-            _refuse_given(holder, names, "has no effect on pairs: leave it out")
-
-    def _check_task(self) -> None:
-        """Refuse options that have no effect on the task."""
-        if self.task == "text":
-            names = [each.name for each in dataclasses.fields(self.depth_options)]
-            _refuse_given(self.depth_options, names, "needs --task depth: add it, or leave the option out")
-            return
-        if not self._folders:
-            raise RefusedInputError("task depth needs --train_data_dir, a folder of images with their depth")
-        cure = "has no effect with --task depth, which reads no captions: leave it out"
-        _refuse_given(self, _OF_CAPTIONS, cure)
-        _refuse_given(self.teacher_options, ("teacher",), "does not go with --task depth: leave it out")
-        held_out = "validation_data_dir", "validation_pairs"
-        _refuse_given(self, held_out, "does not go with --task depth: leave it out, and use d2f evaluate")
-        _refuse_given(self.options, ("caption_dropout", "validation_prompts"), cure)
 
 
 def _say_how_to_sample(output: Path, base: str, trainer: "AlignedTrainer", result: "RunResult") -> None:
@@ -359,20 +273,3 @@ def _own_options(command: Train) -> dict[str, object]:
         for name, value in values.items()
         if not dataclasses.is_dataclass(value) and name not in ("dry_run", "json")
     }
-
-
-def _refuse_given(options: Any, names: Iterable[str], why: str) -> None:
-    """Refuse options that do not have their defaults.
-
-    Args:
-        options: Dataclass of options.
-        names: Names of those that must not be given.
-        why: End of the message, which says why and what to do.
-
-    Raises:
-        RefusedInputError: One of them is given.
-    """
-    defaults = {each.name: each.default for each in dataclasses.fields(options)}
-    for name in names:
-        if getattr(options, name) != defaults[name]:
-            raise RefusedInputError(f"{name} {why}")

@@ -24,6 +24,9 @@ class Batch(TypedDict, total=False):
         context: [b, k · C, h, w] floating; latents, in the scale of the network, of the k images that the network sees
             before its own latents. Only for a network that takes them, see `BaseModel.see_images`.
         noise: [b, C, h, w] floating; noise that belongs to the latents of each pair. Left out, each step samples it.
+        source: [b, C, h, w] floating; latents, in the scale of the network, of the images that the flow starts from.
+            Left out, it starts from noise.
+        source_noise: share of noise in that start, in [0, 1]; see `noised_source`. 0 where it is left out.
         encoder_hidden_states: [b, L, D] floating; output of the text encoder. First form of the texts.
         input_ids: [b, L] int64; token ids that the step encodes. Second form of the texts, for models with one text
             encoder.
@@ -41,6 +44,8 @@ class Batch(TypedDict, total=False):
     pixel_values: Tensor
     context: Tensor
     noise: Tensor
+    source: Tensor
+    source_noise: float
     encoder_hidden_states: Tensor
     input_ids: Tensor
     added_cond_kwargs: Mapping[str, Tensor] | None
@@ -65,7 +70,9 @@ def check_batch(batch: Batch) -> None:
         raise RefusedInputError(f"a batch with mean needs std, got {', '.join(given)}")
     if "noise" in given and images != "latents":
         raise RefusedInputError(f"a batch with noise needs the latents that it belongs to, got {', '.join(given)}")
-    further = [name for name in ("noise", "context", "mask") if given.get(name) is not None]
+    if "source" in given and images == "pixel_values":
+        raise RefusedInputError("a batch with source needs latents, or mean and std, got pixel_values: encode them")
+    further = [name for name in ("noise", "source", "context", "mask") if given.get(name) is not None]
     maps = [images, *(["std"] if images == "mean" else []), *further]
     values = {name: given[name] for name in (*maps, texts)} | dict(batch.get("added_cond_kwargs") or {})
     tensors: dict[str, Tensor] = {}
@@ -77,9 +84,10 @@ def check_batch(batch: Batch) -> None:
         if tensors[name].ndim != 4 or not (tensors[name].is_floating_point() or name == "mask"):
             got = f"{list(tensors[name].shape)} {tensors[name].dtype}"
             raise RefusedInputError(f"{name} must be floating, [samples, channels, height, width], got {got}")
-    if "noise" in tensors and tensors["noise"].shape != tensors[images].shape:
-        shapes = f"{list(tensors['noise'].shape)} and {list(tensors[images].shape)}"
-        raise RefusedInputError(f"noise and latents must have the same shape, got {shapes}")
+    for name in tensors.keys() & {"noise", "source"}:
+        if tensors[name].shape != tensors[images].shape:
+            shapes = f"{list(tensors[name].shape)} and {list(tensors[images].shape)}"
+            raise RefusedInputError(f"{name} and {images} must have the same shape, got {shapes}")
     count = len(tensors[images])
     for name, value in tensors.items():
         if len(value) != count and not (name == "mask" and len(value) == 1):

@@ -13,7 +13,6 @@
 No torch is imported before an image is read, so that `d2f train` refuses a folder at once.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 
 from d2f_fast.data.depth_source import DepthLayout, DepthSample, DepthSource, check_sizes, check_units
 from d2f_fast.data.file_names import is_image
+from d2f_fast.data.partner_files import check_partners, files_by_stem
 from d2f_fast.errors import DatasetError, printable
 
 EXPECTED_LAYOUTS = (
@@ -30,8 +30,6 @@ EXPECTED_LAYOUTS = (
     " the test images of NYUv2, KITTI, ETH3D, ScanNet or DIODE (docs/depth.md)"
 )
 _DEPTH_EXTENSIONS = (".png", ".npy", ".exr")  # those of `depth_files`, which imports torch
-_NAMED = 3  # files that a message names
-
 
 _PLAIN = DepthLayout("plain", None, np.inf, 1000.0)
 _VKITTI2 = DepthLayout("vkitti2", 100.0, 80.0, 400.0, nearest=0.5)
@@ -115,37 +113,11 @@ def _layout_of(folder: Path) -> tuple[DepthLayout, Callable[[Path], Iterator[Dep
 
 def _plain_files(folder: Path) -> Iterator[DepthFiles]:
     """Yield the files of a plain folder, in the order of their names."""
-    images = _by_stem(folder / "rgb", is_image)
-    depths = _by_stem(folder / "depth", lambda name: name.lower().endswith(_DEPTH_EXTENSIONS))
-    for what, here, there in (("no depth", images, depths), ("no image", depths, images)):
-        if lonely := sorted(here.keys() - there.keys()):
-            named = ", ".join(printable(here[stem]) for stem in lonely[:_NAMED])
-            raise DatasetError(
-                f"{printable(folder)}: {len(lonely)} of {len(here)} files have {what} of the same name, such as"
-                f" {named}: add what is missing, or remove them"
-            )
+    images = files_by_stem(folder / "rgb", is_image)
+    depths = files_by_stem(folder / "depth", lambda name: name.lower().endswith(_DEPTH_EXTENSIONS))
+    check_partners(folder, {"image": images, "depth": depths})
     for stem in sorted(images):
         yield DepthFiles(images[stem], depths[stem])
-
-
-def _by_stem(folder: Path, reads: Callable[[str], bool]) -> dict[str, Path]:
-    """Return the files at any depth that can be read, by their path in the folder without the extension.
-
-    Raises:
-        DatasetError: Two files have the same name but for the extension.
-    """
-    found: dict[str, Path] = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith(".") or not reads(name):
-                continue
-            path = Path(parent, name)
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in found:
-                raise DatasetError(f"{printable(path)} and {printable(found[stem])} have one name: remove one of them")
-            found[stem] = path
-    return found
 
 
 def _vkitti2_files(folder: Path) -> Iterator[DepthFiles]:

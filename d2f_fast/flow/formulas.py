@@ -53,6 +53,19 @@ def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return combine(t, latents, 1 - t, noise)
 
 
+def noised_source(source: Tensor, noise: Tensor, source_noise: float) -> Tensor:
+    """Return the start of a flow from a source: (1 - source_noise) * source + source_noise * noise.
+
+    It is the point of the flow from noise to the source at flow time 1 - source_noise.
+
+    Args:
+        source: latents of the source image, [B, ...].
+        noise: Gaussian noise, same shape.
+        source_noise: share of noise, in [0, 1]; 0 gives the source and 1 the noise, bit for bit.
+    """
+    return interpolate(source, noise, torch.tensor(1 - source_noise, dtype=torch.float64))
+
+
 def state_scale(t: Tensor) -> Tensor:
     """Return n = sqrt(t² + (1 - t)²), the ratio of the flow state to the diffusion state."""
     return (t.square() + (1 - t).square()).sqrt()

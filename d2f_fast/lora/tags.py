@@ -10,6 +10,8 @@ from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.lora.source import check_lora_file
 
 TAG_PREFIX = "d2f."
+TASK, SOURCE_NOISE = "d2f.task", "d2f.source_noise"
+IMAGE_TO_IMAGE = "image_to_image"
 _PREDICTION, _SHIFT, _FORM = "d2f.prediction_type", "d2f.shift", "d2f.fm_form"
 # Entries that take a few words only, in the spelling that this package writes and reads.
 _WORDS: dict[str, tuple[str, ...]] = {
@@ -105,4 +107,13 @@ def predicts_depth(tags: Mapping[str, object]) -> bool:
     Args:
         tags: Entries that begin with "d2f.".
     """
-    return tags.get("d2f.task") == "depth"
+    return tags.get(TASK) == "depth"
+
+
+def starts_from_image(tags: Mapping[str, object]) -> bool:
+    """Return whether tags are those of a model whose flow starts from an image in place of noise.
+
+    Args:
+        tags: Entries that begin with "d2f.".
+    """
+    return tags.get(TASK) == IMAGE_TO_IMAGE

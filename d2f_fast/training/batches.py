@@ -15,10 +15,12 @@ from d2f_fast.data.mixed import MixedDataset
 from d2f_fast.data.order import BatchPlan, Mixture, plan_batches
 from d2f_fast.data.pair_encoding import PairEncoder
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.data.source_encoding import SourceTargetEncoder
+from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.image_sizes import check_data_sets, sizes_differ
 from d2f_fast.models.base_model import BaseModel
 
-TrainingData: TypeAlias = ImageDataset | PairDataset | DepthDataset
+TrainingData: TypeAlias = ImageDataset | PairDataset | DepthDataset | SourceTargetDataset
 
 
 class Processes(Protocol):
@@ -42,7 +44,7 @@ def encoded_batches(
     """Yield this process' slice of each global batch that is left of a run.
 
     Args:
-        dataset: Captioned images, pairs of noise and latents, or images with depth.
+        dataset: Captioned images, pairs of noise and latents, images with depth, or pairs of source and target images.
         model: Base model of the run.
         config: Options of the run.
         fingerprints: Hashes of the base model before training; see `BaseModel.fingerprints`.
@@ -85,10 +87,12 @@ def data_settings(dataset: TrainingData) -> dict[str, str | float]:
     """Return what a continuation of a run must match of its data, beside the number of samples.
 
     Args:
-        dataset: Captioned images, pairs of noise and latents, or images with depth.
+        dataset: Captioned images, pairs of noise and latents, images with depth, or pairs of source and target images.
     """
     of_depth = dataset.settings() if isinstance(dataset, DepthDataset) else {}
-    settings = {f"depth_{name}": value for name, value in of_depth.items()}
+    settings: dict[str, str | float] = {f"depth_{name}": value for name, value in of_depth.items()}
+    if isinstance(dataset, SourceTargetDataset):
+        settings |= dataset.settings()
     if isinstance(dataset, MixedDataset) and (mixture := dataset.mixture) is not None:
         by_size = mixture.weights == mixture.sizes
         weights = f"the sizes of {len(mixture.sizes)} data sets" if by_size else ", ".join(map(str, mixture.weights))
@@ -102,7 +106,7 @@ def loader_and_encoder(
     """Return the function that loads the samples of a plan, in any thread, and the one that makes a batch of them.
 
     Args:
-        dataset: Captioned images, pairs of noise and latents, or images with depth.
+        dataset: Captioned images, pairs of noise and latents, images with depth, or pairs of source and target images.
         model: Base model of the run.
         config: Options of the run.
         fingerprints: Hashes of the base model before training; see `BaseModel.fingerprints`.
@@ -116,5 +120,8 @@ def loader_and_encoder(
     if isinstance(dataset, DepthDataset):
         depth = DepthEncoder(model, config, dataset)
         return depth.load, depth.encode
+    if isinstance(dataset, SourceTargetDataset):
+        from_source = SourceTargetEncoder(model, config, dataset)
+        return from_source.load, from_source.encode
     images = BatchEncoder(model, config)
     return partial(images.load, dataset), images.encode

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2f_fast.data.batch import Batch, check_values
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.flow.formulas import noised_source
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.objective import Objective
 
@@ -24,7 +25,8 @@ class StepInputs(NamedTuple):
     """Inputs of one step: this process' slice of the batch, with noise and t sampled.
 
     Attributes:
-        latents, noise: [b, C, h, w] float32; the noise is that of the batch where it has one.
+        latents, noise: [b, C, h, w] float32; the noise is that of the batch where it has one. Where the flow starts
+            from images, it is their latents, noised as the batch says.
         t: [b] float32 flow times in [0, 1].
         condition: "encoder_hidden_states" [b, L, D], "context" [b, k · C, h, w] where the network sees images, and the
             other inputs of the network, [b, ...] each.
@@ -90,8 +92,7 @@ class InputSampler:
 
         # The order is part of what a seed means: posterior, noise, times, dropout.
         posterior_noise, noise = gaussian(), gaussian()
-        if "noise" in batch:
-            noise = self._on_device(batch["noise"]).float()
+        noise = self._start(batch, noise)
         t = self._objective.sample_times(global_size, generator, self._device)[own]
         dropped = torch.rand(global_size, generator=generator, device=self._device)[own] < self._caption_dropout
         if "latents" in posterior:
@@ -122,7 +123,7 @@ class InputSampler:
             generator = torch.Generator().manual_seed(step_seed(_FIXED_SEED, number))
             t.append(torch.rand((), generator=generator))
             noise.append(torch.randn(latents.shape[1:], generator=generator))
-        own = self._on_device(batch["noise"]).float() if "noise" in batch else torch.stack(noise).to(self._device)
+        own = self._start(batch, torch.stack(noise).to(self._device))
         if self._device.type == "cuda":
             latents, own = (x.contiguous(memory_format=torch.channels_last) for x in (latents, own))
         mask = batch.get("mask")
@@ -130,6 +131,14 @@ class InputSampler:
         condition = self._condition(batch, none)
         mask = None if mask is None else self._on_device(mask)
         return StepInputs(latents, own, torch.stack(t).to(self._device), condition, mask, len(index))
+
+    def _start(self, batch: Batch, noise: Tensor) -> Tensor:
+        """Return the start of the flow: the sampled noise, that of the batch, or noised latents of source images."""
+        if "noise" in batch:
+            noise = self._on_device(batch["noise"]).float()
+        if "source" not in batch:
+            return noise
+        return noised_source(self._on_device(batch["source"]).float(), noise, batch.get("source_noise", 0.0))
 
     def empty_condition(self) -> dict[str, Tensor]:
         """Return the condition of the empty prompt, [1, ...] each, encoded once; empty if no caption is dropped."""

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
-from d2f_fast.lora.tags import predicts_depth
+from d2f_fast.lora.tags import SOURCE_NOISE, predicts_depth, starts_from_image
 from d2f_fast.training.summary import recommended_steps
 
 CARD_FILE = "README.md"
@@ -38,6 +38,8 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     model = f"--model BASE --lora {shlex.quote(name)}" if is_lora else f"--model {shlex.quote(f'{name}/pipeline')}"
     if predicts_depth(tags):
         return _depth_recipe(name, model, steps)
+    if starts_from_image(tags):
+        return [f"d2f_fast: `d2f sample --task image_to_image {model} --image IMAGE --num_inference_steps {steps}`"]
     lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps {steps}`"]
     if tags.get("d2f.fm_form") == "published":
         return lines  # No other program feeds the network the flow time itself.
@@ -87,6 +89,8 @@ def _placeholders(tags: Mapping[str, str], is_lora: bool) -> str:
     """Return what the words in capitals of the recipe stand for."""
     if predicts_depth(tags):
         return "IMAGE is the file of an image; in diffusers, the image itself."
+    if starts_from_image(tags):
+        return f"{'BASE is the base model, and ' if is_lora else ''}IMAGE the file of the image to start from."
     return "BASE is the base model, and TEXT the caption." if is_lora else "TEXT is the caption."
 
 
@@ -137,7 +141,7 @@ def _card(
     data = ModelCardData(
         base_model=published,
         library_name="diffusers",
-        pipeline_tag="depth-estimation" if predicts_depth(tags) else "text-to-image",
+        pipeline_tag=_pipeline_tag(tags),
         tags=["diff2flow", "flow-matching", "stable-diffusion", *(["lora"] if is_lora else [])],
     )
     kind = "full finetuning"
@@ -154,6 +158,7 @@ def _card(
         "resolution": f"{tags['d2f.resolution']} px",
         "learning rate": config.learning_rate,
         **({"trained on pairs with guidance": tags["d2f.pairs_guidance"]} if "d2f.pairs_guidance" in tags else {}),
+        **({"share of noise at the start": tags[SOURCE_NOISE]} if starts_from_image(tags) else {}),
         **_validation_row(result.get("validation_losses")),
         "shift in training": tags["d2f.training_shift"],
         "shift for sampling": tags["d2f.shift"],
@@ -171,7 +176,7 @@ def _card(
         if tags["d2f.objective"] == "diff2flow"
         else f"A {kind}, trained by `d2f_fast` on the objective `{tags['d2f.objective']}`.",
         "",
-        f"## {'Predict depth' if predicts_depth(tags) else 'Generate images'} in {_WORDS.get(steps, f'{steps} steps')}",
+        f"## {_purpose(tags)} in {_WORDS.get(steps, f'{steps} steps')}",
         "",
         *(f"- {line}" for line in recipe(folder, tags, folder.resolve().name)),
         "",
@@ -183,6 +188,20 @@ def _card(
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in settings.items()),
     ]
+
+
+def _pipeline_tag(tags: Mapping[str, str]) -> str:
+    """Return the task of the Hugging Face Hub that a result belongs to."""
+    if predicts_depth(tags):
+        return "depth-estimation"
+    return "image-to-image" if starts_from_image(tags) else "text-to-image"
+
+
+def _purpose(tags: Mapping[str, str]) -> str:
+    """Return what a result does, as the start of a heading."""
+    if predicts_depth(tags):
+        return "Predict depth"
+    return "Change images" if starts_from_image(tags) else "Generate images"
 
 
 def _validation_row(losses: object) -> dict[str, str]:

@@ -37,6 +37,10 @@ _FREE_ON_RESUME = {
 _SETTLED_BY_DATA = ("resolution", "caption_dropout", "first_last_layers")
 
 
+# Settings that the checkpoints of one task alone have.
+_OF_TASKS = ("depth_normalization", "source_noise")
+
+
 class RunState(TypedDict):
     """Content of `state.json`.
 
@@ -68,7 +72,7 @@ def check_settings(
     model_options: ModelOptions,
     teacher_options: TeacherOptions,
     configs: ModelConfigs | None,
-    depth_normalization: str | None = None,
+    data_settings: Mapping[str, str | float] | None = None,
 ) -> None:
     """Refuse an objective that the model does not take, and settings that differ from those of a checkpoint.
 
@@ -77,7 +81,8 @@ def check_settings(
         model_options: options of the base model.
         teacher_options: options of the teacher.
         configs: configurations of the base model; None for one whose files are not on this machine yet.
-        depth_normalization: what is learned of depth; None for captioned images and pairs.
+        data_settings: what `batches.data_settings` returns, as far as the options say it; None for captioned images and
+            pairs.
 
     Raises:
         RefusedInputError: the base model, or the LoRA that the run starts from, does not take the objective.
@@ -98,7 +103,8 @@ def check_settings(
     known: dict[str, object] = {
         "mixed_precision": precision_of(config),
         "global_batch_size": config.train_batch_size * config.gradient_accumulation_steps * processes,
-        "depth_normalization": depth_normalization,
+        **dict.fromkeys(_OF_TASKS),
+        **(data_settings or {}),
     }
     if model_options.prediction_type is not None:
         known["prediction_type"] = model_options.prediction_type

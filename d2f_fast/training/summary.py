@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from d2f_fast.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.lora.start import StartingLora
-from d2f_fast.lora.tags import predicts_depth
+from d2f_fast.lora.tags import IMAGE_TO_IMAGE, SOURCE_NOISE, predicts_depth, starts_from_image
 
 RECOMMENDED_STEPS_AFTER_PAIRS = 2
 
@@ -61,6 +62,21 @@ def depth_tags(dataset: DepthDataset) -> dict[str, str]:
     }
 
 
+def source_tags(dataset: SourceTargetDataset) -> dict[str, str]:
+    """Return the entries that say that the flow of a model starts from an image, and how it is sampled.
+
+    Args:
+        dataset: The pairs of images.
+    """
+    return {
+        "d2f.task": IMAGE_TO_IMAGE,
+        SOURCE_NOISE: str(dataset.options.source_noise),
+        "d2f.image_pairs": str(len(dataset)),
+        "d2f.recommended_steps": str(DEFAULT_STEPS),
+        "d2f.recommended_guidance": "1.0",
+    }
+
+
 def recommended_guidance(tags: Mapping[str, str]) -> float:
     """Return the guidance scale to sample with."""
     return float(tags.get("d2f.recommended_guidance", DEFAULT_GUIDANCE))
@@ -99,13 +115,20 @@ def summary_tags(
         "ss_learning_rate": str(config.learning_rate),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_seed": str(config.seed),
-        "modelspec.usage_hint": f"{counted}, guidance {guidance:g}, {_sampler(tags)}"
-        if not predicts_depth(tags)
-        else f"{sampling_steps} steps; predicts depth, with d2f sample --task depth",
+        "modelspec.usage_hint": _usage_hint(tags, counted, guidance),
     }
     if start is not None:
         entries["d2f.init_lora"] = f"{start.path.name} {start.identity}"
     return tags | entries
+
+
+def _usage_hint(tags: dict[str, str], counted_steps: str, guidance: float) -> str:
+    """Return in words how the result is used."""
+    if predicts_depth(tags):
+        return f"{counted_steps}; predicts depth, with d2f sample --task depth"
+    if starts_from_image(tags):
+        return f"{counted_steps}; starts from an image, with d2f sample --task image_to_image"
+    return f"{counted_steps}, guidance {guidance:g}, {_sampler(tags)}"
 
 
 def _sampler(tags: dict[str, str]) -> str:

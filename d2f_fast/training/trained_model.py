@@ -14,6 +14,7 @@ from torch import Tensor
 from d2f_fast.config import SamplingMethod, Spacing, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.image_sizes import sizes_of
 from d2f_fast.layers.half_base import HalfBase
@@ -25,7 +26,7 @@ from d2f_fast.training.ema import EMA
 from d2f_fast.training.network import inputs_in_float32
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.publish import publish_lora, publish_pipeline, tags_of
-from d2f_fast.training.summary import depth_tags, pair_tags
+from d2f_fast.training.summary import depth_tags, pair_tags, source_tags
 from d2f_fast.training.teacher import TeacherModel
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class TrainedModel(ABC):
         on_state: OnState | None = None,
         context: Tensor | None = None,
         image_guidance_scale: float = 1.0,
+        noise: Tensor | None = None,
     ) -> list[Image.Image]:
         """Generate one image for each prompt with the averaged weights, along flow time from t = 0.
 
@@ -115,6 +117,8 @@ class TrainedModel(ABC):
             context: latents of the k images that the network sees, [B, k · C, h, w], as a batch of the training has
                 them; see `encode_context`. None for a network that sees none.
             image_guidance_scale: scale of the guidance by these images, at least 1, which turns it off.
+            noise: flow state at t = 0 in place of random noise, [B, C, h, w], such as `start_of_flow` makes of source
+                images; None for random noise.
 
         Returns:
             One RGB image for each prompt.
@@ -127,7 +131,7 @@ class TrainedModel(ABC):
         sampling = replace(sampling, image_guidance_scale=image_guidance_scale)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         with self._generating():
-            return generate_images(self.model, prompts, sampling, generator, on_state=on_state, context=context)
+            return generate_images(self.model, prompts, sampling, generator, noise, on_state, context)
 
     def invert(
         self,
@@ -203,4 +207,6 @@ class TrainedModel(ABC):
             of_data = pair_tags(dataset, taught=bool(taught), distilled=self.config.distill)
         elif isinstance(dataset, DepthDataset):
             of_data = depth_tags(dataset)
+        elif isinstance(dataset, SourceTargetDataset):
+            of_data = source_tags(dataset)
         return tags_of(self.config, self.objective, self.model, of_data | taught)

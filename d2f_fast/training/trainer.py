@@ -18,6 +18,8 @@ from d2f_fast.data.batch import Batch, check_batch
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.loading import check_dataset
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.data.source_images import SourceTargetDataset
+from d2f_fast.data.source_options import check_source_training
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.base_model import BaseModel
@@ -188,9 +190,10 @@ class AlignedTrainer(TrainedModel):
         """Train on a dataset until `max_train_steps`, with checkpoints, log and progress bar.
 
         Args:
-            dataset: `PairDataset`; `DepthDataset`, for a network that sees one image (`BaseModel.see_images`); or
-                samples {"image": PIL image, "text": caption or captions}, and a length. Optional methods `key(index)`
-                and `captions(index)` save reading cached images; see `data.loading.ImageDataset`.
+            dataset: `PairDataset`; `SourceTargetDataset`; `DepthDataset`, for a network that sees one image
+                (`BaseModel.see_images`); or samples {"image": PIL image, "text": caption or captions}, and a length.
+                Optional methods `key(index)` and `captions(index)` save reading cached images; see
+                `data.loading.ImageDataset`.
             validation: held-out samples, whose loss is measured every `validation_steps`; None for none.
 
         Returns:
@@ -208,6 +211,8 @@ class AlignedTrainer(TrainedModel):
             if samples is None:
                 continue
             check_dataset(samples)
+            if isinstance(samples, SourceTargetDataset):
+                check_source_training(self.config.objective, has_teacher=self.teacher is not None)
             if self.config.distill and not isinstance(samples, PairDataset):
                 raise RefusedInputError("distill learns the jump from the noise of pairs: give pairs, or leave it out")
         mixture_of_run(dataset, self.config)  # Its refusal comes before the first step.
@@ -252,12 +257,12 @@ class AlignedTrainer(TrainedModel):
         if main:
             stack.enter_context(locked_folder(config.output_dir))
         self._training_step.tags = self.tags = self._tags(dataset)
-        of_depth = [dataset.options] if isinstance(dataset, DepthDataset) else []
+        of_data = [dataset.options] if isinstance(dataset, DepthDataset | SourceTargetDataset) else []
         self._data_settings = data_settings(dataset)
         self._resume()
         if main:
             own = self.command_options
-            write_options(config.output_dir, own, self.model.options, self.teacher_options, *of_depth, config)
+            write_options(config.output_dir, own, self.model.options, self.teacher_options, *of_data, config)
         logger.info("%s", self.paths)
         log = stack.enter_context(RunLog(config, self.accelerator, self.global_step))
         if self._half_base is not None:

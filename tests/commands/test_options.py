@@ -86,12 +86,13 @@ def test_option_says_its_default_once(option):
 @pytest.mark.parametrize("name", ["sample", "evaluate"])
 def test_help_names_the_options_of_depth(name, help_of):
     text = help_of(name)
-    assert f"listed by `d2f {name} --task depth --help`" in text and "--task {text,depth}" in text
+    assert f"listed by `d2f {name} --task depth --help`" in text and "--task {text,depth" in text
 
 
 def test_training_options_are_in_groups_of_which_the_essential_one_is_first(help_of):
     titles = re.findall(TITLE, help_of("train"), re.MULTILINE)
-    groups = ["essential", "data", "model", "LoRA", "depth", "method", "teacher", "optimisation", "memory and speed"]
+    groups = ["essential", "data", "model", "LoRA", "depth", "image to image", "method", "teacher"]
+    groups += ["optimisation", "memory and speed"]
     assert titles == ["options", *(f"{group} options" for group in [*groups, "checkpoints and logs", "other"])]
 
 

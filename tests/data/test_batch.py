@@ -52,6 +52,16 @@ def test_posterior_without_a_matching_deviation_is_refused() -> None:
         check_batch(posterior(std=torch.ones(3, 4, 8, 8)) | texts)
 
 
+def test_source_needs_latents_of_its_shape() -> None:
+    source = torch.randn(4, 4, 8, 8)
+    check_batch(batch(source=source, source_noise=0.5))
+    with pytest.raises(RefusedInputError, match="source and latents must have the same shape"):
+        check_batch(batch(source=source[..., :4]))
+    texts = {"encoder_hidden_states": torch.randn(4, 8, 16)}
+    with pytest.raises(RefusedInputError, match="a batch with source needs latents, or mean and std, got pixel_values"):
+        check_batch({"pixel_values": torch.zeros(4, 3, 16, 16), "source": source, **texts})
+
+
 def test_one_mask_for_all_samples_is_accepted() -> None:
     check_batch(batch(mask=torch.ones(1, 1, 8, 8, dtype=torch.bool), added_cond_kwargs=None))
 

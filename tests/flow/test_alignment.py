@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.alignment import Alignment
+from d2f_fast.flow.formulas import noised_source
 from d2f_fast.flow.noise_schedule import NoiseSchedule
 
 SCHEDULES = {
@@ -223,6 +224,21 @@ def test_trailing_times_have_ddims_sigmas_times_the_shift(shift):
     abar = ddim.alphas_cumprod.double()[ddim.timesteps[1:]]
     times = alignment.times(4, "trailing", shift)[1:-1].double()
     torch.testing.assert_close((1 - times) / times, shift * ((1 - abar) / abar).sqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_noised_source_is_the_interpolant_between_noise_and_source(share):
+    source, noise = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+    expected = (1 - share) * source.numpy() + share * noise.numpy()
+    np.testing.assert_allclose(noised_source(source, noise, share).numpy(), expected, rtol=0, atol=1e-15)
+    rounded = noised_source(source.float(), noise.float(), share)
+    assert rounded.dtype == torch.float32
+    np.testing.assert_allclose(rounded.numpy(), expected, rtol=0, atol=5e-7)
+    alignment = Alignment(NoiseSchedule.from_scheduler(scheduler_of("sd", "epsilon")))
+    between = alignment.interpolate(source, noise, torch.tensor(1 - share, dtype=torch.float64))
+    assert torch.equal(between, noised_source(source, noise, share))
+    if share in (0.0, 1.0):
+        assert torch.equal(rounded, (noise if share else source).float())
 
 
 def test_low_precision_latents_are_rounded_once():

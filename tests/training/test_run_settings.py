@@ -40,6 +40,7 @@ def continue_run(tmp_path: Path, saved: dict[str, object], known: bool = True, *
         ({"init_lora": "0123:1"}, {}, "init_lora was '0123:1' and is now None"),
         ({"teacher": "0123"}, {}, "teacher was '0123' and is now None"),
         ({"depth_normalization": "affine"}, {}, "depth_normalization was 'affine' and is now None"),
+        ({"source_noise": 0.5}, {}, "source_noise was 0.5 and is now None"),
         ({}, {"max_train_steps": 2}, "checkpoint-3 is past max_train_steps 2: raise max_train_steps"),
     ],
 )

@@ -1,0 +1,51 @@
+"""Data of `d2f train --task image_to_image`, and options that are refused with it."""
+
+from pathlib import Path
+
+import pytest
+
+from d2f_fast.commands.main import main, parse
+from d2f_fast.commands.train import Train
+from d2f_fast.commands.train_data import held_out_files, training_files
+from d2f_fast.data.source_images import SourceTargetDataset
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "task image_to_image needs --train_data_dir, a folder with the sub-folders source and target"),
+        (["--train_data_dir", "DATA/source"], "has no sub-folder source: expected the sub-folders source and target"),
+        (["--train_data_dir", "DATA", "--objective", "diffusion"], "objective diffusion always starts from noise"),
+        (["--train_data_dir", "DATA", "--teacher", "base"], "teacher does not go with --task image_to_image: leave it"),
+        (["--train_data_dir", "DATA", "--source_noise", "2"], "source_noise must be at most 1.0, got 2.0"),
+        (["--train_data_dir", "DATA", "--validation_pairs", "x"], "validation_pairs does not go with --task image_to"),
+        (["--train_data_dir", "DATA", "--depth_scale", "9"], "depth_scale needs --task depth: add it, or leave the"),
+        (
+            ["--train_data_dir", "DATA", "--validation_prompts", "x", "--validation_steps", "1"],
+            "validation_prompts does not go with --task image_to_image: leave it out, and give --validation_data_dir",
+        ),
+    ],
+)
+def test_options_that_do_not_go_with_image_to_image_are_refused(
+    options: list[str], sentence: str, source_targets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.replace("DATA", str(source_targets)) for word in options]
+    assert main(["train", "--task", "image_to_image", *words, "--output_dir", str(tmp_path / "x"), "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_share_of_noise_needs_its_task(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--train_data_dir", str(images), "--source_noise", "0.5", "--dry_run"]) == 2
+    assert "source_noise needs --task image_to_image: add it, or leave the option out" in capsys.readouterr().err
+
+
+def test_source_and_target_images_are_found_for_training_and_validation(source_targets: Path) -> None:
+    folder = str(source_targets)
+    words = ["train", "--task", "image_to_image", "--train_data_dir", folder, folder, "--dataset_weights", "3", "1"]
+    command = parse([*words, "--validation_data_dir", folder, "--validation_steps", "1", "--source_noise", "0.5"])
+    assert isinstance(command, Train)
+    found, held_out = training_files(command), held_out_files(command)
+    assert isinstance(found, SourceTargetDataset) and isinstance(held_out, SourceTargetDataset)
+    assert found.mixture is not None and found.mixture.counts == (6, 2) and len(held_out) == 4
+    assert found.options.source_noise == held_out.options.source_noise == 0.5
