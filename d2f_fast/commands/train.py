@@ -1,4 +1,4 @@
-"""`d2f train`: finetune a model on captioned images, pairs of noise and latents, depth, or pairs of images."""
+"""`d2f train`: finetune a model on captioned images, pairs of noise and latents, depth, or image pairs."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train:
-    """Finetune a model on captioned images, on pairs of noise and latents, on depth, or on pairs of images.
+    """Finetune a model on captioned images, pairs of noise and latents, depth, or image pairs.
 
     Required: --train_data_dir or --pairs. Without --pretrained_model_name_or_path the miniature is trained, a tiny
     model of 32-pixel emoji inside this package, which is there for trying things out. The training runs on the GPU, or

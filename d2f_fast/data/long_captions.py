@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from d2f_fast.data.loading import CaptionedDataset, FileDataset, ImageDataset
+from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.errors import printable
 
 
@@ -47,7 +48,9 @@ class LongCaptions(NamedTuple):
         )
 
 
-def find_long_captions(dataset: ImageDataset, tokenizers: Iterable[Tokenizer]) -> LongCaptions | None:
+def find_long_captions(
+    dataset: ImageDataset | SourceTargetDataset, tokenizers: Iterable[Tokenizer]
+) -> LongCaptions | None:
     """Count the captions that have more tokens than a text encoder takes.
 
     Args:

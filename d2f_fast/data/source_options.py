@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from d2f_fast.config import ObjectiveName, TrainingConfig, at_least, check_options, option
+from d2f_fast.config import LoraFormat, ObjectiveName, TrainingConfig, at_least, check_options, option
 from d2f_fast.errors import RefusedInputError
 
 
@@ -36,7 +36,7 @@ def options_for_source(config: TrainingConfig) -> TrainingConfig:
     Returns:
         The same options, with LoRA files for diffusers alone, because no other program starts from the source.
     """
-    default = "diffusers" if config.adapter == "lora" else None
+    default: LoraFormat | None = "diffusers" if config.adapter == "lora" else None
     return dataclasses.replace(config, lora_format=config.lora_format or default)
 
 
