@@ -46,34 +46,13 @@ def check_lora_and_output(
     paths = [parse_lora(entry).path for entry in lora]
     for path in paths:
         check_lora_file(path)
-    if not starts_from_image:
-        _refuse_source(model, paths)
     if model is None:
         common_tags(paths, shift)  # This refuses tags that contradict each other, as the next one does.
     else:
-        check_sampling_tags(model, lora, options, shift)
+        check_sampling_tags(model, lora, options, shift, from_image=starts_from_image)
         check_lora_fits(lora, model, options, images)
     if os.path.exists(output_dir):
         make_folder(output_dir)  # This refuses a file of that name.
-
-
-def _refuse_source(model: str | None, loras: Sequence[Path]) -> None:
-    """Refuse a model or LoRA whose flow starts from an image, where it would start from noise.
-
-    Raises:
-        RefusedInputError: The tags of one of them say so.
-    """
-    from d2f_fast.lora.tags import lora_tags, starts_from_image
-    from d2f_fast.models.tags import saved_tags
-
-    found = [path for path in loras if starts_from_image(lora_tags(path))]
-    if model is not None and not loras and starts_from_image(saved_tags(model)):
-        found = [Path(model)]
-    if found:
-        raise RefusedInputError(
-            f"{printable(found[0])} was trained to start from an image, and this command starts from noise: give"
-            " d2f sample --task image_to_image --image FILE"
-        )
 
 
 def say_steps(given: int | None, steps: ChosenSteps) -> None:

@@ -11,7 +11,7 @@ from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.image_sizes import Size, first_size
 from d2f_fast.lora.source import parse_lora
-from d2f_fast.lora.tags import TAG_PREFIX, check_tags, common_tags, lora_tags
+from d2f_fast.lora.tags import TAG_PREFIX, check_tags, common_tags, lora_tags, starts_from_image
 from d2f_fast.models.configs import downsampling_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import ChosenSteps
@@ -262,7 +262,9 @@ def options_of_training(model: str, lora: Sequence[str], options: ModelOptions, 
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def check_sampling_tags(model: str, lora: Sequence[str], options: ModelOptions, shift: float | None) -> None:
+def check_sampling_tags(
+    model: str, lora: Sequence[str], options: ModelOptions, shift: float | None, *, from_image: bool = False
+) -> None:
     """Refuse tags of a model or of LoRA that cannot be used for sampling.
 
     Args:
@@ -270,11 +272,22 @@ def check_sampling_tags(model: str, lora: Sequence[str], options: ModelOptions, 
         lora: LoRA as PATH or PATH:SCALE.
         options: Options of the model.
         shift: Shift that was given; None for none.
+        from_image: Whether the flow starts from an image. Otherwise what was trained to do so is refused.
 
     Raises:
-        RefusedInputError: A tag has a value that it cannot have, or the tags of two files contradict each other.
+        RefusedInputError: A tag has a value that it cannot have, the tags of two files contradict each other, or the
+            flow starts from noise and should start from an image.
     """
     paths = [parse_lora(entry).path for entry in lora]
     options_of_training(model, lora, options, shift)
     lowest_guidance(model, paths)
     trained_size(model, paths)
+    if from_image:
+        return
+    tagged = {str(path): lora_tags(path) for path in paths} or {model: saved_tags(model)}
+    for source, tags in tagged.items():
+        if starts_from_image(tags):
+            raise ModelError(
+                f"{printable(source)} was trained to start from an image, and this command starts from noise: use"
+                " d2f sample --task image_to_image --image FILE"
+            )

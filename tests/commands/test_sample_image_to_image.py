@@ -149,6 +149,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
         ["pairs", "--prompts_file", "PROMPTS"],
         ["evaluate", "--straightness", "--prompts", "a"],
     ],
+    ids=["sample", "pairs", "evaluate"],
 )
 def test_commands_that_start_from_noise_refuse_the_lora(
     command: list[str], run: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,10 +16,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from d2f_fast.commands.main import main
-from d2f_fast.commands.train import Train
-from d2f_fast.config import TrainingConfig
 from d2f_fast.data import pair_checks
-from d2f_fast.data.mixed import MixedImages
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.files.tensor_file import read_tensors
 
@@ -411,15 +408,6 @@ def test_repeats_and_cut_captions_are_said_before_the_training(train, images, tm
     ) in error
     assert ("d2f: 1 of 2 captions is longer than the ") in error
     assert f"which does not see the rest; the first is that of {images / '2.png'}\n" in error
-
-
-def test_images_of_several_folders_are_mixed(images, tmp_path, capsys):
-    folders = (str(images), str(shutil.copytree(images, tmp_path / "other")))
-    options = TrainingConfig(output_dir=str(tmp_path / "run"))
-    dataset = Train(train_data_dir=folders, dataset_weights=(2.0, 1.0), options=options)._data_set()
-    assert isinstance(dataset, MixedImages) and dataset.mixture.counts == (4, 2)
-    assert main(["train", "--train_data_dir", folders[0], "--dataset_weights", "1", "--dry_run"]) == 2
-    assert "dataset_weights: 1 for 1 data set: give several folders" in capsys.readouterr().err
 
 
 def test_run_names_the_teacher_and_refuses_one_that_does_not_fit(train, tmp_path, capsys):

@@ -1,5 +1,6 @@
-"""Data of `d2f train --task image_to_image`, and options that are refused with it."""
+"""Data of `d2f train`: mixed folders, source and target images, and options that are refused with them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from d2f_fast.commands.main import main, parse
 from d2f_fast.commands.train import Train
 from d2f_fast.commands.train_data import held_out_files, training_files
+from d2f_fast.data.mixed import MixedImages
 from d2f_fast.data.source_images import SourceTargetDataset
 
 
@@ -33,6 +35,14 @@ def test_options_that_do_not_go_with_image_to_image_are_refused(
     assert main(["train", "--task", "image_to_image", *words, "--output_dir", str(tmp_path / "x"), "--dry_run"]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_images_of_several_folders_are_mixed(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = (str(images), str(shutil.copytree(images, tmp_path / "other")))
+    dataset = training_files(Train(train_data_dir=folders, dataset_weights=(2.0, 1.0)))
+    assert isinstance(dataset, MixedImages) and dataset.mixture is not None and dataset.mixture.counts == (4, 2)
+    assert main(["train", "--train_data_dir", folders[0], "--dataset_weights", "1", "--dry_run"]) == 2
+    assert "dataset_weights: 1 for 1 data set: give several folders" in capsys.readouterr().err
 
 
 def test_share_of_noise_needs_its_task(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
