@@ -12,7 +12,7 @@ from PIL import Image
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import check_batch
 from d2f_fast.data.images import preprocess, read_image, to_rgb
-from d2f_fast.data.order import BatchPlan, plan_batches
+from d2f_fast.data.order import Augmentation, BatchPlan, plan_batches
 from d2f_fast.data.source_encoding import SourceTargetEncoder
 from d2f_fast.data.source_images import SourceTargetDataset, SourceTargetFolder
 from d2f_fast.data.source_options import SourceOptions
@@ -71,6 +71,16 @@ def test_cache_gives_the_same_batches_without_reading_the_images(
     for (_, a), (_, b), (_, c) in zip(first, again, uncached, strict=True):
         for name in ("source", "mean", "std", "encoder_hidden_states"):
             assert torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]), name
+
+
+def test_each_folder_may_have_a_size_of_its_own(model: BaseModel, source_targets: Path, tmp_path: Path) -> None:
+    dataset = SourceTargetDataset([SourceTargetFolder(source_targets)] * 2)
+    encoder = SourceTargetEncoder(model, TrainingConfig(str(tmp_path), resolution=(16, 16, 16, 24)), dataset)
+    for part, width in ((0, 8), (1, 12)):
+        for index in ([4 * part], []):
+            plan = BatchPlan(0, index, [Augmentation(1.0, (0.5, 0.5), 0.0)] * len(index), 1, 0, part)
+            batch = encoder.encode(plan, encoder.load(plan))
+            assert batch["source"].shape == (len(index), 4, 8, width)
 
 
 def test_process_without_a_sample_gets_an_empty_batch(encoder: Any, source_targets: Path) -> None:
