@@ -48,7 +48,6 @@ from d2f_fast.sampling.integrate import sample_flow
 BATCH = 32  # Larger batches of the miniature leave the cache of a CPU core, and take longer for each image.
 STEPS = (1, 2, 4, 10)
 OWN_STEPS = 25  # of the base's own sampler, beside these
-REFERENCE_IMAGES = 2000
 OBJECTIVES: dict[str, dict[str, str]] = {
     "diffusion": {"objective": "diffusion"},
     "fm_published": {"objective": "fm", "fm_form": "published"},
@@ -99,7 +98,7 @@ def reduced(images: Tensor) -> Tensor:
     return small.clamp(-1, 1)
 
 
-def captions_of(pictures: Path, size: int, count: int, seed: int) -> Captions:
+def captions_of(pictures: Path, size: int, count: int, others_count: int, seed: int) -> Captions:
     """Choose captions of held-out combinations, and compute the features of real images."""
     train, test = (CaptionedImages(pictures / str(size) / split) for split in ("train", "test"))
     random = np.random.default_rng(seed)
@@ -107,10 +106,8 @@ def captions_of(pictures: Path, size: int, count: int, seed: int) -> Captions:
     own, rest = order[:count], order[count:]
     real = images_of(test, own, size)
     # The reference has both kinds of combinations, as many as there are of each among all.
-    share = min(len(rest), round(REFERENCE_IMAGES * len(test) / (len(test) + len(train))))
-    reference = torch.cat(
-        [images_of(test, rest[:share], size), images_of(train, others[: REFERENCE_IMAGES - share], size)]
-    )
+    share = min(len(rest), round(others_count * len(test) / (len(test) + len(train))))
+    reference = torch.cat([images_of(test, rest[:share], size), images_of(train, others[: others_count - share], size)])
     classifier = load_classifier()
     spaces = {"classifier": FeatureSpace(lambda x: classifier.features(reduced(x)), real, reference, seed)}
     if is_installed():
@@ -304,7 +301,7 @@ def estimate(options: argparse.Namespace) -> float:
         settings = len(options.cases) * len(options.sampling_steps) + ("base" in options.cases)
         # A training step with LoRA on all layers took four evaluations of its images; a start takes 15 seconds.
         training = len(runs) * (options.steps * options.batch * 4 * evaluation + 15)
-        sampling = options.images * (evaluations * evaluation + settings * (decoding + 0.01))
+        sampling = options.images * (evaluations * evaluation + settings * (decoding + 0.03))  # 30 ms for both features
         print(
             f"{size} px: {1e3 * evaluation:.1f} ms for an evaluation and {1e3 * decoding:.1f} ms for a decoding of an"
             f" image; {training / 60:.0f} min of training and {sampling / 60:.0f} min of sampling for each seed"
@@ -329,7 +326,7 @@ def main() -> None:
                 missing = [case for case, path in paths.items() if not path.exists()]
                 if not missing:
                     continue
-                captions = captions_of(options.pictures, size, options.images, seed)
+                captions = captions_of(options.pictures, size, options.images, options.reference_images, seed)
                 real: dict[str, Array | float] = {}
                 for name, space in captions.spaces.items():
                     both = np.concatenate([captions.real[name], space.reference])
@@ -356,6 +353,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (%(default)s)")
     parser.add_argument("--warmup", type=int, default=20, help="steps to the highest learning rate (%(default)s)")
     parser.add_argument("--images", type=int, default=500, help="captions that are generated (%(default)s)")
+    text = "real images that generated ones are compared with (%(default)s)"
+    parser.add_argument("--reference_images", type=int, default=2000, help=text)
     text = f"numbers of sampling steps ({' '.join(map(str, STEPS))}; the base also has {OWN_STEPS})"
     parser.add_argument("--sampling_steps", type=int, nargs="+", default=STEPS, help=text)
     parser.add_argument("--repeats", type=int, default=200, help="resamplings behind the intervals (%(default)s)")
