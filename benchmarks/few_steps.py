@@ -2,6 +2,7 @@
 
     python -m benchmarks.few_steps --output few_steps             # seed 0, 2,000 images for each setting
     python -m benchmarks.few_steps --output few_steps --seed 1 --no_colour --settings "dpm++ uniform 12 guided"
+    python -m benchmarks.few_steps --output few_steps --model run/pipeline --networks full     # of a full finetuning
     python -m benchmarks.few_steps_table few_steps                # tables with intervals, over all seeds in the folder
 
 A setting of the base counts at its network evaluations, of which guidance takes two for each step. The captions are a
@@ -23,9 +24,10 @@ from d2f_fast.demo.generation import start_noise
 from d2f_fast.evaluation.distances import frechet_distance
 from d2f_fast.files.hashes import file_sha256
 from d2f_fast.lora.merge import fuse_adapter
-from d2f_fast.miniature import REFLOW_LORA, emoji, load_miniature
+from d2f_fast.miniature import REFLOW_LORA, emoji
 from d2f_fast.miniature.classifier import load_classifier
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.prompt_velocity import prompt_velocity
 from d2f_fast.sampling.integrate import sample_flow
 from d2f_fast.sampling.multistep import sample_multistep
@@ -68,15 +70,15 @@ LORA = tuple(Setting("euler uniform", steps) for steps in (1, 2, 4))
 def generate(model: BaseModel, prompts: list[str], noise: Tensor, setting: Setting) -> Tensor:
     """Return one image [3, H, W] in [-1, 1] for each prompt, as one tensor."""
     sampler, spacing = setting.sampler.split()
-    alignment = model.alignment
-    times = alignment.times(setting.steps, "trailing" if spacing == "trailing" else "uniform")
+    flow = model.flow
+    times = flow.times(setting.steps, "trailing" if spacing == "trailing" else "uniform")
     if sampler == "ddim":  # It takes its start noise for the noisy input at the last timestep.
-        times[0] = alignment.t_min
-        noise = alignment.to_flow(noise, times[0])
+        times[0] = model.alignment.t_min
+        noise = flow.to_flow(noise, times[0])
     images = []
     for first in range(0, len(prompts), BATCH):
         part = slice(first, first + BATCH)
-        velocity = prompt_velocity(model, alignment, prompts[part], emoji.SIZE, emoji.SIZE, setting.guidance)
+        velocity = prompt_velocity(model, flow, prompts[part], emoji.SIZE, emoji.SIZE, setting.guidance)
         solve = sample_multistep if sampler == "dpm++" else sample_flow
         latents = solve(velocity, noise[part], times=times)
         assert isinstance(latents, Tensor)
@@ -88,7 +90,7 @@ def main() -> None:
     """Generate the images of every setting, and keep their features."""
     options = _options()
     names = range(len(emoji.names()))
-    captions = EvaluationSet(names, options.images, load_classifier(), "noto", REFERENCE_IMAGES, options.seed)
+    captions = EvaluationSet(names, options.images, load_classifier(), options.style, REFERENCE_IMAGES, options.seed)
     prompts = [emoji.caption(item.name, None if options.no_colour else item.colour) for item in captions.items]
     right = np.array([item.name for item in captions.items])
     options.output.mkdir(parents=True, exist_ok=True)
@@ -96,14 +98,14 @@ def main() -> None:
     space = captions.space
     np.savez(options.output / f"real, {suffix}.npz", features=space.features(captions.real), reference=space.reference)
     for network in options.networks:
-        pipeline = load_miniature()
-        lora = "" if network == "base" else file_sha256(options.lora)
+        pipeline = load_pipeline(options.model)
+        lora = file_sha256(options.lora) if network == "lora" else ""
         if lora:
             fuse_adapter(pipeline, options.lora, 1.0)
         model = BaseModel(pipeline)
         noise = start_noise(options.images, model, options.seed)
-        label = "base" if network == "base" else options.lora.stem
-        for setting in LORA if lora else BASE:
+        label = {"base": "base", "lora": options.lora.stem, "full": Path(options.model).parent.name}[network]
+        for setting in BASE if network == "base" else LORA:
             kind = "captions without a colour" if options.no_colour else "captions with a colour"
             path = options.output / f"{label}, {setting.label}, {kind}, {suffix}.npz"
             if path.exists() or (options.settings and setting.label not in options.settings):
@@ -137,7 +139,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--lora", type=Path, default=REFLOW_LORA, help="LoRA; its rows have its file name (%(default)s)"
     )
-    parser.add_argument("--networks", nargs="+", choices=("base", "lora"), default=("lora", "base"))
+    text = "model folder, whose `full` rows have the name of the folder that it is in (%(default)s)"
+    parser.add_argument("--model", default="miniature", help=text)
+    text = "the model as it is by the base's settings, with the LoRA, or as it is in few even steps (lora base)"
+    parser.add_argument("--networks", nargs="+", choices=("base", "lora", "full"), default=("lora", "base"), help=text)
+    parser.add_argument("--style", choices=emoji.STYLES, default="noto", help="style of the images (%(default)s)")
     labels = list(dict.fromkeys(setting.label for setting in (*LORA, *BASE)))
     parser.add_argument("--settings", nargs="+", choices=labels, help="settings to generate (default: all)")
     return parser.parse_args()

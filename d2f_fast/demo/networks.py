@@ -95,6 +95,8 @@ def make_trainer(
     learning_rate: float,
     seed: int,
     folder: Path,
+    *,
+    full: bool = False,
 ) -> AlignedTrainer:
     """Make the trainer of one network. The trainers of continued training differ in the objective alone.
 
@@ -105,13 +107,15 @@ def make_trainer(
         learning_rate: constant learning rate.
         seed: seed of initial weights, data order, noise and times.
         folder: folder for the run's files, and for the cache of encoded images that all runs share.
+        full: whether all weights of the UNet are trained, in place of a LoRA.
     """
     config = TrainingConfig(
         output_dir=str(folder / network),
         cache_dir=str(folder / "cache"),
         objective=NETWORKS[network].objective,
         fm_form=NETWORKS[network].fm_form,
-        rank=settings.rank,
+        adapter="full" if full else "lora",
+        rank=None if full else settings.rank,
         resolution=emoji.SIZE,
         train_batch_size=settings.batch_size,
         max_train_steps=settings.curve_points[-1],
