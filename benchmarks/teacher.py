@@ -7,7 +7,8 @@ The first command makes rectified-flow checkpoints of the miniature, which predi
 one takes such a checkpoint (made in the named folder by 400 steps of full finetuning with the teacher, unless it is
 there) and makes v-prediction models of it. After each number of steps the relative error of the velocity against that
 of the starting model is measured on held-out images; after the last one the Fréchet distance of images of four
-evaluations without guidance, beside that of the starting model. Rows that the file has are not measured again.
+evaluations without guidance, beside that of the starting model. A seed decides the division of the images into trained
+and held-out ones, all noise, and the order of the training. Rows that the file has are not measured again.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from d2f_fast.training.trainer import AlignedTrainer
 
 POINTS = (10, 20, 40, 60, 80, 160)
 CHECKPOINT_STEPS = 400
+START = "starting model"
 BATCH, TRAINING, HELD_OUT, IMAGES = 32, 2048, 256, 1000
 LORA = {"adapter": "lora", "rank": 32, "conv_rank": 32, "first_last_layers": True}
 # Options of each case, and whether it trains on generated pairs in place of images.
@@ -58,20 +60,21 @@ class Trial:
     Args:
         checkpoint: folder of a rectified-flow checkpoint that becomes a v-prediction model; None for the miniature,
             which becomes a rectified-flow checkpoint.
+        seed: seed of the division of the images into trained and held-out ones, and of the start noise.
     """
 
-    def __init__(self, checkpoint: Path | None = None) -> None:
+    def __init__(self, checkpoint: Path | None = None, seed: int = 0) -> None:
         self.checkpoint = checkpoint
         self.base = BaseModel(load_miniature()) if checkpoint is None else BaseModel.load(str(checkpoint))
         items = [(n, c) for n in range(len(emoji.names())) for c in range(len(emoji.BACKGROUNDS))]
         held_out = [item for item in items if item in emoji.held_out_pairs()]
         seen = [item for item in items if item not in emoji.held_out_pairs()]
-        order = np.random.default_rng(0)
+        order = np.random.default_rng(seed)
         chosen = [seen[i] for i in order.permutation(len(seen))[:TRAINING]]
         measured = [held_out[i] for i in order.permutation(len(held_out))]
         self.latents, self.texts = self._encoded(chosen)
         self.real_latents, self.real_texts = self._encoded(measured[:HELD_OUT])
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed + 1)
         self.noise = torch.randn(self.real_latents.shape, generator=generator)
         self.t = (torch.arange(HELD_OUT) + 0.5) / HELD_OUT
         self.reference = self.velocity(self.base, self.base.flow)
@@ -151,8 +154,12 @@ def make_checkpoint(folder: Path) -> None:
 
 def measure(trial: Trial, case: str, seed: int) -> dict[str, Any]:
     """Train one case, and return its row."""
+    if case == START:
+        with torch.no_grad():
+            return {"case": START, "seed": seed, "distance": round(trial.distance(trial.base, trial.base.flow), 2)}
     options, teacher, of_pairs = CASES[case]
-    errors, started = {}, time.process_time()
+    errors: dict[int, float] = {}
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trial.trainer(folder, teacher, seed, ema_decay=0.0, **options)
         for step in trial.train(trainer, POINTS[-1], of_pairs=of_pairs):
@@ -177,21 +184,18 @@ def main() -> None:
     with single_threaded_operations():
         if arguments.flow_checkpoint and not arguments.flow_checkpoint.exists():
             make_checkpoint(arguments.flow_checkpoint)
-        with torch.no_grad():
-            trial = Trial(arguments.flow_checkpoint)
-        if arguments.output.exists():
-            rows = json.loads(arguments.output.read_text())
-        else:
-            with torch.no_grad():
-                distance = trial.distance(trial.base, trial.base.flow)
-            rows = [{"case": "starting model", "distance": round(distance, 2)}]
-            print(rows[0], flush=True)
-        for seed, case in itertools.product(range(arguments.seeds), arguments.cases):
-            if any((row["case"], row.get("seed")) == (case, seed) for row in rows):
+        rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+        for seed in range(arguments.seeds):
+            known = {row["case"] for row in rows if row["seed"] == seed}
+            missing = [case for case in (START, *arguments.cases) if case not in known]
+            if not missing:
                 continue
-            rows.append(measure(trial, case, seed))
-            print(rows[-1], flush=True)
-            write_json(arguments.output, rows)
+            with torch.no_grad():
+                trial = Trial(arguments.flow_checkpoint, seed)
+            for case in missing:
+                rows.append(measure(trial, case, seed))
+                print(rows[-1], flush=True)
+                write_json(arguments.output, rows)
 
 
 if __name__ == "__main__":
