@@ -164,13 +164,13 @@ class SampleImageToImage:
         return chosen_steps(self.num_inference_steps, self.model, [parse_lora(entry).path for entry in self.lora])
 
     def _tags(self) -> dict[str, str]:
-        """Return the tags of the LoRA, or else of the model.
+        """Return the tags of the model, of which those of the LoRA replace the ones that they have, too.
 
         Raises:
             ModelError: It was not trained to start from images, or its share of noise cannot be used.
         """
         paths = [parse_lora(entry).path for entry in self.lora]
-        tags = common_tags(paths, 1.0) if paths else saved_tags(self.model)
+        tags = saved_tags(self.model) | common_tags(paths, 1.0)
         source = ", ".join(self.lora) or str(tags_source(self.model))
         if not starts_from_image(tags):
             raise ModelError(

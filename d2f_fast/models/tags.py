@@ -284,7 +284,7 @@ def check_sampling_tags(
     trained_size(model, paths)
     if from_image:
         return
-    tagged = {str(path): lora_tags(path) for path in paths} or {model: saved_tags(model)}
+    tagged = {model: saved_tags(model)} | {str(path): lora_tags(path) for path in paths}
     for source, tags in tagged.items():
         if starts_from_image(tags):
             raise ModelError(

@@ -96,12 +96,11 @@ def test_result_of_an_image_depends_on_no_other_and_has_its_size(
         wide = image.resize((35, 17))
     wide.save(tmp_path / "images/wide.png")
     shutil.copy(source_targets / "source/1.jpg", tmp_path / "images/1.jpg")
-    assert sample("--num_inference_steps", "1", "--source_noise", "0.5", images=(str(tmp_path / "images"),)) == 0
-    assert sample("--num_inference_steps", "1", "--source_noise", "0.5", output="alone") == 0
-    assert (pixels(tmp_path / "out/1.png") == pixels(tmp_path / "alone/1.png")).all()
+    options = ["--num_inference_steps", "1", "--source_noise", "0.5"]
+    assert sample(*options, images=(str(tmp_path / "images"),)) == 0
     assert pixels(tmp_path / "out/wide.png").shape == (16, 32, 3)
-    size = ["--height", "16", "--width", "16", "--num_inference_steps", "1"]
-    assert sample(*size, images=(str(tmp_path / "images/wide.png"),), output="square") == 0
+    assert sample(*options, "--height", "16", "--width", "16", images=(str(tmp_path / "images"),), output="square") == 0
+    assert (pixels(tmp_path / "out/1.png") == pixels(tmp_path / "square/1.png")).all()
     assert pixels(tmp_path / "square/wide.png").shape == (16, 16, 3)
 
 

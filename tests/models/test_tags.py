@@ -11,7 +11,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from d2f_fast.errors import ModelError, RefusedInputError
+from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import (
+    check_sampling_tags,
     chosen_steps,
     lowest_guidance,
     recommended_steps,
@@ -139,3 +141,10 @@ def test_size_of_the_training_becomes_that_of_the_network(
     pipeline: Any = SimpleNamespace(unet=unet, vae=vae)
     take_trained_size(pipeline, "some/hub-id", [lora(tmp_path, "a", resolution=text)], squares_only=squares_only)
     assert unet.config.sample_size == sides
+
+
+def test_model_that_starts_from_an_image_is_refused_where_the_flow_starts_from_noise(tmp_path: Path) -> None:
+    (tmp_path / "d2f.json").write_text(json.dumps({"d2f.task": "image_to_image", "d2f.source_noise": "0.0"}))
+    check_sampling_tags(str(tmp_path), (), ModelOptions(), None, from_image=True)
+    with pytest.raises(ModelError, match="was trained to start from an image, and this command starts from noise: use"):
+        check_sampling_tags(str(tmp_path), (), ModelOptions(), None)
