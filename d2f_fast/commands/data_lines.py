@@ -7,6 +7,7 @@ from d2f_fast.data.image_folder import CaptionedImages
 from d2f_fast.data.long_captions import find_long_captions
 from d2f_fast.data.mixed import MixedDataset, MixedImages
 from d2f_fast.data.order import steps_per_epoch
+from d2f_fast.data.pair_checks import size_of_pairs
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.errors import printable
@@ -34,8 +35,11 @@ def data_lines(
         resolution: Resolution that was asked for; None for that of the model.
     """
     steps, size = trainer.config.max_train_steps, trainer.global_batch_size
-    sizes = sizes_of(trainer.config.resolution or trainer.model.resolution)
-    source = "the model's own size" if resolution is None else "option --resolution"
+    if isinstance(dataset, PairDataset):
+        sizes, source = (size_of_pairs(dataset, trainer.model.downsampling),), "size of the pairs"
+    else:
+        sizes = sizes_of(trainer.config.resolution or trainer.model.resolution)
+        source = "the model's own size" if resolution is None else "option --resolution"
     order = "height x width; " if any(each.height != each.width for each in sizes) else ""
     yield f"trained at {' and '.join(map(str, dict.fromkeys(sizes)))} pixels ({order}{source})"
     if isinstance(dataset, DepthDataset):

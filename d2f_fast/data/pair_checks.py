@@ -37,6 +37,17 @@ def options_for_pairs(config: TrainingConfig, dataset: PairDataset) -> TrainingC
     )
 
 
+def size_of_pairs(dataset: PairDataset, downsampling: int) -> Size:
+    """Return the size of the images that pairs stand for, from the shape of their latents.
+
+    Args:
+        dataset: The pairs.
+        downsampling: Number of pixels along each side of one latent.
+    """
+    _, height, width = dataset.shape
+    return Size(height * downsampling, width * downsampling)
+
+
 def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: ModelConfigs, *datasets: object) -> None:
     """Refuse pairs whose latents are not those of the model that is to be trained, from its configuration alone.
 
@@ -78,14 +89,13 @@ def check_pairs_fit(
         DatasetError: The latents have another number of channels, size or scale, or two shards were made with different
             models, and the data set was not told that this is meant.
     """
-    found, height, width = dataset.shape
+    found, size = dataset.shape[0], size_of_pairs(dataset, downsampling)
     first = printable(dataset.shards[0].path)
     if found != channels:
         raise DatasetError(
             f"{first} has latents of {found} channels, and the model takes {channels}: train the model that made the"
             " pairs"
         )
-    size = Size(height * downsampling, width * downsampling)
     if isinstance(resolution, int) and min(size) != resolution:
         raise DatasetError(
             f"{first} has images whose shorter side is {min(size)} pixels, and the resolution is {resolution}: give"

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from d2f_fast.config import SamplingMethod, Spacing, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
+from d2f_fast.data.pair_checks import size_of_pairs
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.image_sizes import sizes_of
+from d2f_fast.image_sizes import first_size, simplest, size_text
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.solve import OnState, Sampling, generate_images, invert_images
@@ -108,7 +109,8 @@ class TrainedModel(ABC):
             num_inference_steps: number of integration steps, at least 1; "midpoint" and "heun" need 2.
             guidance_scale: scale of classifier-free guidance; 1 and 0 turn it off, other values below 1 are refused.
             negative_prompt: prompt to steer away from, with guidance; "" for the model's own empty prompt.
-            height, width: size of the images in pixels; None for the training resolution, the first of several.
+            height, width: size of the images in pixels; None for the size that was trained, the first of
+                several.
             generator: source of the noise, on the device or the CPU; None for torch's global generator.
             method: integration method.
             solver: options of the method, and the interval of guidance; None for the defaults.
@@ -181,7 +183,7 @@ class TrainedModel(ABC):
         scheduler_options: dict[str, Any] = {"shift": config.recommended_shift}
         if config.objective == "fm":
             scheduler_options |= {"prediction_type": "flow_prediction", "fm_form": config.fm_form}
-        own_size = sizes_of(config.resolution or self.model.resolution)[0]
+        own_size = first_size(self.tags["d2f.resolution"])
         size = height or own_size.height, width or own_size.width
         own = solver or SolverOptions()
         spacing: Spacing = "uniform"
@@ -205,6 +207,8 @@ class TrainedModel(ABC):
         of_data: dict[str, str] = {}
         if isinstance(dataset, PairDataset):
             of_data = pair_tags(dataset, taught=bool(taught), distilled=self.config.distill)
+            # The resolution of the run may be their shorter side alone.
+            of_data["d2f.resolution"] = size_text(simplest(size_of_pairs(dataset, self.model.downsampling)))
         elif isinstance(dataset, DepthDataset):
             of_data = depth_tags(dataset)
         elif isinstance(dataset, SourceTargetDataset):

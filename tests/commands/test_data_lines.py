@@ -1,6 +1,7 @@
 """What a run says of its data before it starts."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from d2f_fast.commands.data_lines import data_lines
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.image_folder import CaptionedImages
 from d2f_fast.data.mixed import MixedImages
+from d2f_fast.data.pairs import PairDataset
 
 
 def test_share_of_each_folder_and_length_of_an_epoch_are_said(images: Path, tmp_path: Path) -> None:
@@ -40,3 +42,14 @@ def test_size_of_each_folder_is_said(images: Path, tmp_path: Path) -> None:
     ]
     # Each folder has a batch of two and one of one.
     assert lines[3] == "6 images, 2 per step: an epoch has 4 steps, and 8 steps are 2 epochs"
+
+
+def test_size_of_pairs_is_said_whatever_the_resolution_of_the_run_is(
+    write_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset = PairDataset([write_pairs(tmp_path / "0.tar", shape=(4, 8, 12))])
+    trainer: Any = SimpleNamespace(config=TrainingConfig(max_train_steps=3, resolution=16), global_batch_size=2)
+    trainer.model, trainer.teacher = SimpleNamespace(stated_resolution=16, downsampling=2), None
+    for resolution in (None, 16):
+        line = next(data_lines(trainer, dataset, [], resolution))
+        assert line == "trained at 16 x 24 pixels (height x width; size of the pairs)"

@@ -99,6 +99,16 @@ def test_result_says_that_guidance_is_built_in(pairs: PairDataset, make_trainer:
     }
 
 
+def test_result_states_the_size_of_the_pairs_and_generates_at_it(
+    write_pairs: Callable[..., Path], make_trainer: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(max_train_steps=1, checkpointing_steps=0)
+    assert trainer.config.resolution == 16 and trainer.tags["d2f.resolution"] == "16"
+    trainer.fit(PairDataset([write_pairs(tmp_path / "0.tar", shape=(4, 8, 12))]))
+    assert read_metadata(trainer.save_lora(tmp_path / "out"))["d2f.resolution"] == "16x24"
+    assert trainer.sample("a", 1)[0].size == (24, 16)
+
+
 def test_pairs_that_do_not_fit_end_the_run_before_its_first_step(
     write_pairs: Callable[..., Path], make_trainer: Any, tmp_path: Path
 ) -> None:
