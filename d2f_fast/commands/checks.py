@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.errors import ModelError, RefusedInputError, printable
+from d2f_fast.files.atomic import StrPath
 from d2f_fast.lora.family import unknown_family
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
@@ -97,6 +98,32 @@ def check_lora_forms(base_model: str | None, loras: Sequence[Path], kohya_output
             known_layers(header, layers)
         elif family is None:
             check_named_as_in_diffusers(header)
+
+
+def check_readers(name: str, loras: Sequence[StrPath], form: str, *, is_lora: bool) -> None:
+    """Refuse to write what starts from an image in a form that is for programs which start from noise.
+
+    Args:
+        name: LoRA file or folder, or name of the model, that is converted.
+        loras: LoRA files or folders that are added to it.
+        form: Form of the output.
+        is_lora: Whether a LoRA is converted, and not a model.
+
+    Raises:
+        ModelError: The form is "kohya" or "single_file", and a file was trained to start from an image.
+    """
+    from d2f_fast.lora.tags import lora_tags, starts_from_image
+    from d2f_fast.models.tags import saved_tags
+
+    if form not in ("kohya", "single_file"):
+        return
+    tagged = {name: lora_tags(name) if is_lora else saved_tags(name)} | {str(path): lora_tags(path) for path in loras}
+    for source, tags in tagged.items():
+        if starts_from_image(tags):
+            raise ModelError(
+                f"{printable(source)} was trained to start from an image, and the programs that read the form {form}"
+                f" start from noise: give --to {'peft' if form == 'kohya' else 'diffusers, and a folder as OUTPUT'}"
+            )
 
 
 def check_merge(model: str, lora: Sequence[str], options: ModelOptions) -> None:

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from d2f_fast.commands.checks import check_lora_forms, check_merge
+from d2f_fast.commands.checks import check_lora_forms, check_merge, check_readers
 from d2f_fast.config import MAX_RANK, at_least, check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE, check_lora_file, lora_path, parse_lora
+from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE, check_model_name
 from d2f_fast.models.options import ModelOptions
@@ -113,11 +114,12 @@ class Convert:
         output = self._output_path(source, form)
         if self.extract_lora_from is not None:
             check_model_name(self.extract_lora_from)
-        for entry in self.lora:
-            check_lora_file(parse_lora(entry).path)
+        added = [check_lora_file(parse_lora(entry).path) for entry in self.lora]
+        check_readers(source.name, added, form, is_lora=source.is_lora)
         if source.is_lora:
-            loras = [lora_path(source.name), *(parse_lora(entry).path for entry in self.lora)]
+            loras = [lora_path(source.name), *added]
             check_lora_forms(self.base_model, loras, output if form == "kohya" else None)
+            common_tags(loras, shift=1.0)  # Where their shifts differ, none is taken.
         elif self.lora:
             check_merge(source.name, self.lora, self.model_options)
         return source, form, output
@@ -268,6 +270,7 @@ class Convert:
         layers = added([(layers_by_name(file, networks), scale) for file, scale in files])
         tags = [kept_entries(file.header) for file, _ in files]
         common = {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}
+        common |= common_tags([path for path, _ in loras], shift=1.0)
         names = {"v": "v_prediction"}
         prediction_type = files[0][0].header.get("modelspec.prediction_type", "epsilon")
         prediction_type = common.get("d2f.prediction_type", names.get(prediction_type, prediction_type))

@@ -60,16 +60,19 @@ def check_ensemble(ensemble_size: int) -> None:
 
 
 def depth_tags(model: str, lora: Sequence[str]) -> dict[str, str]:
-    """Return the tags of the LoRA, or else of the model; none for a folder of another program.
+    """Return the tags of the model, of which those of the LoRA replace the ones that they have, too.
 
     Args:
         model: Hub id or folder of the model.
         lora: LoRA as PATH or PATH:SCALE.
 
+    Returns:
+        The tags; none for a folder of another program.
+
     Raises:
         ModelError: The LoRA, or the model, was trained on something else, or a tag has a value that it cannot have.
     """
-    tags = common_tags([parse_lora(entry).path for entry in lora]) if lora else saved_tags(model)
+    tags = saved_tags(model) | common_tags([parse_lora(entry).path for entry in lora])
     source = ", ".join(lora) or tags_source(model)
     if (lora or tags) and not predicts_depth(tags):
         raise ModelError(f"{printable(source)} was not trained on depth: give what d2f train --task depth made")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from d2f_fast.commands.checks import check_lora_and_output, say_steps
 from d2f_fast.commands.sample import earlier_rows
@@ -18,6 +18,7 @@ from d2f_fast.config import (
     MAX_SIDE,
     SamplingMethod,
     Spacing,
+    StochasticMethod,
     at_least,
     check_guidance,
     check_options,
@@ -73,7 +74,8 @@ class SampleImageToImage:
         model_options: Options of the base model.
         negative_prompt: Prompt to steer away from, the same for all images. It needs a guidance scale above 1. Default:
             none.
-        method: Integration method; see `d2f sample --help`.
+        method: Integration method; see `d2f sample --help`. Those that add noise, euler_maruyama and stochastic_heun,
+            are an error, because they are for a flow that starts from noise.
         solver_options: Options of solvers and guidance.
         flow_spacing: Spacing of the steps; see `d2f sample --help`.
         shift: Factor on (1 - t) / t at each step. Values above 1 spend more steps near the source; 1 changes nothing.
@@ -135,6 +137,11 @@ class SampleImageToImage:
         saved = lowest_guidance(self.model, [parse_lora(entry).path for entry in self.lora])
         guidance_scale = guidance_or_default(self.guidance_scale, saved)
         check_negative_prompt(self.negative_prompt, guidance_scale)
+        if self.method in get_args(StochasticMethod):
+            raise RefusedInputError(
+                f"method {self.method} needs a flow that starts from noise, and this one starts from an image: give"
+                " --method euler or rk4"
+            )
         self.solver_options.check(self.method, guidance_scale)
         check_lora_and_output(
             *(self.lora, self.output_dir, self.shift),

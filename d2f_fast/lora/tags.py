@@ -45,8 +45,8 @@ def common_tags(sources: Sequence[StrPath], shift: float | None = None) -> dict[
         The tags on which all files agree that have them.
 
     Raises:
-        ModelError: One file makes the network predict the flow velocity and another does not, their shifts or forms
-            differ, or a tag has a value that it cannot have.
+        ModelError: One file makes the network predict the flow velocity and another does not, their shifts, forms or
+            tasks differ, or a tag has a value that it cannot have.
         CheckpointError: A file is missing, damaged, or a pickle.
     """
     tagged = {str(source): tags for source in sources if (tags := lora_tags(source))}
@@ -63,6 +63,10 @@ def common_tags(sources: Sequence[StrPath], shift: float | None = None) -> dict[
     if len(set(forms.values())) > 1:
         named = " and ".join(f"{printable(source)} ({form})" for source, form in forms.items())
         raise ModelError(f"LoRA {named} were trained in different forms of naive flow matching: use only one of them")
+    tasks = {source: tags[TASK] for source, tags in tagged.items() if TASK in tags}
+    if len(set(tasks.values())) > 1:
+        named = " and ".join(f"{printable(source)} ({printable(task)})" for source, task in tasks.items())
+        raise ModelError(f"LoRA {named} were trained on different tasks: use only one of them")
     common: dict[str, str] = {}
     for name in {name for tags in tagged.values() for name in tags}:
         values = {tags[name] for tags in tagged.values() if name in tags}

@@ -11,7 +11,7 @@ from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.image_sizes import Size, first_size
 from d2f_fast.lora.source import parse_lora
-from d2f_fast.lora.tags import TAG_PREFIX, check_tags, common_tags, lora_tags, starts_from_image
+from d2f_fast.lora.tags import SOURCE_NOISE, TAG_PREFIX, check_tags, common_tags, lora_tags, starts_from_image
 from d2f_fast.models.configs import downsampling_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import ChosenSteps
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TAGS_FILE = "d2f.json"
 _GUIDANCE, _STEPS, _RESOLUTION = "d2f.recommended_guidance", "d2f.recommended_steps", "d2f.resolution"
 # What says how a model is sampled; the sigmas are those of the steps and the shift, for other programs.
-_OF_SAMPLING = ("d2f.shift", _GUIDANCE, _STEPS, "d2f.recommended_sigmas")
+_OF_SAMPLING = ("d2f.shift", _GUIDANCE, _STEPS, "d2f.recommended_sigmas", SOURCE_NOISE)
 
 
 def tags_source(model: str) -> Path:

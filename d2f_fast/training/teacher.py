@@ -41,6 +41,7 @@ from d2f_fast.training.teacher_options import (
     TeacherOptions,
     check_fits_base,
     check_teacher_lora,
+    check_teacher_task,
     check_text_of_start,
 )
 
@@ -147,6 +148,7 @@ def load_teacher(options: TeacherOptions, model: BaseModel, config: TrainingConf
         return None
     if model.unet.config.in_channels != model.unet.config.out_channels:
         raise ModelError("a teacher does not go with a network that also sees an image: leave teacher out")
+    check_teacher_task("" if options.teacher == BASE else options.teacher, options.teacher_lora or ())
     loras = [(read_lora(path), scale) for path, scale in map(parse_lora, options.teacher_lora or ())]
     unet: UNet2DConditionModel | None
     if options.teacher == BASE:

@@ -1,6 +1,7 @@
 """Options of a teacher, whose velocity a network learns in place of the straight line. Imports no torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
 from d2f_fast.lora.file_keys import component_of
 from d2f_fast.lora.header import LoraHeader
 from d2f_fast.lora.source import check_lora_file, parse_lora
+from d2f_fast.lora.tags import TASK, lora_tags
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.tags import saved_tags
 
 if TYPE_CHECKING:
     from d2f_fast.models.configs import ModelConfigs
@@ -105,6 +108,7 @@ def check_teacher_files(options: TeacherOptions, base: str, base_options: ModelO
     for entry in loras:
         check_lora_file(parse_lora(entry).path)
     if options.teacher == BASE:
+        check_teacher_task(base, loras)
         for header in check_lora_fits(loras, *source):
             check_teacher_lora(header)
         return
@@ -113,11 +117,34 @@ def check_teacher_files(options: TeacherOptions, base: str, base_options: ModelO
         teacher_configs = read_configs(options.teacher, own)
     except RefusedInputError as error:
         raise type(error)(f"teacher: {error}") from error
+    check_teacher_task(options.teacher, loras)
     base_configs = read_configs(base, base_options)
     if teacher_configs is not None and base_configs is not None:
         check_fits_base(options.teacher, teacher_configs, base_configs, base_options)
     for header in check_lora_fits(loras, *source):
         check_teacher_lora(header)
+
+
+def check_teacher_task(teacher: str, loras: Sequence[str]) -> None:
+    """Refuse a teacher that was not trained to lead from noise to images.
+
+    Args:
+        teacher: Hub id, pipeline folder, or `.safetensors` file; "" where no file holds its tags.
+        loras: LoRA of the teacher, each as PATH or PATH:SCALE.
+
+    Raises:
+        ModelError: It was trained on another task.
+        CheckpointError: A file is missing, damaged, or a pickle.
+    """
+    tagged = {f"teacher_lora {printable(entry)}": lora_tags(parse_lora(entry).path) for entry in loras}
+    if teacher:
+        tagged[f"teacher {printable(teacher)}"] = saved_tags(teacher)
+    for name, tags in tagged.items():
+        if (task := tags.get(TASK)) is not None:
+            raise ModelError(
+                f"{name} was trained with --task {printable(task)}, and a run with a teacher learns a flow from noise"
+                " to images: give a teacher of such a flow"
+            )
 
 
 def check_teacher_lora(lora: LoraHeader) -> None:

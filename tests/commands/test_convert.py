@@ -22,6 +22,7 @@ from d2f_fast.commands.main import main
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
+from d2f_fast.lora.tags import lora_tags
 from d2f_fast.models import single_file_header
 from d2f_fast.models.convert import read_model, tags_of_model
 from d2f_fast.models.options import ModelOptions
@@ -285,6 +286,34 @@ def test_several_lora_become_one(loras: Any, convert: Any, tmp_path: Path) -> No
         assert float((delta - want).norm() / want.norm()) <= 1e-6
     with safe_open(tmp_path / "one.safetensors", framework="pt") as file:
         assert file.metadata()["d2f.shift"] == "1.0" and "d2f.own" not in file.metadata()
+
+
+def test_joined_lora_says_what_any_of_them_says_of_its_sampling(
+    loras: Any, tagged: Any, convert: Any, refused: Any, tmp_path: Path
+) -> None:
+    source = tagged("source.safetensors", {"task": "image_to_image", "source_noise": "0.25"})
+    plain = tmp_path / "plain.safetensors"
+    save_file(load_file(loras[1]), plain)
+    for first, second, name in ((source, plain, "one"), (plain, source, "two")):
+        joined = convert(first, tmp_path / name, "--lora", second)["output"]
+        assert lora_tags(joined) == {"d2f.task": "image_to_image", "d2f.source_noise": "0.25"}
+    other = tagged("other.safetensors", {"task": "depth"})
+    sentence = r"(image_to_image) and .*other.safetensors (depth) were trained on different tasks"
+    assert all(part in refused(source, tmp_path / "three", "--lora", other) for part in sentence.split(".*"))
+
+
+def test_what_starts_from_an_image_is_not_written_for_programs_that_start_from_noise(
+    narrow_pipeline: Any, tagged: Any, refused: Any, convert: Any, tmp_path: Path
+) -> None:
+    lora = tagged("source.safetensors", {"task": "image_to_image", "source_noise": "0.25"})
+    sentence = "was trained to start from an image, and the programs that read the form"
+    assert f"{sentence} kohya start from noise: give --to peft" in refused(lora, tmp_path / "kohya.safetensors")
+    model, merged = narrow_pipeline("sd1"), tmp_path / "merged"
+    line = refused(model, tmp_path / "file.safetensors", "--lora", lora)
+    assert f"{sentence} single_file start from noise: give --to diffusers, and a folder as OUTPUT" in line
+    convert(model, merged, "--lora", lora)
+    assert saved_tags(str(merged)) == {"d2f.task": "image_to_image", "d2f.source_noise": "0.25"}
+    assert sentence in refused(merged, tmp_path / "file.safetensors")
 
 
 def test_rank_is_cut(loras: Any, convert: Any, tmp_path: Path) -> None:

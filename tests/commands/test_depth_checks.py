@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from d2f_fast.commands import depth_checks
 from d2f_fast.commands.depth_checks import check_depth_model, check_ensemble, depth_tags
@@ -37,6 +39,12 @@ def test_tags_that_do_not_fit_a_model_of_depth_are_refused(
     (tmp_path / "d2f.json").write_text(json.dumps(tags | {entry: value}))
     with pytest.raises(ModelError, match=sentence):
         depth_tags(str(tmp_path), ())
+
+
+def test_lora_without_tags_leaves_those_of_a_model_of_depth(tmp_path: Path) -> None:
+    (tmp_path / "d2f.json").write_text(json.dumps({"d2f.task": "depth"}))
+    save_file({"a": np.zeros(1, "f4")}, tmp_path / "style.safetensors")
+    assert depth_tags(str(tmp_path), (str(tmp_path / "style.safetensors"),)) == {"d2f.task": "depth"}
 
 
 def test_model_that_sees_no_image_is_refused(tiny_folder: Path, depth_run: Path) -> None:

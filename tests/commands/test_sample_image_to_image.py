@@ -134,6 +134,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(
         assert sentence in capsys.readouterr().err.splitlines()[-1]
     for options, sentence in (
         (["--prompts", "a", "b"], "prompts: give one, or one for each of the 1 images, got 2"),
+        (
+            ["--method", "euler_maruyama"],
+            "method euler_maruyama needs a flow that starts from noise, and this one starts",
+        ),
+        (["--method", "stochastic_heun"], "starts from an image: give --method euler or rk4"),
         (["--height", "16"], "height and width must be given together"),
         (["--negative_prompt", "a"], "negative_prompt has no effect with guidance_scale 1"),
     ):

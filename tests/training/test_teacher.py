@@ -282,6 +282,9 @@ def test_teacher_that_cannot_teach_is_refused(taught: Any, tiny_xl: Any, flow_fo
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match=r"teacher other has other text encoders .*: start from the teacher"):
         taught(teacher=str(tmp_path / "other"), objective="diffusion")
+    (tmp_path / "other/d2f.json").write_text('{"d2f.task": "image_to_image"}')
+    with pytest.raises(ModelError, match=r"teacher .*other was trained with --task image_to_image, and a run with a"):
+        taught(teacher=str(tmp_path / "other"), objective="diffusion")
 
 
 def test_base_reading_states_another_prediction_type(taught: Any) -> None:

@@ -1,12 +1,16 @@
 """Options of a teacher: what is refused without torch."""
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import ModelError, RefusedInputError
-from d2f_fast.models.configs import ModelConfigs
+from d2f_fast.models.configs import MINIATURE_FOLDER, ModelConfigs
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.training.teacher_options import TeacherOptions, check_fits_base, check_teacher_files
 
@@ -42,6 +46,22 @@ def test_guidance_that_is_built_in_settles_the_caption_dropout() -> None:
 def test_teacher_without_a_usable_file_is_refused(teacher: str, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence):
         check_teacher_files(TeacherOptions(teacher), "miniature", ModelOptions())
+
+
+def test_teacher_of_another_task_is_refused(tmp_path: Path) -> None:
+    folder, lora = tmp_path / "pipeline", tmp_path / "lora.safetensors"
+    shutil.copytree(MINIATURE_FOLDER, folder)
+    tags = {"d2f.task": "image_to_image"}
+    (folder / "d2f.json").write_text(json.dumps(tags))
+    save_file({"a": np.zeros(1, "f4")}, lora, tags)
+    sentence = "was trained with --task image_to_image, and a run with a teacher learns a flow from noise"
+    for options, base in (
+        (TeacherOptions(str(folder)), "miniature"),
+        (TeacherOptions("base"), str(folder)),
+        (TeacherOptions("base", teacher_lora=(f"{lora}:0.5",)), "miniature"),
+    ):
+        with pytest.raises(ModelError, match=f"^teacher(_lora)? .*{sentence}"):
+            check_teacher_files(options, base, ModelOptions())
 
 
 def test_teacher_of_another_family_is_refused_by_its_configuration(tiny_folder: Path) -> None:
