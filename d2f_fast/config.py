@@ -220,7 +220,8 @@ class TrainingConfig:
             Each image is scaled, up or down, until it covers the size, and cropped to it. Several folders may have
             sizes of their own: give the height and width of each, one after the other; a step then takes images of one
             folder alone. The first size is that of validation and, as saved with the result, of `d2f sample`. Default:
-            the model's own size, such as 512 for SD1.5 and 1024 for SDXL, or that of --pairs.
+            the model's own size, such as 512 for SD1.5 and 1024 for SDXL, that of its training with this package, or
+            that of --pairs.
         max_train_steps: Number of optimizer steps of the whole run, including those before a resumed checkpoint. The
             run says how many epochs they are.
         train_batch_size: Number of images in each forward and backward pass of each process. There is one process for

@@ -4,6 +4,7 @@ A resolution is one number, the side of squares; or a height and a width; or a h
 after the other. This module imports no torch.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
@@ -11,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 from d2f_fast.errors import RefusedInputError
 
 LARGEST_SIDE = 1 << 14  # Larger ones are typing errors.
+_PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it.
 Resolution: TypeAlias = tuple[int, ...] | int
 _SIZE_IN_TEXT = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 
@@ -29,6 +31,15 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         """Return the size as messages show it, height first."""
         return f"{self.height} x {self.width}"
+
+
+def side_multiple(downsampling: int) -> int:
+    """Return the number of pixels of which the height and the width of generated images must be multiples.
+
+    Args:
+        downsampling: Number of pixels along each side of one latent.
+    """
+    return math.lcm(_PIPELINE_FACTOR, downsampling)
 
 
 def check_resolution(name: str, value: Sequence[int] | int | None, least: int, most: int) -> None:

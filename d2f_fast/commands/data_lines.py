@@ -72,7 +72,8 @@ def data_lines(
         f"{len(dataset)} {'pairs' if isinstance(dataset, PairDataset) else 'images'}, {size} per step: an epoch has"
         f" {an_epoch} steps, and {steps} steps are {steps / an_epoch:.4g} epochs"
     )
-    yield from doubts(trainer.config, trainer.model.stated_resolution)
+    # Only a size that was asked for can be doubted.
+    yield from doubts(trainer.config, None if resolution is None else trainer.model.stated_resolution)
     # The model that made pairs cut long prompts, too.
     if (
         isinstance(dataset, CaptionedImages | MixedImages | SourceTargetDataset)

@@ -27,7 +27,7 @@ from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.options import check_negative_prompt, complete_size
+from d2f_fast.sampling.options import check_negative_prompt, complete_size, image_size
 from d2f_fast.tasks.processes import Process, device_of, owned_folder
 
 if TYPE_CHECKING:
@@ -244,10 +244,8 @@ class Pairs:
 
     def _size(self, sample_size: object, downsampling: int) -> tuple[int, int]:
         """Return the height and the width of the images in pixels, those given or else the model's own."""
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and size % downsampling:
-                raise RefusedInputError(f"{name} must be a multiple of {downsampling}, got {size}")
-        return complete_size(self.height, self.width, sample_size, downsampling)
+        given = image_size(self.height, self.width, sample_size, downsampling)
+        return complete_size(*given, sample_size, downsampling)
 
     def _checked_prompts(self) -> list[str]:
         """Return the prompts, once everything that can be refused without torch has been checked."""

@@ -16,10 +16,11 @@ from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.source_options import SourceOptions
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
+from d2f_fast.image_sizes import Resolution, simplest
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions, check_flow_schedule
-from d2f_fast.models.tags import TAGS_FILE
+from d2f_fast.models.tags import TAGS_FILE, trained_size
 from d2f_fast.training.launch import check_launch
 from d2f_fast.training.teacher_options import TeacherOptions, check_teacher_files
 
@@ -158,6 +159,8 @@ class Train:
         options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
         options = options_for_depth(options) if isinstance(dataset, DepthDataset) else options
         options = options_for_source(options) if isinstance(dataset, SourceTargetDataset) else options
+        if not isinstance(dataset, PairDataset):
+            options = dataclasses.replace(options, resolution=options.resolution or self._trained_resolution())
         trainer = AlignedTrainer.from_pretrained(
             *(self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options),
             context_images=int(self.task == "depth"),
@@ -224,7 +227,7 @@ class Train:
         if self.options.objective == "fm":
             check_flow_schedule(self.model_options, "objective fm")
         if (configs := read_configs(*model)) is not None:
-            check_training(configs, self.options.resolution, images=int(is_depth))
+            check_training(configs, self.options.resolution or self._trained_resolution(), images=int(is_depth))
             if is_depth:
                 check_one_text_encoder(configs.text_encoders)
         check_teacher_files(self.teacher_options, *model)
@@ -237,6 +240,11 @@ class Train:
         check_adapter(self.options, *model, images=int(is_depth), has_teacher=self.teacher_options.teacher is not None)
         refuse_used_folder(self.options.output_dir, self.options.resume_from_checkpoint)
         return configs
+
+    def _trained_resolution(self) -> Resolution | None:
+        """Return the resolution, for each folder, at which the model was trained; None where its files do not say."""
+        size = trained_size(self.pretrained_model_name_or_path, ())
+        return None if size is None else simplest(size * max(1, len(self.folders)))
 
     def _check_pipeline(self, folder: Path) -> None:
         """Refuse a run that writes a pipeline and would replace the result of another run."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError, printable
-from d2f_fast.image_sizes import Resolution, Size, simplest, sizes_of
+from d2f_fast.image_sizes import Resolution, Size, side_multiple, simplest, sizes_of
 from d2f_fast.models.configs import ModelConfigs, downsampling_of, resolution_of
 from d2f_fast.models.options import ModelOptions
 
@@ -86,7 +86,8 @@ def check_pairs_fit(
         resolution: Resolution of the run. One number is that of the shorter side of the pairs.
 
     Raises:
-        DatasetError: The latents have another number of channels, size or scale, or two shards were made with different
+        DatasetError: The latents have another number of channels, size or scale, no images of their size can be
+            generated, or two shards were made with different
             models, and the data set was not told that this is meant.
     """
     found, size = dataset.shape[0], size_of_pairs(dataset, downsampling)
@@ -95,6 +96,11 @@ def check_pairs_fit(
         raise DatasetError(
             f"{first} has latents of {found} channels, and the model takes {channels}: train the model that made the"
             " pairs"
+        )
+    if size.height % (multiple := side_multiple(downsampling)) or size.width % multiple:
+        raise DatasetError(
+            f"{first} has images of {size} pixels, and no others than multiples of {multiple} can be generated: make"
+            " pairs of another size"
         )
     if isinstance(resolution, int) and min(size) != resolution:
         raise DatasetError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.flow.scheduler_config import check_zero_snr, has_zero_snr, predicts_flow
-from d2f_fast.image_sizes import Resolution, sizes_of
+from d2f_fast.image_sizes import Resolution, side_multiple, sizes_of
 from d2f_fast.models.folder import cached_folder, check_folder, read_config
 from d2f_fast.models.names import MINIATURE, check_autoencoder_name, is_single_file
 from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_model, check_prediction_type
@@ -194,7 +194,7 @@ def check_training(configs: ModelConfigs, resolution: Resolution | None, images:
 
     Raises:
         ModelError: The UNet takes an input that the training does not give.
-        RefusedInputError: The autoencoder has no latents of the resolution, or nothing says what it is.
+        RefusedInputError: No images of the resolution can be generated, or nothing says what it is.
     """
     unet, latents = configs.unet, configs.vae.get("latent_channels", 4)
     if (channels := unet.get("in_channels", 4)) not in (latents, latents * (1 + images)):
@@ -207,10 +207,11 @@ def check_training(configs: ModelConfigs, resolution: Resolution | None, images:
                 " text-to-image model"
             )
     downsampling = downsampling_of(configs.vae)
+    multiple = side_multiple(downsampling)
     given = resolution_of(unet, downsampling) if resolution is None else resolution
     for side in dict.fromkeys(side for size in sizes_of(given) for side in size):
-        if side % downsampling:
-            raise RefusedInputError(f"resolution must be a multiple of {downsampling}, got {side}")
+        if side % multiple:
+            raise RefusedInputError(f"resolution must be a multiple of {multiple}, got {side}")
 
 
 def check_one_text_encoder(text_encoders: int) -> None:

@@ -12,7 +12,7 @@ from d2f_fast.files.walk import bytes_below
 from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
 from d2f_fast.models.folder import read_config
 from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
-from d2f_fast.models.tags import saved_tags
+from d2f_fast.models.tags import TAGS_FILE, saved_tags
 
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Numbers of the training code and markers, which original files hold beside the weights.
@@ -118,7 +118,9 @@ def _facts(path: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _image_size(unet: Mapping[str, Any], folder: Path) -> str:
-    """Return the side of the images that a model was made for."""
+    """Return the size of the images that a model was trained on, or else made for."""
+    if (trained := _entries(folder).get("d2f.resolution")) is not None:
+        return f"{printable(trained)} pixels ({TAGS_FILE})"
     side, levels = unet.get("sample_size"), _autoencoder(folder).get("block_out_channels", ())
     return f"{side << (len(levels) - 1)} pixels" if isinstance(side, int) and levels else "not stated"
 

@@ -9,7 +9,7 @@ from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath
 from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
-from d2f_fast.image_sizes import Size, first_size
+from d2f_fast.image_sizes import Size, first_size, side_multiple
 from d2f_fast.lora.source import parse_lora
 from d2f_fast.lora.tags import SOURCE_NOISE, TAG_PREFIX, check_tags, common_tags, lora_tags, starts_from_image
 from d2f_fast.models.configs import downsampling_of
@@ -133,7 +133,7 @@ def trained_size(model: str, loras: Sequence[StrPath]) -> Size | None:
         The size; None where no tags state it, or the LoRA state different ones.
 
     Raises:
-        RefusedInputError: A tag states no size.
+        RefusedInputError: A tag does not state a size.
     """
     tagged = {str(path): lora_tags(path) for path in loras}
     stated = {source: tags[_RESOLUTION] for source, tags in tagged.items() if _RESOLUTION in tags}
@@ -159,10 +159,10 @@ def take_trained_size(
         pipeline: Pipeline of the model, with the LoRA merged into it or not.
         model: Pipeline folder, hub id, or `.safetensors` file.
         loras: LoRA files or folders that are used with it.
-        squares_only: Whether a size that is no square changes nothing.
+        squares_only: Whether only squares change something.
 
     Raises:
-        RefusedInputError: A tag states no size.
+        RefusedInputError: A tag does not state a size.
     """
     size = trained_size(model, loras)
     if size is not None:
@@ -174,11 +174,12 @@ def set_own_size(unet: "UNet2DConditionModel", size: Size, downsampling: int, *,
 
     Args:
         unet: Network of the model.
-        size: Size in pixels; one that is no multiple of `downsampling` changes nothing.
+        size: Size in pixels; one at which no images can be generated changes nothing, see `side_multiple`.
         downsampling: Number of pixels along each side of one latent.
-        squares_only: Whether a size that is no square changes nothing.
+        squares_only: Whether only squares change something.
     """
-    if size.height % downsampling or size.width % downsampling or (squares_only and size.height != size.width):
+    multiple = side_multiple(downsampling)
+    if size.height % multiple or size.width % multiple or (squares_only and size.height != size.width):
         return
     height, width = size.height // downsampling, size.width // downsampling
     unet.register_to_config(sample_size=height if height == width else (height, width))

@@ -1,12 +1,10 @@
 """Refuse options of sampling that do not go together, or not with the model. Imports no torch."""
 
-import math
 from typing import NamedTuple
 
 from d2f_fast.config import DEFAULT_GUIDANCE, MAX_GUIDANCE, SamplingMethod, check_finite
 from d2f_fast.errors import RefusedInputError
-
-_PIPELINE_FACTOR = 8  # diffusers' pipelines refuse every height and width that is not a multiple of it
+from d2f_fast.image_sizes import side_multiple
 
 
 class ChosenSteps(NamedTuple):
@@ -115,13 +113,19 @@ def image_size(
         Height and width, both None where neither is given.
 
     Raises:
-        RefusedInputError: A size is not a multiple of what the pipeline needs, or one is not given and the model has
-            none.
+        RefusedInputError: A size is not a multiple of what the pipeline needs, be it given or the model's own, or one
+            is not given and the model has none.
     """
-    multiple = math.lcm(_PIPELINE_FACTOR, downsampling)
+    multiple = side_multiple(downsampling)
     for name, size in (("height", height), ("width", width)):
         if size is not None and (size < 1 or size % multiple):
             raise RefusedInputError(f"{name} must be a positive multiple of {multiple}, got {size}")
     # A pipeline that is given one of the two ignores it, and takes both from the network's own size.
     completed = complete_size(height, width, sample_size, downsampling)
+    for name, size in zip(("height", "width"), completed, strict=True):
+        if size % multiple:
+            raise RefusedInputError(
+                f"the {name} that the model was made for, {size} pixels, is not a multiple of {multiple}: give height"
+                " and width"
+            )
     return (None, None) if height is None and width is None else completed

@@ -6,6 +6,7 @@ batch (`data`) → inputs (`inputs`) → step (`step`) → log (`run_log`) → c
 import logging
 from collections.abc import Generator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -22,8 +23,10 @@ from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.data.source_options import check_source_training
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.lock import locked_folder
+from d2f_fast.image_sizes import simplest
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.tags import trained_size
 from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
 from d2f_fast.training.batches import TrainingData, data_settings, encoded_batches, mixture_of_run
@@ -153,7 +156,8 @@ class AlignedTrainer(TrainedModel):
 
         Args:
             model: any of these; the UNet of a pipeline is trained in place, and `init_lora` changes its text encoders.
-            config: options of the run; None for the defaults.
+            config: options of the run; None for the defaults. A resolution that they leave open is that of the model's training,
+                where its files say it, or else that of its configuration.
             model_options: options of the base model; None for the defaults, which take all from the model itself.
             teacher_options: options of the teacher; None for no teacher.
             context_images: number of images whose latents the network sees beside its own, 1 for depth. A text-to-image
@@ -166,6 +170,7 @@ class AlignedTrainer(TrainedModel):
         config = config or TrainingConfig()
         check_tracker(config.report_to)  # before the model is loaded, which may take minutes
         if isinstance(model, str | Path):
+            config = replace(config, resolution=config.resolution or simplest(trained_size(str(model), ())))
             loaded = BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config))
         else:
             loaded = BaseModel(model, model_options)

@@ -184,7 +184,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
         ("train", "--train_data_dir", run): "has no captioned images",
         ("train", "--train_data_dir", data, "--adapter", "full", "--output_dir", run): "pipeline exists",
         ("train", "--train_data_dir", data, "--rank", "0"): "rank must be at least 1",
-        ("train", "--train_data_dir", data, "--resolution", "501"): "resolution must be a multiple of 4, got 501",
+        ("train", "--train_data_dir", data, "--resolution", "501"): "resolution must be a multiple of 8, got 501",
         ("train", "--train_data_dir", data, "--pretrained_model_name_or_path", str(model)): "has sample_size None",
         ("train", "--train_data_dir", data, "--pretrained_model_name_or_path", "no/model"): "nor in the hub's cache",
         ("train", "--train_data_dir", data, "--caption_column", "text"): "caption_column text is read from",
@@ -206,7 +206,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
         ("pairs", "--prompts_file", "no-such-file"): "no-such-file is no file",
         ("pairs", "--prompts_file", config, "--caption_column", "text"): "caption_column needs --train_data_dir",
         ("pairs", "--prompts_file", config, "--model", str(model)): "has sample_size None",
-        ("pairs", "--train_data_dir", data, "--height", "35"): "height must be a multiple of 4, got 35",
+        ("pairs", "--train_data_dir", data, "--height", "35"): "height must be a positive multiple of 8, got 35",
         ("pairs", "--train_data_dir", run): "has no captioned images",
         (
             "pairs",

@@ -79,7 +79,7 @@ def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
         (["--prompts_file", "a.txt", "--solver", "rk4"], "solver"),
         (["--prompts_file", "empty.txt"], "empty.txt holds no prompts: write one on each line"),
         (["--prompts_file", "latin.txt"], "latin.txt, line 2 is not UTF-8 text: save the file as UTF-8"),
-        (["--prompts_file", "a.txt", "--height", "17"], "height must be a multiple of 2, got 17"),
+        (["--prompts_file", "a.txt", "--height", "17"], "height must be a positive multiple of 8, got 17"),
         (
             ["--prompts_file", "a.txt", "--flow_spacing", "trailing", "--num_inference_steps", "1500"],
             "steps must be 1 to 1000 with trailing spacing",

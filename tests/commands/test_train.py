@@ -19,6 +19,7 @@ from d2f_fast.commands.main import main
 from d2f_fast.data import pair_checks
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.training.trainer import AlignedTrainer
 
 HOSTILE = Path(__file__).parents[1] / "hostile"
 
@@ -468,11 +469,21 @@ def test_lora_of_another_size_is_sampled_at_it_unless_a_size_is_given(images, ti
     assert sizes == [(32, 24), (32, 16), (16, 40)]  # width and height
 
 
+def test_model_that_was_trained_at_another_size_is_trained_further_at_it(images, tiny_folder, tmp_path, capsys):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / "d2f.json").write_text(json.dumps({"d2f.resolution": "24x32"}))
+    command = ["train", "--pretrained_model_name_or_path", str(model), "--rank", "2", "--max_train_steps", "1"]
+    assert main([*command, "--train_data_dir", str(images), str(images), "--output_dir", str(tmp_path / "run")]) == 0
+    error = capsys.readouterr().err
+    assert "d2f: trained at 24 x 32 pixels (height x width; the model's own size)\n" in error
+    assert AlignedTrainer.from_pretrained(model).config.resolution == (24, 32)
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         (["--resolution", "24", "32", "32"], "resolution must be one number for squares, or pairs of a height and a w"),
-        (["--resolution", "24", "33"], "resolution must be a multiple of 2, got 33"),
+        (["--resolution", "24", "33"], "resolution must be a multiple of 8, got 33"),
         (["--resolution", "24", "32", "32", "32"], "resolution: 4 numbers for 1 data set: give one number for a squar"),
         (["x", "--resolution", "24", "32"], "resolution: 2 numbers for 2 data sets: give one number for squares of on"),
     ],

@@ -29,10 +29,12 @@ def test_pairs_are_compared_with_the_configuration(write_pairs: Write, tiny_fold
     assert configs is not None
     good = PairDataset([write_pairs(tmp_path / "0.tar")])
     large = PairDataset([write_pairs(tmp_path / "1.tar", shape=(4, 16, 16))])
+    odd = PairDataset([write_pairs(tmp_path / "3.tar", shape=(4, 8, 9))])
     scaled = PairDataset([write_pairs(tmp_path / "2.tar", change=lambda r: r._replace(latents=r.latents * 5))])
     check_pairs_of_run(TrainingConfig(), ModelOptions(), configs, good, None)
     for datasets, config, sentence in (
         ((large, None), TrainingConfig(), "shorter side is 32 pixels, and the resolution is 16"),
+        ((odd, None), TrainingConfig(resolution=16), "has images of 16 x 18 pixels, and no others than multiples of 8"),
         ((good, large), TrainingConfig(), "1.tar has images whose shorter side is 32 pixels"),
         ((object(), large), TrainingConfig(resolution=24), "and the resolution is 24: give --resolution 32"),
         ((scaled,), TrainingConfig(), "with its scaling factor of 0.5: store latents in the scale"),

@@ -41,6 +41,8 @@ def test_size_equals_that_of_the_loaded_model(model: str, tiny_folder: Path, nar
 def test_model_that_cannot_be_trained_is_refused(unet: dict[str, Any], resolution: int | None, sentence: str) -> None:
     check_training(SD, None)
     check_training(SD, 520)
+    with pytest.raises(RefusedInputError, match="resolution must be a multiple of 8, got 36"):
+        check_training(SD._replace(vae={**SD.vae, "block_out_channels": (8, 8, 8)}), 36)  # Latents of 4 pixels.
     check_training(SD._replace(unet={"sample_size": None, "in_channels": 4}), 512)
     with pytest.raises(RefusedInputError, match=sentence):
         check_training(SD._replace(unet={**SD.unet, **unet}), resolution)

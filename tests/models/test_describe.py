@@ -32,6 +32,11 @@ def test_folder_says_what_its_configuration_says(narrow_pipeline: Any) -> None:
     assert describe_model_folder(narrow_pipeline("sdxl"))["family"] == "SDXL"
 
 
+def test_size_that_a_folder_was_trained_on_is_that_of_its_images(folder: Path) -> None:
+    (folder / "d2f.json").write_text(json.dumps({"d2f.resolution": "48x64"}))
+    assert describe_model_folder(folder)["size of its images"] == "48x64 pixels (d2f.json)"
+
+
 def test_default_of_the_scheduler_is_named_as_such(folder: Path) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())

@@ -122,7 +122,14 @@ def test_size_of_the_training_is_that_of_the_lora_before_that_of_the_model(tmp_p
 
 @pytest.mark.parametrize(
     ("text", "squares_only", "sides"),
-    [("16", True, 8), ("16x24", False, (8, 12)), ("16x24", True, 5), ("17", False, 5)],
+    [
+        ("16", True, 8),
+        ("16x24", False, (8, 12)),
+        ("16x24", True, 5),
+        ("17", False, 5),
+        ("12", False, 5),
+        ("16x12", False, 5),
+    ],
 )
 def test_size_of_the_training_becomes_that_of_the_network(
     text: str, squares_only: bool, sides: object, tmp_path: Path

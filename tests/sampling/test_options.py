@@ -53,6 +53,15 @@ def test_size_that_the_model_does_not_have_is_refused(given: tuple, sample_size:
         image_size(*given, sample_size, 8)
 
 
+def test_size_of_the_model_at_which_no_pipeline_generates_is_refused() -> None:
+    for given in ((None, None), (64, None)):
+        with pytest.raises(
+            RefusedInputError,
+            match="the width that the model was made for, 36 pixels, is not a multiple of 8: give height and width",
+        ):
+            image_size(*given, (64, 9), 4)
+
+
 def test_options_are_checked_without_torch() -> None:
     code = "import d2f_fast.sampling.options, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
