@@ -5,7 +5,8 @@
     python -m benchmarks.continued_training --output continued --table
 
 Each run is a file in the folder, with the Fréchet distance at each measured number of training steps, at the demo's
-number of network evaluations. A run that is already there is not trained again. The table has the mean over the seeds
+number of network evaluations. A run that is already there is not trained again,
+and is refused where other options made it. The table has the mean over the seeds
 of the distance minus that of other real images, and the lowest and highest of the seeds.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.kept_rows import same_options
 from d2f_fast.demo.evaluation_set import EvaluationSet
 from d2f_fast.demo.measurements import Measurements
 from d2f_fast.demo.networks import (
@@ -84,6 +86,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="images at each point (%(default)s)")
     parser.add_argument("--points", type=int, nargs="+", default=[0, 20, 160], help="measured steps (%(default)s)")
     options = parser.parse_args()
+    kept = {str(path): json.loads(path.read_text()).get("options") for path in sorted(options.output.glob("*.json"))}
+    own = {"images": options.images, "points": options.points}
+    same_options(kept, None if options.table else own)
     if options.table:
         print("\n".join(table(options.output)))
         return
@@ -99,7 +104,7 @@ def main() -> None:
                     continue
                 rows = measure_run(network, options.adapter, rate, seed, settings, captions)
                 head = {"adapter": options.adapter, "network": network, "learning_rate": rate, "seed": seed}
-                write_json(path, {**head, "rows": rows})
+                write_json(path, {**head, "options": own, "rows": rows})
                 print(path.stem, [round(row["frechet_distance"], 1) for row in rows], flush=True)
 
 

@@ -6,8 +6,9 @@
     python -m benchmarks.depth_table --output depth_table --table
 
 Each case is one run of `d2f train --task depth`, whose folder `pipeline` is then measured as `d2f evaluate` does. A
-case that is already in the folder is not trained again. The table has the means over the images and the seeds, with
-95 % intervals from resampling the images; they do not include other seeds of the training.
+case that is already in the folder is not trained again, and is refused where other options made it. The table has the
+means over the images and the seeds, with 95 % intervals from resampling the images; they do not include other seeds of
+the training.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.kept_rows import same_options
 from d2f_fast.evaluation.depth import DepthErrors
 from d2f_fast.evaluation.distances import bootstrap_interval
 from d2f_fast.files.json_file import write_json
@@ -51,8 +53,8 @@ TRAINING = {
 TITLES = {"abs_rel": "AbsRel, lower is better", "delta1": "δ1, higher is better"}
 
 
-def train(case: str, seed: int, options: argparse.Namespace, folder: Path) -> None:
-    """Train one case."""
+def arguments(case: str, seed: int, options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the command line of the training of a case, without the name of the program."""
     chosen = {
         **TRAINING,
         **CASES[case],
@@ -63,8 +65,13 @@ def train(case: str, seed: int, options: argparse.Namespace, folder: Path) -> No
         "seed": str(seed),
         "output_dir": str(folder),
     }
-    words = [word for name, value in chosen.items() for word in (f"--{name}", value)]
-    subprocess.run([sys.executable, "-m", "d2f_fast", "train", *words], check=True)
+    return ["train", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
+
+
+def options_of_row(options: argparse.Namespace) -> dict[str, object]:
+    """Return the options that decide a row."""
+    names = "split", "images", "sampling_steps", "steps", "learning_rate", "warmup"
+    return {"rooms": str(options.rooms.resolve()), **{name: getattr(options, name) for name in names}}
 
 
 def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, list[DepthErrors]]:
@@ -94,7 +101,8 @@ def run(case: str, seed: int, options: argparse.Namespace) -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        train(case, seed, options, folder)
+        words = arguments(case, seed, options, folder)
+        subprocess.run([sys.executable, "-m", "d2f_fast", *words], check=True)
         trained = time.monotonic()
         measured = measure(case, folder, options)
     write_json(
@@ -102,10 +110,7 @@ def run(case: str, seed: int, options: argparse.Namespace) -> None:
         {
             "case": case,
             "seed": seed,
-            "training_steps": options.steps,
-            "learning_rate": options.learning_rate,
-            "lr_warmup_steps": options.warmup,
-            "rooms": options.split,
+            "options": options_of_row(options),
             "training_seconds": round(trained - started),
             "measuring_seconds": round(time.monotonic() - trained),
             "errors": {steps: [error._asdict() for error in errors] for steps, errors in measured.items()},
@@ -113,11 +118,15 @@ def run(case: str, seed: int, options: argparse.Namespace) -> None:
     )
 
 
+def rows_of(output: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows in a folder, by the names of their files."""
+    return {str(path): json.loads(path.read_text()) for path in sorted(output.glob("*.json"))}
+
+
 def table(output: Path) -> list[str]:
     """Return the lines of a table of all cases in a folder."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(output.glob("*.json")):
-        row = json.loads(path.read_text())
+    for row in rows_of(output).values():
         runs.setdefault(row["case"], []).append(row)
     lines = ["| case | seeds | steps | " + " | ".join(TITLES.values()) + " |", "|---|---|---|" + "---|" * len(TITLES)]
     for case in filter(runs.__contains__, CASES):
@@ -149,6 +158,10 @@ def main() -> None:
     parser.add_argument("--sampling_steps", type=int, nargs="+", default=STEPS, help=text)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(options.output)
+    for case in options.cases:
+        kept = {name: row.get("options") for name, row in rows.items() if row["case"] == case}
+        same_options(kept, None if options.table else options_of_row(options))
     if not options.table:
         for seed in options.seeds:
             for case in options.cases:

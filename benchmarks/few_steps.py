@@ -7,10 +7,12 @@
 
 A setting of the base counts at its network evaluations, of which guidance takes two for each step. The captions are a
 random part of those of the images that the base was made from; the other real images are the reference. A setting that
-is already in the folder is not generated again.
+is already in the folder is not generated again, and is refused where another model, LoRA or style made it.
 """
 
 import argparse
+import glob
+import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.kept_rows import options_of_files, same_options
 from d2f_fast.demo.evaluation_set import EvaluationSet
 from d2f_fast.demo.generation import start_noise
 from d2f_fast.evaluation.distances import frechet_distance
@@ -94,9 +97,16 @@ def main() -> None:
     prompts = [emoji.caption(item.name, None if options.no_colour else item.colour) for item in captions.items]
     right = np.array([item.name for item in captions.items])
     options.output.mkdir(parents=True, exist_ok=True)
+    of_images = {"style": options.style}
     suffix = f"{options.images} images, seed {options.seed}"
     space = captions.space
-    np.savez(options.output / f"real, {suffix}.npz", features=space.features(captions.real), reference=space.reference)
+    same_options(options_of_files(options.output.glob("real, *.npz")), of_images)
+    np.savez(
+        options.output / f"real, {suffix}.npz",
+        features=space.features(captions.real),
+        reference=space.reference,
+        options=json.dumps(of_images),
+    )
     for network in options.networks:
         pipeline = load_pipeline(options.model)
         lora = file_sha256(options.lora) if network == "lora" else ""
@@ -105,6 +115,8 @@ def main() -> None:
         model = BaseModel(pipeline)
         noise = start_noise(options.images, model, options.seed)
         label = {"base": "base", "lora": options.lora.stem, "full": Path(options.model).parent.name}[network]
+        own = of_images | {"model": options.model, "lora": lora}
+        same_options(options_of_files(options.output.glob(f"{glob.escape(label)}, *.npz")), own)
         for setting in BASE if network == "base" else LORA:
             kind = "captions without a colour" if options.no_colour else "captions with a colour"
             path = options.output / f"{label}, {setting.label}, {kind}, {suffix}.npz"
@@ -122,7 +134,7 @@ def main() -> None:
                 evaluations=setting.evaluations,
                 captions=kind,
                 seed=options.seed,
-                lora=lora,
+                options=json.dumps(own),
                 features=features,
                 right_names=guesses == right,
             )

@@ -10,7 +10,8 @@
 A case is one network: the base as it is, or one run of `d2f train`. It generates one image for each of some captions of
 combinations that neither the base nor the runs were trained on, without guidance. The base and the diffusion run are
 sampled by DDIM with trailing timesteps, which is the base's own sampler, and the others by Euler steps along the flow.
-A seed decides the training, the captions and the noise. A case that is already in the folder is not run again.
+A seed decides the training, the captions and the noise. A case that is already in the folder is not run again, and is
+refused where other options made it.
 
 Distances are Fréchet distances to other real images of the same size, less that of real images to them, in two sets of
 features: those of EfficientNet-Lite0 at 128 x 128 pixels, to which images are enlarged, so that their details count;
@@ -19,6 +20,7 @@ from resampling images, alike for all cases, so that differences of two cases ha
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.kept_rows import options_of_files, same_options
 from d2f_fast.commands.load_model import load_with_lora
 from d2f_fast.data.image_folder import CaptionedImages
 from d2f_fast.data.images import preprocess, to_rgb
@@ -55,13 +58,14 @@ OBJECTIVES: dict[str, dict[str, str]] = {
     "diff2flow": {"objective": "diff2flow"},
 }
 ADAPTERS = {
-    "lora": {"adapter": "lora", "rank": "64", "conv_rank": "64", "first_last_layers": ""},
+    "lora": {"adapter": "lora", "rank": "64", "conv_rank": "64", "first_last_layers": "", "lora_format": "diffusers"},
     "full": {"adapter": "full"},
 }
 CASES = {
     "base": {},
     **{f"{adapter}_{name}": {**ADAPTERS[adapter], **OBJECTIVES[name]} for adapter in ADAPTERS for name in OBJECTIVES},
 }
+LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}
 DEFAULT_CASES = tuple(case for case in CASES if not case.startswith("full"))
 TRAINING = {
     "pretrained_model_name_or_path": "miniature",
@@ -69,7 +73,6 @@ TRAINING = {
     "lr_scheduler": "cosine",
     "ema_decay": "0.99",
     "checkpointing_steps": "0",
-    "lora_format": "diffusers",
 }
 
 
@@ -147,8 +150,8 @@ def generate(
     return torch.cat(images)
 
 
-def train(case: str, size: int, seed: int, options: argparse.Namespace, folder: Path) -> None:
-    """Train one case."""
+def arguments(case: str, size: int, seed: int, options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the command line of the training of a case, without the name of the program."""
     chosen = {
         **TRAINING,
         **CASES[case],
@@ -156,14 +159,34 @@ def train(case: str, size: int, seed: int, options: argparse.Namespace, folder: 
         "resolution": str(size),
         "train_batch_size": str(options.batch),
         "max_train_steps": str(options.steps),
-        "learning_rate": str(options.learning_rate),
+        "learning_rate": str(learning_rate(case, options)),
         "lr_warmup_steps": str(options.warmup),
         "seed": str(seed),
         "cache_dir": str(options.output / "cache"),
         "output_dir": str(folder),
     }
-    words = [word for name, value in chosen.items() for word in (f"--{name}", value) if word]
-    subprocess.run([sys.executable, "-m", "d2f_fast", "train", *words], check=True)
+    return ["train", *(word for name, value in chosen.items() for word in (f"--{name}", value) if word)]
+
+
+def learning_rate(case: str, options: argparse.Namespace) -> float:
+    """Return the highest learning rate of a case: the one that was given, or else that of its adapter."""
+    rate: float = options.learning_rate or LEARNING_RATES[case.partition("_")[0]]
+    return rate
+
+
+def options_of_images(options: argparse.Namespace) -> dict[str, object]:
+    """Return the options that decide the captions and the real images."""
+    images, reference = options.images, options.reference_images
+    return {"pictures": str(options.pictures.resolve()), "images": images, "reference_images": reference}
+
+
+def options_of_row(case: str, options: argparse.Namespace) -> dict[str, object]:
+    """Return the options that decide the rows of a case."""
+    chosen = options_of_images(options) | {"sampling_steps": sorted(set(options.sampling_steps))}
+    if case != "base":
+        chosen |= {name: getattr(options, name) for name in ("steps", "batch", "warmup")}
+        chosen["learning_rate"] = learning_rate(case, options)
+    return chosen
 
 
 def load(case: str, folder: Path | None) -> tuple[BaseModel, Flow | None]:
@@ -184,7 +207,8 @@ def run(case: str, size: int, seed: int, options: argparse.Namespace, captions: 
     with tempfile.TemporaryDirectory() as temporary:
         if case != "base":
             folder = Path(temporary) / "run"
-            train(case, size, seed, options, folder)
+            words = arguments(case, size, seed, options, folder)
+            subprocess.run([sys.executable, "-m", "d2f_fast", *words], check=True)
         model, flow = load(case, folder)
     trained = time.monotonic()
     shape = (len(captions.prompts), *model.latents_shape(size, size))
@@ -195,7 +219,7 @@ def run(case: str, size: int, seed: int, options: argparse.Namespace, captions: 
         for name, space in captions.spaces.items():
             features[f"{name} {steps}"] = space.features(images).astype(np.float32)
     path = options.output / f"{size} {case} {seed}.npz"
-    np.savez(path, **features, training_steps=0 if case == "base" else options.steps)  # type: ignore[arg-type]
+    np.savez(path, **features, options=json.dumps(options_of_row(case, options)))  # type: ignore[arg-type]
     done = time.monotonic()
     print(f"{path.stem}: {trained - started:.0f} s of training, {done - trained:.0f} s of sampling", flush=True)
 
@@ -320,6 +344,9 @@ def main() -> None:
         estimate(options)
         if options.estimate:
             return
+        same_options(options_of_files(options.output.glob("* real *.npz")), options_of_images(options))
+        for case in options.cases:
+            same_options(options_of_files(options.output.glob(f"* {case} *.npz")), options_of_row(case, options))
         for seed in options.seeds:
             for size in options.sizes:
                 paths = {case: options.output / f"{size} {case} {seed}.npz" for case in options.cases}
@@ -327,7 +354,7 @@ def main() -> None:
                 if not missing:
                     continue
                 captions = captions_of(options.pictures, size, options.images, options.reference_images, seed)
-                real: dict[str, Array | float] = {}
+                real: dict[str, Array | float | str] = {"options": json.dumps(options_of_images(options))}
                 for name, space in captions.spaces.items():
                     both = np.concatenate([captions.real[name], space.reference])
                     real[f"{name} reference"] = space.reference
@@ -335,6 +362,8 @@ def main() -> None:
                 np.savez(options.output / f"{size} real {seed}.npz", **real)  # type: ignore[arg-type]
                 for case in missing:
                     run(case, size, seed, options, captions)
+    for case in ("real", *CASES):
+        same_options(options_of_files(options.output.glob(f"* {case} *.npz")))
     print("\n".join(table(options.output, options.repeats)))
 
 
@@ -350,7 +379,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds (0)")
     parser.add_argument("--steps", type=int, default=160, help="training steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="images in a training step (%(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (%(default)s)")
+    text = "highest learning rate (1e-3 for LoRA, 3e-4 for full)"
+    parser.add_argument("--learning_rate", type=float, help=text)
     parser.add_argument("--warmup", type=int, default=20, help="steps to the highest learning rate (%(default)s)")
     parser.add_argument("--images", type=int, default=500, help="captions that are generated (%(default)s)")
     text = "real images that generated ones are compared with (%(default)s)"

@@ -6,7 +6,7 @@
 The tasks are super-resolution (16 × 16 pixels, enlarged to 32 × 32 by bicubic interpolation) and the repair of JPEG
 images of quality 10. The images are emoji of the style "fluent", which the base has not seen; the measured ones have
 names that were not trained. Each case is one run of `d2f train --task image_to_image`, without captions. A case that is
-already in the folder is not trained again.
+already in the folder is not trained again, and is refused where other options made it.
 
 PSNR is the mean over the images and the seeds, with a 95 % interval from resampling the images; it does not include
 other seeds of the training. The Fréchet distance compares the features of the results, by the classifier inside the
@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.kept_rows import same_options
 from d2f_fast.evaluation.distances import bootstrap_interval, frechet_distance
 from d2f_fast.files.json_file import write_json
 from d2f_fast.miniature import emoji
@@ -123,8 +124,8 @@ def measured(images: Sequence[Image.Image], wanted: Sequence[Image.Image], class
     }
 
 
-def train(case: str, seed: int, options: argparse.Namespace, data: Path, folder: Path) -> None:
-    """Train one case."""
+def arguments(case: str, seed: int, options: argparse.Namespace, data: Path, folder: Path) -> list[str]:
+    """Return the command line of the training of a case, without the name of the program."""
     chosen = {
         **TRAINING,
         **CASES[case],
@@ -136,8 +137,15 @@ def train(case: str, seed: int, options: argparse.Namespace, data: Path, folder:
         "seed": str(seed),
         "output_dir": str(folder),
     }
-    words = [word for name, value in chosen.items() for word in (f"--{name}", value)]
-    subprocess.run([sys.executable, "-m", "d2f_fast", "train", *words], check=True)
+    return ["train", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
+
+
+def options_of_row(case: str, options: argparse.Namespace) -> dict[str, object]:
+    """Return the options that decide the row of a case; those of a row without a training are the images alone."""
+    if case not in CASES:
+        return {"images": options.images}
+    names = "images", "sampling_steps", "steps", "learning_rate", "warmup"
+    return {name: getattr(options, name) for name in names}
 
 
 def measure(case: str, folder: Path, options: argparse.Namespace, wanted: list[Image.Image]) -> dict[str, Any]:
@@ -169,8 +177,9 @@ def measure(case: str, folder: Path, options: argparse.Namespace, wanted: list[I
     return found
 
 
-def write_baselines(output: Path, wanted: list[Image.Image]) -> None:
+def write_baselines(options: argparse.Namespace, wanted: list[Image.Image]) -> None:
     """Measure what needs no training, unless it is in the folder."""
+    output = options.output
     if all((output / f"{task}_autoencoder.json").exists() for task in TASKS):
         return
     model, classifier = BaseModel.load("miniature"), load_classifier()
@@ -178,8 +187,10 @@ def write_baselines(output: Path, wanted: list[Image.Image]) -> None:
     for task in TASKS:
         rows = {"source": [damaged(image, task) for image in wanted], "autoencoder": through}
         for name, images in rows.items():
-            row = {"case": f"{task}_{name}", "seed": None, "measured": {"0": measured(images, wanted, classifier)}}
-            write_json(output / f"{task}_{name}.json", row)
+            case = f"{task}_{name}"
+            row = {"case": case, "seed": None, "options": options_of_row(case, options)}
+            row["measured"] = {"0": measured(images, wanted, classifier)}
+            write_json(output / f"{case}.json", row)
 
 
 def run(case: str, seed: int, options: argparse.Namespace, wanted: list[Image.Image]) -> None:
@@ -192,7 +203,8 @@ def run(case: str, seed: int, options: argparse.Namespace, wanted: list[Image.Im
     write_training_images(data, task)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        train(case, seed, options, data, folder)
+        words = arguments(case, seed, options, data, folder)
+        subprocess.run([sys.executable, "-m", "d2f_fast", *words], check=True)
         trained = time.monotonic()
         found = measure(case, folder, options, wanted)
     write_json(
@@ -200,9 +212,7 @@ def run(case: str, seed: int, options: argparse.Namespace, wanted: list[Image.Im
         {
             "case": case,
             "seed": seed,
-            "training_steps": options.steps,
-            "learning_rate": options.learning_rate,
-            "lr_warmup_steps": options.warmup,
+            "options": options_of_row(case, options),
             "training_seconds": round(trained - started),
             "measuring_seconds": round(time.monotonic() - trained),
             "measured": found,
@@ -210,11 +220,24 @@ def run(case: str, seed: int, options: argparse.Namespace, wanted: list[Image.Im
     )
 
 
+def rows_of(output: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows in a folder, by the names of their files."""
+    return {str(path): json.loads(path.read_text()) for path in sorted(output.glob("*.json"))}
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """End the program where a row of the folder was made with other options than those that it would have now."""
+    rows = rows_of(options.output)
+    cases = {row["case"] for row in rows.values()}
+    for case in cases & {*options.cases} | cases - {*CASES}:
+        kept = {name: row.get("options") for name, row in rows.items() if row["case"] == case}
+        same_options(kept, None if options.table else options_of_row(case, options))
+
+
 def table(output: Path) -> list[str]:
     """Return the lines of a table of all cases in a folder."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(output.glob("*.json")):
-        row = json.loads(path.read_text())
+    for row in rows_of(output).values():
         runs.setdefault(row["case"], []).append(row)
     lines = ["| case | seeds | evaluations | PSNR in dB, higher is better | Fréchet distance, lower is better |"]
     lines.append("|---|---|---|---|---|")
@@ -245,9 +268,10 @@ def main() -> None:
     parser.add_argument("--sampling_steps", type=int, nargs="+", default=STEPS, help=text)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    check_options(options)
     if not options.table:
         wanted = targets(sorted(emoji.held_out_names()), options.images, seed=1)
-        write_baselines(options.output, wanted)
+        write_baselines(options, wanted)
         for seed in options.seeds:
             for case in options.cases:
                 run(case, seed, options, wanted)

@@ -1,14 +1,15 @@
 """Measure how fast a network learns the flow from a teacher, and how fast from the data alone, on the miniature.
 
-    python benchmarks/teacher.py --output to_flow.json
-    python benchmarks/teacher.py --output to_v.json --flow_checkpoint flow_checkpoint
+    python -m benchmarks.teacher --output to_flow.json
+    python -m benchmarks.teacher --output to_v.json --flow_checkpoint flow_checkpoint
 
 The first command makes rectified-flow checkpoints of the miniature, which predicts noise, in its own domain. The second
 one takes such a checkpoint (made in the named folder by 400 steps of full finetuning with the teacher, unless it is
 there) and makes v-prediction models of it. After each number of steps the relative error of the velocity against that
 of the starting model is measured on held-out images; after the last one the Fréchet distance of images of four
 evaluations without guidance, beside that of the starting model. A seed decides the division of the images into trained
-and held-out ones, all noise, and the order of the training. Rows that the file has are not measured again.
+and held-out ones, all noise, and the order of the training. Rows that the file has are not measured again, and are
+refused where they have another starting model.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.kept_rows import same_options
 from d2f_fast.config import TrainingConfig
 from d2f_fast.demo.generation import single_threaded_operations
 from d2f_fast.evaluation.feature_space import FeatureSpace
@@ -185,6 +187,9 @@ def main() -> None:
         if arguments.flow_checkpoint and not arguments.flow_checkpoint.exists():
             make_checkpoint(arguments.flow_checkpoint)
         rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
+        start = arguments.flow_checkpoint and str(arguments.flow_checkpoint.resolve())
+        own = {"flow_checkpoint": start}
+        same_options({f"row {i} of {arguments.output}": row.get("options") for i, row in enumerate(rows)}, own)
         for seed in range(arguments.seeds):
             known = {row["case"] for row in rows if row["seed"] == seed}
             missing = [case for case in (START, *arguments.cases) if case not in known]
@@ -193,7 +198,7 @@ def main() -> None:
             with torch.no_grad():
                 trial = Trial(arguments.flow_checkpoint, seed)
             for case in missing:
-                rows.append(measure(trial, case, seed))
+                rows.append(measure(trial, case, seed) | {"options": own})
                 print(rows[-1], flush=True)
                 write_json(arguments.output, rows)
 

@@ -156,8 +156,8 @@ class AlignedTrainer(TrainedModel):
 
         Args:
             model: any of these; the UNet of a pipeline is trained in place, and `init_lora` changes its text encoders.
-            config: options of the run; None for the defaults. A resolution that they leave open is that of the model's training,
-                where its files say it, or else that of its configuration.
+            config: options of the run; None for the defaults. A resolution that they leave open is that of the model's
+                training, where its files say it, or else that of its configuration.
             model_options: options of the base model; None for the defaults, which take all from the model itself.
             teacher_options: options of the teacher; None for no teacher.
             context_images: number of images whose latents the network sees beside its own, 1 for depth. A text-to-image
