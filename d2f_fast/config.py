@@ -247,7 +247,8 @@ class TrainingConfig:
             --first_last_layers add theirs. Default: all attention and feed-forward layers.
         lora_format: LoRA files to write at the end: "diffusers" (pytorch_lora_weights.safetensors), "kohya" (for
             ComfyUI, A1111, Forge and kohya's scripts, named after --output_dir, as my_run_kohya.safetensors), or
-            "both". Default: "both"; "diffusers" with --task depth.
+            "both". Default: "both"; "diffusers", the only possible one for
+            image_to_image, with another --task than text.
         center_crop: Crop the middle of each image. --no_center_crop crops at a random position, and needs
             --no_cache_latents.
         random_flip: Mirror each image left to right half of the time.
@@ -315,7 +316,7 @@ class TrainingConfig:
             off.
         validation_prompts: Prompts of which every validation generates one image each, always from the same noise, with
             the steps and the guidance that are saved with the result. The images are written to output_dir/validation,
-            and the first of the last step is the thumbnail in the LoRA file. Default: none.
+            and the first of the last step is the thumbnail in the LoRA file. Only with --task text. Default: none.
         resume_from_checkpoint: Checkpoint to continue from: "latest", a name such as checkpoint-500, or a path. Give
             the other options again; one that would change the result must be the same, except a larger
             --max_train_steps with a constant schedule. Default: a new run.

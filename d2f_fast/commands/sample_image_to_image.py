@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.commands.checks import check_lora_and_output, say_steps
 from d2f_fast.commands.sample import earlier_rows
@@ -18,7 +18,6 @@ from d2f_fast.config import (
     MAX_SIDE,
     SamplingMethod,
     Spacing,
-    StochasticMethod,
     at_least,
     check_guidance,
     check_options,
@@ -35,7 +34,7 @@ from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import chosen_steps, lowest_guidance, saved_tags, tags_source
 from d2f_fast.sampling.options import ChosenSteps, check_negative_prompt, check_steps, guidance_or_default, image_size
-from d2f_fast.sampling.solver_options import SolverOptions
+from d2f_fast.sampling.solver_options import SolverOptions, check_method_of_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,11 +136,7 @@ class SampleImageToImage:
         saved = lowest_guidance(self.model, [parse_lora(entry).path for entry in self.lora])
         guidance_scale = guidance_or_default(self.guidance_scale, saved)
         check_negative_prompt(self.negative_prompt, guidance_scale)
-        if self.method in get_args(StochasticMethod):
-            raise RefusedInputError(
-                f"method {self.method} needs a flow that starts from noise, and this one starts from an image: give"
-                " --method euler or rk4"
-            )
+        check_method_of_source(self.method)
         self.solver_options.check(self.method, guidance_scale)
         check_lora_and_output(
             *(self.lora, self.output_dir, self.shift),

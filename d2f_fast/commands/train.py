@@ -147,8 +147,6 @@ class Train:
         from d2f_fast.data.depth_encoding import DepthDataset, options_for_depth
         from d2f_fast.data.pair_checks import options_for_pairs
         from d2f_fast.data.pairs import PairDataset
-        from d2f_fast.data.source_images import SourceTargetDataset
-        from d2f_fast.data.source_options import options_for_source
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.training.objective import method_line
         from d2f_fast.training.signals import InterruptedRunError, stop_signals
@@ -158,7 +156,6 @@ class Train:
         options = self.teacher_options.settle(self.options)
         options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
         options = options_for_depth(options) if isinstance(dataset, DepthDataset) else options
-        options = options_for_source(options) if isinstance(dataset, SourceTargetDataset) else options
         if not isinstance(dataset, PairDataset):
             options = dataclasses.replace(options, resolution=options.resolution or self._trained_resolution())
         trainer = AlignedTrainer.from_pretrained(

@@ -148,10 +148,8 @@ def _check_task(command: "Train") -> None:
             raise RefusedInputError(
                 "task image_to_image needs --train_data_dir, a folder with the sub-folders source and target"
             )
-        check_source_training(command.options.objective, has_teacher=command.teacher_options.teacher is not None)
-        cure = "does not go with --task image_to_image: leave it out"
-        _refuse_given(command, ("validation_pairs",), cure)
-        _refuse_given(command.options, ("validation_prompts",), f"{cure}, and give --validation_data_dir")
+        check_source_training(command.options, has_teacher=command.teacher_options.teacher is not None)
+        _refuse_given(command, ("validation_pairs",), "does not go with --task image_to_image: leave it out")
     if command.task != "depth":
         return
     if not command.folders:

@@ -58,7 +58,8 @@ def check_batch(batch: Batch) -> None:
     """Refuse a batch whose tensors do not belong to one set of samples.
 
     Raises:
-        RefusedInputError: a key is missing, a tensor has another type or shape, or the numbers of samples differ.
+        RefusedInputError: a key is missing, a tensor has another type or shape, the numbers of samples differ, or
+            `source_noise` has no source or is outside [0, 1].
     """
     given: Mapping[str, object] = batch
     images = next((name for name in ("latents", "mean", "pixel_values") if name in given), None)
@@ -84,6 +85,10 @@ def check_batch(batch: Batch) -> None:
         if tensors[name].ndim != 4 or not (tensors[name].is_floating_point() or name == "mask"):
             got = f"{list(tensors[name].shape)} {tensors[name].dtype}"
             raise RefusedInputError(f"{name} must be floating, [samples, channels, height, width], got {got}")
+    if (share := batch.get("source_noise", 0.0)) and "source" not in given:
+        raise RefusedInputError(f"source_noise {share} needs source, the latents that the flow starts from: add them")
+    if not 0 <= share <= 1:
+        raise RefusedInputError(f"source_noise must be in [0, 1], got {share}: give the share of noise in the start")
     for name in tensors.keys() & {"noise", "source"}:
         if tensors[name].shape != tensors[images].shape:
             shapes = f"{list(tensors[name].shape)} and {list(tensors[images].shape)}"

@@ -267,11 +267,9 @@ def options_for_depth(config: TrainingConfig) -> TrainingConfig:
 
     Returns:
         The same options, with the empty prompt alone; and for a new LoRA with its first and last layers, because the
-        first one has to learn to see the image, and with a file for diffusers alone.
+        first one has to learn to see the image.
     """
-    is_lora = config.adapter == "lora"
     first_last = config.first_last_layers
-    if first_last is None and is_lora and config.init_lora is None:
+    if first_last is None and config.adapter == "lora" and config.init_lora is None:
         first_last = True
-    lora_format = config.lora_format or ("diffusers" if is_lora else None)
-    return dataclasses.replace(config, caption_dropout=0.0, first_last_layers=first_last, lora_format=lora_format)
+    return dataclasses.replace(config, caption_dropout=0.0, first_last_layers=first_last)

@@ -1,9 +1,8 @@
 """Options of a flow that starts from an image. This module imports no torch, so that `d2f --help` answers at once."""
 
-import dataclasses
 from dataclasses import dataclass
 
-from d2f_fast.config import LoraFormat, ObjectiveName, TrainingConfig, at_least, check_options, option
+from d2f_fast.config import TrainingConfig, at_least, check_options, option
 from d2f_fast.errors import RefusedInputError
 
 
@@ -27,33 +26,29 @@ class SourceOptions:
         check_options(self)
 
 
-def options_for_source(config: TrainingConfig) -> TrainingConfig:
-    """Return the options of a run from source to target images, with what the task settles where it is left open.
+def check_source_training(config: TrainingConfig, *, has_teacher: bool) -> None:
+    """Refuse options that have no meaning where the flow starts from an image.
 
     Args:
         config: Options of the run.
-
-    Returns:
-        The same options, with LoRA files for diffusers alone, because no other program starts from the source.
-    """
-    default: LoraFormat | None = "diffusers" if config.adapter == "lora" else None
-    return dataclasses.replace(config, lora_format=config.lora_format or default)
-
-
-def check_source_training(objective: ObjectiveName | None, *, has_teacher: bool) -> None:
-    """Refuse what has no meaning where the flow starts from an image.
-
-    Args:
-        objective: Objective of the run; None where the model settles it, which it never does to "diffusion".
         has_teacher: Whether the velocity of another model is learned.
 
     Raises:
-        RefusedInputError: The objective is "diffusion", or there is a teacher.
+        RefusedInputError: The objective is "diffusion", there is a teacher or a validation prompt, or a LoRA file is
+            for other programs, which start from noise.
     """
-    if objective == "diffusion":
+    if config.objective == "diffusion":
         raise RefusedInputError(
             "objective diffusion always starts from noise, and task image_to_image from a source image: give"
             " --objective diff2flow or fm"
         )
+    cure = "does not go with --task image_to_image: leave it out"
     if has_teacher:
-        raise RefusedInputError("teacher does not go with --task image_to_image: leave it out")
+        raise RefusedInputError(f"teacher {cure}")
+    if config.validation_prompts:
+        raise RefusedInputError(f"validation_prompts {cure}, and give --validation_data_dir")
+    if config.lora_format not in (None, "diffusers"):
+        raise RefusedInputError(
+            f"lora_format {config.lora_format} is for programs that start from noise: leave it out with --task"
+            " image_to_image"
+        )

@@ -11,6 +11,22 @@ DEFAULT_RTOL, DEFAULT_ATOL, DEFAULT_DIFFUSION = 1e-5, 1e-6, 1.0
 _METHODS = {"rtol": ("dopri5",), "atol": ("dopri5",), "diffusion": get_args(StochasticMethod)}
 
 
+def check_method_of_source(method: SamplingMethod) -> None:
+    """Refuse a method that adds noise where the flow starts from an image.
+
+    Args:
+        method: Integration method.
+
+    Raises:
+        RefusedInputError: It is a stochastic method, whose formula needs a start of noise alone.
+    """
+    if method in get_args(StochasticMethod):
+        raise RefusedInputError(
+            f"method {method} needs a flow that starts from noise, and this one starts from an image: give --method"
+            " euler or rk4"
+        )
+
+
 @dataclass(frozen=True)
 class SolverOptions:
     """Hold the options that only some of the integration methods have.

@@ -10,13 +10,15 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch
 from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder
 from d2f_fast.data.encoding import BatchEncoder
-from d2f_fast.data.loading import ImageDataset, load_ahead
+from d2f_fast.data.loading import ImageDataset, check_dataset, load_ahead
 from d2f_fast.data.mixed import MixedDataset
 from d2f_fast.data.order import BatchPlan, Mixture, plan_batches
 from d2f_fast.data.pair_encoding import PairEncoder
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_encoding import SourceTargetEncoder
 from d2f_fast.data.source_images import SourceTargetDataset
+from d2f_fast.data.source_options import check_source_training
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.image_sizes import check_data_sets, sizes_differ
 from d2f_fast.models.base_model import BaseModel
 
@@ -64,6 +66,44 @@ def encoded_batches(
     load, encode = loader_and_encoder(dataset, model, config, fingerprints)
     for plan, loaded in load_ahead(left, load, config.dataloader_num_workers):
         yield encode(plan, loaded)
+
+
+def check_run(
+    dataset: TrainingData, validation: TrainingData | None, config: TrainingConfig, *, has_teacher: bool
+) -> None:
+    """Refuse data that a run cannot use, before its first step.
+
+    Args:
+        dataset: What the run trains on.
+        validation: Held-out samples; None for none.
+        config: Options of the run.
+        has_teacher: Whether the velocity of another model is learned.
+
+    Raises:
+        RefusedInputError: A data set is empty or malformed, does not go with the options, or the held-out samples start
+            the flow in another way than the training.
+    """
+    for samples in (dataset, *(() if validation is None else (validation,))):
+        check_dataset(samples)
+        if isinstance(samples, SourceTargetDataset):
+            check_source_training(config, has_teacher=has_teacher)
+        if config.distill and not isinstance(samples, PairDataset):
+            raise RefusedInputError("distill learns the jump from the noise of pairs: give pairs, or leave it out")
+    mixture_of_run(dataset, config)
+    if validation is None:
+        return
+    own, held_out = (
+        each.options.source_noise if isinstance(each, SourceTargetDataset) else None for each in (dataset, validation)
+    )
+    if own != held_out:
+        starts = [
+            "from noise" if share is None else f"from source images with source_noise {share:g}"
+            for share in (own, held_out)
+        ]
+        raise RefusedInputError(
+            f"the flow of the training starts {starts[0]}, and that of the validation {starts[1]}: give held-out"
+            " samples with the same start"
+        )
 
 
 def mixture_of_run(dataset: TrainingData, config: TrainingConfig) -> Mixture | None:

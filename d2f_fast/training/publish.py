@@ -17,7 +17,7 @@ from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.image_sizes import first_size, size_text
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.source import LORA_FILE
-from d2f_fast.lora.tags import predicts_depth
+from d2f_fast.lora.tags import TASK, predicts_depth
 from d2f_fast.lora.write import lora_state_dict, save_lora
 from d2f_fast.models.autoencoder import autoencoder_tags
 from d2f_fast.models.base_model import BaseModel
@@ -66,7 +66,8 @@ def publish_lora(
         model.unet,
         folder,
         summary_tags(config, tags, steps, batch_size, start),
-        lora_format=config.lora_format or DEFAULT_LORA_FORMAT,
+        # Other programs neither show the network an image nor start from one.
+        lora_format=config.lora_format or ("diffusers" if TASK in tags else DEFAULT_LORA_FORMAT),
         prediction_type=objective.flow.prediction_type,
         text_layers=None if start is None else start.text_layers,
     )

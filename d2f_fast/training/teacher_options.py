@@ -38,8 +38,8 @@ class TeacherOptions:
             diffusers pipeline folder, one .safetensors file, or "base" for the starting model itself, before the
             training, which teaches something new only with another objective, guidance or LoRA. "fm" makes a
             rectified-flow model of a diffusion model, and "diffusion" does the reverse (docs/training.md has both
-            commands). Not with --distill, --task depth, or an --init_lora that also changes text encoders. Default:
-            none.
+            commands). Only with --task text, and not with --distill or an --init_lora that also changes text encoders.
+            Default: none.
         teacher_guidance_scale: Strength of classifier-free guidance that the network learns from the teacher. It is
             then sampled without guidance. 1 and 0 turn it off. Above 1, the teacher is evaluated twice in each step.
             Default: 1.

@@ -16,12 +16,14 @@ from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pair_checks import size_of_pairs
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.image_sizes import first_size, simplest, size_text
 from d2f_fast.layers.half_base import HalfBase
+from d2f_fast.lora.tags import starts_from_image
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.solve import OnState, Sampling, generate_images, invert_images
-from d2f_fast.sampling.solver_options import SolverOptions
+from d2f_fast.sampling.solver_options import SolverOptions, check_method_of_source
 from d2f_fast.training.batches import TrainingData
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.network import inputs_in_float32
@@ -120,15 +122,23 @@ class TrainedModel(ABC):
                 them; see `encode_context`. None for a network that sees none.
             image_guidance_scale: scale of the guidance by these images, at least 1, which turns it off.
             noise: flow state at t = 0 in place of random noise, [B, C, h, w], such as `start_of_flow` makes of source
-                images; None for random noise.
+                images; None for random noise. A model that was trained on source images needs it.
 
         Returns:
             One RGB image for each prompt.
 
         Raises:
-            RefusedInputError: the autoencoder has no latents of this height or width, the steps cannot be used, or the
-                network takes another context.
+            RefusedInputError: the autoencoder has no latents of this height or width, the steps cannot be used, the
+                network takes another context, or the flow starts from an image and `noise` is missing, or `method`
+                adds noise.
         """
+        if starts_from_image(self.tags):
+            if noise is None:
+                raise RefusedInputError(
+                    "the model was trained to start from an image: give noise=start_of_flow(model, images, height,"
+                    " width, source_noise)"
+                )
+            check_method_of_source(method)
         sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, negative_prompt, height, width)
         sampling = replace(sampling, image_guidance_scale=image_guidance_scale)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -17,10 +17,7 @@ from torch import Tensor
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch, check_batch
 from d2f_fast.data.depth_encoding import DepthDataset
-from d2f_fast.data.loading import check_dataset
-from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
-from d2f_fast.data.source_options import check_source_training
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.image_sizes import simplest
@@ -29,7 +26,7 @@ from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import trained_size
 from d2f_fast.training.accelerator import start_accelerator
 from d2f_fast.training.agreement import Agreement
-from d2f_fast.training.batches import TrainingData, data_settings, encoded_batches, mixture_of_run
+from d2f_fast.training.batches import TrainingData, check_run, data_settings, encoded_batches
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import InputSampler
 from d2f_fast.training.launch import precision_of
@@ -199,7 +196,8 @@ class AlignedTrainer(TrainedModel):
                 (`BaseModel.see_images`); or samples {"image": PIL image, "text": caption or captions}, and a length.
                 Optional methods `key(index)` and `captions(index)` save reading cached images; see
                 `data.loading.ImageDataset`.
-            validation: held-out samples, whose loss is measured every `validation_steps`; None for none.
+            validation: held-out samples, whose loss is measured every `validation_steps`; None for none. Their flow
+                starts as that of the training.
 
         Returns:
             Steps taken, last loss, skipped steps, and seconds of this call.
@@ -212,15 +210,7 @@ class AlignedTrainer(TrainedModel):
             LostProcessError: another process of the run has ended.
             NonFiniteRunError: ten steps in a row were not finite, or a weight is not; the last checkpoint is intact.
         """
-        for samples in (dataset, validation):
-            if samples is None:
-                continue
-            check_dataset(samples)
-            if isinstance(samples, SourceTargetDataset):
-                check_source_training(self.config.objective, has_teacher=self.teacher is not None)
-            if self.config.distill and not isinstance(samples, PairDataset):
-                raise RefusedInputError("distill learns the jump from the noise of pairs: give pairs, or leave it out")
-        mixture_of_run(dataset, self.config)  # Its refusal comes before the first step.
+        check_run(dataset, validation, self.config, has_teacher=self.teacher is not None)
         batch: Batch | None = None
         main, whole = self.accelerator.is_main_process, self._training_step.is_whole
         with stop_signals(self.has_unsaved_steps, announce=main) as signals:

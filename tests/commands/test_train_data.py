@@ -19,6 +19,10 @@ from d2f_fast.data.source_images import SourceTargetDataset
         (["--train_data_dir", "DATA/source"], "has no sub-folder source: expected the sub-folders source and target"),
         (["--train_data_dir", "DATA", "--objective", "diffusion"], "objective diffusion always starts from noise"),
         (["--train_data_dir", "DATA", "--teacher", "base"], "teacher does not go with --task image_to_image: leave it"),
+        (
+            ["--train_data_dir", "DATA", "--lora_format", "both"],
+            "lora_format both is for programs that start from noise",
+        ),
         (["--train_data_dir", "DATA", "--source_noise", "2"], "source_noise must be at most 1.0, got 2.0"),
         (["--train_data_dir", "DATA", "--validation_pairs", "x"], "validation_pairs does not go with --task image_to"),
         (["--train_data_dir", "DATA", "--depth_scale", "9"], "depth_scale needs --task depth: add it, or leave the"),

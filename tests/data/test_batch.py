@@ -54,7 +54,12 @@ def test_posterior_without_a_matching_deviation_is_refused() -> None:
 
 def test_source_needs_latents_of_its_shape() -> None:
     source = torch.randn(4, 4, 8, 8)
-    check_batch(batch(source=source, source_noise=0.5))
+    for share in (0.0, 0.5, 1):
+        check_batch(batch(source=source, source_noise=share))
+    with pytest.raises(RefusedInputError, match=r"source_noise must be in \[0, 1\], got 25: give the share of noise"):
+        check_batch(batch(source=source, source_noise=25))
+    with pytest.raises(RefusedInputError, match=r"source_noise 0\.5 needs source, the latents that the flow starts"):
+        check_batch(batch(source_noise=0.5))
     with pytest.raises(RefusedInputError, match="source and latents must have the same shape"):
         check_batch(batch(source=source[..., :4]))
     texts = {"encoder_hidden_states": torch.randn(4, 8, 16)}

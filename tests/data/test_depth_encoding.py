@@ -125,8 +125,7 @@ def test_empty_slice_has_a_context_of_its_shape(model: BaseModel, tmp_path: Path
 
 def test_new_lora_trains_the_first_layer_and_uses_the_empty_prompt_alone() -> None:
     settled = options_for_depth(TrainingConfig())
-    assert (settled.first_last_layers, settled.caption_dropout, settled.lora_format) == (True, 0.0, "diffusers")
+    assert (settled.first_last_layers, settled.caption_dropout) == (True, 0.0)
     assert options_for_depth(TrainingConfig(first_last_layers=False)).first_last_layers is False
     assert options_for_depth(TrainingConfig(init_lora="a")).first_last_layers is None
-    full = options_for_depth(TrainingConfig(adapter="full"))
-    assert full.first_last_layers is None and full.lora_format is None
+    assert options_for_depth(TrainingConfig(adapter="full")).first_last_layers is None

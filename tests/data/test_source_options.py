@@ -1,11 +1,12 @@
 """Options of a flow that starts from an image."""
 
 import math
+from typing import Any
 
 import pytest
 
 from d2f_fast.config import TrainingConfig
-from d2f_fast.data.source_options import SourceOptions, check_source_training, options_for_source
+from d2f_fast.data.source_options import SourceOptions, check_source_training
 from d2f_fast.errors import RefusedInputError
 
 
@@ -15,16 +16,23 @@ def test_share_of_noise_is_between_0_and_1(source_noise: float) -> None:
         SourceOptions(source_noise)
 
 
-def test_lora_is_written_for_diffusers_unless_another_form_is_given() -> None:
-    assert options_for_source(TrainingConfig()).lora_format == "diffusers"
-    assert options_for_source(TrainingConfig(lora_format="both")).lora_format == "both"
-    assert options_for_source(TrainingConfig(adapter="full")).lora_format is None
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"objective": "diffusion"}, "objective diffusion always starts from noise, .* give --objective"),
+        ({"validation_prompts": ("a",), "validation_steps": 1}, "validation_prompts does not go with --task image_to"),
+        ({"lora_format": "both"}, "lora_format both is for programs that start from noise: leave it out with --task"),
+        ({"lora_format": "kohya"}, "lora_format kohya is for programs that start from noise"),
+    ],
+    ids=str,
+)
+def test_options_that_start_from_noise_are_refused(options: dict[str, Any], sentence: str) -> None:
+    check_source_training(TrainingConfig(), has_teacher=False)
+    check_source_training(TrainingConfig(objective="fm", lora_format="diffusers"), has_teacher=False)
+    with pytest.raises(RefusedInputError, match=sentence):
+        check_source_training(TrainingConfig(**options), has_teacher=False)
 
 
-def test_objective_that_starts_from_noise_and_a_teacher_are_refused() -> None:
-    check_source_training("diff2flow", has_teacher=False)
-    check_source_training(None, has_teacher=False)
-    with pytest.raises(RefusedInputError, match=r"objective diffusion always starts from noise, .* give --objective"):
-        check_source_training("diffusion", has_teacher=False)
+def test_teacher_is_refused() -> None:
     with pytest.raises(RefusedInputError, match="teacher does not go with --task image_to_image: leave it out"):
-        check_source_training("fm", has_teacher=True)
+        check_source_training(TrainingConfig(), has_teacher=True)

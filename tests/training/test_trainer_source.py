@@ -106,6 +106,34 @@ def test_continued_run_is_equal_bit_for_bit_and_keeps_its_share_of_noise(
 def test_objective_that_starts_from_noise_is_refused(make_trainer: MakeTrainer, source_targets: Path) -> None:
     with pytest.raises(RefusedInputError, match="objective diffusion always starts from noise"):
         make_trainer(objective="diffusion").fit(dataset_of(source_targets))
+    trainer = make_trainer("prompts", validation_prompts=("a",), validation_steps=1)
+    with pytest.raises(RefusedInputError, match="validation_prompts does not go with --task image_to_image"):
+        trainer.fit(dataset_of(source_targets))
+
+
+def test_validation_starts_as_the_training(make_trainer: MakeTrainer, source_targets: Path) -> None:
+    trainer = make_trainer(validation_steps=1)
+    images, pairs = [{"image": Image.new("RGB", (16, 16)), "text": "a"}], dataset_of(source_targets)
+    for dataset, held_out, sentence in (
+        (pairs, images, "starts from source images with source_noise 0, and that of the validation from noise: give"),
+        (images, pairs, "starts from noise, and that of the validation from source images with source_noise 0: give"),
+        (pairs, dataset_of(source_targets, 0.5), "of the validation from source images with source_noise 0.5: give"),
+    ):
+        with pytest.raises(RefusedInputError, match=sentence):
+            trainer.fit(dataset, held_out)
+
+
+def test_trained_model_is_sampled_from_an_image_alone_and_saved_for_diffusers(
+    make_trainer: MakeTrainer, source_targets: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(max_train_steps=1)
+    trainer.fit(dataset_of(source_targets))
+    with pytest.raises(RefusedInputError, match="was trained to start from an image: give noise=start_of_flow"):
+        trainer.sample("a")
+    with pytest.raises(RefusedInputError, match="method euler_maruyama needs a flow that starts from noise"):
+        trainer.sample("a", method="euler_maruyama", noise=torch.zeros(1, 4, 8, 8))
+    trainer.save_lora(tmp_path / "lora")
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
 def test_full_finetuning_is_saved_with_its_task_and_sampled_from_the_source(
