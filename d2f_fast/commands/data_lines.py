@@ -9,7 +9,7 @@ from d2f_fast.data.mixed import MixedDataset, MixedImages
 from d2f_fast.data.order import steps_per_epoch
 from d2f_fast.data.pair_checks import size_of_pairs
 from d2f_fast.data.pairs import PairDataset
-from d2f_fast.data.source_images import SourceTargetDataset
+from d2f_fast.data.source_images import SourceTargetDataset, SourceTargetFolder
 from d2f_fast.errors import printable
 from d2f_fast.image_sizes import Resolution, sizes_of
 from d2f_fast.training.batches import mixture_of_run
@@ -57,8 +57,9 @@ def data_lines(
         share = dataset.options.source_noise
         yield f"the flow starts from the source images, with a share of {share:g} of noise, and ends at the targets"
         for pairs in dataset.folders:
-            if pairs.captioned is not None:
-                yield from _repeats_of(pairs.captioned)
+            if pairs.captioned is None:
+                yield f"{printable(pairs.folder)} has no captions: every prompt is empty"
+            yield from _repeats_of(pairs)
     else:
         for folder in dataset.folders if isinstance(dataset, MixedImages) else (dataset,):
             yield from _repeats_of(folder)
@@ -82,7 +83,7 @@ def data_lines(
         yield str(long)
 
 
-def _repeats_of(images: CaptionedImages) -> Iterator[str]:
+def _repeats_of(images: CaptionedImages | SourceTargetFolder) -> Iterator[str]:
     """Yield the line that says which sub-folders of a folder are repeated, where some are."""
     if not images.repeats:
         return

@@ -52,9 +52,12 @@ class SampleDepth:
         Raises:
             RefusedInputError: An option, an image, the model, the LoRA file or the output folder cannot be used.
         """
+        from d2f_fast.data.image_headers import stored_size
+
         check_options(self)
         output = Path(self.output_dir)
         for path in find_images(self.image):
+            stored_size(path)  # This refuses a damaged file before the results of others are written.
             if (existing := output / f"{path.stem}.npy").exists():
                 raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
         self.sampling.check(self.output_dir)

@@ -119,6 +119,7 @@ class SampleImageToImage:
         Raises:
             RefusedInputError: An option, an image, the model, the LoRA file or the output folder cannot be used.
         """
+        from d2f_fast.data.image_headers import stored_size
         from d2f_fast.models.configs import check_seen_images, downsampling_of, read_configs
 
         check_options(self)
@@ -127,6 +128,7 @@ class SampleImageToImage:
             raise RefusedInputError(
                 f"prompts: give one, or one for each of the {len(files)} images, got {len(self.prompts)}"
             )
+        sizes = {path: stored_size(path) for path in files}  # A damaged file is refused before others are changed.
         for path in files:
             if (existing := output / f"{path.stem}.png").exists():
                 raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
@@ -146,7 +148,10 @@ class SampleImageToImage:
         )
         if (configs := read_configs(self.model, self.model_options)) is not None:
             check_seen_images(self.model, configs, "give a text-to-image model", 0)
-            image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling_of(configs.vae))
+            downsampling = downsampling_of(configs.vae)
+            image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling)
+            for path, size in sizes.items() if self.height is None else ():
+                _multiples(*size, math.lcm(_SIDE_FACTOR, downsampling), path)
         check_steps(self.method, self._steps.number)
 
     def run(self) -> dict[str, Any]:
@@ -281,15 +286,20 @@ class SampleImageToImage:
 
 
 def _cropped(image: "Image", multiple: int, file: Path) -> "Image":
-    """Return the middle of an image, whose sides are the largest multiples of a number of pixels.
+    """Return the middle of an image, whose sides are the largest multiples of a number of pixels."""
+    width, height = _multiples(image.width, image.height, multiple, file)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _multiples(width: int, height: int, multiple: int, file: Path) -> tuple[int, int]:
+    """Return the largest multiples of a number of pixels in the width and the height of an image.
 
     Raises:
         DatasetError: A side is smaller than that number.
     """
-    width, height = (side // multiple * multiple for side in image.size)
-    if not width or not height:
+    if min(width, height) < multiple:
         raise DatasetError(
-            f"{printable(file)}: {image.width}x{image.height} pixels are too small: each side needs {multiple} or more"
+            f"{printable(file)}: {width}x{height} pixels are too small: each side needs {multiple} or more"
         )
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return width // multiple * multiple, height // multiple * multiple

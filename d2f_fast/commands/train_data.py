@@ -129,6 +129,8 @@ def _source_targets(
     from d2f_fast.data.source_images import SourceTargetDataset, SourceTargetFolder  # They import NumPy.
 
     found = [SourceTargetFolder(folder, *_columns(command)) for folder in folders]
+    for pairs in found:
+        pairs.check_sizes()
     return SourceTargetDataset(found, command.source_options, weights)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from d2f_fast.data.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, read_image, reason_of
+from d2f_fast.data.image_headers import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, reason_of
+from d2f_fast.data.images import read_image
 from d2f_fast.errors import DatasetError, RefusedInputError, printable
 
 DEPTH_EXTENSIONS = (".png", ".npy", ".exr", ".hdf5")

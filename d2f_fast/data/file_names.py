@@ -46,6 +46,26 @@ def repeats_of(name: str) -> Repeats:
     return Repeats("", 1)
 
 
+def checked_repeats(folder: Path, name: str) -> Repeats:
+    """Return how often an image is repeated, and refuse a number above 200.
+
+    Args:
+        folder: Folder of the data set, for the message.
+        name: Name of the image relative to it, with forward slashes.
+
+    Raises:
+        DatasetError: A folder asks for more repeats.
+    """
+    repeats = repeats_of(name)
+    if repeats.times > MAX_REPEATS:
+        own = printable(PurePosixPath(repeats.folder).name)
+        raise DatasetError(
+            f"{printable(folder / repeats.folder)}: the number at the start of the name asks for that many repeats of"
+            f" each image, at most {MAX_REPEATS}: rename the folder, such as to 1_{own}"
+        )
+    return repeats
+
+
 def check_columns(
     folder: Path, image_column: str | None, caption_column: str | None, caption_extension: str | None
 ) -> None:

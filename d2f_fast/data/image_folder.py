@@ -6,22 +6,22 @@ No torch is imported before an image is read, so that `d2f train` refuses a fold
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NoReturn, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from d2f_fast.data.captions import Captions, read_caption_file
 from d2f_fast.data.file_names import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
-    MAX_REPEATS,
     METADATA_FILE,
     UNREAD_EXTENSIONS,
     Repeats,
     check_columns,
+    checked_repeats,
     is_image,
-    repeats_of,
     unread_images,
 )
+from d2f_fast.data.partner_files import find_files
 from d2f_fast.errors import DatasetError, printable
 
 if TYPE_CHECKING:
@@ -235,14 +235,7 @@ def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Cap
             f"{EXPECTED_LAYOUTS}"
         )
     for name in images:
-        repeats = repeats_of(name)
-        if repeats.times > MAX_REPEATS:
-            own = printable(PurePosixPath(repeats.folder).name)
-            raise DatasetError(
-                f"{printable(folder / repeats.folder)}: the number at the start of the name asks for that many repeats"
-                f" of each image, at most {MAX_REPEATS}: rename the folder, such as to 1_{own}"
-            )
-        if repeats.times == 0:
+        if (repeats := checked_repeats(folder, name)).times == 0:
             continue
         if not caption_file(name).is_file():
             raise DatasetError(
@@ -269,21 +262,5 @@ def _find_images(folder: Path) -> Iterator[str]:
 
     Images of formats that are not read are among them.
     """
-
-    def refuse(error: OSError) -> NoReturn:
-        raise DatasetError(
-            f"{printable(error.filename)} cannot be read ({error.strerror}): check the folder"
-        ) from error
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            if os.path.islink(linked := os.path.join(parent, name)):
-                raise DatasetError(f"{printable(linked)} is a link to a folder: replace it by the folder, or remove it")
-        for name in files:
-            if name.startswith(".") or not name.lower().endswith(IMAGE_EXTENSIONS + UNREAD_EXTENSIONS):
-                continue
-            path = Path(parent, name)
-            if not path.is_file():
-                raise DatasetError(f"{printable(path)} is not a file, or a broken link: remove it")
-            yield path.relative_to(folder).as_posix()
+    for path in find_files(folder, lambda name: name.lower().endswith(IMAGE_EXTENSIONS + UNREAD_EXTENSIONS)):
+        yield path.relative_to(folder).as_posix()

@@ -1,21 +1,16 @@
 """Decode image files, convert them to 8-bit RGB, and make training pixels of them."""
 
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from d2f_fast.errors import DatasetError, printable
+from d2f_fast.data.image_headers import IMAGE_FORMATS, MAX_IMAGE_PIXELS, opened_image
 from d2f_fast.image_sizes import Size, sizes_of
 
-# Other decoders are never tried, whatever the file's name says: some of them start programs.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_IMAGE_PIXELS = 1 << 26  # An image of this size takes 0.5 GiB once it is decoded and converted.
-MAX_IMAGE_BYTES = 1 << 29
 # An image is converted in strips of so many rows, because the steps of a conversion hold several copies.
 _STRIP_ROWS = 256
 _TURNS = {
@@ -27,10 +22,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-# Pillow warns of images above its own limit, which is larger than the one here; the refusal says the same. The filter
-# is the last of the list, so that it changes no filter of the user.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -62,18 +53,9 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         DatasetError: The file does not decode, is larger than 512 MiB, or has more than 2**26 pixels.
     """
-    try:
-        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
-            raise ValueError(f"{size} bytes, more than {MAX_IMAGE_BYTES}")
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
-            image.load()
-            return image
-    except Exception as error:  # Pillow's decoders raise exceptions of any type when a file is damaged.
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
-        formats = ", ".join(IMAGE_FORMATS)
-        raise DatasetError(f"{printable(path)} does not decode as {formats} ({reason}): replace it") from error
+    with opened_image(path) as image:
+        image.load()
+        return image
 
 
 def is_turned(image: Image.Image) -> bool:
@@ -83,15 +65,6 @@ def is_turned(image: Image.Image) -> bool:
         image: Image as `read_image` returns it.
     """
     return image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNS
-
-
-def reason_of(error: Exception) -> str:
-    """Return the message of an exception for a one-line message, or its type where it has no message.
-
-    Args:
-        error: Exception of a decoder or of a data set.
-    """
-    return printable(error)[:200] or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from d2f_fast.data.captions import Captions
-from d2f_fast.data.images import preprocess, reason_of, to_rgb
+from d2f_fast.data.image_headers import reason_of
+from d2f_fast.data.images import preprocess, to_rgb
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.image_sizes import Size

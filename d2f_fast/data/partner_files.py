@@ -1,35 +1,60 @@
 """Find the files of two folders that belong together by their names. Imports no torch."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from d2f_fast.errors import DatasetError, printable
 
 _NAMED = 3  # files that a message names
 
 
+def find_files(folder: Path, reads: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield the files at any depth that can be read. Hidden files and folders are passed over.
+
+    Args:
+        folder: Folder of the files.
+        reads: Function that says by its name whether a file is read.
+
+    Raises:
+        DatasetError: A folder cannot be read or is a link, or a file is a broken link or no regular file.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DatasetError(
+            f"{printable(error.filename)} cannot be read ({error.strerror}): check the folder"
+        ) from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if os.path.islink(linked := os.path.join(parent, name)):
+                raise DatasetError(f"{printable(linked)} is a link to a folder: replace it by the folder, or remove it")
+        for name in names:
+            if name.startswith(".") or not reads(name):
+                continue
+            if not (path := Path(parent, name)).is_file():
+                raise DatasetError(f"{printable(path)} is not a file, or a broken link: remove it")
+            yield path
+
+
 def files_by_stem(folder: Path, reads: Callable[[str], bool]) -> dict[str, Path]:
     """Return the files at any depth that can be read, by their path in the folder without the extension.
 
     Args:
-        folder: Folder of the files. Hidden files and folders are passed over.
+        folder: Folder of the files; see `find_files`.
         reads: Function that says by its name whether a file is read.
 
     Raises:
-        DatasetError: Two files have the same name but for the extension.
+        DatasetError: Two files have the same name but for the extension, or `find_files` refuses one.
     """
     found: dict[str, Path] = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith(".") or not reads(name):
-                continue
-            path = Path(parent, name)
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in found:
-                raise DatasetError(f"{printable(path)} and {printable(found[stem])} have one name: remove one of them")
-            found[stem] = path
+    for path in find_files(folder, reads):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise DatasetError(f"{printable(path)} and {printable(found[stem])} have one name: remove one of them")
+        found[stem] = path
     return found
 
 

@@ -19,7 +19,7 @@ from d2f_fast.data.encoding import empty_slice, encode_one_by_one
 from d2f_fast.data.images import preprocess, read_image, to_rgb
 from d2f_fast.data.loading import refused_sample
 from d2f_fast.data.order import Augmentation, BatchPlan
-from d2f_fast.data.source_images import SourceTargetDataset
+from d2f_fast.data.source_images import SourceTargetDataset, sizes_differ
 from d2f_fast.errors import DatasetError, printable
 from d2f_fast.files.hashes import FileHashes
 from d2f_fast.image_sizes import Size, size_text, sizes_of
@@ -186,10 +186,7 @@ class SourceTargetEncoder:
         pair, config = self._dataset[index], self._config
         source, target = (_read(path) for path in (pair.source, pair.target))
         if source.size != target.size:
-            raise DatasetError(
-                f"{printable(pair.source)} has {source.width}x{source.height} pixels and {printable(pair.target)}"
-                f" {target.width}x{target.height}: give both in the same size"
-            )
+            raise sizes_differ(pair.source, source.size, pair.target, target.size)
         flip = config.random_flip and augmentation.mirrored
         with refused_sample(printable(pair.target)):
             both = [preprocess(image, size, config.center_crop, flip, augmentation.crop) for image in (source, target)]

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from d2f_fast.data.images import preprocess, read_image, reason_of, to_rgb
+from d2f_fast.data.image_headers import reason_of
+from d2f_fast.data.images import preprocess, read_image, to_rgb
 from d2f_fast.errors import DatasetError, printable
 from d2f_fast.sampling.generate import generate
 

@@ -11,6 +11,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.data.image_folder import CaptionedImages
 from d2f_fast.data.mixed import MixedImages
 from d2f_fast.data.pairs import PairDataset
+from d2f_fast.data.source_images import SourceTargetDataset, SourceTargetFolder
 
 
 def test_share_of_each_folder_and_length_of_an_epoch_are_said(images: Path, tmp_path: Path) -> None:
@@ -42,6 +43,22 @@ def test_size_of_each_folder_is_said(images: Path, tmp_path: Path) -> None:
     ]
     # Each folder has a batch of two and one of one.
     assert lines[3] == "6 images, 2 per step: an epoch has 4 steps, and 8 steps are 2 epochs"
+
+
+def test_pairs_without_captions_and_repeats_of_their_folders_are_said(source_targets: Path, tmp_path: Path) -> None:
+    for name in ("source", "target"):
+        shutil.copytree(source_targets / name, tmp_path / name / "2_x")
+    trainer: Any = SimpleNamespace(config=TrainingConfig(max_train_steps=4, resolution=16), global_batch_size=2)
+    trainer.model = SimpleNamespace(stated_resolution=None, tokenizers=[])
+    lines = list(data_lines(trainer, SourceTargetDataset(SourceTargetFolder(tmp_path)), [str(tmp_path)], 16))
+    assert lines[2:4] == [
+        f"{tmp_path} has no captions: every prompt is empty",
+        "4 image files count as 8 images, because the numbers of folders repeat them: 2_x 2 times",
+    ]
+    for number in range(4):
+        (tmp_path / f"target/2_x/{number}.txt").write_text("a")
+    lines = list(data_lines(trainer, SourceTargetDataset(SourceTargetFolder(tmp_path)), [str(tmp_path)], 16))
+    assert lines[2].startswith("4 image files count as 8 images")
 
 
 def test_size_of_pairs_is_said_whatever_the_resolution_of_the_run_is(

@@ -108,6 +108,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     sample: Callable[..., int],
     run: Path,
     tiny_folder: Path,
+    source_targets: Path,
     tmp_path: Path,
     adapted: tuple[object, dict[str, Path]],
     capsys: pytest.CaptureFixture[str],
@@ -115,6 +116,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/1.png").touch()
     Image.new("RGB", (7, 20)).save(tmp_path / "small.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    good = str(source_targets / "source/2.jpg")
     wrong = tmp_path / "wrong.safetensors"
     lora = run / "pytorch_lora_weights.safetensors"
     with safe_open(lora, "pt") as file:
@@ -126,12 +129,14 @@ def test_what_cannot_be_used_is_refused_in_one_line(
         "starts from an image: give the": {"lora": [*base, "--lora", str(adapted[1]["peft"])]},
         "d2f.source_noise must be in [0, 1], got much: give --source_noise": {"lora": [*base, "--lora", str(wrong)]},
         "missing.png does not exist: give an image file or a folder": {"images": ("missing.png",)},
-        "small.png: 7x20 pixels are too small: each side needs 8": {"images": (str(tmp_path / "small.png"),)},
+        "small.png: 7x20 pixels are too small: each side needs 8": {"images": (good, str(tmp_path / "small.png"))},
+        "bad.png does not decode as PNG, JPEG, WEBP, BMP": {"images": (good, str(tmp_path / "bad.png"))},
     }
     for sentence, options in cases.items():
         output = "out" if "exists" in sentence else "elsewhere"
         assert sample(output=output, **options) == 2, sentence
         assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("elsewhere/*.png"))
     for options, sentence in (
         (["--prompts", "a", "b"], "prompts: give one, or one for each of the 1 images, got 2"),
         (

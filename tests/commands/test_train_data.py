@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from d2f_fast.commands.main import main, parse
 from d2f_fast.commands.train import Train
@@ -39,6 +40,27 @@ def test_options_that_do_not_go_with_image_to_image_are_refused(
     assert main(["train", "--task", "image_to_image", *words, "--output_dir", str(tmp_path / "x"), "--dry_run"]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_pairs_of_different_sizes_are_refused_before_the_training(
+    source_targets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(source_targets, tmp_path / "pairs")
+    Image.new("RGB", (32, 32)).save(folder / "source/3.jpg")
+    training = ["--train_data_dir", str(folder)]
+    validation = [
+        "--train_data_dir",
+        str(source_targets),
+        "--validation_data_dir",
+        str(folder),
+        "--validation_steps",
+        "1",
+    ]
+    for words in (training, validation):
+        assert (
+            main(["train", "--task", "image_to_image", *words, "--output_dir", str(tmp_path / "x"), "--dry_run"]) == 2
+        )
+        assert "3.jpg has 32x32 pixels and" in capsys.readouterr().err
 
 
 def test_images_of_several_folders_are_mixed(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from d2f_fast.data.images import MAX_IMAGE_BYTES, preprocess, read_image, to_rgb
+from d2f_fast.data.image_headers import MAX_IMAGE_BYTES
+from d2f_fast.data.images import preprocess, read_image, to_rgb
 from d2f_fast.data.loading import read_sample
 from d2f_fast.errors import DatasetError
 from d2f_fast.image_sizes import Size

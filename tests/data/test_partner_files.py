@@ -20,6 +20,17 @@ def test_files_are_found_by_their_path_without_the_extension(tmp_path: Path) -> 
         files_by_stem(tmp_path, lambda name: name.startswith("a."))
 
 
+def test_links_to_folders_and_broken_links_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DatasetError, match=r"a\.png is not a file, or a broken link: remove it"):
+        files_by_stem(tmp_path, lambda name: name.endswith(".png"))
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    with pytest.raises(DatasetError, match="c is a link to a folder: replace it by the folder, or remove it"):
+        files_by_stem(tmp_path, lambda name: name.endswith(".png"))
+
+
 @pytest.mark.parametrize(("missing", "kind"), [(0, "image"), (1, "depth")])
 def test_file_without_a_partner_is_refused(missing: int, kind: str) -> None:
     both = [{stem: Path(f"{side}/{stem}.png") for stem in "ab"} for side in ("x", "y")]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from d2f_fast.data.source_images import SourceTargetDataset, SourceTargetFolder
 from d2f_fast.data.source_options import SourceOptions
@@ -39,6 +40,39 @@ def test_captions_are_those_of_the_target_images(folder: Path) -> None:
     assert pair.source == folder / "source/b/c.png" and pair.captions.text == ["x", "y"]
 
 
+@pytest.mark.parametrize("name", ["source/b/c.txt", "source/metadata.jsonl", "metadata.jsonl", "a.caption"])
+def test_captions_outside_the_target_images_are_refused(folder: Path, name: str) -> None:
+    (folder / name).touch()
+    with pytest.raises(
+        DatasetError, match=rf"{name}: captions are those of the target images: move them into .*/targe"
+    ):
+        SourceTargetFolder(folder)
+
+
+def test_numbers_of_folders_repeat_images_without_captions(folder: Path) -> None:
+    for name in ("source", "target"):
+        (folder / name / "b").rename(folder / name / "3_b")
+    pairs = SourceTargetFolder(folder)
+    assert [pair.target.name for pair in pairs] == ["c.webp"] * 3 + ["a.png"]
+    assert (pairs.files, pairs.repeats) == (2, {"3_b": 3})
+    for name in ("source", "target"):
+        (folder / name / "3_b").rename(folder / name / "0_b")
+    assert [pair.target.name for pair in SourceTargetFolder(folder)] == ["a.png"]
+    for name in ("source", "target"):
+        (folder / name / "0_b").rename(folder / name / "201_b")
+    with pytest.raises(DatasetError, match="asks for that many repeats of each image, at most 200"):
+        SourceTargetFolder(folder)
+
+
+def test_image_of_another_format_is_refused(folder: Path) -> None:
+    (folder / "source/a.tiff").touch()  # an original beside the image that is read
+    assert len(SourceTargetFolder(folder)) == 2
+    for name in ("source", "target"):
+        (folder / name / "d.GIF").touch()
+    with pytest.raises(DatasetError, match=r"source/d.GIF is of a format that is not read: convert it to PNG"):
+        SourceTargetFolder(folder)
+
+
 def test_folders_that_cannot_be_used_are_refused(folder: Path) -> None:
     (folder / "target/a.png").unlink()
     with pytest.raises(DatasetError, match=r"1 of 2 files have no target image of the same name, such as .*a\.jpg"):
@@ -53,6 +87,19 @@ def test_folders_that_cannot_be_used_are_refused(folder: Path) -> None:
     (folder / "source").rmdir()
     with pytest.raises(DatasetError, match="has no sub-folder source: expected the sub-folders source and target"):
         SourceTargetFolder(folder)
+
+
+def test_sizes_are_compared_without_decoding(folder: Path) -> None:
+    for name, size in (("source/a.jpg", (6, 4)), ("target/a.png", (4, 6)), ("source/b/c.png", (8, 8))):
+        Image.new("RGB", size).save(folder / name)
+    pairs = SourceTargetFolder(folder)
+    with pytest.raises(DatasetError, match=r"c\.webp does not decode"):
+        pairs.check_sizes()
+    Image.new("RGB", (8, 9)).save(folder / "target/b/c.webp")
+    with pytest.raises(DatasetError, match=r"c\.png has 8x8 pixels and .*c\.webp 8x9: give both in the same size"):
+        pairs.check_sizes()
+    Image.new("RGB", (8, 8)).save(folder / "target/b/c.webp")
+    pairs.check_sizes()  # The first pair may be turned by an EXIF entry.
 
 
 def test_several_folders_are_mixed_by_weight(folder: Path) -> None:
