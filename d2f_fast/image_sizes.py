@@ -43,7 +43,7 @@ def side_multiple(downsampling: int) -> int:
 
 
 def check_resolution(name: str, value: Sequence[int] | int | None, least: int, most: int) -> None:
-    """Refuse a resolution that is no size; None is accepted.
+    """Refuse a resolution that does not state a size; None is accepted.
 
     Args:
         name: Name of the option.
@@ -124,7 +124,7 @@ def first_size(text: str) -> Size:
         text: The text.
 
     Raises:
-        ValueError: It states no size.
+        ValueError: It does not state a size.
     """
     found = _SIZE_IN_TEXT.fullmatch(text.partition(" ")[0])
     if found is None or not all(0 < int(side) <= LARGEST_SIDE for side in found.groups(default="1")):

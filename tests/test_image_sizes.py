@@ -38,7 +38,7 @@ def test_numbers_are_a_side_or_pairs_of_height_and_width(
         ((48, 64, 64), "must be one number for squares, or pairs of a height and a width, got 3 numbers"),
     ],
 )
-def test_numbers_that_are_no_size_are_refused(given: int | tuple[int, ...], sentence: str) -> None:
+def test_numbers_that_do_not_form_a_size_are_refused(given: int | tuple[int, ...], sentence: str) -> None:
     with pytest.raises(RefusedInputError, match=sentence):
         TrainingConfig(resolution=given)
 
@@ -72,6 +72,6 @@ def test_one_number_or_a_size_for_each_data_set_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "wide", "64x", "0", "64x0", "16385", "-8"])
-def test_text_that_states_no_size_is_refused(text: str) -> None:
+def test_text_without_a_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"must be a size in pixels, such as 64 or 48x64 \(height x width\), got"):
         first_size(text)

@@ -131,7 +131,7 @@ def _caption_beside(path: Path) -> str | None:
     """Return the caption in the text file beside an image; None where there is no such file.
 
     Raises:
-        DatasetError: The file is no usable caption.
+        DatasetError: The file is not a usable caption.
     """
     file = path.with_suffix(".txt")
     return read_caption_file(file).alternatives[0] if file.is_file() else None
@@ -144,10 +144,22 @@ def _generate_features(
     options: dict[str, Any] = {name: getattr(command, name) for name in _OPTIONS_OF_SAMPLING}
     guidance = guidance_or_default(command.guidance_scale, loaded.guidance_scale)
     options |= {"num_inference_steps": steps, "guidance_scale": guidance, **loaded.scheduler_options}
+    size = _size(command, loaded.pipeline.unet.config.get("sample_size"), loaded.pipeline.vae_scale_factor)
+    options["height"], options["width"] = size
     images = generate_squares(loaded.pipeline, prompts, command.seed, command.batch_size, network.side, **options)
     made = {"model": command.model, "lora": list(command.lora), "sampler": "flow", **options}
     made["steps"] = made.pop("num_inference_steps")
     return compute_features(images, network), made
+
+
+def _size(command: "Evaluate", sample_size: object, downsampling: int) -> tuple[int, int]:
+    """Return the height and the width of generated images in pixels, those given or else the model's own.
+
+    Raises:
+        RefusedInputError: The pipelines cannot generate images of this size.
+    """
+    given = image_size(command.height, command.width, sample_size, downsampling)
+    return complete_size(*given, sample_size, downsampling)
 
 
 def _measure_straightness(
@@ -156,9 +168,7 @@ def _measure_straightness(
     """Measure the model's paths, and return the measures and their row of metrics.json."""
     model = BaseModel(loaded.pipeline, command.model_options, loaded.facts)
     flow = loaded.flow_scheduler().flow
-    asked = (command.height, command.width, model.unet.config.get("sample_size"), model.downsampling)
-    image_size(*asked)  # This refuses a size that the pipelines cannot have.
-    size = complete_size(*asked)
+    size = _size(command, model.unet.config.get("sample_size"), model.downsampling)
     prompts = list(command.prompts) or _choose(captions, command.num_paths, command.seed)
     used = [prompts[i % len(prompts)] for i in range(command.num_paths)]
     guidance = guidance_or_default(command.guidance_scale, loaded.guidance_scale)

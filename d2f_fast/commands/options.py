@@ -80,8 +80,8 @@ def _refuse_values(arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
 
     Args:
         arguments: words after the command's name, all of whose options are known.
-        hints: type of each option by name. Those that are no numbers and no `Literal`, alone or in a union with None,
-            are left to tyro.
+        hints: type of each option by name. Only the values of numbers and of `Literal`, alone or in a union with
+            None, are checked here; tyro checks the others.
 
     Raises:
         RefusedInputError: A value is missing or of another type.

@@ -260,7 +260,7 @@ class Pairs:
                 f" and {self.guidance_scale}"
             )
         if self.prompts_file is not None and not Path(self.prompts_file).is_file():
-            raise RefusedInputError(f"prompts_file: {printable(self.prompts_file)} is no file: give a text file")
+            raise RefusedInputError(f"prompts_file: {printable(self.prompts_file)} is not a file: give a text file")
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
             raise RefusedInputError(
                 f"train_data_dir: {printable(self.train_data_dir)} is not a folder: give the folder of the captioned"

@@ -42,7 +42,7 @@ def check_start(
             raise RefusedInputError(f"{name}: give one file for each of the {prompts} prompts, got {len(files)}")
         for file in files:
             if not Path(file).is_file():
-                raise RefusedInputError(f"{name}: {printable(file)} is no file: check the path")
+                raise RefusedInputError(f"{name}: {printable(file)} is not a file: check the path")
 
 
 def find_images(entries: Sequence[str]) -> list[Path]:

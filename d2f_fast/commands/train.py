@@ -254,7 +254,7 @@ class Train:
             )
         if not (folder / TAGS_FILE).is_file():
             raise RefusedInputError(
-                f"{printable(folder)} is no result of a run, and is not replaced: move it away, or choose another"
+                f"{printable(folder)} is not the result of a run, and is not replaced: move it away, or choose another"
                 " output_dir"
             )
 
@@ -267,7 +267,7 @@ def _say_how_to_sample(output: Path, base: str, trainer: "AlignedTrainer", resul
     for line in recipe(output, trainer.tags):
         print(f"d2f: {line}", file=sys.stderr)
     if write_model_card(output, base, trainer.config, trainer.tags, run) is None:
-        print(f"d2f: {output / CARD_FILE} is no model card of d2f_fast, and is kept", file=sys.stderr)
+        print(f"d2f: {output / CARD_FILE} is not a model card of d2f_fast, and is kept", file=sys.stderr)
 
 
 def _own_options(command: Train) -> dict[str, object]:

@@ -53,7 +53,7 @@ def read_caption_file(path: Path) -> Captions:
         path: Text file. White space at either end and a byte order mark are not part of the caption.
 
     Raises:
-        DatasetError: The file cannot be read, is not UTF-8, or is no usable caption.
+        DatasetError: The file cannot be read, is not UTF-8, or is not a usable caption.
     """
     try:
         with path.open("rb") as file:
@@ -74,7 +74,7 @@ def read_prompts(path: Path) -> list[str]:
         path: Text file. Empty lines, white space at either end of a line and a byte order mark are passed over.
 
     Raises:
-        DatasetError: The file cannot be read, is not UTF-8, holds no prompt, or a line is no usable prompt.
+        DatasetError: The file cannot be read, is not UTF-8, holds no prompt, or a line is not a usable prompt.
     """
     prompts = []
     try:

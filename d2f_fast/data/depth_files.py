@@ -30,11 +30,11 @@ def read_depth(path: Path, scale: float | None = None) -> NDArray[np.float32]:
         Depth in metres, [H, W]. Pixels without a depth are as the file has them: 0, NaN, infinite or negative.
 
     Raises:
-        DatasetError: The file cannot be read, is no depth map, or holds whole numbers and there is no scale.
+        DatasetError: The file cannot be read, is not a depth map, or holds whole numbers and there is no scale.
     """
     kind = path.suffix.lower()
     if kind not in DEPTH_EXTENSIONS:
-        raise DatasetError(f"{printable(path)} is no depth map: give one of {', '.join(DEPTH_EXTENSIONS)}")
+        raise DatasetError(f"{printable(path)} is not a depth map: give one of {', '.join(DEPTH_EXTENSIONS)}")
     try:
         stored = {".png": _read_png, ".npy": _read_array, ".exr": _read_exr, ".hdf5": _read_hdf5}[kind](path)
         if stored.ndim == 3 and 1 in (stored.shape[0], stored.shape[-1]):

@@ -94,7 +94,7 @@ def _layout_of(folder: Path) -> tuple[DepthLayout, Callable[[Path], Iterator[Dep
     """Return the layout of a folder, and the function that yields its files.
 
     Raises:
-        DatasetError: It is no folder, or has none of the layouts.
+        DatasetError: It is not a folder, or has none of the layouts.
     """
     if not folder.is_dir():
         raise DatasetError(f"{printable(folder)} is not a folder: give a folder of images with depth")

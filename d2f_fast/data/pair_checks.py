@@ -55,7 +55,7 @@ def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: M
         config: Options of the run.
         options: Options of the base model.
         configs: Configurations of the base model.
-        datasets: Data of the run and held-out data, of which those that are no pairs are passed over.
+        datasets: Data of the run and held-out data, of which those that are not pairs are passed over.
 
     Raises:
         DatasetError: The pairs do not fit; see `check_pairs_fit`.

@@ -319,7 +319,7 @@ def _array_start(shard: Shard, member: TarMember, name: str) -> int:
     try:
         shape, fortran, dtype, size = _npy_header(member.head)
     except (ValueError, TypeError, SyntaxError) as error:
-        raise DatasetError(f"{where} is no array of numpy: make the shard again") from error
+        raise DatasetError(f"{where} is not an array of numpy: make the shard again") from error
     if dtype not in (np.float16, np.float32, np.float64) or dtype.hasobject or fortran:
         order = " in Fortran order" if fortran else ""
         raise DatasetError(f"{where} holds {dtype}{order}: store float16 or float32 in C order")
@@ -341,7 +341,7 @@ def _array_start(shard: Shard, member: TarMember, name: str) -> int:
 def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Return shape, order, type and header size of a .npy file from its first bytes."""
     if head[:8] != _MAGIC_1_0:
-        raise ValueError("it is no .npy file of version 1.0")
+        raise ValueError("it is not a .npy file of version 1.0")
     return _parsed_npy_header(head[: 10 + int.from_bytes(head[8:10], "little")])
 
 
@@ -362,5 +362,5 @@ def _read_meta(path: Path, member: TarMember) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{printable(path)}: {printable(member.name)} is not JSON: make the shard again") from error
     if not isinstance(meta, dict):
-        raise DatasetError(f"{printable(path)}: {printable(member.name)} is no object: make the shard again")
+        raise DatasetError(f"{printable(path)}: {printable(member.name)} is not a JSON object: make the shard again")
     return meta

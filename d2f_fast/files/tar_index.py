@@ -85,7 +85,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
         path: Tar without compression, in the formats ustar, GNU or pax.
 
     Raises:
-        DatasetError: The file cannot be read, is cut short, damaged or no tar; or a member is no file, or has an
+        DatasetError: The file cannot be read, is cut short, damaged or no tar; or a member is not a file, or has an
             absolute path or one with "..".
     """
     with opened(path) as descriptor:
@@ -125,7 +125,9 @@ def _header(path: Path, block: bytes, offset: int) -> _Header:
     except ValueError:
         checksum, size = -1, -1
     if size < 0 or checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-        raise DatasetError(f"{printable(path)} is no tar, or damaged at byte {offset}: download or make it again")
+        raise DatasetError(
+            f"{printable(path)} is not a tar file, or is damaged at byte {offset}: download or make it again"
+        )
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == tarfile.POSIX_MAGIC[:6] and (prefix := block[345:500].partition(b"\0")[0]):
         name = prefix + b"/" + name
@@ -135,7 +137,7 @@ def _header(path: Path, block: bytes, offset: int) -> _Header:
 
 
 def _check_member(path: Path, name: str, kind: bytes) -> None:
-    """Refuse a member that is no ordinary file, or whose path leaves the place where a tar is unpacked."""
+    """Refuse a member that is not an ordinary file, or whose path leaves the place where a tar is unpacked."""
     if kind not in tarfile.REGULAR_TYPES or kind == tarfile.GNUTYPE_SPARSE:
         raise DatasetError(f"{printable(path)}: {printable(name)} is not an ordinary file: make the tar again")
     if name.startswith("/") or ".." in name.split("/"):

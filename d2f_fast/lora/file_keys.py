@@ -124,7 +124,7 @@ def describe_format(keys: Sequence[str]) -> str:
 
 
 def describe_network(names: Iterable[str]) -> str | None:
-    """Return the kind of network that layers belong to if it is no UNet of Stable Diffusion, else None.
+    """Return the kind of network that layers belong to if it is not a UNet of Stable Diffusion, else None.
 
     Args:
         names: Names of layers, as `split_key` returns them.

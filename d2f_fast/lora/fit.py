@@ -132,7 +132,7 @@ def known_layers(lora: LoraHeader, model: ModelLayers) -> dict[str, str]:
     for name in compared:
         if name not in names:
             raise ModelError(
-                f"LoRA {printable(lora.path)}: {printable(name)} is no layer of this model: give the folder of the"
+                f"LoRA {printable(lora.path)}: {printable(name)} is not a layer of this model: give the folder of the"
                 " model that the LoRA was trained for as --base_model"
             )
         if owners.setdefault(names[name], name) != name:

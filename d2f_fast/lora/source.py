@@ -37,12 +37,12 @@ def parse_lora(entry: str) -> LoraSource:
         entry: Text of the user. A path that exists as it stands is taken whole, so that its name may contain a colon.
 
     Raises:
-        ModelError: The scale is larger than 1000 or smaller than -1000, or what follows a file's name is no number.
+        ModelError: The scale is larger than 1000 or smaller than -1000, or what follows a file's name is not a number.
     """
     path, _, scale = entry.rpartition(":")
     is_path = path.endswith(".safetensors") or os.path.isdir(path)
     if is_path and not _NUMBER.fullmatch(scale) and not os.path.exists(entry):
-        raise ModelError(f"LoRA {printable(entry)}: {printable(scale)!r} is no number: give FILE or FILE:STRENGTH")
+        raise ModelError(f"LoRA {printable(entry)}: {printable(scale)!r} is not a number: give FILE or FILE:STRENGTH")
     if not path or not _NUMBER.fullmatch(scale) or os.path.exists(entry):
         return LoraSource(Path(entry), 1.0)
     if not abs(float(scale)) <= MAX_SCALE:

@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     stage = add("images", "Write the emoji of one style as an image folder with captions.")
     stage.add_argument("--npm", type=Path, required=True, help="node_modules folder that holds both npm packages")
     stage.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist")
-    stage.add_argument("--size", type=int, default=64, help="side of the images in pixels (default %(default)s)")
+    text = "side of the images in pixels: 1 to 64 for noto, 1 to 256 for fluent (default %(default)s)"
+    stage.add_argument("--size", type=int, default=64, help=text)
     stage.add_argument("--style", choices=STYLES, default="noto", help="style of the emoji (default %(default)s)")
     text = "combinations of name and colour, which the base was trained on or not (default %(default)s)"
     stage.add_argument("--split", choices=SPLITS, default="train", help=text)

@@ -1,4 +1,4 @@
-"""Write emoji as an image folder with captions, at any size: the stage `images` of `build.py`."""
+"""Write emoji as an image folder with captions, no larger than the originals: the stage `images` of `build.py`."""
 
 import json
 from pathlib import Path
@@ -23,16 +23,18 @@ def build_images(npm: Path, output: Path, size: int, style: str, split: str, cou
     Args:
         npm: the node_modules folder with `emoji-datasource-google` and `@lobehub/fluent-emoji-3d`.
         output: folder, which must not exist; it appears whole or not at all.
-        size: side of the images in pixels, at most that of the packages' images: 64 for "noto", 256 for "fluent".
+        size: side of the images in pixels, from 1 to that of the packages' images: 64 for "noto", 256 for "fluent".
         style: style of the emoji, one of `emoji.STYLES`.
         split: "train" for the (name, colour) combinations that the base model was trained on, "test" for those that
             were held out.
         count: number of images, chosen at random; None for all.
 
     Raises:
-        RefusedInputError: the packages are missing or of another version, their images are smaller, there are fewer
-            images, or the folder exists.
+        RefusedInputError: the packages are missing or of another version, the size is below 1 or above that of their
+            images, there are fewer images, or the folder exists.
     """
+    if size < 1:
+        raise RefusedInputError(f"size must be at least 1, got {size}: 64 is the largest for noto, 256 for fluent")
     try:
         sources = emoji_sources(npm)
     except FileNotFoundError as error:

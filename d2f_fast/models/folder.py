@@ -74,7 +74,7 @@ def check_real_weights(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         tensors: Its weights, by key.
 
     Raises:
-        ModelError: A weight is of such a type. Positions and counters, which are no weights, may be whole numbers.
+        ModelError: A weight is of such a type. Positions and counters, which are not weights, may be whole numbers.
     """
     for key, info in tensors.items():
         if "F" not in info.dtype and not key.endswith(_WHOLE_NUMBERS):
@@ -176,7 +176,7 @@ def _check_shards(path: Path) -> None:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(
-                f"{path} names {printable(str(name)[:200])}, which is no safetensors file beside it, and could be a"
+                f"{path} names {printable(str(name)[:200])}, which is not a safetensors file beside it, and could be a"
                 f" pickle that runs code: {_RESTORE}"
             )
         if not (path.parent / name).is_file():

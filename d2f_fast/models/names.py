@@ -35,7 +35,7 @@ def check_model_name(model: str | Path, variant: str | None = None, revision: st
     if variant is not None and (is_file or model == MINIATURE):
         raise ModelError(f"variant is {printable(variant)}, and {where} has no variants: leave variant out")
     if revision is not None and (is_file or model == MINIATURE or path.is_dir()):
-        raise ModelError(f"revision is {printable(revision)}, and {where} is no hub id: leave revision out")
+        raise ModelError(f"revision is {printable(revision)}, and {where} is not a hub id: leave revision out")
 
 
 def refuse_pickle(path: Path) -> None:

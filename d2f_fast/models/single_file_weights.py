@@ -54,8 +54,8 @@ def check_weights(
             for key, tensor in tensors.items():
                 if key.startswith(_UNET) and id(tensor) not in used:
                     raise ModelError(
-                        f"{where}: {printable(key)} is no weight of a UNet of {name}: give a model of SD1.x, SD2.x or"
-                        " SDXL without additions"
+                        f"{where}: {printable(key)} is not a weight of a UNet of {name}: give a model of SD1.x, SD2.x"
+                        " or SDXL without additions"
                     )
             _compare(where, name, "unet", unet.state_dict(), found)
             if with_vae:

@@ -71,7 +71,7 @@ def generate(
     check_steps(method, num_inference_steps)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     own_size = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
-    # The pipeline has read its own size when it was made, and may not know one that is no square.
+    # The pipeline has read its own size when it was made, and may not know one that is not a square.
     height, width = complete_size(*image_size(height, width, *own_size), *own_size)
     given = {"shift": shift, "prediction_type": prediction_type, "fm_form": fm_form}
     options = {name: value for name, value in given.items() if value is not None}

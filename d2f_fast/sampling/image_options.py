@@ -48,7 +48,7 @@ class ImageOptions:
             raise RefusedInputError(f"image: give one file for each of the {prompts} prompts, got {len(self.image)}")
         for file in self.image:
             if not Path(file).is_file():
-                raise RefusedInputError(f"image: {printable(file)} is no file: check the path")
+                raise RefusedInputError(f"image: {printable(file)} is not a file: check the path")
 
     def given(self) -> dict[str, object]:
         """Return the options by name where there is an image; nothing elsewhere."""

@@ -64,7 +64,7 @@ def own_size(sample_size: object, downsampling: int) -> tuple[int, int]:
         downsampling: Number of pixels along each side of one latent.
 
     Raises:
-        RefusedInputError: The entry is missing, or is no size.
+        RefusedInputError: The entry is missing, or does not state a size.
     """
     sides = sample_size if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):

@@ -36,7 +36,7 @@ _NOISE_TABLE = (
     "rescale_betas_zero_snr",
 )
 
-# A first sigma that exceeds sigma_max by more than this fraction is no rounding error, but asks for a start at t = 0.
+# A first sigma that exceeds sigma_max by more than this fraction asks for a start at t = 0; less is a rounding error.
 _SIGMA_TOLERANCE = 1e-3
 
 # Some pipelines feed the network whole timesteps, which then differ from those of the schedule by less than 1.

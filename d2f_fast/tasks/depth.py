@@ -92,7 +92,7 @@ class DepthModel:
             seed: Seed of the noise.
 
         Raises:
-            RefusedInputError: The processing resolution is no multiple of the size of a latent.
+            RefusedInputError: The processing resolution is not a multiple of the size of a latent.
             DatasetError: The image would be too small for the network.
         """
         self._check_size(image, name, processing_resolution)
@@ -158,7 +158,7 @@ def measure_depth(
 
     Raises:
         DatasetError: An image or its depth cannot be used, or is too small for the network.
-        RefusedInputError: The processing resolution is no multiple of the size of a latent.
+        RefusedInputError: The processing resolution is not a multiple of the size of a latent.
     """
     errors = []
     for number in range(count):

@@ -132,7 +132,7 @@ def publish_pipeline(
         longer_side = max(first_size(tags["d2f.resolution"]))
         saved = marigold_pipeline(pipeline, unet, scheduler, tags["d2f.depth_normalization"], longer_side)
     else:
-        # Stock pipelines generate at this size. Not all of them take one that is no square.
+        # Stock pipelines generate at this size. Not all of them take one that is not a square.
         set_own_size(unet, first_size(tags["d2f.resolution"]), model.downsampling, squares_only=True)
         saved = type(pipeline)(**{**pipeline.components, "unet": unet, "scheduler": scheduler})
     with atomic_folder(folder, replace=replace) as temporary:

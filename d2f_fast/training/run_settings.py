@@ -81,8 +81,7 @@ def check_settings(
         model_options: options of the base model.
         teacher_options: options of the teacher.
         configs: configurations of the base model; None for one whose files are not on this machine yet.
-        data_settings: what `batches.data_settings` returns, as far as the options say it; None for captioned images and
-            pairs.
+        data_settings: entries of `batches.data_settings` that the options settle; None for captioned images and pairs.
 
     Raises:
         RefusedInputError: the base model, or the LoRA that the run starts from, does not take the objective.

@@ -35,7 +35,7 @@ class Stop:
             InterruptedRunError: a process has received a signal.
             LostProcessError: a process has ended without a word.
             RefusedInputError: a process cannot go on; the message is that of its refusal.
-            Exception: this process has failed with this exception, which is no refusal.
+            Exception: this process has failed with this exception, which is not a refusal.
         """
         try:
             number, failed = self._agreement.largest(self._signals.received or 0, int(failure is not None))

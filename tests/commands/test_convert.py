@@ -392,8 +392,8 @@ def test_unknown_model_is_named_by_its_folder(tiny_folder: Path, refused: Any, c
         (("{lora}", "/proc/none/out.safetensors"), "/proc/none/out.safetensors cannot be written (No such file or"),
         (("{model}", "/proc/none/out"), "d2f: /proc/none/out cannot be written (No such file or directory): name"),
         (("{model}", "{lora}/out.safetensors"), "out.safetensors cannot be written (Not a directory): name another"),
-        (("x.safetensors:abc", "out"), "LoRA x.safetensors:abc: 'abc' is no number: give FILE or FILE:STRENGTH"),
-        (("{lora}", "out", "--lora", "{lora}:high"), "'high' is no number: give FILE or FILE:STRENGTH"),
+        (("x.safetensors:abc", "out"), "LoRA x.safetensors:abc: 'abc' is not a number: give FILE or FILE:STRENGTH"),
+        (("{lora}", "out", "--lora", "{lora}:high"), "'high' is not a number: give FILE or FILE:STRENGTH"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

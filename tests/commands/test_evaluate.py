@@ -122,6 +122,7 @@ def test_model_is_evaluated_on_the_captions_of_the_reference_with_its_straightne
     again = json.loads(capsys.readouterr().out)["images"]
     for name in (*MEASURES, "name_top5", "name_samples"):
         assert result["images"][name] == pytest.approx(again[name], rel=0.02), name
+    assert (result["images"]["height"], result["images"]["width"]) == (16, 16)
     assert result["images"]["steps"] == 1 and result["images"]["model"] == str(recommending)
 
 

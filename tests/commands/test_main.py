@@ -203,7 +203,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
         ("sample", "--prompts", "a", "--onnx", "no-such-folder"): "no-such-folder is not a folder",
         ("sample", "--prompts", "a", "--output_dir", file): "file cannot be made a folder",
         ("pairs",): "give --prompts_file, --train_data_dir, or both",
-        ("pairs", "--prompts_file", "no-such-file"): "no-such-file is no file",
+        ("pairs", "--prompts_file", "no-such-file"): "no-such-file is not a file",
         ("pairs", "--prompts_file", config, "--caption_column", "text"): "caption_column needs --train_data_dir",
         ("pairs", "--prompts_file", config, "--model", str(model)): "has sample_size None",
         ("pairs", "--train_data_dir", data, "--height", "35"): "height must be a positive multiple of 8, got 35",

@@ -67,7 +67,7 @@ def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
     ("arguments", "sentence"),
     [
         ([], "give --prompts_file, --train_data_dir, or both: pairs need prompts"),
-        (["--prompts_file", "no.txt"], "prompts_file: no.txt is no file: give a text file"),
+        (["--prompts_file", "no.txt"], "prompts_file: no.txt is not a file: give a text file"),
         (["--train_data_dir", "none"], "train_data_dir: none is not a folder"),
         (["--prompts_file", "a.txt", "--guidance_scale", "0.5"], "guidance_scale must be 1 or 0"),
         (["--prompts_file", "a.txt", "--guidance_scale_max", "2"], "guidance_scale_max must be above guidance_scale"),

@@ -60,8 +60,8 @@ def test_inverted_image_is_generated_again_from_its_noise(
     ("options", "sentence"),
     [
         (["--invert", "a.png", "b.png"], "invert: give one file for each of the 1 prompts, got 2"),
-        (["--invert", "a.png"], "invert: a.png is no file: check the path"),
-        (["--noise", "a.safetensors"], "noise: a.safetensors is no file"),
+        (["--invert", "a.png"], "invert: a.png is not a file: check the path"),
+        (["--noise", "a.safetensors"], "noise: a.safetensors is not a file"),
         (["--noise", "a", "--invert", "a"], "give either --invert or --noise"),
         (["--invert", "a.png", "--method", "euler_maruyama"], "invert has no use for the method euler_maruyama"),
         (["--rtol", "0.1"], "rtol has no effect with the method euler"),
@@ -83,7 +83,7 @@ def test_unusable_options_are_refused(
     assert error.count("\n") == 1 and sentence in error
 
 
-def test_noise_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_file_without_usable_noise_is_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a", {"noise": torch.zeros(4, 8, 8)})
     write_tensors(tmp_path / "b", {"noise": torch.zeros(4, 8, 16)})
     write_tensors(tmp_path / "c", {"other": torch.zeros(4, 8, 8)})

@@ -241,7 +241,7 @@ def test_finished_full_finetuning_is_extended_in_place(train, tmp_path, capsys):
     (output / "pipeline" / "d2f.json").unlink()
     capsys.readouterr()
     assert train(output, *extended) == 2
-    assert "pipeline is no result of a run, and is not replaced: move it away" in capsys.readouterr().err
+    assert "pipeline is not the result of a run, and is not replaced: move it away" in capsys.readouterr().err
 
 
 def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_path, capsys):

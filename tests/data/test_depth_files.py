@@ -98,7 +98,7 @@ def test_unreadable_depth_is_refused_in_one_line(tmp_path: Path, png: Path) -> N
         "objects.npy": "cannot be read as a depth map",
         "words.npy": "no array of real numbers",
         "cube.npy": r"its shape is \[2, 3, 4\], and a depth map has \[height, width\]",
-        "a.tiff": "is no depth map",
+        "a.tiff": "is not a depth map",
         "missing.npy": "missing.npy cannot be read",
     }
     for name, sentence in sentences.items():

@@ -69,7 +69,7 @@ def test_crop_without_valid_pixel_has_an_empty_mask() -> None:
     assert not pixels.mask.any() and not pixels.depth.any()
 
 
-def test_depth_of_a_size_that_is_no_square_is_cropped_as_its_image() -> None:
+def test_depth_of_oblong_size_is_cropped_as_its_image() -> None:
     item = sample(32, 48)._replace(valid=np.ones((32, 48), bool))
     pixels = depth_pixels(
         item, Augmentation(0.9, (0, 0), 0), Size(32, 24), 2, "log", random_flip=False, center_crop=True

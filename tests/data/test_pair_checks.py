@@ -58,7 +58,7 @@ def test_shards_of_two_models_are_refused_unless_they_are_meant(
     check_pairs_of_run(TrainingConfig(), ModelOptions(), configs, meant)
 
 
-def test_size_of_pairs_that_are_no_squares_is_compared(write_pairs: Write, tmp_path: Path) -> None:
+def test_size_of_oblong_pairs_is_compared(write_pairs: Write, tmp_path: Path) -> None:
     meta = {"height": 16, "width": 24}
     dataset = PairDataset([write_pairs(tmp_path / "0.tar", shape=(4, 8, 12), meta=meta)])
     assert options_for_pairs(TrainingConfig(), dataset).resolution == (16, 24)

@@ -133,7 +133,7 @@ def broken(name: str, change: Callable[[dict[str, bytes]], dict[str, bytes]], se
         broken("flat", lambda m: m | {"noise.npy": npy(np.zeros(9, "f4"))}, "shape [9]: latents are [channels, height"),
         broken("whole", lambda m: m | {"noise.npy": npy(np.zeros((4, 8, 8), int))}, "holds int64: store float16"),
         broken("pickle", lambda m: m | {"noise.npy": npy(np.array([[[{}]]]))}, "holds object: store float16"),
-        broken("text", lambda m: m | {"noise.npy": b"noise"}, "noise.npy is no array of numpy"),
+        broken("text", lambda m: m | {"noise.npy": b"noise"}, "noise.npy is not an array of numpy"),
         broken("short", lambda m: m | {"noise.npy": m["noise.npy"][:-4]}, "does not have the size that it states"),
         broken("prompt", lambda m: m | {"prompt.txt": b"x" * 50_000}, "has 50000 bytes, more than 40000: shorten it"),
         broken("meta", lambda m: m | {"meta.json": b"[1"}, "meta.json is not JSON"),

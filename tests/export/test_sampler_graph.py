@@ -1,7 +1,6 @@
 """Tests of the sampler graph: the Loop, its unrolled form, and their tables."""
 
 import shutil
-import time
 
 import numpy as np
 import onnx
@@ -105,19 +104,13 @@ def test_steps_of_a_flow_network_are_euler_steps_in_sigma(exported, one_level_fo
     _check_steps(folder, feed, unet, scheduler)
 
 
-def test_loop_adds_few_nodes_and_little_load_time_to_the_network(exported):
+def test_loop_adds_few_nodes_to_the_network_and_a_small_file(exported):
     folder, _ = exported
     unet, sampler = folder / "unet/model.onnx", folder / "unet/sampler.onnx"
     nodes = [count_nodes(onnx.load(path, load_external_data=False).graph.node) for path in (unet, sampler)]
     # Guidance and step are 17 nodes for a network of any size; that of SD1.5 has 1900.
     assert nodes[1] - nodes[0] <= 17
     assert sampler.stat().st_size < 1e6
-    seconds = {unet: [], sampler: []}
-    for path in [unet, sampler] * 5:  # The shortest of five is the time that another process has not taken part of.
-        start = time.perf_counter()
-        onnxruntime.InferenceSession(path)
-        seconds[path].append(time.perf_counter() - start)
-    assert min(seconds[sampler]) <= 5 * min(seconds[unet])
 
 
 def test_weights_are_shared_and_the_folder_can_be_moved(exported, alignment, tmp_path):

@@ -71,7 +71,7 @@ def test_damaged_header_is_refused_with_its_place(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[1024] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match=r"a\.tar is no tar, or damaged at byte 1024: download"):
+    with pytest.raises(DatasetError, match=r"a\.tar is not a tar file, or is damaged at byte 1024: download"):
         list(tar_members(path))
 
 

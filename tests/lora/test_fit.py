@@ -66,7 +66,7 @@ def test_names_alone_are_compared_for_another_form(tmp_path: Path) -> None:
     text = header_of(tmp_path, {f"text_encoder.{TEXT}": (16, 16)})
     model = ModelLayers({"unet.conv_in": (8, 4, 3, 3)}, CONFIG, frozenset({"text_encoder"}))
     assert known_layers(text, model) == {}
-    with pytest.raises(ModelError, match=r"is no layer of this model: give the folder"):
+    with pytest.raises(ModelError, match=r"is not a layer of this model: give the folder"):
         known_layers(text, ModelLayers(model.shapes, CONFIG))
     with pytest.raises(ModelError, match="lora_unet_conv_in, do not show which model they are of"):
         check_named_as_in_diffusers(header)

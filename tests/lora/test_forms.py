@@ -121,7 +121,7 @@ def test_half_precision_rounds_the_matrices_and_not_alpha(trained: Any, skeleton
 
 
 def test_layer_of_another_model_is_refused(trained: Any, skeletons: Any) -> None:
-    with pytest.raises(ModelError, match="is no layer of this model: give the folder of the model"):
+    with pytest.raises(ModelError, match="is not a layer of this model: give the folder of the model"):
         layers_by_name(read_lora(trained["sdxl"]), skeletons["sd1"])
 
 

@@ -53,7 +53,7 @@ def test_path_that_exists_is_taken_whole(tmp_path: Path, monkeypatch: pytest.Mon
 def test_word_in_place_of_a_scale_is_refused(tmp_path: Path) -> None:
     (tmp_path / "y.safetensors:abc").touch()
     assert parse_lora(str(tmp_path / "y.safetensors:abc")).scale == 1.0
-    with pytest.raises(ModelError, match=r"LoRA x\.safetensors:abc: 'abc' is no number: give FILE or FILE:STRENGTH"):
+    with pytest.raises(ModelError, match=r"LoRA x\.safetensors:abc: 'abc' is not a number: give FILE or FILE:STRENGTH"):
         parse_lora("x.safetensors:abc")
 
 

@@ -1,4 +1,4 @@
-"""Image folders of emoji at any size, from the npm packages."""
+"""Image folders of emoji at several sizes, from the npm packages."""
 
 import json
 from pathlib import Path
@@ -62,6 +62,8 @@ def test_images_that_cannot_be_made_are_refused(npm: Path, tmp_path: Path, monke
     output = tmp_path / "out"
     with pytest.raises(RefusedInputError, match=r"size 72: .*1f98a\.png has 64 pixels: give a smaller size"):
         build_images(npm, output, 72, "noto", "train")
+    with pytest.raises(RefusedInputError, match="size must be at least 1, got 0: 64 is the largest for noto"):
+        build_images(npm, output, 0, "noto", "train")
     with pytest.raises(RefusedInputError, match="count must be 1 to 2 for the split test, got 3"):
         build_images(npm, output, 64, "noto", "test", 3)
     with pytest.raises(RefusedInputError, match=r"emoji\.json is missing: give the node_modules folder"):

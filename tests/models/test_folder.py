@@ -120,11 +120,11 @@ def test_divided_weights_load(folder: Path, pipeline: Any) -> None:
 INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "pickle": (
         lambda map_: map_.update(x="pytorch_model.bin"),
-        "names pytorch_model.bin, which is no safetensors file",
+        "names pytorch_model.bin, which is not a safetensors file",
     ),
     "elsewhere": (
         lambda map_: map_.update(x="../x.safetensors"),
-        r"names \.\./x\.safetensors, which is no safetensors",
+        r"names \.\./x\.safetensors, which is not a safetensors",
     ),
     "no text": (lambda map_: map_.update(x=3), "is not the index of a divided safetensors file"),
     "missing": (lambda map_: map_.update(x="gone.safetensors"), "gone.safetensors is missing, which"),

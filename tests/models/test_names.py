@@ -29,7 +29,7 @@ def test_missing_paths_and_void_options_are_refused(tmp_path: Path) -> None:
         ("x.safetensors:0.8", {}, "x.safetensors:0.8: no such file; a strength after the colon is only for a LoRA"),
         (file, {"variant": "fp16"}, "variant is fp16, and .* has no variants: leave variant out"),
         ("miniature", {"variant": "fp16"}, "variant is fp16, and miniature has no variants"),
-        (tmp_path, {"revision": "main"}, "revision is main, and .* is no hub id: leave revision out"),
+        (tmp_path, {"revision": "main"}, "revision is main, and .* is not a hub id: leave revision out"),
         (file, {"revision": "main"}, "revision is main"),
     ):
         with pytest.raises(ModelError, match=sentence):

@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[str, Callable[[Shapes], Any], str]] = {
     "layers that the family does not have": (
         "sd1",
         lambda shapes: shapes.update({f"{UNET}input_blocks.1.2.temporal.weight": (1,)}),
-        r"x: model\.diffusion_model\.input_blocks\.1\.2\.temporal\.weight is no weight of a UNet of SD",
+        r"x: model\.diffusion_model\.input_blocks\.1\.2\.temporal\.weight is not a weight of a UNet of SD",
     ),
     "shape": (
         "sd1",

@@ -17,7 +17,7 @@ def test_unusable_images_are_refused(tmp_path: Path) -> None:
     assert ImageOptions((str(file),), 1.5).given() == {"image": [str(file)], "image_guidance_scale": 1.5}
     with pytest.raises(RefusedInputError, match="image: give one file for each of the 2 prompts, got 1"):
         ImageOptions((str(file),)).check(2)
-    with pytest.raises(RefusedInputError, match=r"image: .*missing\.png is no file: check the path"):
+    with pytest.raises(RefusedInputError, match=r"image: .*missing\.png is not a file: check the path"):
         ImageOptions((str(tmp_path / "missing.png"),)).check(1)
     with pytest.raises(RefusedInputError, match=r"image_guidance_scale 1\.5 has no image to guide by: give --image"):
         ImageOptions(image_guidance_scale=1.5).check(1)

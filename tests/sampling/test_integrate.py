@@ -128,7 +128,7 @@ def test_guidance_is_off_outside_its_interval_at_half_the_cost():
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (math.nan, 1.0)])
-def test_guidance_interval_that_is_none_is_refused(interval):
+def test_malformed_guidance_interval_is_refused(interval):
     with pytest.raises(ValueError, match="guidance_interval must be two rising flow times"):
         unet_velocity(DummyUNet(), None, *conditions(), guidance_scale=2.0, guidance_interval=interval)
 

@@ -29,7 +29,7 @@ def test_warm_up_that_is_not_shorter_than_the_run_is_said() -> None:
     assert line == "lr_warmup_steps 40 is not shorter than the run: the learning rate only reaches 25% of 0.001"
 
 
-def test_size_that_is_no_square_is_judged_by_its_area() -> None:
+def test_oblong_size_is_judged_by_its_area() -> None:
     assert doubts(TrainingConfig(resolution=(512, 2048)), 512) == []  # 1024 x 1024
     (line,) = doubts(TrainingConfig(resolution=(512, 512, 512, 2056)), 512)
     assert line.startswith("resolution 512 x 2056 is more than twice the size that the model was made for, 512 x 512")

@@ -137,7 +137,7 @@ def test_state_of_another_optimizer_is_refused_and_changes_nothing(tmp_path: Pat
     assert str(optimizer.state_dict()) == str(before)
 
 
-def test_state_that_is_no_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_state_other_than_a_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.LBFGS([parameter])
     optimizer.state[parameter]["n_iter"] = 3

@@ -249,7 +249,7 @@ def test_saved_pipeline_states_the_size_of_its_training(
 ) -> None:
     trainer = make_trainer(adapter="full", resolution=resolution)
     folder = trainer.save_pipeline(tmp_path / "saved")
-    # Stock pipelines take their size from here, and not all of them take one that is no square.
+    # Stock pipelines take their size from here, and not all of them take one that is not a square.
     assert json.loads((folder / "unet/config.json").read_text())["sample_size"] == own
     assert json.loads((folder / "d2f.json").read_text())["d2f.resolution"] == tag
     assert trainer.unet.config.sample_size == 8
