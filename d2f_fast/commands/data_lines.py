@@ -11,7 +11,7 @@ from d2f_fast.data.pair_checks import size_of_pairs
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset, SourceTargetFolder
 from d2f_fast.errors import printable
-from d2f_fast.image_sizes import Resolution, sizes_of
+from d2f_fast.image_sizes import Resolution, Size, sizes_of
 from d2f_fast.training.batches import mixture_of_run
 from d2f_fast.training.doubtful_options import doubts
 from d2f_fast.training.summary import pair_tags
@@ -36,7 +36,8 @@ def data_lines(
     """
     steps, size = trainer.config.max_train_steps, trainer.global_batch_size
     if isinstance(dataset, PairDataset):
-        sizes, source = (size_of_pairs(dataset, trainer.model.downsampling),), "size of the pairs"
+        sizes: tuple[Size, ...] = (size_of_pairs(dataset, trainer.model.downsampling),)
+        source = "size of the pairs"
     else:
         sizes = sizes_of(trainer.config.resolution or trainer.model.resolution)
         source = "the model's own size" if resolution is None else "option --resolution"

@@ -18,7 +18,7 @@ from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.alignment import Alignment
-from d2f_fast.image_sizes import first_size, simplest, size_text
+from d2f_fast.image_sizes import first_size, size_text
 from d2f_fast.layers.half_base import HalfBase
 from d2f_fast.lora.tags import starts_from_image
 from d2f_fast.models.base_model import BaseModel
@@ -218,7 +218,8 @@ class TrainedModel(ABC):
         if isinstance(dataset, PairDataset):
             of_data = pair_tags(dataset, taught=bool(taught), distilled=self.config.distill)
             # The resolution of the run may be their shorter side alone.
-            of_data["d2f.resolution"] = size_text(simplest(size_of_pairs(dataset, self.model.downsampling)))
+            size = size_of_pairs(dataset, self.model.downsampling)
+            of_data["d2f.resolution"] = size_text(size.height if size.height == size.width else size)
         elif isinstance(dataset, DepthDataset):
             of_data = depth_tags(dataset)
         elif isinstance(dataset, SourceTargetDataset):
