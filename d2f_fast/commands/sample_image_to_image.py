@@ -28,7 +28,7 @@ from d2f_fast.config import (
 from d2f_fast.errors import DatasetError, ModelError, RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.lora.source import parse_lora
-from d2f_fast.lora.tags import SOURCE_NOISE, common_tags, starts_from_image
+from d2f_fast.lora.tags import CAPTIONS, SOURCE_NOISE, common_tags, starts_from_image
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
@@ -203,6 +203,8 @@ class SampleImageToImage:
 
         tags, files = self._tags(), find_images(self.image)
         source_noise = float(tags[SOURCE_NOISE]) if self.source_noise is None else self.source_noise
+        if tags.get(CAPTIONS) == "true" and not self.prompts:
+            print("d2f: the model was trained with captions: describe the result with --prompts", file=sys.stderr)
         model, sampling, taken = self._load()
         prompts = list(self.prompts) * (len(files) if len(self.prompts) == 1 else 1) or [""] * len(files)
         row = self._row(taken, source_noise) | {"samples": len(files)}

@@ -10,7 +10,7 @@ from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.lora.source import check_lora_file
 
 TAG_PREFIX = "d2f."
-TASK, SOURCE_NOISE = "d2f.task", "d2f.source_noise"
+TASK, SOURCE_NOISE, CAPTIONS = "d2f.task", "d2f.source_noise", "d2f.captions"
 IMAGE_TO_IMAGE = "image_to_image"
 _PREDICTION, _SHIFT, _FORM = "d2f.prediction_type", "d2f.shift", "d2f.fm_form"
 # Entries that take a few words only, in the spelling that this package writes and reads.
@@ -18,6 +18,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     _PREDICTION: get_args(PredictionType),
     _FORM: get_args(FlowForm),
     "d2f.vae_reflection_padding": ("true", "false"),
+    CAPTIONS: ("true", "false"),
 }
 
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
-from d2f_fast.lora.tags import SOURCE_NOISE, predicts_depth, starts_from_image
+from d2f_fast.lora.tags import CAPTIONS, SOURCE_NOISE, predicts_depth, starts_from_image
 from d2f_fast.training.summary import recommended_steps
 
 CARD_FILE = "README.md"
@@ -39,7 +39,9 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     if predicts_depth(tags):
         return _depth_recipe(name, model, steps)
     if starts_from_image(tags):
-        return [f"d2f_fast: `d2f sample --task image_to_image {model} --image IMAGE --num_inference_steps {steps}`"]
+        prompts = " --prompts TEXT" if tags.get(CAPTIONS) == "true" else ""
+        command = f"d2f sample --task image_to_image {model} --image IMAGE{prompts} --num_inference_steps {steps}"
+        return [f"d2f_fast: `{command}`"]
     lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps {steps}`"]
     if tags.get("d2f.fm_form") == "published":
         return lines  # No other program feeds the network the flow time itself.
@@ -90,7 +92,10 @@ def _placeholders(tags: Mapping[str, str], is_lora: bool) -> str:
     if predicts_depth(tags):
         return "IMAGE is the file of an image; in diffusers, the image itself."
     if starts_from_image(tags):
-        return f"{'BASE is the base model, and ' if is_lora else ''}IMAGE the file of the image to start from."
+        named = ["BASE is the base model"] if is_lora else []
+        named.append("IMAGE is the file of the image to start from")
+        named += ["TEXT is the caption of the result"] if tags.get(CAPTIONS) == "true" else []
+        return " ".join(f"{sentence}." for sentence in named)
     return "BASE is the base model, and TEXT the caption." if is_lora else "TEXT is the caption."
 
 

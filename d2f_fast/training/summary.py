@@ -7,7 +7,7 @@ from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.lora.start import StartingLora
-from d2f_fast.lora.tags import IMAGE_TO_IMAGE, SOURCE_NOISE, predicts_depth, starts_from_image
+from d2f_fast.lora.tags import CAPTIONS, IMAGE_TO_IMAGE, SOURCE_NOISE, predicts_depth, starts_from_image
 
 RECOMMENDED_STEPS_AFTER_PAIRS = 2
 
@@ -71,6 +71,7 @@ def source_tags(dataset: SourceTargetDataset) -> dict[str, str]:
     return {
         "d2f.task": IMAGE_TO_IMAGE,
         SOURCE_NOISE: str(dataset.options.source_noise),
+        CAPTIONS: str(any(folder.captioned is not None for folder in dataset.folders)).lower(),
         "d2f.image_pairs": str(len(dataset)),
         "d2f.recommended_steps": str(DEFAULT_STEPS),
         "d2f.recommended_guidance": "1.0",

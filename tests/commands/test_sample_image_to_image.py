@@ -54,6 +54,7 @@ def test_run_records_its_task_and_how_it_is_sampled(run: Path) -> None:
     card = (run / "README.md").read_text()
     assert "pipeline_tag: image-to-image" in card and "## Change images in four steps" in card
     assert "`d2f sample --task image_to_image --model BASE --lora run --image IMAGE --num_inference_steps 4`" in card
+    assert "BASE is the base model. IMAGE is the file of the image to start from." in card
     assert "| share of noise at the start | 0.25 |" in card and "ComfyUI" not in card
     assert json.loads((run / "config.json").read_text())["source_noise"] == 0.25
 
@@ -102,6 +103,23 @@ def test_result_of_an_image_depends_on_no_other_and_has_its_size(
     assert sample(*options, "--height", "16", "--width", "16", images=(str(tmp_path / "images"),), output="square") == 0
     assert (pixels(tmp_path / "out/1.png") == pixels(tmp_path / "square/1.png")).all()
     assert pixels(tmp_path / "square/wide.png").shape == (16, 16, 3)
+
+
+def test_model_that_was_trained_with_captions_asks_for_prompts(
+    sample: Callable[..., int], run: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = run / "pytorch_lora_weights.safetensors"
+    with safe_open(lora, "pt") as file:
+        tags = file.metadata()
+    assert tags["d2f.captions"] == "false"
+    captioned = tmp_path / "captioned.safetensors"
+    save_file(load_file(lora), captioned, tags | {"d2f.captions": "true"})
+    options = ["--num_inference_steps", "1"]
+    for number, (prompts, path) in enumerate((([], captioned), (["--prompts", "a"], captioned), ([], lora))):
+        given = ["--model", str(tiny_folder), "--lora", str(path)]
+        assert sample(*options, *prompts, lora=given, output=f"out{number}") == 0
+        said = "the model was trained with captions: describe the result with --prompts" in capsys.readouterr().err
+        assert said is (number == 0)
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(

@@ -48,6 +48,18 @@ def test_recipe_has_a_line_for_each_program(folder: Path) -> None:
     assert "`<lora:owls_kohya:1>`" in a1111
 
 
+def test_recipe_of_a_flow_from_an_image_has_prompts_after_a_training_with_captions(
+    folder: Path, config: TrainingConfig
+) -> None:
+    tags = TAGS | {"d2f.task": "image_to_image", "d2f.source_noise": "0.0", "d2f.captions": "true"}
+    (line,) = recipe(folder, tags, "owls")
+    assert line.endswith("--lora owls --image IMAGE --prompts TEXT --num_inference_steps 4`")
+    card = write_model_card(folder, "base", config, tags, RESULT)
+    assert card is not None and "to start from. TEXT is the caption of the result." in card.read_text()
+    (line,) = recipe(folder, tags | {"d2f.captions": "false"}, "owls")
+    assert line.endswith("--lora owls --image IMAGE --num_inference_steps 4`")
+
+
 def test_recipe_after_pairs_has_two_steps_and_no_guidance(folder: Path, config: TrainingConfig) -> None:
     tags = TAGS | {"d2f.recommended_sigmas": "15.6146, 1, 0", "d2f.recommended_steps": "2", "d2f.data": "pairs"}
     tags |= {"d2f.pairs_guidance": "2 to 5", "d2f.recommended_guidance": "1.0"}

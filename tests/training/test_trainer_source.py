@@ -1,6 +1,7 @@
 """Training from source to target images: the interpolant and the velocity, the start at noise, and continuation."""
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -109,6 +110,17 @@ def test_objective_that_starts_from_noise_is_refused(make_trainer: MakeTrainer, 
     trainer = make_trainer("prompts", validation_prompts=("a",), validation_steps=1)
     with pytest.raises(RefusedInputError, match="validation_prompts does not go with --task image_to_image"):
         trainer.fit(dataset_of(source_targets))
+
+
+def test_result_says_whether_it_was_trained_with_captions(
+    make_trainer: MakeTrainer, source_targets: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source_targets, tmp_path / "pairs"))
+    trainer = make_trainer()
+    assert trainer._tags(dataset_of(folder))["d2f.captions"] == "false"
+    for path in sorted((folder / "target").glob("*.png")):
+        path.with_suffix(".txt").write_text("a")
+    assert trainer._tags(dataset_of(folder))["d2f.captions"] == "true"
 
 
 def test_validation_starts_as_the_training(make_trainer: MakeTrainer, source_targets: Path) -> None:
