@@ -69,7 +69,7 @@ def test_table_of_everyday_options_has_the_defaults_of_the_code() -> None:
     defaults = {option.field.name: option.field.default for option in options_of(Train)}
     chosen_later: dict[str, object] = {  # what the default None means
         **{"rank": DEFAULT_RANK, "lora_alpha": "the rank", "caption_dropout": DEFAULT_CAPTION_DROPOUT},
-        **{"mixed_precision": "no", "resolution": "the model's own"},
+        **{"mixed_precision": "no", "resolution": "the model's own, or that of its training with this package"},
     }
     table = rows("Everyday options")
     assert len(table) >= 20
