@@ -1,7 +1,6 @@
 """`d2f sample --task image_to_image`: change images with a flow that starts from them."""
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from d2f_fast.config import (
 )
 from d2f_fast.errors import DatasetError, ModelError, RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
+from d2f_fast.image_sizes import side_multiple
 from d2f_fast.lora.source import parse_lora
 from d2f_fast.lora.tags import CAPTIONS, SOURCE_NOISE, common_tags, starts_from_image
 from d2f_fast.models.library_messages import silence_libraries
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
     from d2f_fast.models.base_model import BaseModel
     from d2f_fast.models.solve import Sampling
-
-_SIDE_FACTOR = 8  # diffusers' networks take heights and widths that are multiples of it
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class SampleImageToImage:
             downsampling = downsampling_of(configs.vae)
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling)
             for path, size in sizes.items() if self.height is None else ():
-                _multiples(*size, math.lcm(_SIDE_FACTOR, downsampling), path)
+                _multiples(*size, side_multiple(downsampling), path)
         check_steps(self.method, self._steps.number)
 
     def run(self) -> dict[str, Any]:
@@ -260,7 +258,7 @@ class SampleImageToImage:
         with refused_sample(printable(file)):
             image = to_rgb(read_image(file))
         if self.height is None or self.width is None:
-            image = _cropped(image, math.lcm(_SIDE_FACTOR, model.downsampling), file)
+            image = _cropped(image, side_multiple(model.downsampling), file)
         size = self.height or image.height, self.width or image.width
         generator = torch.Generator().manual_seed(self.seed)
         start = start_of_flow(model, [image], *size, source_noise, generator)

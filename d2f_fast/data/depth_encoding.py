@@ -20,7 +20,7 @@ from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.depth_pixels import DepthPixels, depth_pixels
 from d2f_fast.data.depth_source import DepthSample, DepthSource
 from d2f_fast.data.encoding import empty_slice
-from d2f_fast.data.mixed import mixture_of
+from d2f_fast.data.mixed import locate, mixture_of
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import DatasetError
 from d2f_fast.files.hashes import FileHashes
@@ -66,7 +66,7 @@ class DepthDataset:
         return sum(map(len, self.sources))
 
     def __getitem__(self, index: int) -> DepthSample:
-        source, own_index = self._locate(index)
+        source, own_index = locate(self.sources, self.mixture, index)
         sample = source[own_index]
         self.invalid[index] = 1 - float(sample.valid.mean())
         return sample
@@ -81,7 +81,7 @@ class DepthDataset:
         Raises:
             OSError: A file cannot be read.
         """
-        source, own_index = self._locate(index)
+        source, own_index = locate(self.sources, self.mixture, index)
         return f"{_reading(source)} {source.content(own_index, hash_of_file)}"
 
     def settings(self) -> dict[str, str | float]:
@@ -90,13 +90,6 @@ class DepthDataset:
         if others:
             first = {name: ", ".join(str(reading[name]) for reading in readings) for name in first}
         return first | {"normalization": self.options.depth_normalization}
-
-    def _locate(self, index: int) -> tuple[DepthSource, int]:
-        """Return the source of an image, and the index of the image in it."""
-        if self.mixture is None:
-            return self.sources[0], index
-        part, own_index = self.mixture.locate(index)
-        return self.sources[part], own_index
 
 
 def _reading(source: DepthSource) -> dict[str, str | float]:

@@ -37,7 +37,8 @@ class LoadedSlice:
     Attributes:
         keys: Keys of the latents, one for each sample; empty without a latent cache.
         found: Latents that the cache has, by digest.
-        pixels: Pixels [3, height, width] of the images that are still to be encoded, by position.
+        pixels: Pixels of the samples that are still to be encoded, by position: [3, height, width] of an image, or
+            [2, 3, height, width] of a source and a target image.
         captions: One caption for each sample.
         text_keys: Keys of the encoded captions.
         found_texts: Encoded captions that the cache has, by digest.

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from d2f_fast.data.captions import Captions
 from d2f_fast.data.image_folder import CaptionedImages, Sample
 from d2f_fast.data.order import Mixture
 from d2f_fast.errors import RefusedInputError
+
+Part = TypeVar("Part")
 
 
 @runtime_checkable
@@ -40,25 +42,18 @@ class MixedImages:
         return sum(map(len, self.folders))
 
     def __getitem__(self, index: int) -> Sample:
-        folder, own_index = self._locate(index)
+        folder, own_index = locate(self.folders, self.mixture, index)
         return folder[own_index]
 
     def path(self, index: int) -> Path:
         """Return the path of an image, without reading it."""
-        folder, own_index = self._locate(index)
+        folder, own_index = locate(self.folders, self.mixture, index)
         return folder.path(own_index)
 
     def captions(self, index: int) -> Captions:
         """Return the checked captions of an image, without reading the image."""
-        folder, own_index = self._locate(index)
+        folder, own_index = locate(self.folders, self.mixture, index)
         return folder.captions(own_index)
-
-    def _locate(self, index: int) -> tuple[CaptionedImages, int]:
-        """Return the folder of an image, and the index of the image in it."""
-        if self.mixture is None:
-            return self.folders[0], index
-        part, own_index = self.mixture.locate(index)
-        return self.folders[part], own_index
 
 
 def mixture_of(sizes: Sequence[int], weights: Sequence[float] | None) -> Mixture | None:
@@ -82,3 +77,17 @@ def mixture_of(sizes: Sequence[int], weights: Sequence[float] | None) -> Mixture
         return Mixture(tuple(sizes), tuple(map(float, weights or sizes)))
     except ValueError as error:
         raise RefusedInputError(f"dataset_weights: {error}: correct the weights") from error
+
+
+def locate(parts: Sequence[Part], mixture: Mixture | None, index: int) -> tuple[Part, int]:
+    """Return the data set that holds a sample, and the index of the sample in it.
+
+    Args:
+        parts: The data sets.
+        mixture: How they are mixed; None for a single one. See `mixture_of`.
+        index: Index of the sample among those of all data sets.
+    """
+    if mixture is None:
+        return parts[0], index
+    part, own_index = mixture.locate(index)
+    return parts[part], own_index

@@ -5,7 +5,6 @@ any other training image. The source is the mean, as in sampling.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch
 from d2f_fast.data.cache import CacheKey, EmbeddingCache, TensorCache
-from d2f_fast.data.encoding import empty_slice, encode_one_by_one
+from d2f_fast.data.encoding import LoadedSlice, empty_slice, encode_one_by_one
 from d2f_fast.data.images import preprocess, read_image, to_rgb
 from d2f_fast.data.loading import refused_sample
 from d2f_fast.data.order import Augmentation, BatchPlan
@@ -69,27 +68,6 @@ class SourceTargetCache(TensorCache):
         return self._key(printable(dataset.path(index)), {"flip": flip, "content": content})
 
 
-@dataclass
-class LoadedSourceTargets:
-    """This process' slice of a batch as the host loads it, before the networks encode what the cache lacks.
-
-    Attributes:
-        keys: Keys of the latents, one for each pair; empty without a cache.
-        found: Latents that the cache has, by digest.
-        pixels: Pixels [2, 3, H, W] of the source and the target that are still to be encoded, by position.
-        captions: One caption for each pair.
-        text_keys: Keys of the encoded captions.
-        found_texts: Encoded captions that the cache has, by digest.
-    """
-
-    keys: list[CacheKey] = field(default_factory=list)
-    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    pixels: dict[int, Tensor] = field(default_factory=dict)
-    captions: list[str] = field(default_factory=list)
-    text_keys: list[CacheKey] = field(default_factory=list)
-    found_texts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-
 class SourceTargetEncoder:
     """Load and encode the pairs of a plan into a batch for `AlignedTrainer.step`.
 
@@ -115,7 +93,7 @@ class SourceTargetEncoder:
         texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         self._texts = EmbeddingCache(folder, model=texts)
 
-    def load(self, plan: BatchPlan) -> LoadedSourceTargets:
+    def load(self, plan: BatchPlan) -> LoadedSlice:
         """Read cached tensors, and decode the images that are not cached. Any thread may call it.
 
         Args:
@@ -125,7 +103,7 @@ class SourceTargetEncoder:
             DatasetError: A pair cannot be used.
             RefusedInputError: The index of the cache cannot be written.
         """
-        loaded, size = LoadedSourceTargets(), self._sizes[plan.part]
+        loaded, size = LoadedSlice(), self._sizes[plan.part]
         cache = self._caches.get(size)
         for position, (index, augmentation) in enumerate(zip(plan.index, plan.augmentations, strict=True)):
             loaded.captions.append(self._dataset.captions(index).choose(augmentation.caption))
@@ -140,7 +118,7 @@ class SourceTargetEncoder:
         loaded.found_texts = self._texts.read(loaded.text_keys)
         return loaded
 
-    def encode(self, plan: BatchPlan, loaded: LoadedSourceTargets) -> Batch:
+    def encode(self, plan: BatchPlan, loaded: LoadedSlice) -> Batch:
         """Return the batch of a loaded slice, after encoding what the cache lacked.
 
         Args:
@@ -175,7 +153,7 @@ class SourceTargetEncoder:
             "global_batch_size": plan.global_batch_size,
         }
 
-    def _posteriors(self, loaded: LoadedSourceTargets, positions: list[int]) -> dict[str, Tensor]:
+    def _posteriors(self, loaded: LoadedSlice, positions: list[int]) -> dict[str, Tensor]:
         """Return the latents of pairs; each image is encoded alone, so that its rounding depends on no other."""
         sources, targets = zip(*(loaded.pixels[position].split(1) for position in positions), strict=True)
         target = encode_one_by_one(self._model.encode_images, targets)

@@ -15,7 +15,7 @@ from d2f_fast.data.captions import Captions
 from d2f_fast.data.file_names import CAPTION_EXTENSIONS, METADATA_FILE, UNREAD_EXTENSIONS, checked_repeats, is_image
 from d2f_fast.data.image_folder import CaptionedImages
 from d2f_fast.data.image_headers import stored_size
-from d2f_fast.data.mixed import mixture_of
+from d2f_fast.data.mixed import locate, mixture_of
 from d2f_fast.data.partner_files import check_partners, files_by_stem, find_files
 from d2f_fast.data.source_options import SourceOptions
 from d2f_fast.errors import DatasetError, printable
@@ -187,10 +187,8 @@ class SourceTargetDataset:
         return sum(map(len, self.folders))
 
     def __getitem__(self, index: int) -> ImagePair:
-        if self.mixture is None:
-            return self.folders[0][index]
-        part, own_index = self.mixture.locate(index)
-        return self.folders[part][own_index]
+        folder, own_index = locate(self.folders, self.mixture, index)
+        return folder[own_index]
 
     def path(self, index: int) -> Path:
         """Return the path of a target image, which names the pair in messages."""
