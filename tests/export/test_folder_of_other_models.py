@@ -21,6 +21,7 @@ from diffusers import (
 from PIL import Image
 
 from d2f_fast import AlignedTrainer, Diff2FlowScheduler, TrainingConfig
+from d2f_fast.commands.main import main
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.depth_inference import OnnxDepthPipeline
 from d2f_fast.export.folder import ExportJob, export_folder
@@ -127,6 +128,15 @@ def test_every_component_of_a_model_that_sees_an_image_is_exported(pix2pix_folde
         for form in ("loop", "unrolled")
     ]
     assert np.abs(images[0] - images[1]).max() <= 1
+    image.save(tmp_path / "seen.png")
+    words = f"--onnx {tmp_path / 'pix2pix'} --image {tmp_path / 'seen.png'} --output_dir {tmp_path / 'generated'}"
+    sizes = "--num_inference_steps 2 --height 16 --width 32"
+    assert main(["sample", "--prompts", "ab", *words.split(), *sizes.split()]) == 0
+    with Image.open(tmp_path / "generated/000.png") as generated:
+        assert np.array_equal(np.asarray(generated), images[0])
+    assert main(["sample", "--prompts", "ab", *words.split(), *sizes.split(), "--image_guidance_scale", "3"]) == 0
+    with Image.open(tmp_path / "generated/001.png") as generated:
+        assert not np.array_equal(np.asarray(generated), images[0])
 
 
 @pytest.mark.slow
