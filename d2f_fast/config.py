@@ -247,8 +247,7 @@ class TrainingConfig:
             --first_last_layers add theirs. Default: all attention and feed-forward layers.
         lora_format: LoRA files to write at the end: "diffusers" (pytorch_lora_weights.safetensors), "kohya" (for
             ComfyUI, A1111, Forge and kohya's scripts, named after --output_dir, as my_run_kohya.safetensors), or
-            "both". Default: "both"; "diffusers", the only possible one for
-            image_to_image, with another --task than text.
+            "both". Default: "both"; "diffusers" with another --task than text, the only one for image_to_image.
         center_crop: Crop the middle of each image. --no_center_crop crops at a random position, and needs
             --no_cache_latents.
         random_flip: Mirror each image left to right half of the time.
@@ -289,6 +288,9 @@ class TrainingConfig:
         distill: Train only the jump from noise to image in one step, on --pairs: the last stage after reflow, for
             sampling in one step. Start it from the reflow result, with --init_lora for a LoRA. Not with --objective
             diffusion, --teacher, or options that choose or weight times.
+        lpips_weight: Factor of LPIPS, the distance of the decoded images in the features of a network, which is added
+            to the loss of --distill (docs/reflow.md). It needs the package lpips, and more memory. 0 turns it off.
+        lpips_net: Network of LPIPS: "vgg", which its authors advise for training, or the smaller "alex" or "squeeze".
         lr_scheduler: Learning rate over the run, as diffusers' schedule of that name. "constant" keeps it, and
             "constant_with_warmup" keeps it after --lr_warmup_steps. The others fall to about 0: "linear" and
             "polynomial" in a straight line, "cosine" along half a wave; "cosine_with_restarts" has one cycle.
@@ -363,6 +365,8 @@ class TrainingConfig:
     flow_shift: float = option("method", 1.0, positive(MAX_SHIFT))
     sampling_shift: float | None = option("method", None, positive(MAX_SHIFT))
     distill: bool = option("method", False)
+    lpips_weight: float = option("method", 0.0, at_least(0, 1e6))
+    lpips_net: Literal["vgg", "alex", "squeeze"] = option("method", "vgg")
     lr_scheduler: LearningRateSchedule = option("optimisation", "constant")
     lr_warmup_steps: int = option("optimisation", 0, at_least(0, MAX_STEPS))
     adam_beta1: float = option("optimisation", 0.9, check_fraction)

@@ -79,6 +79,16 @@ def _check_objective(config: "TrainingConfig") -> None:
 
 def _check_distillation(config: "TrainingConfig") -> None:
     """Refuse what has no effect, or another meaning, where the start of the flow is the only time that is trained."""
+    if config.lpips_weight and not config.distill:
+        raise RefusedInputError(
+            f"lpips_weight works only with distill, whose prediction is an image, got {config.lpips_weight:g}: add"
+            " --distill, or leave lpips_weight out"
+        )
+    if config.lpips_net != "vgg" and not config.lpips_weight:
+        raise RefusedInputError(
+            f"lpips_net {config.lpips_net} has no effect without LPIPS in the loss: add --lpips_weight 1, or leave"
+            " lpips_net out"
+        )
     if not config.distill:
         return
     if config.objective == "diffusion":

@@ -101,3 +101,11 @@ def test_options_of_the_times_are_refused_where_one_time_is_trained(given, sente
     TrainingConfig(distill=True, loss_weighting="flow")
     with pytest.raises(RefusedInputError, match=sentence):
         TrainingConfig(distill=True, **given)
+
+
+def test_lpips_is_refused_without_the_distillation_that_uses_it():
+    TrainingConfig(distill=True, lpips_weight=0.5, lpips_net="squeeze")
+    with pytest.raises(RefusedInputError, match=r"lpips_weight works only with distill, .* got 0.5: add --distill"):
+        TrainingConfig(lpips_weight=0.5)
+    with pytest.raises(RefusedInputError, match="lpips_net alex has no effect without LPIPS in the loss"):
+        TrainingConfig(distill=True, lpips_net="alex")

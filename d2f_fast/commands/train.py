@@ -188,6 +188,8 @@ class Train:
             method = {"objective": trainer.config.objective, "fm_form": trainer.config.fm_form}
             row = {**{k: v for k, v in method.items() if v is not None}, "adapter": self.options.adapter, **result}
             row |= {"model": dataclasses.asdict(facts)}
+            if weight := trainer.config.lpips_weight:
+                row |= {"lpips_weight": weight, "lpips_net": trainer.config.lpips_net}
             if trainer.teacher is not None:
                 row |= {"teacher": trainer.teacher.name, "teacher_guidance_scale": trainer.teacher.guidance_scale}
             if (start := trainer.model.starting_lora) is not None:

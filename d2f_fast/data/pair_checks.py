@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.pairs import PairDataset
-from d2f_fast.errors import DatasetError, printable
+from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.image_sizes import Resolution, Size, side_multiple, simplest, sizes_of
 from d2f_fast.models.configs import ModelConfigs, downsampling_of, resolution_of
 from d2f_fast.models.options import ModelOptions
@@ -14,6 +14,8 @@ from d2f_fast.models.options import ModelOptions
 _USUAL_DEVIATION = (0.4, 2.5)
 # Entries of meta.json that identify what made a pair, the component of `BaseModel.fingerprints`, and its name.
 _ORIGINS = (("vae", "vae", "autoencoder"), ("model", "unet", "model"))
+# Shorter side of the smallest images, in pixels, of which the last layer of a network of LPIPS has a feature left.
+_LEAST_SIDES = {"vgg": 16, "squeeze": 17, "alex": 31}
 
 
 def options_for_pairs(config: TrainingConfig, dataset: PairDataset) -> TrainingConfig:
@@ -59,7 +61,7 @@ def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: M
 
     Raises:
         DatasetError: The pairs do not fit; see `check_pairs_fit`.
-        RefusedInputError: Nothing says the resolution.
+        RefusedInputError: Nothing says the resolution, or LPIPS has no features of images of this size.
     """
     if isinstance(datasets[0], PairDataset):
         config = options_for_pairs(config, datasets[0])
@@ -71,6 +73,7 @@ def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: M
     for dataset in datasets:
         if isinstance(dataset, PairDataset):
             check_pairs_fit(dataset, configs.unet.get("in_channels", 4), downsampling, scaling_factor, resolution)
+            check_size_for_lpips(config, size_of_pairs(dataset, downsampling))
 
 
 def check_pairs_fit(
@@ -116,6 +119,23 @@ def check_pairs_fit(
         _check_scale(dataset, scaling_factor)
     if not dataset.of_another_model:
         _check_common_origin(dataset)
+
+
+def check_size_for_lpips(config: TrainingConfig, size: Size) -> None:
+    """Refuse images of which nothing is left in the last layer of the network of LPIPS, where the loss has it.
+
+    Args:
+        config: Options of the run.
+        size: Size of the images in pixels.
+
+    Raises:
+        RefusedInputError: The images are too small.
+    """
+    if config.lpips_weight and min(size) < (least := _LEAST_SIDES[config.lpips_net]):
+        raise RefusedInputError(
+            f"lpips_net {config.lpips_net} takes images of {least} pixels or more, and those of the pairs have {size}:"
+            " give another lpips_net, or leave lpips_weight out"
+        )
 
 
 def check_origin(dataset: PairDataset, fingerprints: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from d2f_fast.data.batch import Batch
 from d2f_fast.data.cache import CacheKey, EmbeddingCache
 from d2f_fast.data.encoding import empty_slice, encode_one_by_one
 from d2f_fast.data.order import BatchPlan
-from d2f_fast.data.pair_checks import check_origin, check_pairs_fit
+from d2f_fast.data.pair_checks import check_origin, check_pairs_fit, check_size_for_lpips, size_of_pairs
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError
 from d2f_fast.image_sizes import Resolution
@@ -50,13 +50,14 @@ class PairEncoder:
 
     Raises:
         DatasetError: The pairs do not fit the model; see `check_pairs`.
-        RefusedInputError: The cache's folder cannot be made.
+        RefusedInputError: LPIPS has no features of images of this size, or the cache's folder cannot be made.
     """
 
     def __init__(
         self, model: BaseModel, config: TrainingConfig, dataset: PairDataset, fingerprints: Mapping[str, str]
     ) -> None:
         check_pairs(dataset, model, fingerprints, config.resolution or model.resolution)
+        check_size_for_lpips(config, size_of_pairs(dataset, model.downsampling))
         self._model, self._dataset = model, dataset
         texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         self._texts = EmbeddingCache(config.cache_dir or Path(config.output_dir) / "cache", model=texts)

@@ -200,7 +200,11 @@ class BaseModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images of scaled latents.
+        """Return what `decode_with_gradient` does, without a gradient."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Return the images of scaled latents, through which a gradient reaches the latents.
 
         Args:
             latents: Latents, [B, C, h, w], at unit variance.

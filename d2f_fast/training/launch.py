@@ -42,7 +42,7 @@ def precision_of(config: TrainingConfig, environment: Mapping[str, str] = os.env
 
 
 def check_launch(config: TrainingConfig, environment: Mapping[str, str]) -> None:
-    """Refuse a precision or a tracker that cannot be used, and a launcher that has started too few processes.
+    """Refuse a precision or a package that cannot be used, and a launcher that has started too few processes.
 
     Args:
         config: Options of the run.
@@ -53,6 +53,7 @@ def check_launch(config: TrainingConfig, environment: Mapping[str, str]) -> None
     """
     precision_of(config, environment)
     check_tracker_package(config.report_to)
+    check_lpips_package(config)
     # accelerate sets the first two for several processes on a CPU, but starts them by MPI only, and else just one.
     asked = {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"} <= environment.keys()
     if asked and not any(name in environment for name in ("RANK", "LOCAL_RANK", *_SIZES)):
@@ -93,4 +94,20 @@ def check_tracker_package(report_to: str) -> None:
     if report_to != "none" and not any(map(importlib.util.find_spec, packages)):
         raise RefusedInputError(
             f"report_to is {report_to}, which is not installed: pip install {report_to}, or set report_to to none"
+        )
+
+
+def check_lpips_package(config: TrainingConfig) -> None:
+    """Refuse LPIPS in the loss where its package is not installed.
+
+    Args:
+        config: Options of the run.
+
+    Raises:
+        RefusedInputError: The package is missing.
+    """
+    if config.lpips_weight and importlib.util.find_spec("lpips") is None:
+        raise RefusedInputError(
+            "lpips_weight needs the package lpips: pip install lpips, which the extra [lpips] of this package does, or"
+            " leave lpips_weight out"
         )

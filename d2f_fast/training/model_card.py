@@ -163,6 +163,7 @@ def _card(
         "resolution": f"{tags['d2f.resolution']} px",
         "learning rate": config.learning_rate,
         **({"trained on pairs with guidance": tags["d2f.pairs_guidance"]} if "d2f.pairs_guidance" in tags else {}),
+        **({"LPIPS in the loss": f"{config.lpips_weight:g} ({config.lpips_net})"} if config.lpips_weight else {}),
         **({"share of noise at the start": tags[SOURCE_NOISE]} if starts_from_image(tags) else {}),
         **_validation_row(result.get("validation_losses")),
         "shift in training": tags["d2f.training_shift"],

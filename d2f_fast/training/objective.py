@@ -189,5 +189,7 @@ def method_line(config: TrainingConfig, base_flow: Flow) -> str:
     if config.fm_form == "published":
         learns["fm"] = "naive flow matching in the published form (fed t, learns latents - noise)"
     jump = ", at t = 0 alone (the jump from noise to image)" if config.distill else ""
+    if config.lpips_weight:
+        jump += f", with {config.lpips_weight:g} times LPIPS ({config.lpips_net}) of the decoded images"
     line = f"objective {config.objective}: {learns[str(config.objective)]}{jump}; the base model predicts"
     return f"{line} {base_flow.prediction_type}"

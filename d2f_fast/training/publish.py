@@ -208,6 +208,8 @@ def tags_of(
         tags["d2f.fm_form"] = flow.form
     elif isinstance(flow, Alignment):
         tags["d2f.zero_snr"] = str(flow.schedule.zero_terminal_snr).lower()
+    if config.lpips_weight:
+        tags |= {"d2f.lpips_weight": f"{config.lpips_weight:g}", "d2f.lpips_net": config.lpips_net}
     if model.facts.vae_reflection_padding:
         tags["d2f.vae_reflection_padding"] = "true"
     return tags | autoencoder_tags(model.options) | data_tags

@@ -107,7 +107,9 @@ class RunLog:
         self._images += images
         self._progress.update()
 
-    def write(self, step: int, loss: float, lr: float, skipped_steps: int) -> None:
+    def write(
+        self, step: int, loss: float, lr: float, skipped_steps: int, parts: Mapping[str, float] | None = None
+    ) -> None:
         """Log a step, with the images per second since the step that was logged before it.
 
         Args:
@@ -115,7 +117,9 @@ class RunLog:
             loss: loss of the last step; it may be NaN or infinite.
             lr: learning rate of the next step.
             skipped_steps: number of steps skipped so far.
+            parts: parts of the loss by name, which may be NaN or infinite, too; None for a loss of one part.
         """
+        parts = parts or {}
         now = time.monotonic()
         rate = self._images / (now - self._last_time)
         self._last_time, self._images = now, 0
@@ -125,8 +129,9 @@ class RunLog:
         if not self._writes:
             return
         row = {"step": step, "loss": self.last_loss, "lr": lr, "images_per_second": rate}
-        self._append(row | {"skipped_steps": skipped_steps})
-        self._accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate}, step=step)
+        finite = {name: value if math.isfinite(value) else None for name, value in parts.items()}
+        self._append(row | {"skipped_steps": skipped_steps, **finite})
+        self._accelerator.log({"loss": loss, "lr": lr, "images_per_second": rate, **parts}, step=step)
 
     def write_validation(self, step: int, losses: Sequence[float]) -> None:
         """Log the loss on held-out samples.

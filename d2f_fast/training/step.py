@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
     from d2f_fast.lora.start import StartingLora
+    from d2f_fast.training.perceptual import PerceptualLoss
     from d2f_fast.training.teacher import Teacher
 
-# Loss of each sample, [b], from latents, noise, t, condition and mask of a micro-batch.
-LossPerSample = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None], Tensor]
+# Loss of each sample, [b], and the LPIPS in it, [b], or None without one; from latents, noise, t, condition and mask of
+# a micro-batch.
+LossPerSample = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class TrainingStep:
@@ -52,12 +54,15 @@ class TrainingStep:
         precision: "bf16" computes the network under bfloat16 autocast, "no" in its own type.
         num_processes: number of processes that sum their gradients.
         teacher: teacher whose velocity is learned; None learns that of the data.
+        perceptual: LPIPS, whose multiple by `lpips_weight` is added to the loss; None adds nothing.
 
     Attributes:
         optimizer: fused AdamW over the trained parameters.
         skipped: number of steps that changed nothing because they were not finite, int64 on the device.
         skipped_in_a_row: number of such steps since the last finite one, int64 on the device.
-        loss: loss of each sample of one micro-batch, [b]; the part that is compiled.
+        loss: loss of each sample of one micro-batch, and the LPIPS in it; the part that is compiled.
+        lpips: mean LPIPS of the last step, without its weight, over the samples of its loss, float32 scalar on the
+            device, which each step writes to; None where the loss has none.
         graphs: captured steps; None where `cuda_graph` is off.
         starting_lora: LoRA file that the adapter started from, which is named where it is saved; None for none.
         tags: entries of a file's header that describe the run, which checkpoints write.
@@ -74,10 +79,12 @@ class TrainingStep:
         precision: str,
         num_processes: int = 1,
         teacher: "Teacher | None" = None,
+        perceptual: "PerceptualLoss | None" = None,
     ) -> None:
         self.unet, self.objective, self.trainable, self.ema = unet, objective, trainable, ema
         self.config, self._device, self._precision, self._num_processes = config, device, precision, num_processes
-        self._teacher = teacher
+        self._teacher, self._perceptual = teacher, perceptual
+        self.lpips = None if perceptual is None else torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
         # In a captured graph a Python number would stay what it was at capture.
         self._lr = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate
@@ -138,15 +145,21 @@ class TrainingStep:
             The mean loss; see `__call__`.
         """
         total = torch.full((), float("nan") if dry else 0.0, device=self._device)
+        lpips = None if self.lpips is None else self.lpips.zero_()
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(inputs.latents), self.config.train_batch_size):
-            per_sample = self._part_loss(inputs.part(first, self.config.train_batch_size), self.loss)
+            per_sample, of_part = self._part_loss(inputs.part(first, self.config.train_batch_size), self.loss)
             # A sum over the global batch: the size of the micro-batches and slices changes nothing.
             torch.autograd.backward(per_sample.sum() / inputs.global_size)
             total += per_sample.detach().sum()
+            if lpips is not None and of_part is not None:
+                lpips += of_part.sum()
         summed = self._num_processes > 1 and not dry
-        self._update(total, summed=summed)
-        return total / (inputs.global_size if summed else max(len(inputs.latents), 1))
+        self._update([total] if lpips is None else [total, lpips], summed=summed)
+        count = inputs.global_size if summed else max(len(inputs.latents), 1)
+        if lpips is not None:
+            lpips /= count
+        return total / count
 
     @torch.no_grad()
     def losses(self, inputs: StepInputs) -> Tensor:
@@ -155,10 +168,21 @@ class TrainingStep:
         Args:
             inputs: samples of one micro-batch.
         """
-        return self._part_loss(inputs, self._loss).float()
+        return self._part_loss(inputs, self._loss)[0].float()
 
-    def _part_loss(self, part: StepInputs, loss: LossPerSample) -> Tensor:
-        """Return the loss of each sample of a micro-batch, against the teacher where there is one."""
+    def parts(self, loss: float) -> dict[str, float]:
+        """Return the parts of the last step's loss by name, without weights; {} for one part. It waits for the device.
+
+        Args:
+            loss: loss that the step returned.
+        """
+        if self.lpips is None:
+            return {}
+        lpips = self.lpips.item()
+        return {"latent_loss": loss - self.config.lpips_weight * lpips, "lpips": lpips}
+
+    def _part_loss(self, part: StepInputs, loss: LossPerSample) -> tuple[Tensor, Tensor | None]:
+        """Return the losses of each sample of a micro-batch, against the teacher where there is one."""
         latents, noise = part.latents, part.noise
         if self._teacher is not None:
             with self._autocast():
@@ -211,11 +235,11 @@ class TrainingStep:
 
     def _loss(
         self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None
-    ) -> Tensor:
-        """Return the loss of each sample: align, call the network, compare."""
-        sample, timestep = self.objective.inputs(latents, noise, t)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the loss of each sample, and the LPIPS in it, if any: align, call the network, compare."""
+        state, timestep = self.objective.inputs(latents, noise, t)
         added = {name: x for name, x in condition.items() if name not in ("encoder_hidden_states", "context")} or None
-        sample = sample.to(self.unet.conv_in.weight.dtype)  # unet.dtype walks through every module
+        sample = state.to(self.unet.conv_in.weight.dtype)  # unet.dtype walks through every module
         if "context" in condition:
             sample = torch.cat([condition["context"], sample], 1)
         output = self.unet(
@@ -225,28 +249,32 @@ class TrainingStep:
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
-        return self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
+        loss = self.objective.loss(output, latents, noise, t, mask=mask, reduction="none")
+        if self._perceptual is None:
+            return loss, None
+        lpips = self._perceptual(self.objective.flow.predicted_latents(output, state, t), latents)
+        return loss + self.config.lpips_weight * lpips, lpips.detach()
 
-    def _update(self, loss: Tensor, *, summed: bool) -> None:
+    def _update(self, losses: list[Tensor], *, summed: bool) -> None:
         """Clip, step and average, or change nothing where loss or gradient is not finite; never wait for the device.
 
         Args:
-            loss: loss of this slice, replaced by that of all processes where it is summed.
-            summed: sum loss and gradients over the processes.
+            losses: loss of this slice, and further sums over it; replaced by those of all processes where summed.
+            summed: sum losses and gradients over the processes.
         """
         for parameter in self.trainable.values():
             if parameter.grad is None:  # this slice is empty
                 parameter.grad = torch.zeros_like(parameter)
         if summed:
             # Summed here, once a step, and not by DDP: slices may be empty, or need unequal numbers of backward passes.
-            together = [loss, *(p.grad for p in self.trainable.values() if p.grad is not None)]
+            together = [*losses, *(p.grad for p in self.trainable.values() if p.grad is not None)]
             flat = torch.cat([tensor.reshape(-1) for tensor in together])
             sum_over_processes(flat)
             parts = torch.split(flat, [tensor.numel() for tensor in together])
             torch._foreach_copy_(together, [part.view_as(tensor) for part, tensor in zip(parts, together, strict=True)])
         self._whole = False
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.config.max_grad_norm, foreach=True)
-        not_finite = ~torch.isfinite(norm + loss)
+        not_finite = ~torch.isfinite(norm + losses[0])
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -38,6 +38,7 @@ from d2f_fast.training.network import (
     settle_options,
 )
 from d2f_fast.training.objective import make_objective
+from d2f_fast.training.perceptual import load_perceptual_loss
 from d2f_fast.training.resume import base_fingerprint, run_identity
 from d2f_fast.training.run_checkpoints import NonFiniteRunError, RunCheckpoints
 from d2f_fast.training.run_log import RunLog, check_tracker, write_options
@@ -99,7 +100,7 @@ class AlignedTrainer(TrainedModel):
 
     Raises:
         ModelError: the base model is float16, or takes an input that text-to-image training does not give.
-        RefusedInputError: the options do not fit this device or model, or the tracker is not installed.
+        RefusedInputError: the options do not fit this device or model, or a package or the network of LPIPS is missing.
     """
 
     def __init__(self, model: BaseModel, config: TrainingConfig, teacher_options: TeacherOptions | None = None) -> None:
@@ -119,13 +120,16 @@ class AlignedTrainer(TrainedModel):
         self._half_base = half_base_of(model, config)  # before the model moves, so that only one copy of its UNet does
         self.model, self.unet = model.to(self.device), model.unet
         self.objective = make_objective(config, model.flow)
+        perceptual = load_perceptual_loss(config, model)
         self.trainable = prepare_network(model, config)
         self.ema = EMA(self.trainable, config.ema_decay) if config.ema_decay else None
         self._inputs = InputSampler(model, self.objective, config.seed, config.caption_dropout or 0.0)
         teacher = start_teacher(self.teacher, self.objective, model, self._precision, compile=config.compile)
         parts = self.unet, self.objective, self.trainable, self.ema
         num_processes: int = self.accelerator.num_processes
-        self._training_step = TrainingStep(*parts, config, self.device, self._precision, num_processes, teacher)
+        self._training_step = TrainingStep(
+            *parts, config, self.device, self._precision, num_processes, teacher, perceptual
+        )
         self._training_step.starting_lora = model.starting_lora
         self._training_step.tags = self.tags = self._tags()
         self.optimizer = self._training_step.optimizer
@@ -285,9 +289,13 @@ class AlignedTrainer(TrainedModel):
             over this slice. Reading it waits for the device.
 
         Raises:
-            RefusedInputError: the batch is malformed; see `check_batch`.
+            RefusedInputError: the batch is malformed; see `check_batch`. Or it has a mask, and the loss LPIPS.
         """
         check_batch(batch)
+        if self.config.lpips_weight and "mask" in batch:
+            raise RefusedInputError(
+                "mask weighs latents, and lpips_weight compares whole images: leave one of the two out"
+            )
         if self._half_base is not None:
             self._half_base.use()  # first: the condition is cast to the type of the frozen weights
         inputs = self._inputs.sample(batch, self.global_step)
@@ -308,7 +316,8 @@ class AlignedTrainer(TrainedModel):
             if step % config.logging_steps == 0 or done:
                 if self._checkpoints.refuse_non_finite_steps(step):
                     self._checkpoints.delete_old(config, step)
-                log.write(step, loss.item(), self._learning_rate(step), int(self._training_step.skipped))
+                value, parts = loss.item(), self._training_step.parts
+                log.write(step, value, self._learning_rate(step), int(self._training_step.skipped), parts(value))
             if config.validation_steps and (done or step % config.validation_steps == 0):
                 self._validate(log)
             if config.checkpointing_steps and (done or step % config.checkpointing_steps == 0):

@@ -168,7 +168,7 @@ def test_non_finite_step_changes_nothing_and_is_counted(
     before = state_of(trainer)
     bad, compute = make_batch(), trainer._training_step.loss
     if where == "loss alone":  # its gradient is finite
-        trainer._training_step.loss = lambda *arguments: compute(*arguments) + value
+        trainer._training_step.loss = lambda *arguments: (compute(*arguments)[0] + value, None)
     else:
         bad[where][1] = value
     loss = trainer.step(bad)
