@@ -53,11 +53,11 @@ class StandIn(nn.Module):
         for image in (in0, in1):
             first = self.slices[0](image / self.scale)
             of_images.append(features(first, self.slices[1](first)))
-        total = torch.zeros(())
+        distances = []
         for lin, one, other in zip(self.lins, *of_images, strict=True):
             one, other = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (one, other))
-            total = total + lin((one - other) ** 2).abs().mean((2, 3), keepdim=True)
-        return total
+            distances.append(lin((one - other) ** 2).abs().mean((2, 3), keepdim=True))
+        return torch.stack(distances).sum(0)
 
 
 @pytest.fixture(autouse=True)
