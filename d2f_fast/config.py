@@ -285,11 +285,11 @@ class TrainingConfig:
             --objective diffusion.
         sampling_shift: The same factor for sampling, which does not change the training. It is saved with the result,
             and `d2f sample` uses it. Default: that of --flow_shift.
-        distill: Train only the jump from noise to image in one step, on --pairs: the last stage after reflow, for
-            sampling in one step. Start it from the reflow result, with --init_lora for a LoRA. Not with --objective
-            diffusion, --teacher, or options that choose or weight times.
-        lpips_weight: Factor of LPIPS, the distance of the decoded images in the features of a network, which is added
-            to the loss of --distill (docs/reflow.md). It needs the package lpips, and more memory. 0 turns it off.
+        distill: Train only the jump to the image in one step. On --pairs it starts from their noise, as the last stage
+            after reflow (give its result, with --init_lora for a LoRA); with --task depth it starts from zeros. Not
+            with --objective diffusion, --teacher, or options that choose or weight times.
+        lpips_weight: Factor of LPIPS, the distance of decoded images in the features of a network, which is added to
+            the loss of --distill on pairs (docs/reflow.md). It needs the package lpips and more memory. 0 turns it off.
         lpips_net: Network of LPIPS: "vgg", which its authors advise for training, or the smaller "alex" or "squeeze".
         lr_scheduler: Learning rate over the run, as diffusers' schedule of that name. "constant" keeps it, and
             "constant_with_warmup" keeps it after --lr_warmup_steps. The others fall to about 0: "linear" and

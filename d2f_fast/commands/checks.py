@@ -101,7 +101,7 @@ def check_lora_forms(base_model: str | None, loras: Sequence[Path], kohya_output
 
 
 def check_readers(name: str, loras: Sequence[StrPath], form: str, *, is_lora: bool) -> None:
-    """Refuse to write what starts from an image in a form that is for programs which start from noise.
+    """Refuse to write what starts from an image or from zeros in a form that is for programs which start from noise.
 
     Args:
         name: LoRA file or folder, or name of the model, that is converted.
@@ -110,18 +110,19 @@ def check_readers(name: str, loras: Sequence[StrPath], form: str, *, is_lora: bo
         is_lora: Whether a LoRA is converted, and not a model.
 
     Raises:
-        ModelError: The form is "kohya" or "single_file", and a file was trained to start from an image.
+        ModelError: The form is "kohya" or "single_file", and a file was trained to start from an image or from zeros.
     """
-    from d2f_fast.lora.tags import lora_tags, starts_from_image
+    from d2f_fast.lora.tags import lora_tags, starts_from_image, starts_from_zeros
     from d2f_fast.models.tags import saved_tags
 
     if form not in ("kohya", "single_file"):
         return
     tagged = {name: lora_tags(name) if is_lora else saved_tags(name)} | {str(path): lora_tags(path) for path in loras}
     for source, tags in tagged.items():
-        if starts_from_image(tags):
+        if starts_from_image(tags) or starts_from_zeros(tags):
+            start = "zeros" if starts_from_zeros(tags) else "an image"
             raise ModelError(
-                f"{printable(source)} was trained to start from an image, and the programs that read the form {form}"
+                f"{printable(source)} was trained to start from {start}, and the programs that read the form {form}"
                 f" start from noise: give --to {'peft' if form == 'kohya' else 'diffusers, and a folder as OUTPUT'}"
             )
 

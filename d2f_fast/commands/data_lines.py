@@ -47,6 +47,8 @@ def data_lines(
         for images in dataset.sources:
             kinds = f"layout {images.layout}, normalisation {dataset.options.depth_normalization}"
             yield f"depth is learned from {printable(images.place)} ({kinds})"
+        if trainer.config.distill:
+            yield "the depth is learned as one step from zeros in place of noise, and is predicted so"
     elif isinstance(dataset, PairDataset):
         made = pair_tags(dataset)
         end = ": sample the result without guidance" if trainer.teacher is None else ""

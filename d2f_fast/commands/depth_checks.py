@@ -8,7 +8,7 @@ from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.image_sizes import first_size
 from d2f_fast.lora.source import parse_lora
-from d2f_fast.lora.tags import common_tags, predicts_depth
+from d2f_fast.lora.tags import common_tags, predicts_depth, tags_with_lora
 from d2f_fast.models.configs import check_one_text_encoder, read_configs
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import saved_tags, tags_source
@@ -60,7 +60,7 @@ def check_ensemble(ensemble_size: int) -> None:
 
 
 def depth_tags(model: str, lora: Sequence[str]) -> dict[str, str]:
-    """Return the tags of the model, of which those of the LoRA replace the ones that they have, too.
+    """Return the tags of the model with the LoRA; see `tags_with_lora`.
 
     Args:
         model: Hub id or folder of the model.
@@ -72,7 +72,7 @@ def depth_tags(model: str, lora: Sequence[str]) -> dict[str, str]:
     Raises:
         ModelError: The LoRA, or the model, was trained on something else, or a tag has a value that it cannot have.
     """
-    tags = saved_tags(model) | common_tags([parse_lora(entry).path for entry in lora])
+    tags = tags_with_lora(saved_tags(model), common_tags([parse_lora(entry).path for entry in lora]))
     source = ", ".join(lora) or tags_source(model)
     if (lora or tags) and not predicts_depth(tags):
         raise ModelError(f"{printable(source)} was not trained on depth: give what d2f train --task depth made")

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2f_fast.commands.checks import check_lora_and_output
-from d2f_fast.commands.depth_checks import check_depth_model, check_ensemble
+from d2f_fast.commands.depth_checks import check_depth_model, check_ensemble, depth_tags
 from d2f_fast.config import MAX_SIDE, at_least, check_options, check_seed, option
+from d2f_fast.lora.tags import starts_from_zeros
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.sampling.options import check_jump
 
 if TYPE_CHECKING:
     from d2f_fast.tasks.depth import DepthModel
@@ -28,14 +30,15 @@ class DepthSampling:
             none.
         num_inference_steps: Number of sampling steps, each of which evaluates the network once. With --sampler saved,
             take one that divides 1000, because diffusers' scheduler is inexact for others. Default: the number saved
-            with the model, which is 4 after `d2f train`.
+            with the model, which is 4 after `d2f train`, and 1, the only one possible, after `d2f train --distill`.
         seed: Seed of the noise, and of the 95 % intervals of `d2f evaluate`. Every image starts from the same noise, so
-            that its depth does not depend on the other images.
+            that its depth does not depend on the other images. After `d2f train --distill` it starts from zeros.
         model_options: Options of the base model.
         sampler: Times of the sampling steps. "saved" takes the scheduler saved with the model, which gives the depth
             that other programs get. "flow" takes even steps in flow time, as `d2f sample` does for images.
         ensemble_size: Number of predictions from different noise that are combined into one, which takes that many
             times as long. From 2 on, SciPy is needed, and `d2f sample` writes their spread as NAME_uncertainty.npy.
+            Only 1 after `d2f train --distill`, because all predictions are then equal.
         processing_resolution: Longer side in pixels that an image is scaled to for the prediction; the depth is scaled
             back. 0 keeps the size of the image. Default: that of the protocol for a data set of `d2f evaluate` that has
             one (docs/depth.md), else that of the model.
@@ -61,11 +64,13 @@ class DepthSampling:
             output_dir: Output folder, which is not made here.
 
         Raises:
-            RefusedInputError: The model or a LoRA cannot be used or predicts no depth, SciPy is needed and missing, or
-                the output folder is a file.
+            RefusedInputError: The model or a LoRA cannot be used or predicts no depth, SciPy is needed and missing, the
+                model starts from zeros and there are several steps or predictions, or the output folder is a file.
         """
         check_ensemble(self.ensemble_size)
         check_depth_model(self.model, self.lora, self.model_options)
+        if starts_from_zeros(depth_tags(self.model, self.lora)):
+            check_jump(self.num_inference_steps, self.ensemble_size)
         check_lora_and_output(self.lora, output_dir, model=self.model, options=self.model_options, images=1)
 
     def load(self) -> "DepthModel":
@@ -97,6 +102,7 @@ class DepthSampling:
         return {
             "task": "depth",
             "sampler": self.sampler,
+            "start": "zeros" if model.starts_from_zeros else "noise",
             "steps": self.num_inference_steps or model.pipeline.default_denoising_steps,
             "ensemble_size": self.ensemble_size,
             "normalization": model.normalization,

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from d2f_fast.data.depth_options import check_depth_training
 from d2f_fast.data.source_options import check_source_training
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.image_sizes import check_data_sets
@@ -103,8 +104,11 @@ def check_data(command: "Train") -> None:
     """
     _check_task(command)
     check_data_sets(command.options.resolution, max(1, len(command.folders)))
-    if command.options.distill and not command.pairs:
-        raise RefusedInputError("distill needs --pairs, whose noise and latents are the two ends of the jump")
+    if command.options.distill and not command.pairs and command.task != "depth":
+        raise RefusedInputError(
+            "distill needs --pairs, whose noise and latents are the two ends of the jump, or --task depth, whose jump"
+            " starts from zeros"
+        )
     if command.folders:
         if command.pairs:
             raise RefusedInputError("give either --train_data_dir or --pairs: a run trains on one of them")
@@ -162,6 +166,7 @@ def _check_task(command: "Train") -> None:
     held_out = "validation_data_dir", "validation_pairs"
     _refuse_given(command, held_out, "does not go with --task depth: leave it out, and use d2f evaluate")
     _refuse_given(command.options, ("caption_dropout", "validation_prompts"), cure)
+    check_depth_training(command.options)
 
 
 def _refuse_given(options: Any, names: Iterable[str], why: str) -> None:

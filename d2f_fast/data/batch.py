@@ -23,7 +23,8 @@ class Batch(TypedDict, total=False):
         pixel_values: [b, 3, H, W] floating in [-1, 1]; images that the step encodes. Third form of the images.
         context: [b, k · C, h, w] floating; latents, in the scale of the network, of the k images that the network sees
             before its own latents. Only for a network that takes them, see `BaseModel.see_images`.
-        noise: [b, C, h, w] floating; noise that belongs to the latents of each pair. Left out, each step samples it.
+        noise: [b, C, h, w] floating; start of the flow that belongs to the latents: the noise of each pair, or zeros.
+            Left out, each step samples noise.
         source: [b, C, h, w] floating; latents, in the scale of the network, of the images that the flow starts from.
             Left out, it starts from noise.
         source_noise: share of noise in that start, in [0, 1]; see `noised_source`. 0 where it is left out.

@@ -211,12 +211,13 @@ class DepthEncoder:
         size = self._sizes[plan.part]
         if not plan.index:
             batch = empty_slice(self._model, plan, *self._model.latents_shape(*size)[1:])
-            return batch | {"context": batch["latents"], "mask": batch["latents"][:, :1]}
+            batch |= {"context": batch["latents"], "mask": batch["latents"][:, :1]}
+            return self._with_start(batch)
         if (cache := self._caches.get(size)) is None:
             tensors = self._encode(loaded, list(loaded.pixels))
         else:
             tensors = cache.complete(loaded.keys, loaded.found, lambda missing: self._encode(loaded, missing))
-        return {
+        batch = {
             "latents": tensors["latents"],
             "context": tensors["context"],
             "mask": tensors["mask"],
@@ -224,6 +225,11 @@ class DepthEncoder:
             "offset": plan.offset,
             "global_batch_size": plan.global_batch_size,
         }
+        return self._with_start(batch)
+
+    def _with_start(self, batch: Batch) -> Batch:
+        """Return the batch with zeros in place of the noise where a single jump is learned."""
+        return batch | {"noise": torch.zeros_like(batch["latents"])} if self._config.distill else batch
 
     def _encode(self, loaded: LoadedDepth, positions: list[int]) -> dict[str, Tensor]:
         """Return the latents and masks of samples; each is encoded alone, so that its rounding depends on no other."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from d2f_fast.config import at_least, check_options, option, positive
+from d2f_fast.config import TrainingConfig, at_least, check_options, option, positive
 from d2f_fast.errors import RefusedInputError
 
 DepthNormalization = Literal["affine", "log", "disparity"]
@@ -41,3 +41,32 @@ class DepthOptions:
         check_options(self)
         if self.depth_max is not None and self.depth_max <= self.depth_min:
             raise RefusedInputError(f"depth_max must be above depth_min {self.depth_min}, got {self.depth_max}")
+
+
+def check_depth_training(config: TrainingConfig) -> None:
+    """Refuse options that have no effect, or no use, where depth is learned as one jump from zeros.
+
+    Args:
+        config: Options of the run.
+
+    Raises:
+        RefusedInputError: A shift is to be saved for several sampling steps, a LoRA file is for other programs, which
+            start from noise, or LPIPS is in the loss, which knows no valid pixels.
+    """
+    if not config.distill:
+        return
+    if config.lpips_weight:
+        raise RefusedInputError(
+            "lpips_weight compares whole images, and only the valid pixels of depth count, got"
+            f" {config.lpips_weight:g}: leave it out with distill on depth"
+        )
+    if config.sampling_shift not in (None, 1.0):
+        raise RefusedInputError(
+            "sampling_shift has no effect with distill on depth, which is then predicted in one step, got"
+            f" {config.sampling_shift}: leave it out"
+        )
+    if config.lora_format not in (None, "diffusers"):
+        raise RefusedInputError(
+            f"lora_format {config.lora_format} is for programs that start from noise, and distill on depth starts from"
+            " zeros: leave it out"
+        )

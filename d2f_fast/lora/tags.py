@@ -11,6 +11,7 @@ from d2f_fast.lora.source import check_lora_file
 
 TAG_PREFIX = "d2f."
 TASK, SOURCE_NOISE, CAPTIONS = "d2f.task", "d2f.source_noise", "d2f.captions"
+START, DISTILLED = "d2f.start", "d2f.distilled"
 IMAGE_TO_IMAGE = "image_to_image"
 _PREDICTION, _SHIFT, _FORM = "d2f.prediction_type", "d2f.shift", "d2f.fm_form"
 # Entries that take a few words only, in the spelling that this package writes and reads.
@@ -19,6 +20,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     _FORM: get_args(FlowForm),
     "d2f.vae_reflection_padding": ("true", "false"),
     CAPTIONS: ("true", "false"),
+    START: ("noise", "zeros"),
 }
 
 
@@ -46,8 +48,8 @@ def common_tags(sources: Sequence[StrPath], shift: float | None = None) -> dict[
         The tags on which all files agree that have them.
 
     Raises:
-        ModelError: One file makes the network predict the flow velocity and another does not, their shifts, forms or
-            tasks differ, or a tag has a value that it cannot have.
+        ModelError: One file makes the network predict the flow velocity and another does not, their shifts, forms,
+            tasks or starts differ, or a tag has a value that it cannot have.
         CheckpointError: A file is missing, damaged, or a pickle.
     """
     tagged = {str(source): tags for source in sources if (tags := lora_tags(source))}
@@ -61,13 +63,16 @@ def common_tags(sources: Sequence[StrPath], shift: float | None = None) -> dict[
             " only one of them"
         )
     forms = {source: tags.get(_FORM, "diffusers") for source, tags in tagged.items() if predicts_flow[source]}
-    if len(set(forms.values())) > 1:
-        named = " and ".join(f"{printable(source)} ({form})" for source, form in forms.items())
-        raise ModelError(f"LoRA {named} were trained in different forms of naive flow matching: use only one of them")
     tasks = {source: tags[TASK] for source, tags in tagged.items() if TASK in tags}
-    if len(set(tasks.values())) > 1:
-        named = " and ".join(f"{printable(source)} ({printable(task)})" for source, task in tasks.items())
-        raise ModelError(f"LoRA {named} were trained on different tasks: use only one of them")
+    starts = {source: f"from {tagged[source].get(START, 'noise')}" for source in tasks}
+    for words, differ in (
+        (forms, "were trained in different forms of naive flow matching"),
+        (tasks, "were trained on different tasks"),
+        (starts, "were trained to start in different ways"),
+    ):
+        if len(set(words.values())) > 1:
+            named = " and ".join(f"{printable(source)} ({printable(word)})" for source, word in words.items())
+            raise ModelError(f"LoRA {named} {differ}: use only one of them")
     common: dict[str, str] = {}
     for name in {name for tags in tagged.values() for name in tags}:
         values = {tags[name] for tags in tagged.values() if name in tags}
@@ -106,6 +111,19 @@ def check_tags(where: str, tags: Mapping[str, object], shift: float | None = Non
             )
 
 
+def tags_with_lora(tags: Mapping[str, str], of_lora: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags of a model with LoRA merged into it, of which those of the LoRA replace the ones of the model.
+
+    A LoRA that was trained on a task starts as it was trained to, however the model below it started.
+
+    Args:
+        tags: Tags of the model.
+        of_lora: Tags of the LoRA, from `common_tags`.
+    """
+    replaced = (START, DISTILLED) if TASK in of_lora else ()
+    return {name: value for name, value in tags.items() if name not in replaced} | dict(of_lora)
+
+
 def predicts_depth(tags: Mapping[str, object]) -> bool:
     """Return whether tags are those of a model that predicts depth.
 
@@ -122,3 +140,12 @@ def starts_from_image(tags: Mapping[str, object]) -> bool:
         tags: Entries that begin with "d2f.".
     """
     return tags.get(TASK) == IMAGE_TO_IMAGE
+
+
+def starts_from_zeros(tags: Mapping[str, object]) -> bool:
+    """Return whether tags are those of a model that jumps from zeros, in place of noise, to its result in one step.
+
+    Args:
+        tags: Entries that begin with "d2f.".
+    """
+    return tags.get(START) == "zeros"

@@ -25,6 +25,7 @@ from d2f_fast.lora.key_names import layers_of
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.layer_weights import LayerWeights
 from d2f_fast.lora.read import read_lora
+from d2f_fast.lora.tags import predicts_depth
 from d2f_fast.models.folder import check_real_weights
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.names import PICKLE_SUFFIXES
@@ -33,7 +34,7 @@ from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.reflection_padding import CONFIG_ENTRY
 from d2f_fast.models.save import save_pipeline_folder
 from d2f_fast.models.skeleton import skeleton_of_folder
-from d2f_fast.models.tags import TAGS_FILE, saved_tags
+from d2f_fast.models.tags import TAGS_FILE, saved_tags, stated_steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -253,9 +254,15 @@ def write_folder(
         overwrite: Whether an existing folder is replaced.
 
     Raises:
-        RefusedInputError: The folder exists and `overwrite` is False, or the disk is full.
+        RefusedInputError: The folder exists and `overwrite` is False, the tags state no usable number of steps, or the
+            disk is full.
         CheckpointError: A weight is not finite, or too large for the type; nothing is written.
     """
+    if predicts_depth(tags) and hasattr(pipeline, "default_denoising_steps"):
+        from d2f_fast.models.marigold import set_default_steps  # It imports diffusers' pipelines.
+
+        for steps in stated_steps({TAGS_FILE: tags}).values():
+            set_default_steps(pipeline, steps)
     with atomic_folder(path, replace=overwrite) as temporary:
         for name in _PARTS:
             if (part := getattr(pipeline, name, None)) is not None:

@@ -87,3 +87,14 @@ def marigold_pipeline(
         default_denoising_steps=steps,
         default_processing_resolution=resolution,
     )
+
+
+def set_default_steps(pipeline: MarigoldDepthPipeline, steps: int) -> None:
+    """Set the number of sampling steps that a pipeline takes, and that its folder states, where none is given.
+
+    Args:
+        pipeline: Pipeline that predicts depth.
+        steps: Number of sampling steps.
+    """
+    pipeline.register_to_config(default_denoising_steps=steps)
+    pipeline.default_denoising_steps = steps

@@ -11,7 +11,16 @@ from d2f_fast.files.json_file import read_json
 from d2f_fast.files.tensor_header import read_tensor_header
 from d2f_fast.image_sizes import Size, first_size, side_multiple
 from d2f_fast.lora.source import parse_lora
-from d2f_fast.lora.tags import SOURCE_NOISE, TAG_PREFIX, check_tags, common_tags, lora_tags, starts_from_image
+from d2f_fast.lora.tags import (
+    SOURCE_NOISE,
+    TAG_PREFIX,
+    check_tags,
+    common_tags,
+    lora_tags,
+    starts_from_image,
+    starts_from_zeros,
+    tags_with_lora,
+)
 from d2f_fast.models.configs import downsampling_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import ChosenSteps
@@ -97,8 +106,8 @@ def chosen_steps(given: int | None, model: str, loras: Sequence[StrPath]) -> Cho
     """
     if given is not None:
         return ChosenSteps(given, "as given")
-    of_lora = _stated_steps({str(path): lora_tags(path) for path in loras})
-    stated = of_lora or _stated_steps({str(tags_source(model)): saved_tags(model)})
+    of_lora = stated_steps({str(path): lora_tags(path) for path in loras})
+    stated = of_lora or stated_steps({str(tags_source(model)): saved_tags(model)})
     if not stated:
         return ChosenSteps(DEFAULT_STEPS, "the default")
     highest = max(stated.values())
@@ -185,8 +194,15 @@ def set_own_size(unet: "UNet2DConditionModel", size: Size, downsampling: int, *,
     unet.register_to_config(sample_size=height if height == width else (height, width))
 
 
-def _stated_steps(tagged: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
-    """Return the number of sampling steps in the tags of each file that has one, by the names of the files."""
+def stated_steps(tagged: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
+    """Return the number of sampling steps in the tags of each file that has one, by the names of the files.
+
+    Args:
+        tagged: Tags of each file, by its name.
+
+    Raises:
+        RefusedInputError: A number cannot be used.
+    """
     stated = {}
     for source, tags in tagged.items():
         if (found := tags.get(_STEPS)) is not None:
@@ -210,23 +226,26 @@ def tags_of_merged(model: str, tags: Mapping[str, str], loras: Sequence[StrPath]
         loras: LoRA files or folders.
 
     Returns:
-        The tags, with the lowest guidance that any of them recommends and the highest number of steps of the LoRA; and
-        the names of further entries about sampling that the LoRA state differently, and that are left out.
+        The tags, with the lowest guidance that any of them recommends and the highest number of steps of the LoRA, or 1
+        for a jump from zeros; and the names of further entries about sampling that the LoRA state differently, and that
+        are left out.
 
     Raises:
-        ModelError: One LoRA makes the network predict the flow velocity and another does not, their forms differ, or
-            a tag has a value that it cannot have.
+        ModelError: One LoRA makes the network predict the flow velocity and another does not, their forms or starts
+            differ, or a tag has a value that it cannot have.
         RefusedInputError: A guidance scale or a number of steps cannot be used.
     """
     common = common_tags(loras, shift=1.0)  # Where their shifts differ, none is taken.
     tagged = {str(path): lora_tags(path) for path in loras}
     stated = {name for found in tagged.values() for name in found}
-    merged = {name: value for name, value in tags.items() if name not in stated} | common
+    merged = tags_with_lora({name: value for name, value in tags.items() if name not in stated}, common)
     check_tags(", ".join(tagged), merged)
     if (guidance := _lowest_guidance({str(tags_source(model)): tags} | tagged)) is not None:
         merged[_GUIDANCE] = str(guidance)
-    if steps := _stated_steps(tagged):
+    if steps := stated_steps(tagged):
         merged[_STEPS] = str(max(steps.values()))
+    if starts_from_zeros(merged):
+        merged[_STEPS] = "1"
     return merged, [name for name in _OF_SAMPLING if name in stated and name not in merged]
 
 

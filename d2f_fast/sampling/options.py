@@ -56,6 +56,28 @@ def check_steps(method: SamplingMethod, steps: int) -> None:
         )
 
 
+def check_jump(steps: int | None, ensemble_size: int = 1) -> None:
+    """Refuse several steps, and several predictions, of a model that jumps from zeros to its result in one step.
+
+    Args:
+        steps: Number of sampling steps that was given; None for none.
+        ensemble_size: Number of predictions that are combined.
+
+    Raises:
+        RefusedInputError: There are several steps, of which only the first was trained, or several predictions, which
+            would be equal.
+    """
+    if steps not in (None, 1):
+        raise RefusedInputError(
+            f"the model was trained to jump from zeros in one step, got {steps} steps: leave the number out"
+        )
+    if ensemble_size != 1:
+        raise RefusedInputError(
+            f"ensemble_size must be 1 with a model that starts from zeros, whose predictions are all equal, got"
+            f" {ensemble_size}: leave it out"
+        )
+
+
 def own_size(sample_size: object, downsampling: int) -> tuple[int, int]:
     """Return the height and width in pixels of the images that a model was made for.
 

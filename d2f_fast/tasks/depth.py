@@ -1,8 +1,8 @@
 """Predict the depth of images with a network that was trained on it, and measure the predictions.
 
-diffusers' own `MarigoldDepthPipeline` does the work: it resizes and pads the image, integrates from noise to the
-latents of the depth, averages the three decoded channels, and combines several predictions. So the depth is the one
-that every program gets from the saved folder.
+diffusers' own `MarigoldDepthPipeline` does the work: it resizes and pads the image, integrates from noise (or from
+zeros, for a network that was trained so) to the latents of the depth, averages the three decoded channels, and combines
+several predictions. So the depth is the one that every program gets from the saved folder.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,12 @@ from diffusers import MarigoldDepthPipeline
 from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.errors import DatasetError, RefusedInputError
 from d2f_fast.evaluation.depth import DepthErrors, align_depth, depth_errors
+from d2f_fast.sampling.options import check_jump
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -47,11 +49,13 @@ class DepthModel:
         pipeline: Stock pipeline on its device.
         normalization: Normalisation that it was trained with, which says what its values are affine in.
         flow_options: Options of `Diff2FlowScheduler` that the files of the model state, such as the shift.
+        starts_from_zeros: Whether it was trained to jump from zeros, in place of noise, to the depth in one step.
     """
 
     pipeline: MarigoldDepthPipeline
     normalization: DepthNormalization
     flow_options: dict[str, Any]
+    starts_from_zeros: bool = False
 
     def sampled_by(self, sampler: DepthSampler) -> "DepthModel":
         """Return the model with a sampler.
@@ -85,33 +89,50 @@ class DepthModel:
         Args:
             image: RGB image.
             name: Name of the image in messages.
-            steps: Number of sampling steps, at least 1; None for the model's own.
+            steps: Number of sampling steps, at least 1; None for the model's own. A model that starts from zeros takes
+                one step.
             ensemble_size: Number of predictions from different noise that are aligned and combined; 1 for a single one.
             processing_resolution: Longer side at which the image is processed, in pixels; 0 for the image's own size,
                 and None for the model's own.
-            seed: Seed of the noise.
+            seed: Seed of the noise, which a model that starts from zeros does without.
 
         Raises:
-            RefusedInputError: The processing resolution is not a multiple of the size of a latent.
+            RefusedInputError: The processing resolution is not a multiple of the size of a latent, or the model starts
+                from zeros and there are several steps or predictions.
             DatasetError: The image would be too small for the network.
         """
         self._check_size(image, name, processing_resolution)
+        start: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
+        if self.starts_from_zeros:
+            check_jump(steps, ensemble_size)
+            steps, start = 1, {"latents": self._zeros(image, processing_resolution)}
         found = self.pipeline(
             image,
             num_inference_steps=steps,
             ensemble_size=ensemble_size,
             processing_resolution=processing_resolution,
-            generator=torch.Generator().manual_seed(seed),
             output_uncertainty=ensemble_size > 1,
+            **start,
         )
         uncertainty = None if found.uncertainty is None else found.uncertainty[0, ..., 0]
         return DepthPrediction(found.prediction[0, ..., 0], uncertainty)
 
+    def _longer_side(self, processing_resolution: int | None) -> int:
+        """Return the longer side in pixels at which images are processed; 0 for that of each image."""
+        own = self.pipeline.config.default_processing_resolution
+        return processing_resolution if processing_resolution is not None else own or 0
+
+    def _zeros(self, image: Image.Image, processing_resolution: int | None) -> Tensor:
+        """Return zeros of the shape of the latents of a processed image, [1, C, h, w]."""
+        longer = self._longer_side(processing_resolution) or max(image.size)
+        width, height = (side * longer // max(image.size) for side in image.size)
+        latent, unet = self.pipeline.vae_scale_factor, self.pipeline.unet
+        shape = 1, self.pipeline.vae.config.latent_channels, -(-height // latent), -(-width // latent)
+        return torch.zeros(shape, dtype=unet.dtype, device=unet.device)
+
     def _check_size(self, image: Image.Image, name: str, processing_resolution: int | None) -> None:
         """Refuse an image that the network cannot take at a processing resolution."""
-        own = self.pipeline.config.default_processing_resolution
-        longer = processing_resolution if processing_resolution is not None else own or 0
-        latent = self.pipeline.vae_scale_factor
+        longer, latent = self._longer_side(processing_resolution), self.pipeline.vae_scale_factor
         if longer % latent:
             raise RefusedInputError(f"processing_resolution must be a multiple of {latent}, got {longer}")
         least = latent << (len(self.pipeline.unet.config.block_out_channels) - 1)
@@ -158,7 +179,7 @@ def measure_depth(
 
     Raises:
         DatasetError: An image or its depth cannot be used, or is too small for the network.
-        RefusedInputError: The processing resolution is not a multiple of the size of a latent.
+        RefusedInputError: An option does not go with the model; see `DepthModel.predict`.
     """
     errors = []
     for number in range(count):

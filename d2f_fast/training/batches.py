@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 from d2f_fast.config import TrainingConfig
 from d2f_fast.data.batch import Batch
 from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder
+from d2f_fast.data.depth_options import check_depth_training
 from d2f_fast.data.encoding import BatchEncoder
 from d2f_fast.data.loading import ImageDataset, check_dataset, load_ahead
 from d2f_fast.data.mixed import MixedDataset
@@ -87,8 +88,13 @@ def check_run(
         check_dataset(samples)
         if isinstance(samples, SourceTargetDataset):
             check_source_training(config, has_teacher=has_teacher)
-        if config.distill and not isinstance(samples, PairDataset):
-            raise RefusedInputError("distill learns the jump from the noise of pairs: give pairs, or leave it out")
+        if isinstance(samples, DepthDataset):
+            check_depth_training(config)
+        elif config.distill and not isinstance(samples, PairDataset):
+            raise RefusedInputError(
+                "distill learns the jump from the noise of pairs, or from zeros to depth: give pairs or images with"
+                " depth, or leave it out"
+            )
     mixture_of_run(dataset, config)
     if validation is None:
         return

@@ -25,8 +25,8 @@ class StepInputs(NamedTuple):
     """Inputs of one step: this process' slice of the batch, with noise and t sampled.
 
     Attributes:
-        latents, noise: [b, C, h, w] float32; the noise is that of the batch where it has one. Where the flow starts
-            from images, it is their latents, noised as the batch says.
+        latents, noise: [b, C, h, w] float32; the noise is that of the batch where it has one, which may be zeros. Where
+            the flow starts from images, it is their latents, noised as the batch says.
         t: [b] float32 flow times in [0, 1].
         condition: "encoder_hidden_states" [b, L, D], "context" [b, k · C, h, w] where the network sees images, and the
             other inputs of the network, [b, ...] each.

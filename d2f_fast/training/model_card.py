@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
 from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
-from d2f_fast.lora.tags import CAPTIONS, SOURCE_NOISE, predicts_depth, starts_from_image
+from d2f_fast.lora.tags import CAPTIONS, SOURCE_NOISE, predicts_depth, starts_from_image, starts_from_zeros
 from d2f_fast.training.summary import recommended_steps
 
 CARD_FILE = "README.md"
@@ -37,7 +37,7 @@ def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) ->
     predicts_flow = tags["d2f.prediction_type"] == "flow_prediction"
     model = f"--model BASE --lora {shlex.quote(name)}" if is_lora else f"--model {shlex.quote(f'{name}/pipeline')}"
     if predicts_depth(tags):
-        return _depth_recipe(name, model, steps)
+        return _depth_recipe(name, model, steps, from_zeros=starts_from_zeros(tags))
     if starts_from_image(tags):
         prompts = " --prompts TEXT" if tags.get(CAPTIONS) == "true" else ""
         command = f"d2f sample --task image_to_image {model} --image IMAGE{prompts} --num_inference_steps {steps}"
@@ -99,12 +99,16 @@ def _placeholders(tags: Mapping[str, str], is_lora: bool) -> str:
     return "BASE is the base model, and TEXT the caption." if is_lora else "TEXT is the caption."
 
 
-def _depth_recipe(name: str, model: str, steps: int) -> list[str]:
+def _depth_recipe(name: str, model: str, steps: int, *, from_zeros: bool) -> list[str]:
     """Return how to predict depth with a result: in this package, and in diffusers."""
     loaded = f'MarigoldDepthPipeline.from_pretrained("{name}/pipeline")'
+    latents, where = "", ""
+    if from_zeros:  # The pipeline starts from noise unless it is given the start.
+        latents = ", latents=torch.zeros(1, 4, h, w)"
+        where = ", where h and w are the sides of the processed image, divided by 8 and rounded up"
     return [
         f"d2f_fast: `d2f sample --task depth {model} --image IMAGE --num_inference_steps {steps}`",
-        f"diffusers: `{loaded}(IMAGE, num_inference_steps={steps}).prediction`",
+        f"diffusers: `{loaded}(IMAGE, num_inference_steps={steps}{latents}).prediction`{where}",
     ]
 
 
@@ -165,6 +169,7 @@ def _card(
         **({"trained on pairs with guidance": tags["d2f.pairs_guidance"]} if "d2f.pairs_guidance" in tags else {}),
         **({"LPIPS in the loss": f"{config.lpips_weight:g} ({config.lpips_net})"} if config.lpips_weight else {}),
         **({"share of noise at the start": tags[SOURCE_NOISE]} if starts_from_image(tags) else {}),
+        **({"start": "zeros in place of noise, one step"} if starts_from_zeros(tags) else {}),
         **_validation_row(result.get("validation_losses")),
         "shift in training": tags["d2f.training_shift"],
         "shift for sampling": tags["d2f.shift"],

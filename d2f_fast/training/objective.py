@@ -43,7 +43,8 @@ class Objective:
         flow_shift: positive factor on the sigmas (1 - t) / t of the sampled times; 1 leaves them as they are.
         fm_form: form of "fm" on a diffusion model; the other objectives, and a base model that predicts the flow and
             has a form of its own, ignore it.
-        distill: whether t = 0 is the only time, at which the velocity is the jump from noise to latents.
+        distill: whether t = 0 is the only time, at which the velocity is the jump from the start of the flow, which is
+            noise or zeros, to the latents.
 
     Raises:
         ValueError: the name is unknown, or the base model predicts the flow and the name is not "fm".
@@ -188,7 +189,7 @@ def method_line(config: TrainingConfig, base_flow: Flow) -> str:
     }
     if config.fm_form == "published":
         learns["fm"] = "naive flow matching in the published form (fed t, learns latents - noise)"
-    jump = ", at t = 0 alone (the jump from noise to image)" if config.distill else ""
+    jump = ", at t = 0 alone (one jump to the latents)" if config.distill else ""
     if config.lpips_weight:
         jump += f", with {config.lpips_weight:g} times LPIPS ({config.lpips_net}) of the decoded images"
     line = f"objective {config.objective}: {learns[str(config.objective)]}{jump}; the base model predicts"

@@ -130,7 +130,8 @@ def publish_pipeline(
     scheduler, unet = saved_scheduler(config, model, objective, tags), merged_unet(model.unet)
     if predicts_depth(tags):
         longer_side = max(first_size(tags["d2f.resolution"]))
-        saved = marigold_pipeline(pipeline, unet, scheduler, tags["d2f.depth_normalization"], longer_side)
+        of_task = tags["d2f.depth_normalization"], longer_side, recommended_steps(tags)
+        saved = marigold_pipeline(pipeline, unet, scheduler, *of_task)
     else:
         # Stock pipelines generate at this size. Not all of them take one that is not a square.
         set_own_size(unet, first_size(tags["d2f.resolution"]), model.downsampling, squares_only=True)

@@ -7,7 +7,16 @@ from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
 from d2f_fast.lora.start import StartingLora
-from d2f_fast.lora.tags import CAPTIONS, IMAGE_TO_IMAGE, SOURCE_NOISE, predicts_depth, starts_from_image
+from d2f_fast.lora.tags import (
+    CAPTIONS,
+    DISTILLED,
+    IMAGE_TO_IMAGE,
+    SOURCE_NOISE,
+    START,
+    predicts_depth,
+    starts_from_image,
+    starts_from_zeros,
+)
 
 RECOMMENDED_STEPS_AFTER_PAIRS = 2
 
@@ -43,22 +52,24 @@ def pair_tags(dataset: PairDataset, *, taught: bool = False, distilled: bool = F
         "d2f.pairs_guidance": guidance,
         "d2f.pairs_solver": how,
         "d2f.recommended_steps": str(1 if distilled else RECOMMENDED_STEPS_AFTER_PAIRS),
-        **({"d2f.distilled": "true"} if distilled else {}),
+        **({DISTILLED: "true"} if distilled else {}),
         "d2f.recommended_guidance": "1.0",
     }
 
 
-def depth_tags(dataset: DepthDataset) -> dict[str, str]:
+def depth_tags(dataset: DepthDataset, *, distilled: bool = False) -> dict[str, str]:
     """Return the entries that say that a model predicts depth, and what it has learned of it.
 
     Args:
         dataset: The images with depth.
+        distilled: Whether the jump from zeros to the depth alone is learned.
     """
     return {
         "d2f.task": "depth",
         "d2f.depth_normalization": dataset.options.depth_normalization,
         "d2f.depth_images": str(len(dataset)),
         "d2f.recommended_guidance": "1.0",
+        **({START: "zeros", DISTILLED: "true", "d2f.recommended_steps": "1"} if distilled else {}),
     }
 
 
@@ -126,7 +137,8 @@ def summary_tags(
 def _usage_hint(tags: dict[str, str], counted_steps: str, guidance: float) -> str:
     """Return in words how the result is used."""
     if predicts_depth(tags):
-        return f"{counted_steps}; predicts depth, with d2f sample --task depth"
+        start = " from zeros" if starts_from_zeros(tags) else ""
+        return f"{counted_steps}{start}; predicts depth, with d2f sample --task depth"
     if starts_from_image(tags):
         return f"{counted_steps}; starts from an image, with d2f sample --task image_to_image"
     return f"{counted_steps}, guidance {guidance:g}, {_sampler(tags)}"

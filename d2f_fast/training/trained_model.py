@@ -20,7 +20,7 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.image_sizes import first_size, size_text
 from d2f_fast.layers.half_base import HalfBase
-from d2f_fast.lora.tags import starts_from_image
+from d2f_fast.lora.tags import starts_from_image, starts_from_zeros
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.solve import OnState, Sampling, generate_images, invert_images
 from d2f_fast.sampling.solver_options import SolverOptions, check_method_of_source
@@ -129,8 +129,8 @@ class TrainedModel(ABC):
 
         Raises:
             RefusedInputError: the autoencoder has no latents of this height or width, the steps cannot be used, the
-                network takes another context, or the flow starts from an image and `noise` is missing, or `method`
-                adds noise.
+                network takes another context, the flow starts from an image and `noise` is missing, or `method` adds
+                noise, or the network was trained to jump from zeros in one step.
         """
         if starts_from_image(self.tags):
             if noise is None:
@@ -139,6 +139,11 @@ class TrainedModel(ABC):
                     " width, source_noise)"
                 )
             check_method_of_source(method)
+        if starts_from_zeros(self.tags) and (noise is None or num_inference_steps != 1):
+            raise RefusedInputError(
+                "the model was trained to jump from zeros in one step: give num_inference_steps=1, and zeros of shape"
+                " [B, C, h, w] as noise"
+            )
         sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, negative_prompt, height, width)
         sampling = replace(sampling, image_guidance_scale=image_guidance_scale)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -221,7 +226,7 @@ class TrainedModel(ABC):
             size = size_of_pairs(dataset, self.model.downsampling)
             of_data["d2f.resolution"] = size_text(size.height if size.height == size.width else size)
         elif isinstance(dataset, DepthDataset):
-            of_data = depth_tags(dataset)
+            of_data = depth_tags(dataset, distilled=self.config.distill)
         elif isinstance(dataset, SourceTargetDataset):
             of_data = source_tags(dataset)
         return tags_of(self.config, self.objective, self.model, of_data | taught)

@@ -40,8 +40,21 @@ def train(images: Path, tiny_folder: Path) -> Callable[..., int]:
 def depth_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, depth_rooms: Path) -> Path:
     """Folder of a short run of the tiny model on depth, with its LoRA and its pipeline. No test may change it."""
     output = tmp_path_factory.mktemp("depth") / "run"
-    paths = ["--train_data_dir", str(depth_rooms), "--pretrained_model_name_or_path", str(tiny_folder)]
-    options = ["--max_train_steps", "2", "--resolution", "16", "--train_batch_size", "2", "--rank", "2"]
-    options += ["--learning_rate", "1e-2", "--depth_normalization", "disparity", "--ema_decay", "0"]
-    assert main(["train", "--task", "depth", *paths, "--output_dir", str(output), *options]) == 0
+    assert _train_depth(output, tiny_folder, depth_rooms, "--depth_normalization", "disparity") == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def jump_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, depth_rooms: Path) -> Path:
+    """Folder of a short run of the tiny model on depth in one step from zeros. No test may change it."""
+    output = tmp_path_factory.mktemp("jump") / "run"
+    assert _train_depth(output, tiny_folder, depth_rooms, "--distill") == 0
+    return output
+
+
+def _train_depth(output: Path, model: Path, rooms: Path, *more: str) -> int:
+    """Train a model on depth for two steps with more options, and return the exit code."""
+    paths = ["--train_data_dir", str(rooms), "--pretrained_model_name_or_path", str(model)]
+    options = ["--max_train_steps", "2", "--resolution", "16", "--train_batch_size", "2", "--rank", "2"]
+    options += ["--learning_rate", "1e-2", "--ema_decay", "0"]
+    return main(["train", "--task", "depth", *paths, "--output_dir", str(output), *options, *more])

@@ -316,6 +316,18 @@ def test_what_starts_from_an_image_is_not_written_for_programs_that_start_from_n
     assert sentence in refused(merged, tmp_path / "file.safetensors")
 
 
+def test_what_starts_from_zeros_is_not_written_for_programs_that_start_from_noise(
+    depth_run: Path, jump_run: Path, tagged: Any, refused: Any, convert: Any, tmp_path: Path
+) -> None:
+    lora = tagged("zeros.safetensors", {"task": "depth", "start": "zeros"})
+    line = refused(lora, tmp_path / "kohya.safetensors")
+    assert "was trained to start from zeros, and the programs that read the form kohya start from noise" in line
+    assert "start from zeros" in refused(jump_run / "pipeline", tmp_path / "file.safetensors")
+    convert(depth_run / "pipeline", tmp_path / "merged", "--lora", jump_run)
+    assert saved_tags(str(tmp_path / "merged")).items() >= {"d2f.start": "zeros", "d2f.recommended_steps": "1"}.items()
+    assert json.loads((tmp_path / "merged/model_index.json").read_text())["default_denoising_steps"] == 1
+
+
 def test_rank_is_cut(loras: Any, convert: Any, tmp_path: Path) -> None:
     result = convert(loras[1], tmp_path / "small.safetensors", "--rank", "1", "--dtype", "fp16")
     assert (result["smallest_rank"], result["largest_rank"]) == (1, 1)

@@ -20,3 +20,9 @@ def test_folder_of_another_program_says_its_normalisation(depth_run: Path, tmp_p
         loaded = load_depth_model(str(folder), (), ModelOptions(), "flow")
         assert loaded.normalization == normalization
         assert type(loaded.pipeline.scheduler).__name__ == "Diff2FlowScheduler"
+
+
+def test_lora_decides_whether_a_model_starts_from_zeros(depth_run: Path, jump_run: Path) -> None:
+    for model, lora, from_zeros, steps in ((depth_run, jump_run, True, 1), (jump_run, depth_run, False, 4)):
+        loaded = load_depth_model(str(model / "pipeline"), (str(lora),), ModelOptions(), "saved")
+        assert loaded.starts_from_zeros is from_zeros and loaded.pipeline.default_denoising_steps == steps

@@ -58,6 +58,49 @@ def test_lora_on_its_base_gives_the_depth_of_the_saved_folder(
     assert np.abs(values[0] - values[1]).max() <= 1e-5
 
 
+def test_model_that_starts_from_zeros_is_sampled_in_one_step_without_an_option(
+    sample: Callable[..., int], jump_run: Path, tiny_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    assert sample("--model", str(jump_run / "pipeline"), output="folder") == 0
+    on_base = ["--model", str(tiny_folder), "--lora", str(jump_run), "--seed", "5", "--sampler", "flow"]
+    assert sample(*on_base, output="lora") == 0
+    stock = MarigoldDepthPipeline.from_pretrained(jump_run / "pipeline")
+    stock.set_progress_bar_config(disable=True)
+    with Image.open(picture) as image:  # It is processed at 16 x 9 pixels, of which 2 make a latent.
+        given = {"num_inference_steps": 1, "latents": torch.zeros(1, 4, 5, 8)}
+        expected = stock(image.convert("RGB"), **given).prediction[0, ..., 0]
+    for output in ("folder", "lora"):
+        assert np.abs(np.load(tmp_path / output / "a.npy") - expected).max() <= 1e-5
+        row = json.loads((tmp_path / output / "metrics.json").read_text())["results"][0]
+        assert (row["steps"], row["start"], row["ensemble_size"]) == (1, "zeros", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--num_inference_steps", "4"],
+            "was trained to jump from zeros in one step, got 4 steps: leave the number out",
+        ),
+        (["--ensemble_size", "3"], "ensemble_size must be 1 with a model that starts from zeros"),
+    ],
+)
+def test_several_steps_or_predictions_from_zeros_are_refused_by_both_commands(
+    sample: Callable[..., int],
+    jump_run: Path,
+    tiny_folder: Path,
+    depth_rooms: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    sentence: str,
+) -> None:
+    assert sample("--model", str(tiny_folder), "--lora", str(jump_run), *options, "--dry_run") == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    measured = ["--model", str(jump_run / "pipeline"), "--reference", str(depth_rooms), *options, "--dry_run"]
+    assert main(["evaluate", "--task", "depth", *measured]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_several_predictions_have_an_uncertainty(sample: Callable[..., int], depth_run: Path, tmp_path: Path) -> None:
     options = ["--ensemble_size", "3", "--sampler", "flow", "--num_inference_steps", "1"]
     assert sample("--model", str(depth_run / "pipeline"), *options) == 0

@@ -425,7 +425,7 @@ def test_run_names_the_teacher_and_refuses_one_that_does_not_fit(train, tmp_path
         (["--teacher", "miniature"], "teacher miniature is a UNet of another family with a text width of "),
         (["--teacher", "old.ckpt"], "teacher: old.ckpt is a pickle, which can run code"),
         (["--teacher", "base"], "teacher base has nothing to teach with the objective diff2flow"),
-        (["--distill"], "distill needs --pairs, whose noise and latents are the two ends of the jump"),
+        (["--distill"], "distill needs --pairs, whose noise and latents are the two ends of the jump, or --task depth"),
         (["--teacher_guidance_scale", "2"], "teacher_guidance_scale needs a teacher: add --teacher"),
     ):
         assert train(tmp_path / "refused", *given) == 2

@@ -23,6 +23,15 @@ def test_run_writes_a_lora_a_stock_folder_and_how_to_use_them(depth_run: Path) -
     assert json.loads((depth_run / "metrics.json").read_text())["results"][0]["steps"] == 2
 
 
+def test_run_that_learns_one_step_from_zeros_says_how_to_use_it(jump_run: Path) -> None:
+    assert json.loads((jump_run / "pipeline/model_index.json").read_text())["default_denoising_steps"] == 1
+    assert not list(jump_run.glob("*_kohya*"))
+    card = (jump_run / "README.md").read_text()
+    assert "## Predict depth in one step" in card and "| start | zeros in place of noise, one step |" in card
+    assert "d2f sample --task depth --model run/pipeline --image IMAGE --num_inference_steps 1`" in card
+    assert "(IMAGE, num_inference_steps=1, latents=torch.zeros(1, 4, h, w)).prediction`, where h and w are" in card
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -31,6 +40,15 @@ def test_run_writes_a_lora_a_stock_folder_and_how_to_use_them(depth_run: Path) -
         (["--train_data_dir", "DATA", "--caption_column", "a"], "caption_column has no effect with --task depth"),
         (["--train_data_dir", "DATA", "--depth_scale", "-1"], "depth_scale must be positive and finite"),
         (["--train_data_dir", "DATA", "--teacher", "base"], "teacher does not go with --task depth: leave it out"),
+        (
+            ["--train_data_dir", "DATA", "--distill", "--sampling_shift", "2"],
+            "sampling_shift has no effect with distill on depth, which is then predicted in one step, got 2.0: leave",
+        ),
+        (
+            ["--train_data_dir", "DATA", "--distill", "--lora_format", "kohya"],
+            "lora_format kohya is for programs that start from noise, and distill on depth starts from zeros: leave",
+        ),
+        (["--train_data_dir", "DATA", "--distill", "--flow_shift", "2"], "flow_shift has no effect with distill"),
         (["--train_data_dir", "DATA/rgb"], "holds no images with depth: expected the sub-folders rgb and depth"),
         (["--train_data_dir", "DATA", "--pairs", "DATA"], "give either --train_data_dir or --pairs"),
     ],

@@ -116,11 +116,20 @@ def test_share_of_invalid_pixels_is_counted(depth_rooms: Path) -> None:
 
 def test_empty_slice_has_a_context_of_its_shape(model: BaseModel, tmp_path: Path, depth_rooms: Path) -> None:
     config = TrainingConfig(output_dir=str(tmp_path), resolution=16)
-    encoder = DepthEncoder(model, config, DepthDataset(find_depth_images(depth_rooms, DepthOptions())))
-    plan = BatchPlan(0, [], [], 1, 1)
-    batch = encoder.encode(plan, encoder.load(plan))
-    check_batch(batch)
-    assert batch["context"].shape == (0, 4, 8, 8) and batch["mask"].shape == (0, 1, 8, 8)
+    dataset, plan = DepthDataset(find_depth_images(depth_rooms, DepthOptions())), BatchPlan(0, [], [], 1, 1)
+    for distill in (False, True):
+        encoder = DepthEncoder(model, dataclasses.replace(config, distill=distill), dataset)
+        batch = encoder.encode(plan, encoder.load(plan))
+        check_batch(batch)
+        assert batch["context"].shape == (0, 4, 8, 8) and batch["mask"].shape == (0, 1, 8, 8)
+        assert ("noise" in batch) is distill
+
+
+def test_single_jump_starts_from_zeros_in_place_of_noise(batches: Any, depth_rooms: Path) -> None:
+    (_, plain), (_, jump) = (batches(depth_rooms, 1, distill=distill)[0] for distill in (False, True))
+    check_batch(jump)
+    assert torch.equal(jump.pop("noise"), torch.zeros(4, 4, 8, 8)) and "noise" not in plain
+    assert jump.keys() == plain.keys() and torch.equal(jump["latents"], plain["latents"])
 
 
 def test_new_lora_trains_the_first_layer_and_uses_the_empty_prompt_alone() -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from d2f_fast.data.depth_options import DepthOptions
+from d2f_fast.config import TrainingConfig
+from d2f_fast.data.depth_options import DepthOptions, check_depth_training
 from d2f_fast.errors import RefusedInputError
 
 
@@ -21,3 +22,19 @@ from d2f_fast.errors import RefusedInputError
 def test_value_that_cannot_be_used_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RefusedInputError, match=sentence):
         DepthOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sampling_shift": 2.0}, {"lora_format": "both"}, {"lora_format": "kohya"}], ids=str
+)
+def test_options_of_a_flow_from_noise_do_not_go_with_a_jump_from_zeros(options: dict[str, Any]) -> None:
+    check_depth_training(TrainingConfig(**options))
+    check_depth_training(TrainingConfig(distill=True, sampling_shift=1.0, lora_format="diffusers"))
+    (name,) = options
+    with pytest.raises(RefusedInputError, match=f"^{name} .* distill on depth.*: leave it out$"):
+        check_depth_training(TrainingConfig(distill=True, **options))
+
+
+def test_perceptual_loss_which_knows_no_valid_pixels_is_refused() -> None:
+    with pytest.raises(RefusedInputError, match=r"lpips_weight compares whole images, .*, got 0\.5: leave it out"):
+        check_depth_training(TrainingConfig(distill=True, lpips_weight=0.5))

@@ -101,6 +101,17 @@ def test_merged_model_recommends_the_highest_number_of_steps_of_its_lora(tmp_pat
     assert tags_of_merged("some/hub-id", own, [lora(tmp_path, "c")])[0] == own
 
 
+def test_merged_model_that_starts_from_zeros_takes_one_step(tmp_path: Path) -> None:
+    zeros = {"d2f.task": "depth", "d2f.start": "zeros", "d2f.recommended_steps": "1"}
+    noise = {"d2f.task": "depth", "d2f.recommended_steps": "4"}
+    style = lora(tmp_path, "style", recommended_steps="4")
+    assert tags_of_merged("some/hub-id", zeros, [style]) == (zeros, [])
+    jump = lora(tmp_path, "jump", task="depth", start="zeros", recommended_steps="1")
+    assert tags_of_merged("some/hub-id", noise, [jump, style]) == (zeros, [])
+    several = lora(tmp_path, "several", task="depth", recommended_steps="4")
+    assert tags_of_merged("some/hub-id", zeros, [several]) == (noise, [])
+
+
 def test_tag_of_a_lora_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="shift"):
         tags_of_merged("some/hub-id", {}, [lora(tmp_path, "a", shift="-1")])

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.sampling.options import check_negative_prompt, check_steps, image_size
+from d2f_fast.sampling.options import check_jump, check_negative_prompt, check_steps, image_size
 
 
 @pytest.mark.parametrize("guidance_scale", [0, 1])
@@ -60,6 +60,15 @@ def test_size_of_the_model_at_which_no_pipeline_generates_is_refused() -> None:
             match="the width that the model was made for, 36 pixels, is not a multiple of 8: give height and width",
         ):
             image_size(*given, (64, 9), 4)
+
+
+def test_jump_from_zeros_takes_one_step_and_one_prediction() -> None:
+    check_jump(None)
+    check_jump(1, 1)
+    with pytest.raises(RefusedInputError, match="jump from zeros in one step, got 4 steps: leave the number out"):
+        check_jump(4)
+    with pytest.raises(RefusedInputError, match=r"ensemble_size must be 1 .* all equal, got 10: leave it out"):
+        check_jump(None, 10)
 
 
 def test_options_are_checked_without_torch() -> None:

@@ -19,6 +19,7 @@ from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder, options_for
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.order import plan_batches
 from d2f_fast.errors import CheckpointError, RefusedInputError
+from d2f_fast.lora.tags import lora_tags
 from d2f_fast.models.base_model import BaseModel, to_pil
 from d2f_fast.models.marigold import empty_text
 from d2f_fast.tasks.depth import DepthModel
@@ -73,31 +74,74 @@ def test_loss_is_the_mean_over_valid_latents_of_a_network_that_sees_the_image(
     assert trainer.step(batch).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["diff2flow", "fm"])
+def test_one_step_regression_learns_the_jump_from_zeros(
+    make_trainer: MakeTrainer, depth_rooms: Path, objective: str
+) -> None:
+    trainer = make_trainer(distill=True, objective=objective)
+    batch = first_batch(trainer, dataset_of(depth_rooms))
+    batch["mask"] = torch.rand(4, 1, 8, 8)
+    inputs = trainer._inputs.sample(batch, 0)
+    assert not inputs.noise.any() and not inputs.t.any()
+    with torch.no_grad():
+        text = empty_text(trainer.model.pipeline).expand(4, -1, -1)
+        unet_input = torch.cat([batch["context"], torch.zeros(4, 4, 8, 8)], 1)
+        output = trainer.unet(unet_input, 1000 if objective == "fm" else 999, text).sample.double()
+    # The clean latents that the noise of the last timestep implies, where the state is zero.
+    alpha_bar = trainer.model.pipeline.scheduler.alphas_cumprod[-1].double()
+    jump = -output if objective == "fm" else -((1 - alpha_bar) / alpha_bar).sqrt() * output
+    error = (jump - batch["latents"].double()).square().mean(dim=1, keepdim=True)
+    mask = batch["mask"].double()
+    expected = ((error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()
+    assert trainer.step(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_slices_of_the_processes_are_those_of_the_whole_batch_from_zeros(
+    make_trainer: MakeTrainer, depth_rooms: Path
+) -> None:
+    trainer, dataset = make_trainer(distill=True), dataset_of(depth_rooms)
+    encoder = DepthEncoder(trainer.model, trainer.config, dataset)
+
+    def inputs_of(rank: int, count: int) -> Any:
+        plan = next(plan_batches(len(dataset), 3, 0, rank=rank, world_size=count))
+        return trainer._inputs.sample(encoder.encode(plan, encoder.load(plan)), 0)
+
+    whole, parts = inputs_of(0, 1), [inputs_of(rank, 4) for rank in range(4)]
+    assert sorted(len(part.t) for part in parts) == [0, 1, 1, 1] and all(part.global_size == 3 for part in parts)
+    for name in ("latents", "noise", "t", "mask"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.condition["context"] for part in parts]), whole.condition["context"])
+
+
+@pytest.mark.parametrize(("distill", "values"), [(False, (np.nan, 0.0, 1e9)), (True, (np.nan, 1e9))])
 def test_depth_of_invalid_pixels_changes_no_gradient(
-    make_trainer: MakeTrainer, depth_rooms: Path, tmp_path: Path
+    make_trainer: MakeTrainer, depth_rooms: Path, tmp_path: Path, distill: bool, values: tuple[float, ...]
 ) -> None:
     results = []
-    for number, wrong in enumerate((np.nan, 0.0, 1e9)):
+    for number, wrong in enumerate(values):
         folder = Path(shutil.copytree(depth_rooms, tmp_path / f"rooms{number}"))
         for path in (folder / "depth").glob("*.npy"):
             depth = np.load(path)
             depth[3:5] = np.nan
             np.save(path, np.where(np.isnan(depth), np.float32(wrong), depth))
-        trainer = make_trainer(f"run{number}", max_train_steps=1, cache_latents=False)
+        trainer = make_trainer(f"run{number}", max_train_steps=1, cache_latents=False, distill=distill)
         trainer.fit(dataset_of(folder, depth_max=1000.0))
         results.append(weights(trainer))
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+    assert all(torch.equal(first, other) for first, *others in zip(*results, strict=True) for other in others)
 
 
-def test_continued_run_is_equal_bit_for_bit(make_trainer: MakeTrainer, depth_rooms: Path) -> None:
-    whole = make_trainer("whole", max_train_steps=3)
+@pytest.mark.parametrize(("distill", "steps"), [(False, 3), (True, 2)])
+def test_continued_run_is_equal_bit_for_bit(
+    make_trainer: MakeTrainer, depth_rooms: Path, distill: bool, steps: int
+) -> None:
+    whole = make_trainer("whole", max_train_steps=steps, distill=distill)
     whole.fit(dataset_of(depth_rooms))
-    make_trainer("parts", max_train_steps=1).fit(dataset_of(depth_rooms))
-    again = make_trainer("parts", max_train_steps=3, resume_from_checkpoint="latest")
+    make_trainer("parts", max_train_steps=1, distill=distill).fit(dataset_of(depth_rooms))
+    again = make_trainer("parts", max_train_steps=steps, resume_from_checkpoint="latest", distill=distill)
     with pytest.raises(CheckpointError, match="depth_normalization was 'affine' and is now 'log': resume with the"):
         again.fit(dataset_of(depth_rooms, depth_normalization="log"))
     again.fit(dataset_of(depth_rooms))
-    assert again.global_step == 3
+    assert again.global_step == steps
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
 
@@ -154,6 +198,62 @@ def test_saved_model_gives_the_same_depth_in_stock_diffusers(
         with torch.no_grad():
             reloaded, merged = (unet.eval()(network_input, 500, text).sample for unet in (base.unet, stock.unet))
         assert (reloaded - merged).norm() <= 1e-4 * merged.norm()
+
+
+def zeros_for(pipeline: MarigoldDepthPipeline, image: Image.Image) -> torch.Tensor:
+    """Return zeros of the shape of the latents, as the guide on depth makes them."""
+    longer, factor = pipeline.default_processing_resolution, pipeline.vae_scale_factor
+    width, height = (side * longer // max(image.size) for side in image.size)
+    return torch.zeros(1, pipeline.vae.config.latent_channels, -(-height // factor), -(-width // factor))
+
+
+def test_jump_from_zeros_gives_the_same_depth_in_stock_diffusers(
+    make_trainer: MakeTrainer, depth_rooms: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(distill=True, max_train_steps=2, validation_steps=2)
+    assert len(trainer.fit(dataset_of(depth_rooms), dataset_of(depth_rooms))["validation_losses"]) == 1
+    folder, path = trainer.save_pipeline(tmp_path / "pipeline"), trainer.save_lora(tmp_path / "lora")
+    tags, header = json.loads((folder / "d2f.json").read_text()), lora_tags(path)
+    stated = {"d2f.start": "zeros", "d2f.distilled": "true", "d2f.recommended_steps": "1", "d2f.task": "depth"}
+    assert stated.items() <= tags.items() and stated.items() <= header.items()
+    stock = MarigoldDepthPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    assert stock.default_denoising_steps == 1
+    model, network = DepthModel(stock, "affine", {}, starts_from_zeros=True), trainer.model
+    for size in ((16, 16), (40, 27)):  # The second one is resized to 16 x 10 pixels.
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+        got = model.predict(image).values
+        assert np.array_equal(model.predict(image, steps=1, seed=7).values, got) and got.std() > 1e-3
+        assert (
+            np.abs(
+                stock(image, num_inference_steps=1, latents=zeros_for(stock, image)).prediction[0, ..., 0] - got
+            ).max()
+            <= 1e-5
+        )
+        assert np.abs(stock(image).prediction[0, ..., 0] - got).max() > 1e-3  # The pipeline starts from noise.
+        full_size = model.predict(image, processing_resolution=0).values
+        assert full_size.shape == size[::-1]
+    # The trained network itself, in one step along flow time.
+    pixels = torch.rand(1, 3, 16, 16)
+    with torch.no_grad(), trainer.averaged():
+        context = network.scale_latents(network.encode_images(pixels * 2 - 1)["mean"])
+        output = trainer.unet(torch.cat([context, 0 * context], 1), 999, empty_text(network.pipeline)).sample
+        latents = trainer.alignment.velocity(output, 0 * context, torch.zeros(1))
+        expected = ((network.decode(latents).mean(1).clamp(-1, 1) + 1) / 2)[0].numpy()
+    for sampler in ("saved", "flow"):
+        pipeline = model.sampled_by(sampler).pipeline
+        values = pipeline(pixels, num_inference_steps=1, latents=0 * context).prediction[0, ..., 0]
+        assert np.abs(values - expected).max() <= 1e-5
+    for options, sentence in (
+        ({"steps": 2}, "was trained to jump from zeros in one step, got 2 steps: leave the number out"),
+        ({"ensemble_size": 3}, "ensemble_size must be 1 with a model that starts from zeros, .*, got 3: leave it out"),
+    ):
+        with pytest.raises(RefusedInputError, match=sentence):
+            model.predict(image, **options)
+    for given in ({}, {"num_inference_steps": 1}, {"noise": 0 * context}):
+        with pytest.raises(RefusedInputError, match="jump from zeros in one step: give num_inference_steps=1, and"):
+            trainer.sample("a", context=context, **given)
+    assert len(trainer.sample("a", 1, context=context, noise=0 * context)) == 1
 
 
 def test_naive_flow_is_saved_with_a_stock_scheduler_and_follows_its_own_flow(
