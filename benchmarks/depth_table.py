@@ -8,7 +8,9 @@
 Each case is one run of `d2f train --task depth`, whose folder `pipeline` is then measured as `d2f evaluate` does. A
 case that is already in the folder is not trained again, and is refused where other options made it. The table has the
 means over the images and the seeds, with 95 % intervals from resampling the images; they do not include other seeds of
-the training.
+the training. The cases `one_step` learn the depth as one step from zeros in place of noise, the recipe of "Fine-Tuning
+Image-Conditional Diffusion Models is Easier than You Think" (arXiv 2409.11355) with the loss of the latents, and are
+measured at 1 step.
 """
 
 import argparse
@@ -34,6 +36,7 @@ OBJECTIVES: dict[str, dict[str, str]] = {
     "fm_published": {"objective": "fm", "fm_form": "published"},
     "fm_diffusers": {"objective": "fm", "fm_form": "diffusers"},
     "diffusion": {"objective": "diffusion"},
+    "one_step": {"objective": "diff2flow", "distill": ""},
 }
 ADAPTERS = {"lora": {"adapter": "lora", "rank": "64", "conv_rank": "64"}, "full": {"adapter": "full"}}
 CASES = {
@@ -54,7 +57,10 @@ TITLES = {"abs_rel": "AbsRel, lower is better", "delta1": "δ1, higher is better
 
 
 def arguments(case: str, seed: int, options: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the command line of the training of a case, without the name of the program."""
+    """Return the command line of the training of a case, without the name of the program.
+
+    An option whose value is "" is a switch.
+    """
     chosen = {
         **TRAINING,
         **CASES[case],
@@ -65,7 +71,12 @@ def arguments(case: str, seed: int, options: argparse.Namespace, folder: Path) -
         "seed": str(seed),
         "output_dir": str(folder),
     }
-    return ["train", *(word for name, value in chosen.items() for word in (f"--{name}", value))]
+    return ["train", *(word for name, value in chosen.items() for word in (f"--{name}", value) if word)]
+
+
+def steps_of(case: str, options: argparse.Namespace) -> tuple[int, ...]:
+    """Return the numbers of sampling steps at which a case is measured."""
+    return (1,) if "distill" in CASES[case] else tuple(options.sampling_steps)
 
 
 def options_of_row(options: argparse.Namespace) -> dict[str, object]:
@@ -86,7 +97,7 @@ def measure(case: str, folder: Path, options: argparse.Namespace) -> dict[str, l
     model = load_depth_model(str(folder / "pipeline"), (), ModelOptions(), "flow" if aligned else "saved")
     images = find_depth_images(options.rooms / options.split, DepthOptions())
     measured = {}
-    for steps in options.sampling_steps:
+    for steps in steps_of(case, options):
         with tqdm(total=options.images, desc=f"{case}, {steps} steps", unit="image") as bar:
             progress = lambda done, bar=bar: bar.update()  # noqa: E731
             measured[str(steps)] = measure_depth(model, images, options.images, progress, steps=steps, seed=0)

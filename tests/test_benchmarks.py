@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import os
 import re
 import shutil
@@ -346,9 +347,24 @@ def test_options_of_every_case_are_those_of_a_training(tmp_path):
     for case in depth_table.CASES:
         command = parse(depth_table.arguments(case, 0, options, tmp_path))
         assert command.task == "depth" and command.options.learning_rate == 2e-3
+        jumps = case.endswith("one_step")
+        assert command.options.distill is jumps
+        steps = depth_table.steps_of(case, argparse.Namespace(sampling_steps=[2, 4]))
+        assert steps == ((1,) if jumps else (2, 4))
     for case in source_table.CASES:
         command = parse(source_table.arguments(case, 0, options, tmp_path, tmp_path))
         assert command.task == "image_to_image" and command.options.objective == source_table.CASES[case]["objective"]
+
+
+def test_table_of_depth_has_the_steps_that_each_case_was_measured_at(tmp_path):
+    for case, steps in (("lora_diff2flow", ("1", "2")), ("lora_one_step", ("1",))):
+        for seed in (0, 1):
+            errors = {number: [{"abs_rel": 0.1 * (seed + 1), "delta1": 0.9}] * 3 for number in steps}
+            (tmp_path / f"{case}-{seed}.json").write_text(json.dumps({"case": case, "seed": seed, "errors": errors}))
+    lines = [line.split("|")[1:4] for line in depth_table.table(tmp_path)[2:]]
+    shown = [("lora_diff2flow", "1"), ("lora_diff2flow", "2"), ("lora_one_step", "1")]
+    assert lines == [[f" {case} ", " 0, 1 ", f" {steps} "] for case, steps in shown]
+    assert "0.150 (0.150 to 0.150)" in depth_table.table(tmp_path)[-1]
 
 
 def test_rows_of_other_options_are_refused():
