@@ -14,6 +14,7 @@ from d2f_fast.export.exported_files import TABLE_INPUTS
 from d2f_fast.export.exported_pipeline import ExportedPipeline
 from d2f_fast.export.graph_sampler import Conditions, Form
 from d2f_fast.export.sessions import Array, Provider
+from d2f_fast.sampling.options import check_jump
 
 
 class OnnxDepthPipeline(ExportedPipeline):
@@ -51,11 +52,13 @@ class OnnxDepthPipeline(ExportedPipeline):
 
         Args:
             image: image of any mode and size.
-            steps: number of network evaluations; the export must have a table for it. None for the model's own.
+            steps: number of network evaluations; the export must have a table for it. None for the model's own. A model
+                that was trained to jump from zeros takes one.
             processing_resolution: longer side in pixels at which the image is processed; 0 for the image's own size,
                 and None for the model's own, or the export's size where it is static.
-            seed: seed of the noise, 0 or above.
-            noise: standard normal noise [1, C, h, w] float32 to use in place of the seed's; None for the seed's.
+            seed: seed of the noise, 0 or above; it changes nothing for a model that starts from zeros.
+            noise: standard normal noise [1, C, h, w] float32 to use in place of the seed's; None for the seed's. A
+                model that starts from zeros takes none.
 
         Raises:
             RefusedInputError: the export cannot serve the size, the number of steps or another argument.
@@ -67,12 +70,18 @@ class OnnxDepthPipeline(ExportedPipeline):
                 f"the graphs in {self.folder} take {self._static_sizes[0]} images at a time (--static"
                 f" {self.report['static']}): export for one"
             )
+        if from_zeros := self.report.get("start") == "zeros":  # Exports of earlier versions have no such entry.
+            check_jump(steps)
+            steps = 1
+            if noise is not None:
+                raise RefusedInputError("noise was given, and the model was trained to start from zeros: leave it out")
         table = self._table(int(self._index.get("default_denoising_steps") or 4) if steps is None else steps)
         height, width = self._processed_size(image, processing_resolution)
         fitted = image.convert("RGB")
         if fitted.size != (width, height):
             fitted = fitted.resize((width, height), Image.Resampling.BILINEAR)
         state = self._noise((1, height, width), seed, noise)
+        state = np.zeros_like(state) if from_zeros else state
         given = Conditions({"encoder_hidden_states": self._empty_text()}, image_latents=self.encode_context(fitted))
         values = {name: np.asarray(table[name], np.float32) for name in TABLE_INPUTS}
         if self.report["with_vae"]:  # That sampler clips each channel of its image before the mean of the three.

@@ -10,7 +10,7 @@ from torch import Tensor
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export import graphs, readiness, verify
 from d2f_fast.export.engines import engine_commands
-from d2f_fast.export.options import MODEL_OPTIONS, ExportOptions, check_sampler_network
+from d2f_fast.export.options import MODEL_OPTIONS, ExportOptions, check_sampler_network, check_steps_of_jump
 from d2f_fast.export.output_folder import check_output, output_folder
 from d2f_fast.export.output_place import check_place
 from d2f_fast.export.pipeline_files import write_component_config, write_pipeline_files
@@ -91,7 +91,9 @@ class ExportJob:
         adapters = [path for path, _ in options.adapters]
         take_trained_size(self.model.pipeline, options.model, adapters)
         sampling = sampling_of(self.model, options.model, adapters, options.shift)
-        self.flow, self.shift, self.recommended_guidance, steps, reflects = sampling
+        self.flow, self.shift, self.recommended_guidance, steps, reflects, self.starts_from_zeros = sampling
+        if self.starts_from_zeros:
+            check_steps_of_jump(options)
         if reflects and options.vae_reflection_padding is None:
             set_reflection_padding(self.model.vae, True)
         self.components = self._components()
@@ -308,6 +310,7 @@ class ExportJob:
             "image_guidance": self.guidance.image,
             "recommended_guidance": self.recommended_guidance,
             "recommended_steps": self.recommended_steps,
+            "start": "zeros" if self.starts_from_zeros else None,
             "with_vae": options.with_vae,
             "unroll": options.unroll,
             "static": options.static,

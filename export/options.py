@@ -337,6 +337,22 @@ def check_sampler_network(in_channels: int, out_channels: int) -> None:
         )
 
 
+def check_steps_of_jump(options: ExportOptions) -> None:
+    """Refuse an export that could not take the single step of a model that was trained to jump from zeros.
+
+    Args:
+        options: options of the export.
+
+    Raises:
+        RefusedInputError: there is no table for one step, or the unrolled sampler takes several.
+    """
+    if 1 not in options.step_counts or options.unroll > 1:
+        raise RefusedInputError(
+            f"{options.model} was trained to jump from zeros in one step: steps must hold 1 and unroll be 0"
+            f" or 1, got steps {options.steps} and unroll {options.unroll}"
+        )
+
+
 def parse(arguments: list[str], program: str) -> ExportOptions:
     """Read the options from a command line.
 

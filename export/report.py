@@ -34,6 +34,7 @@ class Report(TypedDict):
     shift: factor on (1 - t) / t at each step of the sampler.
     recommended_guidance: guidance scale that the model's and the LoRA's files recommend; None for no recommendation.
     recommended_steps: number of sampling steps that these files recommend and the export has a table for, else None.
+    start: "zeros" where the model was trained to jump from zeros in one step; None elsewhere.
     parity: a row for each comparison with torch.
     tensorrt: result of the static TensorRT check of each graph, by path.
     trtexec: command that builds an engine of each graph.
@@ -58,6 +59,7 @@ class Report(TypedDict):
     image_guidance: bool
     recommended_guidance: float | None
     recommended_steps: int | None
+    start: str | None
     with_vae: bool
     unroll: int
     static: str | None

@@ -8,7 +8,7 @@ from d2f_fast.errors import ModelError, RefusedInputError
 from d2f_fast.export.sampler_graph import Guidance
 from d2f_fast.flow.flow import Flow
 from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
-from d2f_fast.lora.tags import check_tags, common_tags
+from d2f_fast.lora.tags import check_tags, common_tags, starts_from_zeros, tags_with_lora
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.image_context import form_of
 from d2f_fast.models.options import ModelOptions
@@ -28,6 +28,7 @@ class Sampling(NamedTuple):
         guidance_scale: guidance that its files recommend; None for no recommendation.
         steps: number of sampling steps that they recommend; None for no recommendation.
         vae_reflection_padding: whether the files of its training ask for an autoencoder that pads by reflection.
+        starts_from_zeros: whether it was trained to jump from zeros, in place of noise, to its result in one step.
     """
 
     flow: Flow
@@ -35,6 +36,7 @@ class Sampling(NamedTuple):
     guidance_scale: float | None
     steps: int | None
     vae_reflection_padding: bool
+    starts_from_zeros: bool
 
 
 def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), shift: float | None = None) -> Sampling:
@@ -67,7 +69,9 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
             " exported folder does: sample it with d2f sample"
         )
     guidance, steps = lowest_guidance(source, adapters), recommended_steps(source, adapters)
-    return Sampling(flow, shift, guidance, steps, tags.get("d2f.vae_reflection_padding") == "true")
+    from_zeros = starts_from_zeros(tags_with_lora(saved_tags(source), tags))
+    reflects = tags.get("d2f.vae_reflection_padding") == "true"
+    return Sampling(flow, shift, guidance, 1 if from_zeros else steps, reflects, from_zeros)
 
 
 def load_model(model: str, options: ModelOptions | None = None) -> BaseModel:

@@ -36,6 +36,22 @@ def test_depth_is_that_of_the_stock_pipeline(form, exported_depth, stock):
         assert np.abs(got - want).max() <= 1e-4
 
 
+def test_model_that_starts_from_zeros_takes_one_step_without_noise(exported_depth, stock):
+    pipeline, image = OnnxDepthPipeline(exported_depth[0]), pixels(16, 32)
+    assert exported_depth[1]["start"] is None
+    pipeline.report["start"] = "zeros"
+    want = stock(image, latents=torch.zeros(1, 4, 8, 16), num_inference_steps=1).prediction[0, ..., 0]
+    assert np.abs(pipeline(image) - want).max() <= 1e-4 and np.array_equal(
+        pipeline(image, steps=1, seed=4), pipeline(image)
+    )
+    with pytest.raises(RefusedInputError, match="jump from zeros in one step, got 2 steps: leave the number out"):
+        pipeline(image, steps=2)
+    with pytest.raises(
+        RefusedInputError, match="noise was given, and the model was trained to start from zeros: leave"
+    ):
+        pipeline(image, noise=np.zeros((1, 4, 8, 16), np.float32))
+
+
 def test_image_of_another_size_is_resized_and_its_depth_resized_back(exported_depth, stock):
     pipeline, image = OnnxDepthPipeline(exported_depth[0]), pixels(20, 41)
     got = pipeline(image, processing_resolution=32, seed=3)

@@ -12,7 +12,7 @@ from diffusers import (
 )
 
 from d2f_fast.errors import RefusedInputError
-from d2f_fast.export.folder import export_folder
+from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.verify import open_session
 
@@ -73,3 +73,19 @@ def test_autoencoder_is_exported_with_reflection_padding(one_level_folder, tmp_p
         want = vae.encode(torch.from_numpy(image)).latent_dist.parameters
     np.testing.assert_allclose(latents, want, atol=1e-5)
     assert json.loads((tmp_path / "vae_decoder/config.json").read_text())["reflection_padding"] is True
+
+
+def test_model_that_jumps_from_zeros_is_exported_for_one_step(marigold_folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    for path in marigold_folder.iterdir():
+        (tmp_path / "model" / path.name).symlink_to(path)
+    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
+    assert not ExportJob(ExportOptions(**options)).starts_from_zeros
+    (tmp_path / "model/d2f.json").write_text(json.dumps({"d2f.task": "depth", "d2f.start": "zeros"}))
+    job = ExportJob(ExportOptions(**options))
+    assert (job.starts_from_zeros, job.recommended_steps) == (True, 1)
+    for given in ({"steps": "2,4"}, {"steps": "1", "unroll": 4}):
+        with pytest.raises(
+            RefusedInputError, match="model was trained to jump from zeros in one step: steps must hold 1"
+        ):
+            ExportJob(ExportOptions(**options, **given))
