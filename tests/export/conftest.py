@@ -1,21 +1,26 @@
 """Export each folder once for all tests of this folder, in whichever worker process they run."""
 
 import functools
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from d2f_fast import Alignment, load_miniature
+from d2f_fast.export import folder as folder_module
 from d2f_fast.export.folder import export_folder
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.report import Report
 from d2f_fast.export.sampler_graph import Guidance, write_sampler
 from d2f_fast.export.step_tables import step_table, write_tables
+from d2f_fast.export.wrappers import Component
 
 MakeFolder = Callable[..., tuple[Path, Report]]
 
@@ -25,42 +30,72 @@ def _one_operator_table() -> Iterator[None]:
     """Keep torch's table of ONNX operators: each export parses the sources of all of them, a fifth of a short one."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+    make = ONNXRegistry.from_torchlib
+
+    @functools.cache
+    def make_once(**options: Any) -> ONNXRegistry:
+        made = make(**options)
+        gc.freeze()  # An export searches for cyclic garbage several times, and need not look through the table.
+        return made
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(make_once))
         yield
 
 
 @pytest.fixture(scope="session")
 def one_level() -> dict[str, Any]:
-    """Return UNet options of a single level without a middle block, which is exported in a third of the time."""
+    """Return UNet options of a single level without a middle block, which is exported in much less time.
+
+    Its way down has the attention, so that each kind of layer is there once or twice.
+    """
     return {
         "block_out_channels": (16,),
         "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
+        "up_block_types": ("UpBlock2D",),
         "mid_block_type": None,
     }
 
 
 @pytest.fixture(scope="session")
+def short_vae() -> Callable[[AutoencoderKL], AutoencoderKL]:
+    """Return the function that makes a random autoencoder of another one's sizes with as few layers as it can have."""
+
+    def make(vae: AutoencoderKL) -> AutoencoderKL:
+        channels = vae.config.block_out_channels
+        torch.manual_seed(1)
+        # Without layers of its own, a block of the encoder has as many channels as the one before it.
+        short = {"block_out_channels": (channels[0],) * len(channels), "layers_per_block": 0}
+        return AutoencoderKL.from_config(dict(vae.config) | short)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def one_level_folder(
-    tiny_folder: Path, one_level: dict[str, Any], shared_folder: Callable[[str, Callable[[Path], object]], Path]
+    tiny_folder: Path,
+    one_level: dict[str, Any],
+    short_vae: Callable[[AutoencoderKL], AutoencoderKL],
+    shared_folder: Callable[[str, Callable[[Path], object]], Path],
 ) -> Path:
-    """Save the tiny pipeline with a UNet of a single level, and return its folder."""
+    """Save the tiny pipeline with a UNet of a single level and a short autoencoder, and return its folder."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
     torch.manual_seed(0)
     pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | one_level)
+    pipeline.vae = short_vae(pipeline.vae)
     return shared_folder("one_level", lambda folder: pipeline.save_pretrained(folder / "pipeline")) / "pipeline"
 
 
 @pytest.fixture
-def tiny_xl(tiny_xl: Any, one_level: dict[str, Any]) -> Any:
-    """Return the tiny pipeline of SDXL's classes, with a UNet of a single level."""
+def tiny_xl(tiny_xl: Any, one_level: dict[str, Any], short_vae: Callable[[AutoencoderKL], AutoencoderKL]) -> Any:
+    """Return the tiny pipeline of SDXL's classes, with a UNet of a single level and a short autoencoder."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     tiny_xl.unet = UNet2DConditionModel.from_config(dict(tiny_xl.unet.config) | one_level)
+    tiny_xl.vae = short_vae(tiny_xl.vae)
     return tiny_xl
 
 
@@ -85,20 +120,36 @@ def exported(one_level_folder: Path, export_once: MakeFolder) -> tuple[Path, Rep
     return export_once("exported", model=str(one_level_folder), unroll=2)
 
 
+@pytest.fixture
+def text_encoder_of_exported(exported: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an export read the text encoder of the one-level pipeline from `exported` in place of converting it again."""
+
+    def convert(component: Component, opset: int, sizes: dict[str, int] | None) -> onnx_ir.Model:
+        assert (component.name, opset, sizes) == ("text_encoder", exported[1]["opset"], None)
+        return onnx_ir.load(exported[0] / "text_encoder/model.onnx")
+
+    monkeypatch.setattr(folder_module.graphs, "convert", convert)
+
+
 @pytest.fixture(scope="session")
-def short_miniature(one_level: dict[str, Any], shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """Save the embedded miniature with a random UNet of a single level, and return its folder."""
+def short_miniature(
+    one_level: dict[str, Any],
+    short_vae: Callable[[AutoencoderKL], AutoencoderKL],
+    shared_folder: Callable[[str, Callable[[Path], object]], Path],
+) -> Path:
+    """Save the embedded miniature with a random UNet of a single level and a random autoencoder of few layers."""
     from diffusers import UNet2DConditionModel
 
     pipeline = load_miniature()
     torch.manual_seed(0)
     pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | one_level | {"attention_head_dim": 2})
+    pipeline.vae = short_vae(pipeline.vae)
     return shared_folder("short_miniature", lambda folder: pipeline.save_pretrained(folder / "pipeline")) / "pipeline"
 
 
 @pytest.fixture(scope="session")
 def exported_miniature(export_once: MakeFolder, short_miniature: Path) -> tuple[Path, Report]:
-    """Export every component of the embedded miniature, with a UNet of a single level."""
+    """Export every component of the embedded miniature, with a UNet of a single level and a short autoencoder."""
     return export_once("exported_miniature", model=str(short_miniature))
 
 

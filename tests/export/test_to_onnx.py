@@ -53,7 +53,7 @@ def test_help_and_a_refusal_need_no_heavy_import(arguments: list[str], code: int
     assert not {"torch", "onnx", "onnxruntime", "numpy", "diffusers"} & imported
 
 
-def test_script_exports_a_component(one_level_folder, tmp_path, monkeypatch, capsys):
+def test_script_exports_a_component(one_level_folder, tmp_path, monkeypatch, capsys, request):
     done = _run(
         str(SCRIPT), "--model", str(one_level_folder), "--components", "text_encoder", "--output", "out", cwd=tmp_path
     )
@@ -64,6 +64,7 @@ def test_script_exports_a_component(one_level_folder, tmp_path, monkeypatch, cap
     assert done.stderr.splitlines()[-3:] == [*parts, "comparing text_encoder/model.onnx with torch"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # Writing to a link, or verifying one, uses the folder that it leads to, and the link stays.
+    request.getfixturevalue("text_encoder_of_exported")
     (tmp_path / "link").symlink_to("out")
     monkeypatch.chdir(tmp_path)
     rest = ["--model", str(one_level_folder), "--components", "text_encoder", "--overwrite", "--skip_verify"]
@@ -210,6 +211,7 @@ def test_operator_without_onnx_form_is_named_with_its_module(one_level_folder, t
         components = folder_module.vae_components
 
         def patched(vae):
+            vae.encoder.down_blocks = torch.nn.ModuleList()  # The fewer operators, the sooner it is refused.
             vae.encoder.conv_act = Secret()
             return components(vae)
 
@@ -219,6 +221,7 @@ def test_operator_without_onnx_form_is_named_with_its_module(one_level_folder, t
     assert "operator d2f_test::secret has no ONNX form (module vae.encoder.conv_act)" in line
 
 
+@pytest.mark.usefixtures("text_encoder_of_exported")
 def test_wrong_graph_is_exit_code_1_and_leaves_nothing(one_level_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(folder_module.verify, "relative_errors", lambda *_: (0.5, 0.5))
     arguments = ["--model", str(one_level_folder), "--components", "text_encoder", "--output", str(tmp_path / "out")]
