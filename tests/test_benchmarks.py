@@ -50,13 +50,28 @@ def checkout(tmp_path):
     return tmp_path
 
 
+THREE_RUNS = """
+from pathlib import Path
+import pytest
+
+for number in range(3):
+    if number == 2:
+        table.write_text("another,table\\n")
+    print("exit code", int(pytest.main(["-p", "no:cacheprovider", "--benchmark"])), "of a run", flush=True)
+    (table,) = Path("benchmarks/results").glob("*.csv")
+    Path(f"{number}.csv").write_text(table.read_text())
+"""
+
+
 def test_row_holds_the_time_of_one_call_and_is_appended(checkout):
     (checkout / "benchmarks/bench_sleep.py").write_text(BENCHMARK)
-    for rows in (1, 2):
-        done = run(checkout)
-        assert done.returncode == 0, done.stdout
-        (table,) = (checkout / "benchmarks/results").glob("*.csv")
-        with table.open() as file:
+    # One process imports torch once for all three runs.
+    done = subprocess.run([sys.executable, "-c", THREE_RUNS], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, third, _ = done.stdout.split(" of a run\n")
+    assert first.endswith("exit code 0") and second.endswith("exit code 0"), done.stdout
+    for number, rows in enumerate((1, 2)):
+        with (checkout / f"{number}.csv").open() as file:
             found = list(csv.DictReader(file))
         assert len(found) == rows
     row = found[-1]
@@ -64,13 +79,10 @@ def test_row_holds_the_time_of_one_call_and_is_appended(checkout):
     p20, median, p80 = (float(row[name]) for name in ("p20_us", "median_us", "p80_us"))
     assert 2000 <= p20 <= median <= p80
     assert abs(float(row["gb_per_s"]) - 4000 / median / 1e3) <= 1e-3 * float(row["gb_per_s"])
-    assert "2 ms" in done.stdout and "Median" in done.stdout
+    assert "2 ms" in second and "Median" in second
 
-    before = "another,table\n"
-    table.write_text(before)
-    done = run(checkout)
-    assert done.returncode == 1 and "has other columns than this version writes: move it away" in done.stdout
-    assert table.read_text() == before
+    assert third.endswith("exit code 1") and "has other columns than this version writes: move it away" in third
+    assert (checkout / "2.csv").read_text() == "another,table\n"
 
 
 @pytest.mark.slow

@@ -21,17 +21,17 @@ class SmallUNets:
     def new_unet(**options: Any) -> UNet2DConditionModel:
         """Return a UNet with seeded random weights; `options` change its configuration."""
         torch.manual_seed(0)
-        return UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=8,
-            **options,
-        )
+        defaults = {
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 16,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+        }
+        return UNet2DConditionModel(**{**defaults, **options})
 
     @staticmethod
     def randomize(unet: nn.Module) -> None:

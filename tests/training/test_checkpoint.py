@@ -209,6 +209,14 @@ def kill_at_random_moments(root: Path) -> dict[str, int]:
     return {"acknowledged": acknowledged}
 
 
+def kill_saves(root: Path) -> dict[str, Any]:
+    """Run the two functions above, each in a folder of its own."""
+    (root / "random").mkdir()
+    # This is the first one, because the other one leaves out the waiting for the disk.
+    at_random = kill_at_random_moments(root / "random")
+    return {"at random moments": at_random, "at every call": kill_at_every_call(root / "calls")}
+
+
 def fill_the_disk(root: Path) -> dict[str, Any]:
     """Save on a filesystem with 0, 4, 8 … KiB left, until it succeeds."""
     save_checkpoint(root, 1, writer(1.0))
@@ -232,7 +240,7 @@ def fill_the_disk(root: Path) -> dict[str, Any]:
 
 
 def run_script(action: str, folder: Path, prefix: tuple[str, ...] = ()) -> Any:
-    """Run one of the three functions above in a process of its own, and return what it reports."""
+    """Run one of the functions above in a process of its own, and return what it reports."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [*prefix, sys.executable, __file__, action, str(folder)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
@@ -240,15 +248,22 @@ def run_script(action: str, folder: Path, prefix: tuple[str, ...] = ()) -> Any:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_kill_before_any_call_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
-    outcomes = run_script("kill_at_every_call", tmp_path)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Kill saves in one process, and return what was found afterwards."""
+    found: dict[str, Any] = run_script("kill_saves", tmp_path_factory.mktemp("killed"))
+    return found
+
+
+def test_kill_before_any_call_of_a_save_leaves_the_old_or_the_new_checkpoint(killed: dict[str, Any]) -> None:
+    outcomes = killed["at every call"]
     assert outcomes.keys() == SCENARIOS.keys()
     for outcome in outcomes.values():
         assert outcome["old"] > 15 and outcome["new"] >= 1, outcomes  # the sweep passed through the whole save
 
 
-def test_kill_at_random_moments_loses_no_finished_checkpoint(tmp_path: Path) -> None:
-    assert run_script("kill_at_random_moments", tmp_path)["acknowledged"] >= 5
+def test_kill_at_random_moments_loses_no_finished_checkpoint(killed: dict[str, Any]) -> None:
+    assert killed["at random moments"]["acknowledged"] >= 5
 
 
 def test_full_filesystem_keeps_the_previous_checkpoint_and_gives_one_line(tmp_path: Path) -> None:
@@ -494,7 +509,7 @@ def test_checkpoint_is_found_by_name_or_path_and_refused_if_missing(
 
 if __name__ == "__main__":
     logging.disable()
-    action = {function.__name__: function for function in (kill_at_every_call, kill_at_random_moments, fill_the_disk)}
+    action = {function.__name__: function for function in (kill_saves, fill_the_disk)}
     print(json.dumps(action[sys.argv[1]](Path(sys.argv[2]))))
 
 

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.tensor_file import read_tensors
+from d2f_fast.models.load import load_pipeline
 from d2f_fast.training.agreement import LostProcessError
 from d2f_fast.training.checkpoint import find_checkpoint, verify_checkpoint
 from d2f_fast.training.signals import InterruptedRunError
@@ -66,13 +68,13 @@ def kill_options(**options: Any) -> dict[str, Any]:
     return {"max_train_steps": STEPS, "checkpointing_steps": 2, "random_flip": True, "train_batch_size": 2, **options}
 
 
-def start(model: Path, output: Path, **options: Any) -> int:
-    """Fork a process that trains, ending with the exit code that the command line would give."""
+def start(pipeline: DiffusionPipeline, output: Path, **options: Any) -> int:
+    """Fork a process that trains its copy of a pipeline, ending with the exit code that the command line would give."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            trainer = AlignedTrainer.from_pretrained(model, config(output, **kill_options(**options)))
+            trainer = AlignedTrainer.from_pretrained(pipeline, config(output, **kill_options(**options)))
             trainer.fit(Images(pause=0.01))
             code = 0
         except InterruptedRunError as stop:
@@ -116,11 +118,12 @@ def different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
 
 def kill_runs(model: Path, root: Path) -> dict[str, Any]:
     """Stop one run by SIGTERM and kill another at five random moments; resume both to their ends."""
-    assert finish(start(model, root / "straight")) == 0
+    pipeline = load_pipeline(model)  # once for all runs
+    assert finish(start(pipeline, root / "straight")) == 0
     expected = final(root / "straight")
 
     stopped = root / "stopped"
-    pid = start(model, stopped, checkpointing_steps=0)
+    pid = start(pipeline, stopped, checkpointing_steps=0)
     wait_for_steps(stopped, 4)
     os.kill(pid, signal.SIGSTOP)  # The run takes no further step between the count of its rows and the signal.
     os.waitpid(pid, os.WUNTRACED)
@@ -131,7 +134,7 @@ def kill_runs(model: Path, root: Path) -> dict[str, Any]:
     folder = find_checkpoint(stopped, "latest")
     assert folder is not None
     saved = verify_checkpoint(folder)
-    assert finish(start(model, stopped, resume_from_checkpoint="latest")) == 0
+    assert finish(start(pipeline, stopped, resume_from_checkpoint="latest")) == 0
     assert different(final(stopped), expected) == []
 
     killed, moments, starts = root / "killed", random.Random(0), []
@@ -139,14 +142,14 @@ def kill_runs(model: Path, root: Path) -> dict[str, Any]:
         before = wait_for_steps(killed, 0)
         found = find_checkpoint(killed, "latest")
         starts.append(0 if found is None else verify_checkpoint(found))
-        pid = start(model, killed, resume_from_checkpoint="latest")
+        pid = start(pipeline, killed, resume_from_checkpoint="latest")
         wait_for_steps(killed, before + moments.randint(1, 3))
         time.sleep(moments.uniform(0, 0.06))
         os.kill(pid, signal.SIGKILL)
         assert finish(pid) == -signal.SIGKILL
         for path in killed.glob("checkpoint*"):
             verify_checkpoint(path)
-    assert finish(start(model, killed, resume_from_checkpoint="latest")) == 0
+    assert finish(start(pipeline, killed, resume_from_checkpoint="latest")) == 0
     assert different(final(killed), expected) == []
     logged = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, STEPS + 1))

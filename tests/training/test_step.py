@@ -257,12 +257,21 @@ def test_cuda_graph_needs_a_gpu(
     assert not (tmp_path / "run").exists()
 
 
-def test_step_runs_without_triton(tiny_folder: Path, tmp_path: Path) -> None:
-    """Take a step in a process that cannot import Triton."""
+def test_operations_and_step_run_without_triton(tiny_folder: Path, tmp_path: Path) -> None:
+    """Align, compute a loss and take a step in a process that cannot import Triton."""
     code = f"""
 import sys
-sys.modules["triton"] = None
+sys.modules["triton"] = None  # makes `import triton` fail
 import torch
+from d2f_fast.flow.naive_flow import NaiveFlow
+from d2f_fast.kernels import align, velocity_loss
+from d2f_fast.ops import align, aligned_loss
+latents, noise, output = torch.ones(3, 2, 4, 8, 8)
+t = torch.full((2,), 0.5)
+sample, timestep = align(latents, noise, t, NaiveFlow())
+assert (sample == 1).all() and (timestep == 500).all()
+assert aligned_loss(output.requires_grad_(), latents, noise, t, NaiveFlow()) == 1
+assert torch._C._dispatch_has_kernel_for_dispatch_key("d2f_fast::align", "CUDA")
 from d2f_fast import AlignedTrainer, TrainingConfig
 config = TrainingConfig(output_dir={str(tmp_path)!r}, resolution=16, rank=2)
 trainer = AlignedTrainer.from_pretrained({str(tiny_folder)!r}, config)
