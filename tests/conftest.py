@@ -4,8 +4,10 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,24 @@ def flow_xl(tiny_xl: Any) -> Any:
     )
     tiny_xl.set_progress_bar_config(disable=True)
     return tiny_xl
+
+
+@pytest.fixture(scope="session")
+def run_card() -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that runs each block of Python in a model card.
+
+    Its further arguments replace the words in capitals. It returns the variables of each block.
+    """
+
+    def run(card: str, **words: object) -> list[dict[str, Any]]:
+        found = []
+        for block in re.findall(r"^  ```python\n(.*?)^  ```", card, re.MULTILINE | re.DOTALL):
+            torch.manual_seed(0)  # The noise of d2f sample, where a block leaves the generator open.
+            found.append(dict(words))
+            exec(textwrap.dedent(block), found[-1])
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from d2f_fast.lora.family import unknown_family
 from d2f_fast.lora.source import check_lora_file, parse_lora
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.sampling.options import ChosenSteps
+from d2f_fast.sampling.options import ChosenGuidance, ChosenSteps
 
 
 def check_lora_and_output(
@@ -65,6 +65,18 @@ def say_steps(given: int | None, steps: ChosenSteps) -> None:
     """
     if given is None:
         print(f"d2f: num_inference_steps {steps.number}, {steps.source}", file=sys.stderr)
+
+
+def say_sampling(steps: ChosenSteps, guidance: ChosenGuidance | None = None) -> None:
+    """Print the number of sampling steps and the guidance scale that are taken, and where each of them comes from.
+
+    Args:
+        steps: Number of sampling steps.
+        guidance: Guidance scale; None for a model that is sampled without guidance.
+    """
+    print(f"d2f: num_inference_steps {steps.number}, {steps.source}", file=sys.stderr)
+    if guidance is not None:
+        print(f"d2f: guidance_scale {guidance.scale:g}, {guidance.source}", file=sys.stderr)
 
 
 def check_lora_forms(base_model: str | None, loras: Sequence[Path], kohya_output: Path | None) -> None:

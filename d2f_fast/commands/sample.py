@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_fast.commands.checks import check_lora_and_output, say_steps
+from d2f_fast.commands.checks import check_lora_and_output, say_sampling
 from d2f_fast.commands.sample_files import check_start, png_entries
 from d2f_fast.config import (
-    DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
     MAX_SAMPLING_STEPS,
     MAX_SHIFT,
@@ -36,9 +35,11 @@ from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import chosen_steps
 from d2f_fast.sampling.image_options import ImageOptions
 from d2f_fast.sampling.options import (
+    ChosenGuidance,
     ChosenSteps,
     check_negative_prompt,
     check_steps,
+    chosen_guidance,
     guidance_or_default,
     image_size,
 )
@@ -293,19 +294,17 @@ class Sample:
 
         loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
-        steps = self._steps
-        say_steps(self.num_inference_steps, steps)
-        guidance = loaded.guidance_scale if self._own_guidance is None else self._own_guidance
-        if self.guidance_scale is None and guidance is not None and guidance != DEFAULT_GUIDANCE:
-            source = "as saved with the model or LoRA" if self.invert is None else "the default with --invert"
-            print(f"d2f: guidance_scale {guidance:g}, {source}", file=sys.stderr)
+        steps, guidance = self._steps, chosen_guidance(self.guidance_scale, loaded.guidance_scale)
+        if self.guidance_scale is None and self._own_guidance is not None:
+            guidance = ChosenGuidance(self._own_guidance, "the default with --invert")
+        say_sampling(steps, guidance)
         model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         sampling = Sampling(
             self.method,
             self.solver_options,
             steps.number,
-            guidance_or_default(self.guidance_scale, guidance),
+            guidance.scale,
             self.negative_prompt,
             self.height,
             self.width,
@@ -314,7 +313,7 @@ class Sample:
             self.image_options.image_guidance_scale,
         )
         shift = float(loaded.flow_scheduler(self.flow_spacing).config["shift"])
-        taken = {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance, "steps": steps.number}
+        taken = {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance.scale, "steps": steps.number}
         context = None
         if self.image_options.image is not None:
             if type(loaded.pipeline).__name__.startswith("Marigold"):
@@ -338,14 +337,15 @@ class Sample:
 
         providers = None if self.onnx_provider in ("auto", None) else PROVIDERS[self.onnx_provider]
         pipeline = OnnxPipeline(folder, providers=providers)
-        say_steps(self.num_inference_steps, pipeline.default_steps)
-        steps = self.num_inference_steps or pipeline.default_steps.number
+        given, guidance = self.num_inference_steps, pipeline.recommended_guidance
+        steps = pipeline.default_steps if given is None else ChosenSteps(given, "as given")
+        say_sampling(steps, chosen_guidance(self.guidance_scale, guidance))
         seen = self.image_options.image
         if seen is not None and not pipeline.sees_image:
             raise RefusedInputError(f"the network of {printable(folder)} sees no image: leave --image out")
         images = pipeline(
             self.prompts,
-            steps=steps,
+            steps=steps.number,
             guidance_scale=self.guidance_scale,
             negative_prompt=self.negative_prompt,
             height=self.height,
@@ -354,8 +354,7 @@ class Sample:
             image=None if seen is None else read_images(seen),
             image_guidance_scale=self.image_options.image_guidance_scale,
         )
-        guidance = pipeline.recommended_guidance
-        return images, {"shift": pipeline.report.get("shift"), "guidance_scale": guidance, "steps": steps}
+        return images, {"shift": pipeline.report.get("shift"), "guidance_scale": guidance, "steps": steps.number}
 
 
 def earlier_rows(output: Path) -> list[Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from d2f_fast.commands.checks import say_sampling
 from d2f_fast.commands.depth_sampling import DepthSampling
 from d2f_fast.commands.sample import earlier_rows
 from d2f_fast.commands.sample_files import find_images
@@ -12,6 +13,7 @@ from d2f_fast.config import check_options, option
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.models.library_messages import silence_libraries
+from d2f_fast.sampling.options import ChosenSteps
 
 if TYPE_CHECKING:
     from d2f_fast.tasks.depth import DepthPrediction
@@ -81,14 +83,16 @@ class SampleDepth:
         from d2f_fast.data.loading import refused_sample
         from d2f_fast.files.run_record import write_run_record
 
-        model = self.sampling.load()
+        model, given = self.sampling.load(), self.sampling.num_inference_steps
+        row = self.sampling.row(model)
+        say_sampling(ChosenSteps(row["steps"], "as saved with the model" if given is None else "as given"))
         images, files = find_images(self.image), list[Path]()
         for path in images:
             with refused_sample(printable(path)):
                 image = to_rgb(read_image(path))
             prediction = model.predict(image, name=printable(path), **self.sampling.of_prediction)
             files += write_prediction(output / path.stem, prediction)
-        row = self.sampling.row(model) | {"samples": len(images)}
+        row |= {"samples": len(images)}
         rows = [*earlier, row | {"files": [file.name for file in files]}]
         write_run_record(output, "d2f sample", self.sampling.seed, time.monotonic() - started, rows)
         return row | {"files": [str(file) for file in files], "output": str(output)}

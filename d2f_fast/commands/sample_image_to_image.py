@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_fast.commands.checks import check_lora_and_output, say_steps
+from d2f_fast.commands.checks import check_lora_and_output, say_sampling
 from d2f_fast.commands.sample import earlier_rows
 from d2f_fast.commands.sample_files import find_images, png_entries
 from d2f_fast.config import (
@@ -33,7 +33,14 @@ from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import chosen_steps, lowest_guidance, saved_tags, tags_source
-from d2f_fast.sampling.options import ChosenSteps, check_negative_prompt, check_steps, guidance_or_default, image_size
+from d2f_fast.sampling.options import (
+    ChosenSteps,
+    check_negative_prompt,
+    check_steps,
+    chosen_guidance,
+    guidance_or_default,
+    image_size,
+)
 from d2f_fast.sampling.solver_options import SolverOptions, check_method_of_source
 
 if TYPE_CHECKING:
@@ -227,22 +234,21 @@ class SampleImageToImage:
 
         loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
-        steps = self._steps
-        say_steps(self.num_inference_steps, steps)
+        steps, guidance = self._steps, chosen_guidance(self.guidance_scale, loaded.guidance_scale)
+        say_sampling(steps, guidance)
         model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        guidance_scale = guidance_or_default(self.guidance_scale, loaded.guidance_scale)
         sampling = Sampling(
             self.method,
             self.solver_options,
             steps.number,
-            guidance_scale,
+            guidance.scale,
             self.negative_prompt,
             flow_spacing=self.flow_spacing,
             scheduler_options=loaded.scheduler_options,
         )
         shift = float(loaded.flow_scheduler(self.flow_spacing).config["shift"])
-        return model, sampling, {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance_scale}
+        return model, sampling, {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance.scale}
 
     def _changed(
         self, model: "BaseModel", file: Path, prompt: str, sampling: "Sampling", source_noise: float

@@ -263,12 +263,14 @@ class Train:
 
 def _say_how_to_sample(output: Path, base: str, trainer: "AlignedTrainer", result: "RunResult") -> None:
     """Print how to generate images with the result, and write the same into its model card."""
-    from d2f_fast.training.model_card import CARD_FILE, recipe, write_model_card
+    from d2f_fast.lora.family import family_of
+    from d2f_fast.training.model_card import CARD_FILE, write_model_card
+    from d2f_fast.training.recipe import recipe
 
-    run = {**result, "images_per_step": trainer.global_batch_size}
-    for line in recipe(output, trainer.tags):
-        print(f"d2f: {line}", file=sys.stderr)
-    if write_model_card(output, base, trainer.config, trainer.tags, run) is None:
+    run, family = {**result, "images_per_step": trainer.global_batch_size}, family_of(trainer.unet)
+    for way in recipe(output, trainer.tags, family, base=base):
+        print(f"d2f: {way.line}", file=sys.stderr)
+    if write_model_card(output, base, family, trainer.config, trainer.tags, run) is None:
         print(f"d2f: {output / CARD_FILE} is not a model card of d2f_fast, and is kept", file=sys.stderr)
 
 

@@ -19,6 +19,18 @@ class ChosenSteps(NamedTuple):
     source: str
 
 
+class ChosenGuidance(NamedTuple):
+    """Scale of classifier-free guidance.
+
+    Attributes:
+        scale: The scale.
+        source: Where it comes from, in words that follow the scale.
+    """
+
+    scale: float
+    source: str
+
+
 def check_negative_prompt(negative_prompt: str, guidance_scale: float) -> None:
     """Refuse a negative prompt without guidance, which alone uses it.
 
@@ -115,9 +127,18 @@ def complete_size(height: int | None, width: int | None, sample_size: object, do
     return height or own_height, width or own_width
 
 
-def guidance_or_default(given: float | None, saved: float | None = None) -> float:
+def chosen_guidance(given: float | None, saved: float | None = None) -> ChosenGuidance:
     """Return the guidance scale: the one that was given, else the one saved with the weights, else the default."""
-    return next(scale for scale in (given, saved, DEFAULT_GUIDANCE) if scale is not None)
+    if given is not None:
+        return ChosenGuidance(given, "as given")
+    if saved is not None:
+        return ChosenGuidance(saved, "as saved with the model or LoRA")
+    return ChosenGuidance(DEFAULT_GUIDANCE, "the default")
+
+
+def guidance_or_default(given: float | None, saved: float | None = None) -> float:
+    """Return the scale of `chosen_guidance`."""
+    return chosen_guidance(given, saved).scale
 
 
 def image_size(

@@ -1,7 +1,6 @@
-"""Say how to generate images with the result of a run: in its model card, and in the lines that the run prints."""
+"""Write the model card of a run: how to generate images with its result, and how it was trained."""
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,8 +8,10 @@ from huggingface_hub import ModelCardData
 
 from d2f_fast.config import DEFAULT_RANK, TrainingConfig
 from d2f_fast.files.atomic import StrPath, atomic_path
-from d2f_fast.lora.source import KOHYA_ENDING, LORA_FILE
-from d2f_fast.lora.tags import CAPTIONS, SOURCE_NOISE, predicts_depth, starts_from_image, starts_from_zeros
+from d2f_fast.lora.family import Family
+from d2f_fast.lora.tags import SOURCE_NOISE, predicts_depth, starts_from_image, starts_from_zeros
+from d2f_fast.models.names import MINIATURE
+from d2f_fast.training.recipe import placeholders, recipe
 from d2f_fast.training.summary import recommended_steps
 
 CARD_FILE = "README.md"
@@ -20,107 +21,21 @@ _WORDS = {1: "one step", 2: "two steps", 4: "four steps"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def recipe(folder: StrPath, tags: Mapping[str, str], name: str | None = None) -> list[str]:
-    """Return how to generate images with a result in few steps, one line for each program.
-
-    Args:
-        folder: Folder of the run, with LoRA files or a folder `pipeline`.
-        tags: Entries of the result's header; see `tags_of`.
-        name: How the lines call the folder; None for its path.
-    """
-    folder = Path(folder)
-    name = str(folder) if name is None else name
-    is_lora = not (folder / "pipeline").is_dir()
-    sigmas, shift = tags["d2f.recommended_sigmas"], tags["d2f.shift"]
-    steps, built_in = recommended_steps(tags), tags.get("d2f.recommended_guidance") == "1.0"
-    guidance, cfg = (", guidance_scale=1", ", CFG scale 1") if built_in else ("", "")
-    predicts_flow = tags["d2f.prediction_type"] == "flow_prediction"
-    model = f"--model BASE --lora {shlex.quote(name)}" if is_lora else f"--model {shlex.quote(f'{name}/pipeline')}"
-    if predicts_depth(tags):
-        return _depth_recipe(name, model, steps, from_zeros=starts_from_zeros(tags))
-    if starts_from_image(tags):
-        prompts = " --prompts TEXT" if tags.get(CAPTIONS) == "true" else ""
-        command = f"d2f sample --task image_to_image {model} --image IMAGE{prompts} --num_inference_steps {steps}"
-        return [f"d2f_fast: `{command}`"]
-    lines = [f"d2f_fast: `d2f sample {model} --prompts TEXT --num_inference_steps {steps}`"]
-    if tags.get("d2f.fm_form") == "published":
-        return lines  # No other program feeds the network the flow time itself.
-    nodes = (
-        f"ModelSamplingSD3 (shift {shift}) and KSampler (euler, simple)"
-        if predicts_flow
-        else f"ManualSigmas (`{sigmas}`) and SamplerCustom (euler)"
-    ) + (", with cfg 1" if built_in else "")
-    if not is_lora:
-        taken = f"num_inference_steps={steps}" if predicts_flow else f"sigmas=[{sigmas}]"
-        lines.append(f'diffusers: `DiffusionPipeline.from_pretrained("{name}/pipeline")(TEXT, {taken}{guidance})`')
-        if predicts_flow:
-            even = ", ".join(f"{1 - step / steps:.6g}" for step in range(steps))
-            lines.append(
-                "diffusers, exactly (its own scheduler starts at 0.999 and rounds timesteps, which changes latents by"
-                f" about 1 %): `pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})`,"
-                " `pipe.scheduler.init_noise_sigma = 1.0`,"
-                " `pipe.scheduler.scale_model_input = lambda sample, t: sample`, then"
-                f" `pipe(TEXT, sigmas=[{even}]{guidance})`"
-            )
-        single_file = shlex.quote(f"{folder.resolve().name}.safetensors")
-        lines.append(
-            f"ComfyUI: `d2f convert {shlex.quote(f'{name}/pipeline')} {single_file}`, that file in"
-            f" models/checkpoints; the nodes CheckpointLoaderSimple, {nodes}"
-        )
-        if not predicts_flow:
-            lines.append(f"A1111, Forge: the same file in models/Stable-diffusion; sampler Euler{cfg}")
-    elif (folder / LORA_FILE).is_file():
-        shifted = "" if shift == "1.0" else f", shift={shift}"
-        if predicts_flow:  # A single file of the base model does not say so.
-            shifted = f', prediction_type="flow_prediction", shift={shift}'
-        lines.append(
-            f'diffusers: `pipe.load_lora_weights("{name}", weight_name="{LORA_FILE}")`, then'
-            f" `pipe.scheduler = Diff2FlowScheduler.from_config(pipe.scheduler.config{shifted})`"
-            + (f" and `pipe(TEXT, num_inference_steps={steps}{guidance})`" if built_in else "")
-        )
-    for file in folder.glob(f"*{KOHYA_ENDING}") if is_lora else ():
-        lines.append(f"ComfyUI: `{file.name}` in models/loras; the nodes LoraLoaderModelOnly, {nodes}")
-        if not predicts_flow:
-            lines.append(
-                f"A1111, Forge: `{file.name}` in models/Lora; `<lora:{file.stem}:1>` in the prompt, sampler Euler{cfg}"
-            )
-    return lines
-
-
-def _placeholders(tags: Mapping[str, str], is_lora: bool) -> str:
-    """Return what the words in capitals of the recipe stand for."""
-    if predicts_depth(tags):
-        return "IMAGE is the file of an image; in diffusers, the image itself."
-    if starts_from_image(tags):
-        named = ["BASE is the base model"] if is_lora else []
-        named.append("IMAGE is the file of the image to start from")
-        named += ["TEXT is the caption of the result"] if tags.get(CAPTIONS) == "true" else []
-        return " ".join(f"{sentence}." for sentence in named)
-    return "BASE is the base model, and TEXT the caption." if is_lora else "TEXT is the caption."
-
-
-def _depth_recipe(name: str, model: str, steps: int, *, from_zeros: bool) -> list[str]:
-    """Return how to predict depth with a result: in this package, and in diffusers."""
-    loaded = f'MarigoldDepthPipeline.from_pretrained("{name}/pipeline")'
-    latents, where = "", ""
-    if from_zeros:  # The pipeline starts from noise unless it is given the start.
-        latents = ", latents=torch.zeros(1, 4, h, w)"
-        where = ", where h and w are the sides of the processed image, divided by 8 and rounded up"
-    return [
-        f"d2f_fast: `d2f sample --task depth {model} --image IMAGE --num_inference_steps {steps}`",
-        f"diffusers: `{loaded}(IMAGE, num_inference_steps={steps}{latents}).prediction`{where}",
-    ]
-
-
 def write_model_card(
-    folder: StrPath, base_model: str, config: TrainingConfig, tags: Mapping[str, str], result: Mapping[str, object]
+    folder: StrPath,
+    base_model: str,
+    family: Family | None,
+    config: TrainingConfig,
+    tags: Mapping[str, str],
+    result: Mapping[str, object],
 ) -> Path | None:
     """Write the model card `README.md` into the folder of a run, in the form of the Hugging Face Hub.
 
     Args:
         folder: Folder of the run, which exists.
-        base_model: Model that the run started from. It is named in the card where it is a hub id, not where it is a
-            path of this machine.
+        base_model: Model that the run started from. It is named in the card where it is a hub id or "miniature", not
+            where it is a path of this machine.
+        family: Family of the model; None for one that only diffusers loads.
         config: Options of the run.
         tags: Entries of the result's header; see `tags_of`.
         result: Number of "steps" of the run, and of "images_per_step", over all processes and passes, and where they
@@ -135,18 +50,24 @@ def write_model_card(
     path = Path(folder) / CARD_FILE
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return None
-    text = "\n".join(_card(Path(folder), base_model, config, tags, result)) + "\n"
+    text = "\n".join(_card(Path(folder), base_model, family, config, tags, result)) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
 def _card(
-    folder: Path, base_model: str, config: TrainingConfig, tags: Mapping[str, str], result: Mapping[str, object]
+    folder: Path,
+    base_model: str,
+    family: Family | None,
+    config: TrainingConfig,
+    tags: Mapping[str, str],
+    result: Mapping[str, object],
 ) -> Sequence[str]:
     """Return the lines of the card."""
     is_lora, steps = config.adapter == "lora", recommended_steps(tags)
     published = base_model if _HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else None
+    base = MINIATURE if base_model == MINIATURE else published
     data = ModelCardData(
         base_model=published,
         library_name="diffusers",
@@ -158,12 +79,12 @@ def _card(
         rank = config.rank or (DEFAULT_RANK if config.init_lora is None else None)
         kind = "LoRA that went on from another one" if rank is None else f"LoRA of rank {rank}"
     settings = {
-        "base model": published or "a local model",
+        "base model": f"{MINIATURE}, the tiny model in d2f_fast" if base == MINIATURE else base or "a local model",
         "objective": tags["d2f.objective"],
         "prediction type": tags["d2f.prediction_type"],
         "trained": kind,
         "steps": result["steps"],
-        "images per step": result["images_per_step"],
+        f"{_samples(tags)} per step": result["images_per_step"],
         "resolution": f"{tags['d2f.resolution']} px",
         "learning rate": config.learning_rate,
         **({"trained on pairs with guidance": tags["d2f.pairs_guidance"]} if "d2f.pairs_guidance" in tags else {}),
@@ -189,9 +110,9 @@ def _card(
         "",
         f"## {_purpose(tags)} in {_WORDS.get(steps, f'{steps} steps')}",
         "",
-        *(f"- {line}" for line in recipe(folder, tags, folder.resolve().name)),
+        *(line for way in recipe(folder, tags, family, folder.resolve().name, base) for line in way.markdown),
         "",
-        _placeholders(tags, is_lora),
+        placeholders(tags, names_base=is_lora and base is None),
         "",
         "## Training",
         "",
@@ -213,6 +134,13 @@ def _purpose(tags: Mapping[str, str]) -> str:
     if predicts_depth(tags):
         return "Predict depth"
     return "Change images" if starts_from_image(tags) else "Generate images"
+
+
+def _samples(tags: Mapping[str, str]) -> str:
+    """Return what a step is counted in."""
+    if starts_from_image(tags):
+        return "pairs of images"
+    return "pairs" if tags.get("d2f.data") == "pairs" else "images"
 
 
 def _validation_row(losses: object) -> dict[str, str]:

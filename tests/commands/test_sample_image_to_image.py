@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,10 +54,34 @@ def test_run_records_its_task_and_how_it_is_sampled(run: Path) -> None:
     assert not list(run.glob("*_kohya*")) and not (run / "pipeline").exists()
     card = (run / "README.md").read_text()
     assert "pipeline_tag: image-to-image" in card and "## Change images in four steps" in card
-    assert "`d2f sample --task image_to_image --model BASE --lora run --image IMAGE --num_inference_steps 4`" in card
-    assert "BASE is the base model. IMAGE is the file of the image to start from." in card
+    assert (
+        "`d2f sample --task image_to_image --model BASE --lora run --image IMAGE"
+        " --num_inference_steps 4 --guidance_scale 1`"
+    ) in card
+    assert "BASE is the base model, in quotes. IMAGE is the file of the image to start from; " in card
+    assert "| pairs of images per step | 2 |" in card
     assert "| share of noise at the start | 0.25 |" in card and "ComfyUI" not in card
     assert json.loads((run / "config.json").read_text())["source_noise"] == 0.25
+
+
+def test_lines_of_the_card_give_the_image_of_d2f_sample(
+    sample: Callable[..., int],
+    run_card: Callable[..., list[dict[str, Any]]],
+    run: Path,
+    tiny_folder: Path,
+    source_targets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(run.parent)
+    assert sample() == 0
+    said = capsys.readouterr().err
+    assert "d2f: num_inference_steps 4, as saved in " in said
+    assert "d2f: guidance_scale 1, as saved with the model or LoRA\n" in said
+    with Image.open(source_targets / "source/1.jpg") as image:
+        (found,) = run_card((run / "README.md").read_text(), BASE=str(tiny_folder), IMAGE=image.convert("RGB"))
+    assert np.abs(np.asarray(found["image"]).astype(int) - pixels(tmp_path / "out/1.png")).max() <= 1
 
 
 def test_image_is_that_of_the_flow_from_the_noised_source(

@@ -36,7 +36,7 @@ def test_full_finetuning_saves_the_averaged_pipeline_and_no_lora(train, tiny_fol
     assert not any(torch.equal(saved[name], base[name]) for name in saved)
 
 
-def test_lora_training_saves_the_lora_its_metrics_and_its_options(train, tmp_path, capsys):
+def test_lora_training_saves_the_lora_its_metrics_and_its_options(train, tiny_folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(output) == 0
     printed = capsys.readouterr()
@@ -46,8 +46,10 @@ def test_lora_training_saves_the_lora_its_metrics_and_its_options(train, tmp_pat
     assert "d2f: 3 images, 2 per step: an epoch has 2 steps, and 2 steps are 1 epochs\n" in printed.err
     metrics = json.loads((output / "metrics.json").read_text())
     card = (output / "README.md").read_text()
-    for line in ("ManualSigmas (`17.6146, 3, 1, 0.3333, 0`)", "`<lora:run_kohya:1>`"):
-        assert line in printed.err and line in card
+    for words in ("sigmas=[17.6146, 3, 1, 0.3333, 0], guidance_scale=3", "ComfyUI, A1111 and Forge load SD1.x"):
+        assert words in printed.err and words in card
+    # The printed lines name the base model, which the card does not where it is a path of this machine.
+    assert f"--model {tiny_folder} --lora {output} " in printed.err and "--model BASE --lora run " in card
     assert metrics["command"] == "d2f train" and metrics["peak_memory_bytes"] > 0
     assert metrics["results"][0]["steps"] == 2
     options = json.loads((output / "config.json").read_text())
@@ -134,7 +136,7 @@ def test_model_is_rectified_twice_from_its_own_pairs(tiny_folder, tmp_path, caps
     assert "pairs of 2 shards, made with guidance 2 and solver euler, 3 steps: sample the result without" in said
     assert (
         "6 pairs, 4 per step: an epoch has 2 steps, and 2 steps are 1 epochs" in said
-        and "--num_inference_steps 2`" in said
+        and "--num_inference_steps 2 --guidance_scale 1`" in said
     )
     options = json.loads(Path("run1", "config.json").read_text())
     assert options["caption_dropout"] == 0 and options["resolution"] == 16
@@ -420,7 +422,7 @@ def test_run_names_the_teacher_and_refuses_one_that_does_not_fit(train, tmp_path
     assert (row["objective"], row["teacher"], row["teacher_guidance_scale"]) == ("fm", "base", 3.0)
     options = json.loads((output / "config.json").read_text())
     assert (options["teacher"], options["teacher_guidance_scale"]) == ("base", 3.0)
-    assert "ModelSamplingSD3 (shift 1.0) and KSampler (euler, simple), with cfg 1" in (output / "README.md").read_text()
+    assert "(TEXT, sigmas=[1, 0.75, 0.5, 0.25], guidance_scale=1, " in (output / "README.md").read_text()
     for given, sentence in (
         (["--teacher", "miniature"], "teacher miniature is a UNet of another family with a text width of "),
         (["--teacher", "old.ckpt"], "teacher: old.ckpt is a pickle, which can run code"),

@@ -1,10 +1,16 @@
 """`d2f train --task depth`: what a run writes, and options that are refused."""
 
 import json
+import re
+import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from d2f_fast.commands.main import main
 
@@ -16,8 +22,8 @@ def test_run_writes_a_lora_a_stock_folder_and_how_to_use_them(depth_run: Path) -
     assert (depth_run / "pytorch_lora_weights.safetensors").is_file() and not list(depth_run.glob("*_kohya*"))
     card = (depth_run / "README.md").read_text()
     assert "pipeline_tag: depth-estimation" in card and "## Predict depth in four steps" in card
-    assert "d2f sample --task depth --model run/pipeline --image IMAGE --num_inference_steps 4" in card
-    assert 'MarigoldDepthPipeline.from_pretrained("run/pipeline")(IMAGE, num_inference_steps=4).prediction' in card
+    assert "d2f sample --task depth --model run/pipeline --image IMAGE --num_inference_steps 4`" in card
+    assert "depth = pipe(IMAGE, num_inference_steps=4, generator=torch.manual_seed(0)).prediction" in card
     config = json.loads((depth_run / "config.json").read_text())
     assert config["depth_normalization"] == "disparity" and config["first_last_layers"] is True
     assert json.loads((depth_run / "metrics.json").read_text())["results"][0]["steps"] == 2
@@ -29,7 +35,30 @@ def test_run_that_learns_one_step_from_zeros_says_how_to_use_it(jump_run: Path) 
     card = (jump_run / "README.md").read_text()
     assert "## Predict depth in one step" in card and "| start | zeros in place of noise, one step |" in card
     assert "d2f sample --task depth --model run/pipeline --image IMAGE --num_inference_steps 1`" in card
-    assert "(IMAGE, num_inference_steps=1, latents=torch.zeros(1, 4, h, w)).prediction`, where h and w are" in card
+    assert "depth = pipe(IMAGE, num_inference_steps=1, latents=latents).prediction" in card
+
+
+@pytest.mark.parametrize("fixture", ["depth_run", "jump_run"])
+def test_lines_of_the_card_give_the_depth_of_d2f_sample(
+    fixture: str,
+    request: pytest.FixtureRequest,
+    run_card: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run: Path = request.getfixturevalue(fixture)
+    monkeypatch.chdir(run.parent)
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    card, steps = (run / "README.md").read_text(), 4 if fixture == "depth_run" else 1
+    command = re.search("`d2f (sample .*?)`", card)
+    assert command is not None
+    arguments = shlex.split(command[1].replace("IMAGE", shlex.quote(str(tmp_path / "a.png"))))
+    assert main([*arguments, "--output_dir", str(tmp_path)]) == 0
+    assert f"d2f: num_inference_steps {steps}, as given\n" in capsys.readouterr().err
+    (found,) = run_card(card, IMAGE=Image.fromarray(pixels))
+    assert np.abs(found["depth"][0, ..., 0] - np.load(tmp_path / "a.npy")).max() <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_damaged_file_is_named_in_one_line(name, damage, sentence, exported, tmp
     command = ["sample", "--prompts", "ab", "--onnx", str(copy), "--output_dir", str(tmp_path / "a")]
     assert main(command) == 2
     *before, line = capsys.readouterr().err.splitlines()
-    # Graphs are read when they are first needed, which is after the number of steps has been said.
-    assert before in ([], ["d2f: num_inference_steps 4, the default"])
+    # Graphs are read when they are first needed, which is after steps and guidance have been printed.
+    assert before in ([], ["d2f: num_inference_steps 4, the default", "d2f: guidance_scale 3, the default"])
     assert re.search(f"{name}.*{sentence}" if "." in name else sentence, line), line
     assert not list(tmp_path.glob("a/*"))

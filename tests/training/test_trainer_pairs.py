@@ -13,7 +13,7 @@ from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError, RefusedInputError
 from d2f_fast.files.tensor_file import read_metadata
 from d2f_fast.sampling.integrate import sample_flow, unet_velocity
-from d2f_fast.training.model_card import recipe
+from d2f_fast.training.recipe import recipe
 from d2f_fast.training.teacher import TeacherModel, start_teacher
 
 META = {"guidance_scale_range": [2.0, 5.0], "steps": 25, "solver": "heun"}
@@ -141,7 +141,7 @@ def test_distilled_lora_is_sampled_in_one_step(
     header = read_metadata(trainer.save_lora(tmp_path / "out"))
     assert header["d2f.recommended_steps"] == "1" and header["d2f.distilled"] == "true"
     assert header["modelspec.usage_hint"] == "1 step, guidance 1, sampler Euler with the sigmas 14.6146, 0"
-    assert recipe(tmp_path / "out", trainer.tags)[0].endswith("--num_inference_steps 1`")
+    assert recipe(tmp_path / "out", trainer.tags, None)[0].line.endswith("--num_inference_steps 1 --guidance_scale 1`")
     with pytest.raises(RefusedInputError, match=r"distill learns the jump from the noise of pairs, .*: give pairs or"):
         make_trainer("other", distill=True).fit(images())
     with pytest.raises(RefusedInputError, match=r"distill learns the jump .* leave one of the two out"):
