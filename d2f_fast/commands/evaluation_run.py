@@ -77,7 +77,8 @@ def run_evaluation(command: "Evaluate", files: "ImageFiles", output: Path) -> di
             captions = [_caption_beside(path) for path in files.generated] if classifier is not None else []
             made: dict[str, Any] = {"images": command.images}
         else:
-            prompts = _choose(files.captions, command.num_samples or len(files.captions), command.seed)
+            # More than half as many as the real images are not compared.
+            prompts = _choose(files.captions, command.num_samples or len(real) // 2, command.seed)
             features, made = _generate_features(command, prompts, steps.number, loaded, network)
             captions = list(prompts)
         compared = compare_images(real, features, command.seed)

@@ -1,6 +1,6 @@
 """Write the results of `d2f evaluate` as rows of metrics.json and as tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from d2f_fast.evaluation.comparison import Comparison
     from d2f_fast.evaluation.image_set import Features
     from d2f_fast.miniature.classifier import Classifier
+
+# Below this number of images a table says that they are few.
+_MANY_IMAGES = 100
 
 
 def comparison_entries(compared: "Comparison") -> dict[str, Any]:
@@ -81,6 +84,7 @@ def comparison_table(row: Mapping[str, Any]) -> list[str]:
         f"{row['samples']} generated images ({made}) and, for comparison, {row['samples']} real ones,"
         f" against {row['reference_samples']} other real ones; {row['features']} features, seed {row['seed']}",
         *_aligned(cells),
+        *_doubts(row),
     ]
 
 
@@ -104,6 +108,22 @@ def paths_title(row: Mapping[str, Any]) -> str:
         f"Straightness of {row['paths']} paths of {_model(row)}, {row['prompts']} prompts, guidance"
         f" {row['guidance_scale']:g}, seed {row['seed']}"
     )
+
+
+def _doubts(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line on generated images that were not compared, and one on too few images to rely on the numbers."""
+    compared, generated = row["samples"], row["generated_images"]
+    if compared < generated:
+        names = "; the right name is looked for in all of them" if "name_samples" in row else ""
+        yield (
+            f"  {compared} of the {generated} generated images, chosen at random, are compared: half as many as the"
+            f" {row['real_images']} real images{names}"
+        )
+    if compared < _MANY_IMAGES:
+        yield (
+            f"  {compared} images are few: precision, recall and coverage can be high by chance, and small differences"
+            f" mean nothing; compare {_MANY_IMAGES} or more"
+        )
 
 
 def _made(row: Mapping[str, Any]) -> str:

@@ -122,7 +122,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "checkpoints": ", ".join(path.name for path in checkpoints) or "none",
         "results": {path.name: describe(path) for path in results},
         "bytes": bytes_below(folder),
-        "needs": ["`d2f inspect` of a result says more of it"] if results else [],
+        "needs": [],
         "odd": odd,
     }
 

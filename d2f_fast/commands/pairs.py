@@ -23,11 +23,14 @@ from d2f_fast.config import (
     option,
     positive,
 )
-from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.errors import DatasetError, RefusedInputError, printable
+from d2f_fast.lora.source import check_lora_file, lora_identity, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.tags import options_of_training
 from d2f_fast.sampling.options import check_negative_prompt, complete_size, image_size
+from d2f_fast.tasks.pair_record import check_record, prompt_entries
 from d2f_fast.tasks.processes import Process, device_of, owned_folder
 
 if TYPE_CHECKING:
@@ -150,7 +153,8 @@ class Pairs:
         started = time.monotonic()
         from d2f_fast.commands.load_model import load_with_lora
         from d2f_fast.models.base_model import BaseModel
-        from d2f_fast.tasks.pair_folder import PairFolder, pair_record, settle_record
+        from d2f_fast.tasks.pair_folder import PairFolder
+        from d2f_fast.tasks.pair_record import pair_record, settle_record
         from d2f_fast.tasks.pairs import PairGenerator, evaluations
 
         loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
@@ -159,7 +163,7 @@ class Pairs:
         origin: dict[str, object] = {
             "model": loaded.fingerprints["unet"],
             "vae": loaded.fingerprints["vae"],
-            "lora": [f"{each['sha256'][:16]}:{each['scale']:g}" for each in loaded.lora],
+            "lora": [lora_identity(each["sha256"], each["scale"]) for each in loaded.lora],
         }
         scheduler = {"flow_spacing": self.flow_spacing, **loaded.scheduler_options}
         settle_record(output, pair_record(plan, origin, scheduler), process)
@@ -231,14 +235,16 @@ class Pairs:
             DatasetError: A prompt is too long or not UTF-8, a file holds none, or the data set cannot be used.
         """
         from d2f_fast.data.captions import read_prompts
-        from d2f_fast.data.image_folder import CaptionedImages
+        from d2f_fast.data.image_folder import CaptionedImages, NoCaptionsError
 
         if self.prompts_file is not None:
             yield from read_prompts(Path(self.prompts_file))
         if self.train_data_dir is not None:
-            images = CaptionedImages(
-                self.train_data_dir, self.image_column, self.caption_column, self.caption_extension
-            )
+            columns = self.image_column, self.caption_column, self.caption_extension
+            try:
+                images = CaptionedImages(self.train_data_dir, *columns)
+            except NoCaptionsError as error:
+                raise DatasetError(f"{error}; or give the prompts as --prompts_file alone") from error
             for index in range(len(images)):
                 yield from images.captions(index).alternatives
 
@@ -274,4 +280,28 @@ class Pairs:
             check_seen_images(self.model, configs, "give a text-to-image model")
             self._size(configs.unet.get("sample_size"), downsampling_of(configs.vae))
         check_lora_and_output(self.lora, self.output_dir, self.shift, model=self.model, options=self.model_options)
-        return list(self._prompts())
+        prompts = list(self._prompts())
+        if (output := Path(self.output_dir)).is_dir():
+            check_record(output, self._known_entries(prompts))
+        return prompts
+
+    def _known_entries(self, prompts: list[str]) -> dict[str, object]:
+        """Return the entries of pairs.json that are known before the model is loaded, by their names there."""
+        from d2f_fast.files.hashes import file_sha256
+
+        same = (
+            *("pairs_per_shard", "seed", "num_inference_steps", "solver", "flow_spacing", "guidance_scale"),
+            *("negative_prompt", "dtype", "mixed_precision", "batch_size", "save_images"),
+        )
+        of_training = options_of_training(self.model, self.lora, self.model_options, self.shift)
+        sizes = {"height": self.height, "width": self.width}  # A size that is not given is that of the model.
+        sources = [parse_lora(entry) for entry in self.lora]
+        return {
+            "num_pairs": self.num_pairs or len(prompts),
+            **prompt_entries(prompts),
+            **{name: getattr(self, name) for name in same},
+            "guidance_scale_max": self.guidance_scale if self.guidance_scale_max is None else self.guidance_scale_max,
+            **{name: of_training.get(name) for name in ("prediction_type", "fm_form", "shift")},
+            **{name: side for name, side in sizes.items() if side is not None},
+            "lora": [lora_identity(file_sha256(check_lora_file(path)), scale) for path, scale in sources],
+        }

@@ -35,6 +35,10 @@ EXPECTED_LAYOUTS = (
 )
 
 
+class NoCaptionsError(DatasetError):
+    """A folder with images, and no captions for them."""
+
+
 class Sample(TypedDict):
     """One captioned image.
 
@@ -230,7 +234,7 @@ def _read_caption_files(folder: Path, extension: str) -> Iterator[tuple[str, Cap
         )
     images = [name for name in names if is_image(name)]
     if not any(caption_file(name).is_file() for name in images):
-        raise DatasetError(
+        raise (NoCaptionsError if images else DatasetError)(
             f"{printable(folder)} has no captioned images: {_other_captions(folder, images, extension)}"
             f"{EXPECTED_LAYOUTS}"
         )

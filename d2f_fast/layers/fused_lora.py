@@ -131,12 +131,12 @@ def lora_paths(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dt
         return "none"
     count = f"{len(layers)} layers"
     if runs_plain(device):
-        return f"{count} in plain torch, as peft computes them (no GPU)"
+        return f"{count} in PyTorch, as peft computes them"
     if kernel_path(device) == "torch":
-        return f"{count} by addmm in plain torch (no Triton)"
+        return f"{count} in PyTorch (addmm)"
     fused = 0
     for layer in layers:
         if isinstance(layer, FusedLinear) and obstacle(layer, training=True) is None:
             rank, rows = operands(layer)[0].shape[0], MIN_ROWS
             fused += choose_path(rows, layer.out_features, layer.in_features, rank, dtype, device) == "split"
-    return f"{fused} of {count} in Triton from {MIN_ROWS} rows on, else by addmm (the dispatch table)"
+    return f"{fused} of {count} in Triton kernels from {MIN_ROWS} rows on, else in PyTorch (addmm)"

@@ -10,11 +10,10 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 Family = Literal["sd1", "sd2", "sdxl"]
-# What messages call each family, and a network of none of them.
-FAMILY_NAMES: dict[Family | None, str] = {
-    **{"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL"},
-    None: "a UNet of another family",
-}
+# What messages call each family.
+FAMILY_NAMES: dict[Family, str] = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL"}
+# Entries of the configuration of the miniature's UNet by which it is recognised.
+_MINIATURE = {"cross_attention_dim": 128, "layers_per_block": 1, "block_out_channels": [48, 96]}
 
 # Width of the text condition, which no finetune of a family changes.
 _FAMILY_OF_TEXT_WIDTH: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -41,6 +40,20 @@ def family_of_config(config: Mapping[str, Any]) -> Family | None:
     width = config.get("cross_attention_dim")
     family = _FAMILY_OF_TEXT_WIDTH.get(width) if isinstance(width, int) else None
     return family if (config.get("addition_embed_type") == "text_time") == (family == "sdxl") else None
+
+
+def family_name(config: Mapping[str, Any]) -> str:
+    """Return what messages call the UNet that has a configuration: its family, "the miniature", or neither of them.
+
+    Args:
+        config: Content of the UNet's config.json.
+    """
+    if (family := family_of_config(config)) is not None:
+        return FAMILY_NAMES[family]
+    levels = list(config.get("block_out_channels") or ())  # diffusers holds it as a tuple.
+    if {**{name: config.get(name) for name in _MINIATURE}, "block_out_channels": levels} == _MINIATURE:
+        return "the miniature"
+    return "a UNet other than SD1.x, SD2.x and SDXL"
 
 
 def family_of_text_width(width: int) -> Family | None:

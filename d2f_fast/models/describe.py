@@ -9,7 +9,7 @@ from typing import Any
 from d2f_fast.errors import CheckpointError, ModelError, printable
 from d2f_fast.files.tensor_header import TensorInfo, read_tensor_header
 from d2f_fast.files.walk import bytes_below
-from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
+from d2f_fast.lora.family import family_name
 from d2f_fast.models.folder import read_config
 from d2f_fast.models.names import ORIGINAL_PREFIXES, PICKLE_SUFFIXES
 from d2f_fast.models.tags import TAGS_FILE, saved_tags
@@ -45,7 +45,7 @@ def describe_model_folder(folder: Path) -> dict[str, Any]:
     tensors = {name: _component(path) for name, path in parts.items()}
     return {
         "kind": f"diffusers folder ({index.get('_class_name', 'no class')})",
-        "family": FAMILY_NAMES[family_of_config(unet)],
+        "family": family_name(unet),
         "prediction type": _stated(scheduler, "prediction_type", "epsilon"),
         "zero terminal SNR": _stated(scheduler, "rescale_betas_zero_snr", False),
         "scheduler": scheduler.get("_class_name", "not named"),

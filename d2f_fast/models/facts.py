@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import EulerDiscreteScheduler
 
 from d2f_fast.flow.scheduler_config import predicts_flow
-from d2f_fast.lora.family import FAMILY_NAMES, family_of
+from d2f_fast.lora.family import family_name
 from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_prediction_type
 from d2f_fast.models.reflection_padding import set_reflection_padding
 
@@ -141,9 +141,9 @@ def _facts_of_scheduler(pipeline: "DiffusionPipeline", source: str) -> ModelFact
     }
     # diffusers' own flow-matching schedulers have no prediction type, but can only belong to such networks.
     is_flow = "prediction_type" not in config and predicts_flow(config)
-    family = family_of(unet) if type(unet).__name__ == "UNet2DConditionModel" else None
+    of_unet = unet.config if unet is not None and type(unet).__name__ == "UNet2DConditionModel" else {}
     return ModelFacts(
-        FAMILY_NAMES[family],
+        family_name(of_unet),
         "flow_prediction" if is_flow else str(config.get("prediction_type")),
         source if is_flow else sources["prediction_type"],
         _has_zero_snr(scheduler),

@@ -8,13 +8,10 @@ A shard that has its name is whole and is never written again. Nothing in the fo
 or on the time, so that two folders of the same options, made on the same kind of machine, are equal byte for byte.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,84 +19,14 @@ from tqdm import tqdm
 from d2f_fast.data.pair_shards import PairRecord, pair_bytes, shard_name, write_shard
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.atomic import in_mebibytes
-from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.files.tar_index import BLOCK, opened, read_at
 from d2f_fast.tasks.pair_grid import GRID_FILE, write_grid
+from d2f_fast.tasks.pair_record import remove_unfinished
 from d2f_fast.tasks.pairs import PairGenerator, PairPlan
 from d2f_fast.tasks.processes import Process
 
-RECORD_FILE = "pairs.json"
 # JPEG images of this quality have about half a byte for each pixel, and at most about this many.
 _IMAGE_BYTES_PER_PIXEL = 0.7
-# Process 0 writes pairs.json, after it has loaded the model; the others wait for it.
-_PATIENCE_SECONDS = 1800.0
-
-
-def pair_record(plan: PairPlan, origin: Mapping[str, object], scheduler: Mapping[str, object]) -> dict[str, object]:
-    """Return the content of pairs.json: everything that the pairs depend on.
-
-    Args:
-        plan: What is made, and how.
-        origin: Entries about the model and its LoRA.
-        scheduler: Options of the sampling times.
-    """
-    return {
-        "format": "d2f_fast.pairs.1",
-        "num_pairs": plan.num_pairs,
-        "pairs_per_shard": plan.pairs_per_shard,
-        "prompts": len(plan.prompts),
-        "prompts_sha256": hashlib.sha256("\n".join(plan.prompts).encode()).hexdigest(),
-        "seed": plan.seed,
-        "num_inference_steps": len(plan.times) - 1,
-        "solver": plan.solver,
-        **scheduler,
-        "guidance_scale": plan.guidance_scale,
-        "guidance_scale_max": plan.guidance_scale_max,
-        "negative_prompt": plan.negative_prompt,
-        "height": plan.height,
-        "width": plan.width,
-        "dtype": plan.dtype,
-        "mixed_precision": plan.precision,
-        "batch_size": plan.batch_size,
-        "save_images": plan.save_images,
-        **origin,
-    }
-
-
-def settle_record(folder: Path, record: Mapping[str, object], process: Process) -> None:
-    """Write pairs.json, or refuse a folder whose pairs were made with other options.
-
-    Args:
-        folder: Folder of the pairs, which this process has locked.
-        record: Content of pairs.json.
-        process: This process. The main one writes, and the others wait until it has.
-
-    Raises:
-        RefusedInputError: The folder holds pairs of other options, shards without pairs.json, or none appears.
-    """
-    path, wanted = folder / RECORD_FILE, json.loads(json.dumps(record))
-    if process.is_main and not path.exists():
-        if any(folder.glob("*.tar")):
-            raise RefusedInputError(
-                f"{printable(folder)} holds shards and no {RECORD_FILE}, which says how they were made: name a new"
-                " output_dir"
-            )
-        _remove_unfinished(folder, RECORD_FILE)
-        write_json(path, wanted)
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise RefusedInputError(f"process 0 has not written {printable(path)}: start all processes together")
-        time.sleep(0.1)
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise RefusedInputError(f"{printable(path)} does not describe pairs: name a new output_dir")
-    for key in {**wanted, **found}:
-        if found.get(key) != wanted.get(key):
-            raise RefusedInputError(
-                f"{printable(path)}: {key} was {json.dumps(found.get(key))} and is now {json.dumps(wanted.get(key))}:"
-                " give the same options as before to go on, or name a new output_dir"
-            )
 
 
 class PairFolder:
@@ -131,7 +58,7 @@ class PairFolder:
             if process.owns(_number_of(path)):
                 path.unlink(missing_ok=True)
         if process.is_main:
-            _remove_unfinished(folder, GRID_FILE)
+            remove_unfinished(folder, GRID_FILE)
 
     def path(self, number: int) -> Path:
         """Return the path of a shard."""
@@ -227,9 +154,3 @@ def _number_of(path: Path) -> int:
     """Return the number of the shard that a temporary file was to become; -1 for another file."""
     number = path.stem.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
-
-
-def _remove_unfinished(folder: Path, name: str) -> None:
-    """Remove what killed processes left when they wrote a file."""
-    for path in folder.glob(f".tmp-*-{name}"):
-        path.unlink(missing_ok=True)

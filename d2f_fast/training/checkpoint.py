@@ -178,7 +178,7 @@ def named_checkpoint(output_dir: StrPath, resume_from: StrPath | None) -> Checkp
 
 
 def refuse_used_folder(output_dir: StrPath, resume_from: StrPath | None) -> None:
-    """Refuse an output folder with checkpoints or results of another run, which a new run would replace.
+    """Refuse an output folder with checkpoints or results of an earlier run, which a new run would replace.
 
     Args:
         output_dir: folder of the run; it need not exist.
@@ -192,7 +192,7 @@ def refuse_used_folder(output_dir: StrPath, resume_from: StrPath | None) -> None
     checkpoints = list_checkpoints(output_dir) + list_checkpoints(output_dir, ".old-")
     if checkpoints and resume_from is None:
         raise RefusedInputError(
-            f"{printable(output_dir)} holds {checkpoints[0][1].name} of another run: continue it with"
+            f"{printable(output_dir)} holds {checkpoints[0][1].name} of an earlier run: continue it with"
             " --resume_from_checkpoint latest, or name a new output_dir"
         )
     results = [*sorted(output_dir.glob("*.safetensors")), *output_dir.glob("pipeline/model_index.json")]

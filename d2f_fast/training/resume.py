@@ -154,5 +154,4 @@ def load_state(
     read_optimizer(folder / OPTIMIZER_FILE, step.optimizer, step.trainable)
     step.state_was_replaced()
     step.skipped.fill_(state["skipped_steps"])
-    logger.info("resumed from %s at step %d", folder, steps_taken)
     return steps_taken

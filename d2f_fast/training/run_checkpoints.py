@@ -1,12 +1,14 @@
 """Decide which steps of a run are saved: never weights that are not finite, nor in place of the last good ones."""
 
 import logging
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from d2f_fast.config import TrainingConfig
+from d2f_fast.errors import printable
 from d2f_fast.training.checkpoint import delete_old_checkpoints, save_checkpoint
 from d2f_fast.training.resume import choose_checkpoint, load_state, write_state
 from d2f_fast.training.step import TrainingStep
@@ -38,7 +40,7 @@ class RunCheckpoints:
         self.saved_step = 0
 
     def resume(self, config: TrainingConfig, identity: dict[str, object], samples: int, steps_taken: int) -> int:
-        """Load the checkpoint that the options name, and return the number of steps taken.
+        """Load the checkpoint that the options name, say so, and return the number of steps taken.
 
         Args:
             config: options of the run.
@@ -54,6 +56,9 @@ class RunCheckpoints:
         if folder is None:
             return steps_taken
         self.saved_step = load_state(folder, self._step, identity, samples, config.max_train_steps)
+        if self._writes:
+            line = f"going on from {printable(folder)}: step {self.saved_step} of {config.max_train_steps} is done"
+            print(f"d2f: {line}", file=sys.stderr)
         return self.saved_step
 
     def save(

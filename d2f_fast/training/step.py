@@ -218,13 +218,15 @@ class TrainingStep:
         graphs = [] if device.type != "cuda" else ["no CUDA graph (--cuda_graph records one)"]
         if self.graphs is not None:
             graphs = [f"recorded as a CUDA graph for each of {MAX_GRAPHS} shapes (--cuda_graph)"]
-        by_kernel = kernel_path(device) == "triton"
-        why = "no GPU" if device.type != "cuda" else "no Triton"
+        loss = "Triton kernels of this package"
+        if kernel_path(device) != "triton":
+            missing = "Triton is not installed" if device.type == "cuda" else "the kernels of this package need a GPU"
+            loss = f"PyTorch, as {missing}"
         return "; ".join([
             f"training runs on {device} in {str(dtype).removeprefix('torch.')}",
             "compiled (--compile)" if config.compile else "not compiled (--compile makes later steps faster)",
             *graphs,
-            "alignment and loss: " + ("Triton kernels" if by_kernel else f"plain torch ({why})"),
+            f"loss: {loss}",
             f"LoRA: {lora_paths(self.unet, device, dtype)}",
             f"attention: {_attention(self.unet, device, dtype)}",
         ])  # fmt: skip
@@ -324,4 +326,4 @@ def _attention(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str
         return type(attention.processor).__name__
     shape = 1, attention.heads, 1024, attention.inner_dim // attention.heads
     query = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-    return f"torch's {SDPBackend(torch._fused_sdp_choice(query, query, query)).name.lower()} kernel"
+    return f"PyTorch's {SDPBackend(torch._fused_sdp_choice(query, query, query)).name.lower()}"

@@ -15,7 +15,7 @@ from d2f_fast.config import (
     option,
 )
 from d2f_fast.errors import ModelError, RefusedInputError, printable
-from d2f_fast.lora.family import FAMILY_NAMES, family_of_config
+from d2f_fast.lora.family import family_name, family_of_config
 from d2f_fast.lora.file_keys import component_of
 from d2f_fast.lora.header import LoraHeader
 from d2f_fast.lora.source import check_lora_file, parse_lora
@@ -196,8 +196,8 @@ def check_fits_base(teacher: str, configs: "ModelConfigs", base: "ModelConfigs",
     own, other = ((family_of_config(each.unet), each.unet.get("cross_attention_dim")) for each in (base, configs))
     if own != other:
         raise ModelError(
-            f"{named} is {FAMILY_NAMES[other[0]]} with a text width of {other[1]}, and the base model"
-            f" {FAMILY_NAMES[own[0]]} with {own[1]}: give a teacher of the same family"
+            f"{named} is {family_name(configs.unet)} (text width {other[1]}), and the base model"
+            f" {family_name(base.unet)} (text width {own[1]}): give a teacher of the same family"
         )
     for key in ("in_channels", "out_channels"):
         if (its := configs.unet.get(key, 4)) != (ours := base.unet.get(key, 4)):

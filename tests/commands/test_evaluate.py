@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def folders(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> P
         write(folder / "damaged", REAL[:16])
         (folder / "damaged" / "03.png").write_bytes(b"no image")
         (folder / "empty").mkdir()
+        (folder / "bare").mkdir()
+        shutil.copy(folder / "real" / "00.png", folder / "bare")
 
     return shared_folder("evaluate", make)
 
@@ -126,6 +128,31 @@ def test_model_is_evaluated_on_the_captions_of_the_reference_with_its_straightne
     assert result["images"]["steps"] == 1 and result["images"]["model"] == str(recommending)
 
 
+@pytest.mark.parametrize(("given", "count"), [([], 10), (["--num_samples", "12"], 12)], ids=["default", "given"])
+def test_no_more_images_than_are_compared_are_generated_by_default(
+    given: list[str],
+    count: int,
+    folders: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts: list[str] = []
+
+    def stub(pipeline: object, of: list[str], *more: object, **options: object) -> Iterator[torch.Tensor]:
+        prompts.extend(of)
+        return iter(torch.rand(len(of), 3, emoji.SIZE, emoji.SIZE, generator=torch.Generator().manual_seed(0)))
+
+    monkeypatch.setattr("d2f_fast.commands.evaluation_run.generate_squares", stub)
+    command = ["evaluate", "--reference", str(folders / "real"), "--model", str(tiny_folder), "--features", "miniature"]
+    assert main([*command, "--height", "16", "--width", "16", *given, "--output_dir", str(tmp_path), "--json"]) == 0
+    printed = capsys.readouterr()
+    row = json.loads(printed.out)["images"]
+    assert len(prompts) == row["generated_images"] == row["name_samples"] == count and row["samples"] == 10
+    assert ("10 of the 12 generated images" in printed.err) == bool(given)
+
+
 def test_straightness_of_prompts_needs_no_reference(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +211,10 @@ def test_straightness_of_prompts_needs_no_reference(
         ({"reference": "real", "images": "none"}, "images: none is not a folder"),
         ({"reference": "real", "images": "empty"}, "empty holds no images (.png, "),
         ({"reference": "empty", "model": "miniature"}, "empty has no captioned images"),
+        (
+            {"reference": "bare", "model": "miniature"},
+            "; without captions, generate the images elsewhere, and give their folder as --images in place of --model",
+        ),
         ({"reference": "real", "images": "few"}, "images: few holds 6 images: give at least 7"),
         ({"reference": "generated", "images": "real"}, "reference: generated holds 9 images: give at least 14"),
         ({"reference": "damaged", "images": "generated"}, "damaged/03.png does not decode as PNG"),

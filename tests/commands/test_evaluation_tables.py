@@ -10,6 +10,8 @@ from d2f_fast.miniature.classifier import load_classifier
 ROW = {
     "samples": 7,
     "reference_samples": 9,
+    "generated_images": 7,
+    "real_images": 16,
     "features": "imagenet",
     "seed": 3,
     "frechet_distance": 12.345,
@@ -22,7 +24,8 @@ ROW = {
 
 
 def test_comparison_table_says_counts_interval_floor_and_direction() -> None:
-    first, head, *lines = comparison_table(ROW | {"images": "folder"})
+    first, head, *lines, few = comparison_table(ROW | {"images": "folder"})
+    assert few.startswith("  7 images are few: precision, recall and coverage can be high by chance")
     assert first.startswith("7 generated images (folder) and, for comparison, 7 real ones, against 9 other real ones")
     assert head.split() == ["generated", "95", "%", "interval", "real", "images"]
     assert lines[0].split("  ")[1:] != [] and lines[0].endswith("lower is better")
@@ -31,6 +34,18 @@ def test_comparison_table_says_counts_interval_floor_and_direction() -> None:
     assert all(line.endswith("higher is better") and "0.750" in line for line in lines[1:])
     made = {"model": "m", "lora": ["l:0.5"], "steps": 2, "method": "heun", "guidance_scale": 1.0}
     assert "(m + l:0.5, 2 steps of heun, guidance 1)" in comparison_table(ROW | made)[0]
+
+
+def test_images_that_are_not_compared_and_too_few_images_are_stated_below_the_table() -> None:
+    row = ROW | {"images": "folder"}
+    many = {"samples": 100, "reference_samples": 100, "generated_images": 100, "real_images": 200}
+    assert comparison_table(row | many)[-1].endswith("higher is better")
+    (left_out,) = comparison_table(row | many | {"generated_images": 160})[6:]
+    assert left_out.startswith("  100 of the 160 generated images, chosen at random, are compared: half as many as")
+    names = {"name_top1": 0.5, "name_top5": 1.0, "name_samples": 16}
+    left_out, few = comparison_table(row | names | {"samples": 8, "generated_images": 16})[8:]
+    assert left_out.startswith("  8 of the 16 ") and left_out.endswith("right name is looked for in all of them")
+    assert few.startswith("  8 images are few")
 
 
 def test_straightness_table_has_a_line_for_each_segment() -> None:

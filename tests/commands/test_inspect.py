@@ -61,7 +61,7 @@ def test_run_is_described_with_its_results(train: Any, tmp_path: Path, inspect: 
     checkpoint = inspect(tmp_path / "run" / "checkpoint-1")
     assert (checkpoint["kind"], checkpoint["step"]) == ("checkpoint of a run", 1)
     assert [result["names"] for result in checkpoint["results"].values()] == ["peft"]
-    assert "checkpoint-1" in found["checkpoints"] and found["odd"] == []
+    assert "checkpoint-1" in found["checkpoints"] and found["odd"] == found["needs"] == []
     assert [result["names"] for result in found["results"].values()] == ["peft", "kohya, diffusers blocks"]
     (tmp_path / "run" / "checkpoint-1" / "manifest.json").unlink()
     for path in (tmp_path / "run").glob("*.safetensors"):

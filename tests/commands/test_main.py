@@ -178,6 +178,9 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
     resumed = ("--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", "latest")
     on_flow = ("train", "--train_data_dir", data, "--pretrained_model_name_or_path", str(flow))
     run, file, config = (str(tmp_path / name) for name in ("run", "file", "c.yaml"))
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "pairs.json").write_text(json.dumps({"num_pairs": 3}))
     locked, done = str(tmp_path / "locked"), str(tmp_path / "done")
     refused = {
         ("train", "--train_data_dir", "no-such-folder"): "no-such-folder is not a folder",
@@ -208,6 +211,7 @@ def test_bad_options_and_paths_are_refused_before_torch_is_imported(data, tiny_f
         ("pairs", "--prompts_file", config, "--model", str(model)): "has sample_size None",
         ("pairs", "--train_data_dir", data, "--height", "35"): "height must be a positive multiple of 8, got 35",
         ("pairs", "--train_data_dir", run): "has no captioned images",
+        ("pairs", "--train_data_dir", data, "--output_dir", str(made)): "pairs.json: num_pairs was 3 and is now 1",
         (
             "pairs",
             "--prompts_file",

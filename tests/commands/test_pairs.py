@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,12 @@ def make_pairs(tiny_folder: Path, images: Path, tmp_path: Path) -> Callable[...,
 
 
 def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
-    make_pairs: Callable[..., int], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_pairs: Callable[..., int],
+    tiny_folder: Path,
+    images: Path,
+    adapted: tuple[Any, dict[str, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "pairs"
     options = ("--num_pairs", "7", "--pairs_per_shard", "4", "--guidance_scale", "2", "--dtype", "float32", "--json")
@@ -59,8 +65,35 @@ def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
     assert json.loads(capsys.readouterr().out)["pairs_made"] == 3
     after = (output / "000000.tar").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert make_pairs(output, *options, "--shift", "2") == 2
-    assert "pairs.json: shift was null and is now 2.0: give the same options" in capsys.readouterr().err
+    # Each other option is refused before the model is loaded, and so by --dry_run; the same ones are not.
+    assert make_pairs(output, *options, "--dry_run") == 0
+    changes = {
+        "--num_pairs 8": "num_pairs was 7 and is now 8",
+        "--pairs_per_shard 5": "pairs_per_shard was 4 and is now 5",
+        "--caption_extension .text": "prompts_sha256 was ",
+        "--seed 1": "seed was 0 and is now 1",
+        "--num_inference_steps 3": "num_inference_steps was 2 and is now 3",
+        "--solver heun": 'solver was "euler" and is now "heun"',
+        "--flow_spacing trailing": 'flow_spacing was "uniform" and is now "trailing"',
+        "--shift 2": "shift was null and is now 2.0",
+        "--prediction_type flow_prediction": 'prediction_type was null and is now "flow_prediction"',
+        "--guidance_scale 3": "guidance_scale was 2.0 and is now 3.0",
+        "--guidance_scale_max 3": "guidance_scale_max was 2.0 and is now 3.0",
+        "--negative_prompt x": 'negative_prompt was "" and is now "x"',
+        "--height 24": "height was 16 and is now 24",
+        "--width 24": "width was 16 and is now 24",
+        "--dtype float16": 'dtype was "float32" and is now "float16"',
+        "--mixed_precision bf16": 'mixed_precision was "no" and is now "bf16"',
+        "--batch_size 3": "batch_size was 8 and is now 3",
+        "--save_images": "save_images was false and is now true",
+        f"--lora {adapted[1]['peft']}:0.5": "lora was [] and is now [",
+    }
+    for path in images.glob("*.txt"):
+        path.with_suffix(".text").write_text("x")
+    capsys.readouterr()
+    for given, sentence in changes.items():
+        assert make_pairs(output, *options, *given.split(), "--dry_run") == 2, given
+        assert f"pairs.json: {sentence}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -77,6 +110,7 @@ def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
         (["--prompts_file", "a.txt", "--num_pairs", "0"], "num_pairs must be at least 1, got 0"),
         (["--prompts_file", "a.txt", "--output_dir", "a.txt"], "a.txt cannot be made a folder"),
         (["--prompts_file", "a.txt", "--solver", "rk4"], "solver"),
+        (["--train_data_dir", "bare"], "sub-folder named 10_name repeats its images 10 times; or give the prompts as"),
         (["--prompts_file", "empty.txt"], "empty.txt holds no prompts: write one on each line"),
         (["--prompts_file", "latin.txt"], "latin.txt, line 2 is not UTF-8 text: save the file as UTF-8"),
         (["--prompts_file", "a.txt", "--height", "17"], "height must be a positive multiple of 8, got 17"),
@@ -98,6 +132,8 @@ def test_bad_input_is_refused_with_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("ab")
     Path("empty.txt").write_text("\n \n")
+    Path("bare").mkdir()
+    Path("bare", "a.png").touch()
     Path("latin.txt").write_bytes(b"a\n\xe9\n")
     model = [] if "--model" in arguments else ["--model", str(tiny_folder)]
     try:

@@ -233,8 +233,11 @@ def test_finished_full_finetuning_is_extended_in_place(train, tmp_path, capsys):
     options = ["--adapter", "full", "--learning_rate", "0.01"]
     assert train(output, *options) == 0
     extended = [*options, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
+    assert "going on from" not in capsys.readouterr().err
     assert train(output, *extended) == 0
-    assert "was taken before" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"d2f: going on from {output / 'checkpoint-2'}: step 2 of 3 is done\n" in said
+    assert "was taken before" not in said
     assert train(output, *extended) == 0
     assert "d2f: step 3 was taken before: raise max_train_steps to go on\n" in capsys.readouterr().err
     saved = StableDiffusionPipeline.from_pretrained(output / "pipeline").unet.state_dict()
@@ -253,7 +256,7 @@ def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_
     lines = capsys.readouterr().err.splitlines()
     ours = [line for line in lines if line.startswith("d2f: ")]
     assert ours[1] == (
-        "d2f: Model: a UNet of another family, v-prediction (option --prediction_type),"
+        "d2f: Model: a UNet other than SD1.x, SD2.x and SDXL, v-prediction (option --prediction_type),"
         " zero terminal SNR (option --rescale_betas_zero_snr)"
     )
     config = json.loads((output / "config.json").read_text())
@@ -424,7 +427,7 @@ def test_run_names_the_teacher_and_refuses_one_that_does_not_fit(train, tmp_path
     assert (options["teacher"], options["teacher_guidance_scale"]) == ("base", 3.0)
     assert "(TEXT, sigmas=[1, 0.75, 0.5, 0.25], guidance_scale=1, " in (output / "README.md").read_text()
     for given, sentence in (
-        (["--teacher", "miniature"], "teacher miniature is a UNet of another family with a text width of "),
+        (["--teacher", "miniature"], "teacher miniature is the miniature (text width 128), and the base model a UNet"),
         (["--teacher", "old.ckpt"], "teacher: old.ckpt is a pickle, which can run code"),
         (["--teacher", "base"], "teacher base has nothing to teach with the objective diff2flow"),
         (["--distill"], "distill needs --pairs, whose noise and latents are the two ends of the jump, or --task depth"),

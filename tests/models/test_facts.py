@@ -27,12 +27,13 @@ def test_folder_states_its_facts_with_their_source(folder: Path) -> None:
     stated = json.loads(config.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     config.write_text(json.dumps(stated))
     assert facts_of(folder) == (
-        "a UNet of another family, v-prediction (scheduler_config.json), zero terminal SNR (scheduler_config.json)"
+        "a UNet other than SD1.x, SD2.x and SDXL, v-prediction (scheduler_config.json),"
+        " zero terminal SNR (scheduler_config.json)"
     )
     del stated["prediction_type"], stated["rescale_betas_zero_snr"]
     config.write_text(json.dumps(stated))
     assert facts_of(folder) == (
-        "a UNet of another family, ε-prediction (default of diffusers' DDIMScheduler),"
+        "a UNet other than SD1.x, SD2.x and SDXL, ε-prediction (default of diffusers' DDIMScheduler),"
         " no zero terminal SNR (default of diffusers' DDIMScheduler)"
     )
 
@@ -40,7 +41,7 @@ def test_folder_states_its_facts_with_their_source(folder: Path) -> None:
 def test_options_come_before_the_scheduler_configuration(folder: Path) -> None:
     model = BaseModel.load(folder, options=ModelOptions("v_prediction", True))
     assert str(model.facts) == (
-        "a UNet of another family, v-prediction (option --prediction_type),"
+        "a UNet other than SD1.x, SD2.x and SDXL, v-prediction (option --prediction_type),"
         " zero terminal SNR (option --rescale_betas_zero_snr)"
     )
     assert model.alignment.prediction_type == "v_prediction" and model.alignment.schedule.zero_terminal_snr
@@ -108,12 +109,13 @@ def test_shift_by_image_size_that_is_ignored_is_named(pipeline: Any) -> None:
 
 def test_family_is_that_of_the_network(pipeline: Any, tiny_xl: Any) -> None:
     config = dict(pipeline.unet.config)
-    for width, name in ((768, "SD1.x"), (1024, "SD2.x"), (2048, "a UNet of another family")):
+    for width, name in ((768, "SD1.x"), (1024, "SD2.x"), (2048, "a UNet other than SD1.x, SD2.x and SDXL")):
         pipeline.unet.register_to_config(cross_attention_dim=width)
         assert state_facts(pipeline, ModelOptions(), "x").family == name
     pipeline.unet.register_to_config(**config)
     tiny_xl.unet.register_to_config(cross_attention_dim=2048)
     assert state_facts(tiny_xl, ModelOptions(), "x").family == "SDXL"
+    assert str(BaseModel(load_pipeline("miniature")).facts).startswith("the miniature, ε-prediction (")
 
 
 @pytest.mark.parametrize("stated", [True, False])

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -12,7 +12,8 @@ from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.stopping import StopRequestedError
 from d2f_fast.tasks import pair_folder
-from d2f_fast.tasks.pair_folder import PairFolder, pair_record, settle_record
+from d2f_fast.tasks.pair_folder import PairFolder
+from d2f_fast.tasks.pair_record import pair_record, settle_record
 from d2f_fast.tasks.pairs import PairGenerator, PairPlan
 from d2f_fast.tasks.processes import Process, owned_folder
 
@@ -103,49 +104,6 @@ def test_stop_says_how_much_is_finished_and_leaves_no_half_shard(
         PairFolder(tmp_path, filled.plan, Process()).fill(stopped)
     assert "d2f: 1 of 3 shards are finished: the same command makes the others" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["000000.tar"]
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"seed": 1}, "seed was 0 and is now 1"),
-        ({"guidance_scale": 4.0}, "guidance_scale was 3.0 and is now 4.0"),
-        ({"prompts": ("ab", "c", "dx")}, "prompts_sha256 was "),
-        ({"num_pairs": 11}, "num_pairs was 10 and is now 11"),
-        ({"solver": "heun"}, 'solver was "euler" and is now "heun"'),
-    ],
-    ids=str,
-)
-def test_folder_of_other_options_is_refused_with_the_key(
-    options: dict[str, Any], sentence: str, filled: Filled, make_plan: MakePlan
-) -> None:
-    record = pair_record(make_plan(**options), {"model": "m"}, {})
-    for process in (Process(), Process(1, 2)):
-        with pytest.raises(RefusedInputError) as caught:
-            settle_record(filled.folder, record, process)
-        assert sentence in str(caught.value) and "give the same options as before to go on" in str(caught.value)
-
-
-def test_other_model_is_refused_by_its_hash(filled: Filled) -> None:
-    with pytest.raises(RefusedInputError, match='model was "m" and is now "n"'):
-        settle_record(filled.folder, pair_record(filled.plan, {"model": "n"}, {}), Process())
-
-
-def test_shards_without_a_record_are_refused(filled: Filled, tmp_path: Path) -> None:
-    (tmp_path / "000000.tar").touch()
-    with pytest.raises(RefusedInputError, match=r"holds shards and no pairs\.json"):
-        settle_record(tmp_path, pair_record(filled.plan, {}, {}), Process())
-    (tmp_path / "pairs.json").write_text("[]")
-    with pytest.raises(RefusedInputError, match="does not describe pairs"):
-        settle_record(tmp_path, pair_record(filled.plan, {}, {}), Process())
-
-
-def test_process_whose_main_process_never_writes_gives_up(
-    filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pair_folder, "_PATIENCE_SECONDS", 0.0)
-    with pytest.raises(RefusedInputError, match="start all processes together"):
-        settle_record(tmp_path, pair_record(filled.plan, {}, {}), Process(1, 2))
 
 
 @pytest.mark.parametrize("cut", [0, 700, 1024])

@@ -162,7 +162,7 @@ def test_new_run_is_refused_in_a_folder_with_checkpoints(images: Any, make_train
     first.fit(images())
     first.fit(images())  # its own: nothing is left to do
     log = Path(first.config.output_dir, "log.jsonl").read_bytes()
-    with pytest.raises(RefusedInputError, match=r"run holds checkpoint-3 of another run: continue it with --resume"):
+    with pytest.raises(RefusedInputError, match=r"run holds checkpoint-3 of an earlier run: continue it with --resume"):
         make_trainer(max_train_steps=4).fit(images())
     assert Path(first.config.output_dir, "log.jsonl").read_bytes() == log
 

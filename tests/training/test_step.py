@@ -216,8 +216,8 @@ def test_paths_line_says_which_paths_run_and_why(
     make_trainer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    common = "alignment and loss: plain torch (no GPU); LoRA: {}; attention: torch's flash_attention kernel"
-    plain = common.format("20 layers in plain torch, as peft computes them (no GPU)")
+    common = "loss: PyTorch, as the kernels of this package need a GPU; LoRA: {}; attention: PyTorch's flash_attention"
+    plain = common.format("20 layers in PyTorch, as peft computes them")
     assert make_trainer().paths == (
         f"training runs on cpu in float32; not compiled (--compile makes later steps faster); {plain}"
     )
@@ -229,14 +229,14 @@ def test_paths_line_says_which_paths_run_and_why(
     trainer.unet.set_attn_processor(type("OtherProcessor", (), {"__call__": lambda *arguments: None})())
     assert trainer.paths.endswith("attention: OtherProcessor")
     monkeypatch.setenv(PATH_VARIABLE, "addmm")
-    assert "LoRA: 20 layers by addmm in plain torch (no Triton)" in make_trainer().paths
+    assert "LoRA: 20 layers in PyTorch (addmm)" in make_trainer().paths
 
 
 @pytest.mark.gpu
 def test_paths_line_on_a_gpu(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = make_trainer(cuda_graph=True, mixed_precision="bf16").paths
-    assert "one CUDA graph for each of 4 shapes (--cuda_graph); alignment and loss: Triton kernels" in paths
-    assert "LoRA: 0 of 20 layers in Triton from 4096 rows on, else by addmm (the dispatch table)" in paths
+    assert "one CUDA graph for each of 4 shapes (--cuda_graph); loss: Triton kernels of this package; LoRA" in paths
+    assert "LoRA: 0 of 20 layers in Triton kernels from 4096 rows on, else in PyTorch (addmm)" in paths
     monkeypatch.setenv(PATH_VARIABLE, "split")
     assert "LoRA: 0 of 20" not in make_trainer().paths  # 16 features and more have a kernel
 
