@@ -246,8 +246,8 @@ class TrainingConfig:
         target_modules: Layers that get a LoRA, by the ends of their names, such as to_q to_k. --conv_rank and
             --first_last_layers add theirs. Default: all attention and feed-forward layers.
         lora_format: LoRA files to write at the end: "diffusers" (pytorch_lora_weights.safetensors), "kohya" (for
-            ComfyUI, A1111, Forge and kohya's scripts, named after --output_dir, as my_run_kohya.safetensors), or
-            "both". Default: "both"; "diffusers" with another --task than text, the only one for image_to_image.
+            ComfyUI, A1111, Forge and kohya's scripts, named after --output_dir, as run_kohya.safetensors), or "both".
+            Default: "both"; "diffusers" with another --task, the only one for image_to_image and depth with --distill.
         center_crop: Crop the middle of each image. --no_center_crop crops at a random position, and needs
             --no_cache_latents.
         random_flip: Mirror each image left to right half of the time.

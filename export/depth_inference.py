@@ -71,7 +71,7 @@ class OnnxDepthPipeline(ExportedPipeline):
                 f" {self.report['static']}): export for one"
             )
         if from_zeros := self.report.get("start") == "zeros":  # Exports of earlier versions have no such entry.
-            check_jump(steps)
+            check_jump(str(self.folder), "steps", steps)
             steps = 1
             if noise is not None:
                 raise RefusedInputError("noise was given, and the model was trained to start from zeros: leave it out")

@@ -34,6 +34,7 @@ from d2f_fast.files.json_file import write_json
 from d2f_fast.files.lock import locked_place
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.lora.merge import fuse_adapter
+from d2f_fast.models.marigold import settle_start
 from d2f_fast.models.reflection_padding import set_reflection_padding
 from d2f_fast.models.tags import take_trained_size
 
@@ -91,9 +92,10 @@ class ExportJob:
         adapters = [path for path, _ in options.adapters]
         take_trained_size(self.model.pipeline, options.model, adapters)
         sampling = sampling_of(self.model, options.model, adapters, options.shift)
-        self.flow, self.shift, self.recommended_guidance, steps, reflects, self.starts_from_zeros = sampling
+        self.flow, self.shift, self.recommended_guidance, steps, reflects, self.starts_from_zeros, was_zeros = sampling
         if self.starts_from_zeros:
             check_steps_of_jump(options)
+        settle_start(self.model.pipeline, was_zeros=was_zeros, from_zeros=self.starts_from_zeros, steps=steps)
         if reflects and options.vae_reflection_padding is None:
             set_reflection_padding(self.model.vae, True)
         self.components = self._components()

@@ -12,7 +12,7 @@ from d2f_fast.lora.tags import check_tags, common_tags, starts_from_zeros, tags_
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.image_context import form_of
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import lowest_guidance, recommended_steps, saved_tags
+from d2f_fast.models.tags import lowest_guidance, recommended_steps, tags_of_loaded
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Sampling(NamedTuple):
         steps: number of sampling steps that they recommend; None for no recommendation.
         vae_reflection_padding: whether the files of its training ask for an autoencoder that pads by reflection.
         starts_from_zeros: whether it was trained to jump from zeros, in place of noise, to its result in one step.
+        base_starts_from_zeros: whether the model was, without the LoRA that were merged into it.
     """
 
     flow: Flow
@@ -37,6 +38,7 @@ class Sampling(NamedTuple):
     steps: int | None
     vae_reflection_padding: bool
     starts_from_zeros: bool
+    base_starts_from_zeros: bool
 
 
 def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), shift: float | None = None) -> Sampling:
@@ -51,7 +53,8 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
     Raises:
         ModelError: the tags cannot be used, or the network is of the published form of naive flow matching.
     """
-    tags = common_tags(adapters, shift) if adapters else saved_tags(source)
+    of_model = tags_of_loaded(source, model.unet.config)
+    tags = common_tags(adapters, shift) if adapters else of_model
     check_tags(source, tags, shift)
     flow, own = model.flow, Diff2FlowScheduler.from_config(model.pipeline.scheduler.config)
     try:
@@ -69,9 +72,9 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
             " exported folder does: sample it with d2f sample"
         )
     guidance, steps = lowest_guidance(source, adapters), recommended_steps(source, adapters)
-    from_zeros = starts_from_zeros(tags_with_lora(saved_tags(source), tags))
+    was_zeros, from_zeros = starts_from_zeros(of_model), starts_from_zeros(tags_with_lora(of_model, tags))
     reflects = tags.get("d2f.vae_reflection_padding") == "true"
-    return Sampling(flow, shift, guidance, 1 if from_zeros else steps, reflects, from_zeros)
+    return Sampling(flow, shift, guidance, 1 if from_zeros else steps, reflects, from_zeros, was_zeros)
 
 
 def load_model(model: str, options: ModelOptions | None = None) -> BaseModel:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from d2f_fast.errors import ModelError, RefusedInputError, printable
@@ -112,31 +112,48 @@ def check_lora_forms(base_model: str | None, loras: Sequence[Path], kohya_output
             check_named_as_in_diffusers(header)
 
 
-def check_readers(name: str, loras: Sequence[StrPath], form: str, *, is_lora: bool) -> None:
+def check_readers(
+    name: str, loras: Sequence[StrPath], form: str, *, is_lora: bool, unet: Mapping[str, object] | None = None
+) -> None:
     """Refuse to write what starts from an image or from zeros in a form that is for programs which start from noise.
+
+    A LoRA that is merged into a model decides how the result starts, where it was trained on a task.
 
     Args:
         name: LoRA file or folder, or name of the model, that is converted.
         loras: LoRA files or folders that are added to it.
         form: Form of the output.
         is_lora: Whether a LoRA is converted, and not a model.
+        unet: Configuration of the model's UNet, which says how a model starts that is a hub id; None before it is
+            loaded.
 
     Raises:
-        ModelError: The form is "kohya" or "single_file", and a file was trained to start from an image or from zeros.
+        ModelError: The form is "kohya" or "single_file", and the result would start from an image or from zeros; or
+            the LoRA cannot be used together.
     """
-    from d2f_fast.lora.tags import lora_tags, starts_from_image, starts_from_zeros
-    from d2f_fast.models.tags import saved_tags
+    from d2f_fast.lora.tags import (
+        START,
+        TASK,
+        common_tags,
+        lora_tags,
+        starts_from_image,
+        starts_from_zeros,
+        tags_with_lora,
+    )
+    from d2f_fast.models.tags import tags_of_loaded
 
     if form not in ("kohya", "single_file"):
         return
-    tagged = {name: lora_tags(name) if is_lora else saved_tags(name)} | {str(path): lora_tags(path) for path in loras}
-    for source, tags in tagged.items():
-        if starts_from_image(tags) or starts_from_zeros(tags):
-            start = "zeros" if starts_from_zeros(tags) else "an image"
-            raise ModelError(
-                f"{printable(source)} was trained to start from {start}, and the programs that read the form {form}"
-                f" start from noise: give --to {'peft' if form == 'kohya' else 'diffusers, and a folder as OUTPUT'}"
-            )
+    own = lora_tags(name) if is_lora else tags_of_loaded(name, unet or {})
+    tags = tags_with_lora(own, common_tags(loras, shift=1.0))  # Where their shifts differ, none is taken.
+    if starts_from_image(tags) or starts_from_zeros(tags):
+        start = "zeros" if starts_from_zeros(tags) else "an image"
+        tagged = {str(path): lora_tags(path) for path in loras} | {name: own}
+        deciding = next(source for source, found in tagged.items() if TASK in found or START in found)
+        raise ModelError(
+            f"{printable(deciding)} was trained to start from {start}, and the programs that read the form {form}"
+            f" start from noise: give --to {'peft' if form == 'kohya' else 'diffusers, and a folder as OUTPUT'}"
+        )
 
 
 def check_merge(model: str, lora: Sequence[str], options: ModelOptions) -> None:

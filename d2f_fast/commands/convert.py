@@ -230,17 +230,18 @@ class Convert:
 
         dtype = None if self.dtype is None else _torch_dtype(self.dtype)
         loras = [parse_lora(entry) for entry in self.lora]
-        tags, scheduler = _tags_with_lora(source.name, self.model_options, [path for path, _ in loras])
+        paths = [path for path, _ in loras]
         if form == "single_file" and (not loras or convert.can_stream(source.name, self.model_options)):
             model = convert.read_model(source.name, self.model_options)
-            if loras:
-                model = convert.with_lora(model, loras, dtype)
+            tags, scheduler = _tags_with_lora(source.name, self.model_options, paths, model.configs["unet"], form)
+            model = convert.with_lora(model, loras, dtype) if loras else model
         else:
             kept = convert.stored_dtype(source.name)
             loaded = load_model(source.name, kept if not loras else _torch_dtype("fp32"), self.model_options)
+            tags, scheduler = _tags_with_lora(source.name, self.model_options, paths, loaded.pipeline.unet.config, form)
             for path, scale in loras:
                 fuse_adapter(loaded.pipeline, path, scale)
-            take_trained_size(loaded.pipeline, source.name, [path for path, _ in loras], squares_only=True)
+            take_trained_size(loaded.pipeline, source.name, paths, squares_only=True)
             print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
             dtype = dtype or kept
             if form == "diffusers":
@@ -363,7 +364,7 @@ def _torch_dtype(name: str) -> "torch.dtype":
 
 
 def _tags_with_lora(
-    model: str, options: ModelOptions, loras: Sequence[Path]
+    model: str, options: ModelOptions, loras: Sequence[Path], unet: Mapping[str, object], form: OutputForm
 ) -> "tuple[dict[str, str], DPMSolverMultistepScheduler | None]":
     """Return the tags of a model with LoRA, and its scheduler where the LoRA make the network predict the flow.
 
@@ -371,16 +372,19 @@ def _tags_with_lora(
         model: Model as it was given.
         options: Options of the model.
         loras: LoRA files or folders that are merged into it; none leave the model's own tags.
+        unet: Configuration of its UNet, which says how a model starts that is a hub id.
+        form: Form of the output.
 
     Raises:
-        RefusedInputError: A LoRA is of a form that other programs do not sample, or a tag cannot be used.
+        RefusedInputError: The programs that read the form would not sample the result, or a tag cannot be used.
     """
     from d2f_fast.flow.scheduler_config import NUM_TRAIN_TIMESTEPS
     from d2f_fast.models.convert import tags_of_model
     from d2f_fast.models.save import stock_flow_scheduler
     from d2f_fast.models.tags import tags_of_merged
 
-    tags = tags_of_model(model, options)
+    check_readers(model, loras, form, is_lora=False, unet=unet)
+    tags = tags_of_model(model, options, unet)
     if not loras:
         return tags, None
     merged, differing = tags_of_merged(model, tags, loras)
@@ -392,6 +396,5 @@ def _tags_with_lora(
             " file of its own, for d2f sample"
         )
     becomes_flow = merged.get("d2f.prediction_type") == "flow_prediction" != tags.get("d2f.prediction_type")
-    if not becomes_flow:
-        return merged, None
-    return merged, stock_flow_scheduler(NUM_TRAIN_TIMESTEPS, float(merged.get("d2f.shift", 1)))
+    shift = float(merged.get("d2f.shift", 1))
+    return merged, stock_flow_scheduler(NUM_TRAIN_TIMESTEPS, shift) if becomes_flow else None

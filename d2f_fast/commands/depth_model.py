@@ -11,16 +11,10 @@ from d2f_fast.commands.load_model import load_with_lora
 from d2f_fast.image_sizes import first_size
 from d2f_fast.lora.tags import starts_from_zeros
 from d2f_fast.models.configs import check_one_text_encoder
-from d2f_fast.models.marigold import (
-    DEFAULT_STEPS,
-    depth_scheduler,
-    marigold_pipeline,
-    set_default_steps,
-    text_encoders_of,
-)
+from d2f_fast.models.marigold import depth_scheduler, marigold_pipeline, settle_start, text_encoders_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.save import stock_flow_scheduler
-from d2f_fast.models.tags import saved_tags
+from d2f_fast.models.tags import tags_of_loaded
 from d2f_fast.sampling.options import complete_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.tasks.depth import DepthModel, DepthSampler
@@ -38,9 +32,9 @@ def load_depth_model(model: str, lora: Sequence[str], options: ModelOptions, sam
     Raises:
         RefusedInputError: The model or a LoRA cannot be used, or was not trained on depth.
     """
-    tags = depth_tags(model, lora)
     loaded = load_with_lora(model, lora, options, None, context_images=1)
     pipeline, flow_options = loaded.pipeline, loaded.scheduler_options
+    own, tags = tags_of_loaded(model, pipeline.unet.config), depth_tags(model, lora, pipeline.unet.config)
     print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
     normalization: Any = tags.get("d2f.depth_normalization")
     if normalization is None:
@@ -51,11 +45,10 @@ def load_depth_model(model: str, lora: Sequence[str], options: ModelOptions, sam
         own_size = max(complete_size(None, None, pipeline.unet.config.sample_size, pipeline.vae_scale_factor))
         resolution = max(first_size(tags["d2f.resolution"])) if "d2f.resolution" in tags else own_size
         pipeline = marigold_pipeline(pipeline, pipeline.unet, scheduler, normalization, resolution)
-    if (from_zeros := starts_from_zeros(tags)) or starts_from_zeros(saved_tags(model)):
-        set_default_steps(pipeline, 1 if from_zeros else DEFAULT_STEPS)
+    settle_start(pipeline, was_zeros=starts_from_zeros(own), from_zeros=starts_from_zeros(tags))
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    return DepthModel(pipeline, normalization, flow_options, from_zeros).sampled_by(sampler)
+    return DepthModel(pipeline, normalization, flow_options).sampled_by(sampler)
 
 
 def _scheduler(base: Any, flow_options: Mapping[str, Any]) -> Any:

@@ -70,18 +70,27 @@ class DepthSampling:
         check_ensemble(self.ensemble_size)
         check_depth_model(self.model, self.lora, self.model_options)
         if starts_from_zeros(depth_tags(self.model, self.lora)):
-            check_jump(self.num_inference_steps, self.ensemble_size)
+            self._check_jump()
         check_lora_and_output(self.lora, output_dir, model=self.model, options=self.model_options, images=1)
 
     def load(self) -> "DepthModel":
         """Load the model, onto the GPU where there is one.
 
         Raises:
-            RefusedInputError: The model or a LoRA cannot be used or predicts no depth.
+            RefusedInputError: The model or a LoRA cannot be used or predicts no depth, or the model starts from zeros
+                and there are several steps or predictions.
         """
         from d2f_fast.commands.depth_model import load_depth_model
 
-        return load_depth_model(self.model, self.lora, self.model_options, self.sampler)
+        model = load_depth_model(self.model, self.lora, self.model_options, self.sampler)
+        if model.starts_from_zeros:
+            self._check_jump()  # A hub id says only now how it starts.
+        return model
+
+    def _check_jump(self) -> None:
+        """Refuse options that do not go with a model that starts from zeros."""
+        named = " with ".join((self.model, *self.lora))
+        check_jump(named, "num_inference_steps", self.num_inference_steps, self.ensemble_size)
 
     @property
     def of_prediction(self) -> dict[str, Any]:

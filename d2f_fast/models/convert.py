@@ -25,7 +25,8 @@ from d2f_fast.lora.key_names import layers_of
 from d2f_fast.lora.kohya import STABILITY, architecture, prediction_name
 from d2f_fast.lora.layer_weights import LayerWeights
 from d2f_fast.lora.read import read_lora
-from d2f_fast.lora.tags import predicts_depth
+from d2f_fast.lora.tags import predicts_depth, starts_from_zeros
+from d2f_fast.models.depth_start import set_start
 from d2f_fast.models.folder import check_real_weights
 from d2f_fast.models.load import load_pipeline
 from d2f_fast.models.names import PICKLE_SUFFIXES
@@ -34,7 +35,7 @@ from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.reflection_padding import CONFIG_ENTRY
 from d2f_fast.models.save import save_pipeline_folder
 from d2f_fast.models.skeleton import skeleton_of_folder
-from d2f_fast.models.tags import TAGS_FILE, saved_tags, stated_steps
+from d2f_fast.models.tags import TAGS_FILE, stated_steps, tags_of_loaded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -258,6 +259,7 @@ def write_folder(
             disk is full.
         CheckpointError: A weight is not finite, or too large for the type; nothing is written.
     """
+    set_start(pipeline.unet, from_zeros=starts_from_zeros(tags))
     if predicts_depth(tags) and hasattr(pipeline, "default_denoising_steps"):
         from d2f_fast.models.marigold import set_default_steps  # It imports diffusers' pipelines.
 
@@ -293,19 +295,23 @@ def stored_dtype(model: str) -> torch.dtype:
     return largest if largest.itemsize > 1 else torch.float16
 
 
-def tags_of_model(model: str, options: ModelOptions | None = None) -> dict[str, str]:
+def tags_of_model(
+    model: str, options: ModelOptions | None = None, unet: Mapping[str, object] | None = None
+) -> dict[str, str]:
     """Return the tags of a model, less those that options contradict; see `saved_tags`.
 
     Args:
         model: Pipeline folder, hub id, or `.safetensors` file.
         options: Options of the model. Tags that those on its prediction and its schedule contradict are left out. The
             default None leaves none out.
+        unet: Configuration of the loaded UNet, which says how a model starts that is a hub id; None before it is
+            loaded.
 
     Raises:
         ModelError: `d2f.json` is not a JSON object.
         CheckpointError: The file is missing, damaged, or a pickle.
     """
-    tags, options = saved_tags(model), options or ModelOptions()
+    tags, options = tags_of_loaded(model, unet or {}), options or ModelOptions()
     stated: dict[str, str | None] = {"d2f.prediction_type": options.prediction_type}
     if options.rescale_betas_zero_snr is not None:
         stated["d2f.zero_snr"] = str(options.rescale_betas_zero_snr).lower()

@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, MarigoldDepthPipeline
 from torch import Tensor
 
 from d2f_fast.models.configs import TEXT_ENCODERS
+from d2f_fast.models.depth_start import set_start
 from d2f_fast.models.facts import same_schedule
 
 if TYPE_CHECKING:
@@ -98,3 +99,19 @@ def set_default_steps(pipeline: MarigoldDepthPipeline, steps: int) -> None:
     """
     pipeline.register_to_config(default_denoising_steps=steps)
     pipeline.default_denoising_steps = steps
+
+
+def settle_start(
+    pipeline: MarigoldDepthPipeline, *, was_zeros: bool, from_zeros: bool, steps: int | None = None
+) -> None:
+    """Let a pipeline state how it starts after LoRA were merged into it, with a number of steps that fits.
+
+    Args:
+        pipeline: Pipeline that predicts depth.
+        was_zeros: Whether the model started from zeros without the LoRA.
+        from_zeros: Whether it starts from zeros with the LoRA, and so takes one step.
+        steps: Number of sampling steps of what starts from noise on a model that started from zeros; None for 4.
+    """
+    if was_zeros or from_zeros:
+        set_default_steps(pipeline, 1 if from_zeros else steps or DEFAULT_STEPS)
+    set_start(pipeline.unet, from_zeros=from_zeros)

@@ -22,6 +22,8 @@ from d2f_fast.lora.tags import (
     tags_with_lora,
 )
 from d2f_fast.models.configs import downsampling_of
+from d2f_fast.models.depth_start import start_tags
+from d2f_fast.models.folder import read_config
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.options import ChosenSteps
 
@@ -44,20 +46,36 @@ def saved_tags(model: str) -> dict[str, str]:
     """Return the entries of a model that begin with "d2f.", from its `d2f.json` or the header of its file.
 
     Args:
-        model: Pipeline folder, hub id, or `.safetensors` file; a hub id has none.
+        model: Pipeline folder, hub id, or `.safetensors` file. A folder without `d2f.json` has the task and the start
+            that the configuration of its UNet states. A hub id has none before it is loaded; see `tags_of_loaded`.
 
     Raises:
-        ModelError: `d2f.json` is not a JSON object.
+        ModelError: `d2f.json` or the configuration is not a JSON object.
         CheckpointError: The file is missing, damaged, or a pickle.
     """
-    source = tags_source(model)
+    source, config = tags_source(model), Path(model) / "unet" / "config.json"
     if source.suffix == ".safetensors":
         found: object = read_tensor_header(source).entries
     else:
         found = read_json(source) if source.is_file() else {}
     if not isinstance(found, dict):
         raise ModelError(f"{printable(source)} is not a JSON object: restore it, or remove it")
-    return {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
+    started = start_tags(read_config(config)) if config.is_file() else {}
+    return started | {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
+
+
+def tags_of_loaded(model: str, unet: Mapping[str, object]) -> dict[str, str]:
+    """Return the tags of a loaded model: those of `saved_tags`, and the start that its UNet states where they do not.
+
+    Args:
+        model: Pipeline folder, hub id, or `.safetensors` file.
+        unet: Configuration of the loaded UNet, before LoRA are merged into it.
+
+    Raises:
+        ModelError: `d2f.json` is not a JSON object.
+        CheckpointError: The file is missing, damaged, or a pickle.
+    """
+    return start_tags(unet) | saved_tags(model)
 
 
 def lowest_guidance(model: str, loras: Sequence[StrPath]) -> float | None:

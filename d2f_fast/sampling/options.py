@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from d2f_fast.config import DEFAULT_GUIDANCE, MAX_GUIDANCE, SamplingMethod, check_finite
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.image_sizes import side_multiple
 
 
@@ -68,10 +68,12 @@ def check_steps(method: SamplingMethod, steps: int) -> None:
         )
 
 
-def check_jump(steps: int | None, ensemble_size: int = 1) -> None:
+def check_jump(model: str, name: str, steps: int | None, ensemble_size: int = 1) -> None:
     """Refuse several steps, and several predictions, of a model that jumps from zeros to its result in one step.
 
     Args:
+        model: Name of the model, for the message.
+        name: Name of the option that gives the number of steps, for the message.
         steps: Number of sampling steps that was given; None for none.
         ensemble_size: Number of predictions that are combined.
 
@@ -81,12 +83,12 @@ def check_jump(steps: int | None, ensemble_size: int = 1) -> None:
     """
     if steps not in (None, 1):
         raise RefusedInputError(
-            f"the model was trained to jump from zeros in one step, got {steps} steps: leave the number out"
+            f"{printable(model)} was trained to jump from zeros in one step, got {name} {steps}: leave {name} out"
         )
     if ensemble_size != 1:
         raise RefusedInputError(
-            f"ensemble_size must be 1 with a model that starts from zeros, whose predictions are all equal, got"
-            f" {ensemble_size}: leave it out"
+            f"ensemble_size must be 1 with {printable(model)}, which starts from zeros and always predicts the same,"
+            f" got {ensemble_size}: leave it out"
         )
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from d2f_fast.data.depth_options import DepthNormalization
 from d2f_fast.errors import DatasetError, RefusedInputError
 from d2f_fast.evaluation.depth import DepthErrors, align_depth, depth_errors
+from d2f_fast.lora.tags import starts_from_zeros
+from d2f_fast.models.depth_start import start_tags
 from d2f_fast.sampling.options import check_jump
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
@@ -49,13 +51,16 @@ class DepthModel:
         pipeline: Stock pipeline on its device.
         normalization: Normalisation that it was trained with, which says what its values are affine in.
         flow_options: Options of `Diff2FlowScheduler` that the files of the model state, such as the shift.
-        starts_from_zeros: Whether it was trained to jump from zeros, in place of noise, to the depth in one step.
     """
 
     pipeline: MarigoldDepthPipeline
     normalization: DepthNormalization
     flow_options: dict[str, Any]
-    starts_from_zeros: bool = False
+
+    @property
+    def starts_from_zeros(self) -> bool:
+        """Return whether the network states that it jumps from zeros, in place of noise, to the depth in one step."""
+        return starts_from_zeros(start_tags(self.pipeline.unet.config))
 
     def sampled_by(self, sampler: DepthSampler) -> "DepthModel":
         """Return the model with a sampler.
@@ -104,7 +109,7 @@ class DepthModel:
         self._check_size(image, name, processing_resolution)
         start: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
         if self.starts_from_zeros:
-            check_jump(steps, ensemble_size)
+            check_jump(self.pipeline.name_or_path or "the model", "steps", steps, ensemble_size)
             steps, start = 1, {"latents": self._zeros(image, processing_resolution)}
         found = self.pipeline(
             image,

@@ -142,7 +142,7 @@ def _start_from_lora(model: BaseModel, config: TrainingConfig, entry: str) -> di
 
 
 def enable_gradient_checkpointing(unet: nn.Module) -> None:
-    """Let a UNet recompute its activations in the backward pass; the gradients stay the same bit for bit."""
+    """Let a UNet or an autoencoder recompute its activations in the backward pass, without a change of a gradient."""
     random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
     # Without dropout the state of the random generators is not saved: a CUDA graph could not capture that.
     unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))  # type: ignore[operator]

@@ -17,10 +17,11 @@ from d2f_fast.flow.naive_flow import NaiveFlow, uses_published_form
 from d2f_fast.image_sizes import first_size, size_text
 from d2f_fast.lora.merge import merged_unet
 from d2f_fast.lora.source import LORA_FILE
-from d2f_fast.lora.tags import TASK, predicts_depth
+from d2f_fast.lora.tags import TASK, predicts_depth, starts_from_zeros
 from d2f_fast.lora.write import lora_state_dict, save_lora
 from d2f_fast.models.autoencoder import autoencoder_tags
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.depth_start import set_start
 from d2f_fast.models.facts import same_schedule
 from d2f_fast.models.marigold import depth_scheduler, marigold_pipeline
 from d2f_fast.models.save import save_pipeline_folder, stock_flow_scheduler
@@ -128,6 +129,7 @@ def publish_pipeline(
     pipeline = model.pipeline
     check_finite_weights(model.unet)
     scheduler, unet = saved_scheduler(config, model, objective, tags), merged_unet(model.unet)
+    set_start(unet, from_zeros=starts_from_zeros(tags))
     if predicts_depth(tags):
         longer_side = max(first_size(tags["d2f.resolution"]))
         of_task = tags["d2f.depth_normalization"], longer_side, recommended_steps(tags)

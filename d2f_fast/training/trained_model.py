@@ -122,7 +122,8 @@ class TrainedModel(ABC):
                 them; see `encode_context`. None for a network that sees none.
             image_guidance_scale: scale of the guidance by these images, at least 1, which turns it off.
             noise: flow state at t = 0 in place of random noise, [B, C, h, w], such as `start_of_flow` makes of source
-                images; None for random noise. A model that was trained on source images needs it.
+                images; None for random noise. A model that was trained on source images needs it. One that was trained
+                to jump from zeros starts from zeros, and takes none.
 
         Returns:
             One RGB image for each prompt.
@@ -130,7 +131,7 @@ class TrainedModel(ABC):
         Raises:
             RefusedInputError: the autoencoder has no latents of this height or width, the steps cannot be used, the
                 network takes another context, the flow starts from an image and `noise` is missing, or `method` adds
-                noise, or the network was trained to jump from zeros in one step.
+                noise, or the network was trained to jump from zeros and would not do so in one step of "euler".
         """
         if starts_from_image(self.tags):
             if noise is None:
@@ -139,11 +140,13 @@ class TrainedModel(ABC):
                     " width, source_noise)"
                 )
             check_method_of_source(method)
-        if starts_from_zeros(self.tags) and (noise is None or num_inference_steps != 1):
-            raise RefusedInputError(
-                "the model was trained to jump from zeros in one step: give num_inference_steps=1, and zeros of shape"
-                " [B, C, h, w] as noise"
-            )
+        if starts_from_zeros(self.tags):
+            if noise is not None or (num_inference_steps, method) != (1, "euler"):
+                raise RefusedInputError(
+                    "the model was trained to jump from zeros in one step: give num_inference_steps=1, and leave method"
+                    " and noise out"
+                )
+            noise = None if context is None else torch.zeros_like(context[:, : self.unet.config.out_channels])
         sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, negative_prompt, height, width)
         sampling = replace(sampling, image_guidance_scale=image_guidance_scale)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -170,8 +173,13 @@ class TrainedModel(ABC):
             num_inference_steps, guidance_scale, height, width, method, solver, context: as for `sample`.
 
         Raises:
-            RefusedInputError: the autoencoder has no latents of this height or width, or the method adds noise.
+            RefusedInputError: the autoencoder has no latents of this height or width, the method adds noise, or the
+                network was trained to jump from zeros, so that no times between are trained.
         """
+        if starts_from_zeros(self.tags):
+            raise RefusedInputError(
+                "the model was trained to jump from zeros in one step, and no path leads back from an image: use sample"
+            )
         sampling = self._sampling(method, solver, num_inference_steps, guidance_scale, "", height, width)
         with self._generating():
             return invert_images(self.model, images, prompts, sampling, context)[0]

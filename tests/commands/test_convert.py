@@ -17,8 +17,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from d2f_fast.commands.checks import check_readers
 from d2f_fast.commands.convert import Convert
 from d2f_fast.commands.main import main
+from d2f_fast.errors import ModelError
 from d2f_fast.files.lock import locked_place
 from d2f_fast.lora.merge import fuse_adapter
 from d2f_fast.lora.read import read_lora
@@ -326,6 +328,12 @@ def test_what_starts_from_zeros_is_not_written_for_programs_that_start_from_nois
     convert(depth_run / "pipeline", tmp_path / "merged", "--lora", jump_run)
     assert saved_tags(str(tmp_path / "merged")).items() >= {"d2f.start": "zeros", "d2f.recommended_steps": "1"}.items()
     assert json.loads((tmp_path / "merged/model_index.json").read_text())["default_denoising_steps"] == 1
+    convert(jump_run / "pipeline", tmp_path / "noise", "--lora", depth_run)  # The LoRA decides.
+    for merged, start in (("merged", "zeros"), ("noise", "noise")):
+        assert json.loads((tmp_path / merged / "unet/config.json").read_text())["_d2f_start"] == start
+    check_readers(str(jump_run / "pipeline"), [depth_run], "single_file", is_lora=False)
+    with pytest.raises(ModelError, match=f"{jump_run} was trained to start from zeros, and the programs that read"):
+        check_readers(str(depth_run / "pipeline"), [jump_run], "single_file", is_lora=False)
 
 
 def test_rank_is_cut(loras: Any, convert: Any, tmp_path: Path) -> None:

@@ -1,9 +1,17 @@
 """Models that predict depth, loaded from the folders of this and of another program."""
 
 import json
+import shutil
 from pathlib import Path
 
+import huggingface_hub
+import pytest
+from diffusers import MarigoldDepthPipeline
+
+from d2f_fast.commands.depth_checks import depth_tags
 from d2f_fast.commands.depth_model import load_depth_model
+from d2f_fast.commands.depth_sampling import DepthSampling
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.options import ModelOptions
 
 
@@ -26,3 +34,27 @@ def test_lora_decides_whether_a_model_starts_from_zeros(depth_run: Path, jump_ru
     for model, lora, from_zeros, steps in ((depth_run, jump_run, True, 1), (jump_run, depth_run, False, 4)):
         loaded = load_depth_model(str(model / "pipeline"), (str(lora),), ModelOptions(), "saved")
         assert loaded.starts_from_zeros is from_zeros and loaded.pipeline.default_denoising_steps == steps
+
+
+def test_folder_that_diffusers_saved_again_still_starts_from_zeros(
+    depth_run: Path, jump_run: Path, tmp_path: Path
+) -> None:
+    MarigoldDepthPipeline.from_pretrained(jump_run / "pipeline").save_pretrained(tmp_path)
+    assert not (tmp_path / "d2f.json").exists()
+    assert depth_tags(str(tmp_path), ()) == {"d2f.task": "depth", "d2f.start": "zeros"}
+    for lora, from_zeros, steps in (((), True, 1), ((str(depth_run),), False, 4)):
+        loaded = load_depth_model(str(tmp_path), lora, ModelOptions(), "saved")
+        assert loaded.starts_from_zeros is from_zeros and loaded.pipeline.default_denoising_steps == steps
+
+
+def test_hub_id_starts_from_zeros(jump_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "models--me--one-step"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(jump_run / "pipeline", cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    loaded = DepthSampling("me/one-step").load()
+    assert loaded.starts_from_zeros and loaded.pipeline.default_denoising_steps == 1
+    sentence = "me/one-step was trained to jump from zeros in one step, got num_inference_steps 4: leave num_inf"
+    with pytest.raises(RefusedInputError, match=sentence):
+        DepthSampling("me/one-step", num_inference_steps=4).load()

@@ -44,7 +44,9 @@ def test_model_that_starts_from_zeros_takes_one_step_without_noise(exported_dept
     assert np.abs(pipeline(image) - want).max() <= 1e-4 and np.array_equal(
         pipeline(image, steps=1, seed=4), pipeline(image)
     )
-    with pytest.raises(RefusedInputError, match="jump from zeros in one step, got 2 steps: leave the number out"):
+    with pytest.raises(
+        RefusedInputError, match="graphs was trained to jump from zeros in one step, got steps 2: leave steps out"
+    ):
         pipeline(image, steps=2)
     with pytest.raises(
         RefusedInputError, match="noise was given, and the model was trained to start from zeros: leave"

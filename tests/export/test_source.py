@@ -8,13 +8,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    MarigoldDepthPipeline,
     UNet2DConditionModel,
 )
+from safetensors.numpy import save_file
 
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.export.folder import ExportJob, export_folder
 from d2f_fast.export.options import ExportOptions
 from d2f_fast.export.verify import open_session
+from d2f_fast.models.marigold import settle_start
 
 
 def test_tiny_autoencoder_takes_the_place_of_the_models_own(one_level_folder, tmp_path):
@@ -75,17 +78,51 @@ def test_autoencoder_is_exported_with_reflection_padding(one_level_folder, tmp_p
     assert json.loads((tmp_path / "vae_decoder/config.json").read_text())["reflection_padding"] is True
 
 
-def test_model_that_jumps_from_zeros_is_exported_for_one_step(marigold_folder, tmp_path):
-    (tmp_path / "model").mkdir()
-    for path in marigold_folder.iterdir():
-        (tmp_path / "model" / path.name).symlink_to(path)
-    options = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    assert not ExportJob(ExportOptions(**options)).starts_from_zeros
-    (tmp_path / "model/d2f.json").write_text(json.dumps({"d2f.task": "depth", "d2f.start": "zeros"}))
+@pytest.fixture
+def zeros_folder(marigold_folder, tmp_path):
+    """Return a depth folder whose own files say that it starts from zeros, in one step."""
+    pipeline = MarigoldDepthPipeline.from_pretrained(marigold_folder)
+    settle_start(pipeline, was_zeros=False, from_zeros=True)
+    pipeline.save_pretrained(tmp_path / "zeros")
+    return tmp_path / "zeros"
+
+
+@pytest.fixture
+def depth_lora(tmp_path):
+    """Return a function that writes a depth LoRA of the first layer with a start and a number of steps."""
+
+    def write(start, steps):
+        random = np.random.default_rng(0)
+        shapes = {"A": (2, 8, 3, 3), "B": (16, 2, 1, 1)}
+        tensors = {
+            f"unet.conv_in.lora_{name}.weight": random.standard_normal(shape, np.float32)
+            for name, shape in shapes.items()
+        }
+        tags = {"d2f.task": "depth", "d2f.start": start, "d2f.recommended_steps": str(steps)}
+        save_file(tensors, tmp_path / f"{start}.safetensors", metadata=tags)
+        return str(tmp_path / f"{start}.safetensors")
+
+    return write
+
+
+def test_model_that_jumps_from_zeros_is_exported_for_one_step(marigold_folder, zeros_folder, tmp_path):
+    options = {"model": str(zeros_folder), "output": str(tmp_path / "out")}
+    assert not ExportJob(ExportOptions(**options | {"model": str(marigold_folder)})).starts_from_zeros
     job = ExportJob(ExportOptions(**options))
     assert (job.starts_from_zeros, job.recommended_steps) == (True, 1)
     for given in ({"steps": "2,4"}, {"steps": "1", "unroll": 4}):
         with pytest.raises(
-            RefusedInputError, match="model was trained to jump from zeros in one step: steps must hold 1"
+            RefusedInputError, match="zeros was trained to jump from zeros in one step: steps must hold 1"
         ):
             ExportJob(ExportOptions(**options, **given))
+
+
+def test_lora_decides_how_an_exported_model_starts(marigold_folder, zeros_folder, depth_lora, tmp_path):
+    output, more = tmp_path / "out", {"components": "text_encoder", "steps": "1,2", "skip_verify": True}
+    zeros, noise = depth_lora("zeros", 1), depth_lora("noise", 2)
+    for model, lora, from_zeros, steps in ((zeros_folder, noise, False, 2), (marigold_folder, zeros, True, 1)):
+        job = ExportJob(options := ExportOptions(model=str(model), lora=(lora,), output=str(output), **more))
+        assert (job.starts_from_zeros, job.recommended_steps) == (from_zeros, steps)
+        assert job.model.pipeline.config.default_denoising_steps == steps
+    assert export_folder(options)["start"] == json.loads((output / "export.json").read_text())["start"] == "zeros"
+    assert json.loads((output / "model_index.json").read_text())["default_denoising_steps"] == 1

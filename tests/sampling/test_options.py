@@ -63,12 +63,12 @@ def test_size_of_the_model_at_which_no_pipeline_generates_is_refused() -> None:
 
 
 def test_jump_from_zeros_takes_one_step_and_one_prediction() -> None:
-    check_jump(None)
-    check_jump(1, 1)
-    with pytest.raises(RefusedInputError, match="jump from zeros in one step, got 4 steps: leave the number out"):
-        check_jump(4)
-    with pytest.raises(RefusedInputError, match=r"ensemble_size must be 1 .* all equal, got 10: leave it out"):
-        check_jump(None, 10)
+    check_jump("one_step", "steps", None)
+    check_jump("one_step", "steps", 1, 1)
+    with pytest.raises(RefusedInputError, match="one_step was .* in one step, got steps 4: leave steps out"):
+        check_jump("one_step", "steps", 4)
+    with pytest.raises(RefusedInputError, match=r"ensemble_size must be 1 with one_step, .* got 10: leave it"):
+        check_jump("one_step", "steps", None, 10)
 
 
 def test_options_are_checked_without_torch() -> None:

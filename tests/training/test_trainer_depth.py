@@ -219,7 +219,7 @@ def test_jump_from_zeros_gives_the_same_depth_in_stock_diffusers(
     stock = MarigoldDepthPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     assert stock.default_denoising_steps == 1
-    model, network = DepthModel(stock, "affine", {}, starts_from_zeros=True), trainer.model
+    model, network = DepthModel(stock, "affine", {}), trainer.model
     for size in ((16, 16), (40, 27)):  # The second one is resized to 16 x 10 pixels.
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
         got = model.predict(image).values
@@ -245,15 +245,18 @@ def test_jump_from_zeros_gives_the_same_depth_in_stock_diffusers(
         values = pipeline(pixels, num_inference_steps=1, latents=0 * context).prediction[0, ..., 0]
         assert np.abs(values - expected).max() <= 1e-5
     for options, sentence in (
-        ({"steps": 2}, "was trained to jump from zeros in one step, got 2 steps: leave the number out"),
-        ({"ensemble_size": 3}, "ensemble_size must be 1 with a model that starts from zeros, .*, got 3: leave it out"),
+        ({"steps": 2}, f"{folder} was trained to jump from zeros in one step, got steps 2: leave steps out"),
+        ({"ensemble_size": 3}, f"ensemble_size must be 1 with {folder}, which starts from zeros .*, got 3: leave it"),
     ):
         with pytest.raises(RefusedInputError, match=sentence):
             model.predict(image, **options)
-    for given in ({}, {"num_inference_steps": 1}, {"noise": 0 * context}):
+    for given in ({}, {"num_inference_steps": 1, "method": "rk4"}, {"num_inference_steps": 1, "noise": context}):
         with pytest.raises(RefusedInputError, match="jump from zeros in one step: give num_inference_steps=1, and"):
             trainer.sample("a", context=context, **given)
-    assert len(trainer.sample("a", 1, context=context, noise=0 * context)) == 1
+    (image,) = trainer.sample("", 1, context=context)
+    assert image.tobytes() == trainer.sample("", 1, context=context)[0].tobytes()
+    with pytest.raises(RefusedInputError, match="in one step, and no path leads back from an image: use sample"):
+        trainer.invert([image], [""], context=context)
 
 
 def test_naive_flow_is_saved_with_a_stock_scheduler_and_follows_its_own_flow(
