@@ -65,7 +65,7 @@ def test_size_of_the_model_at_which_no_pipeline_generates_is_refused() -> None:
 def test_jump_from_zeros_takes_one_step_and_one_prediction() -> None:
     check_jump("one_step", "steps", None)
     check_jump("one_step", "steps", 1, 1)
-    with pytest.raises(RefusedInputError, match="one_step was .* in one step, got steps 4: leave steps out"):
+    with pytest.raises(RefusedInputError, match=r"one_step was .* in one step, got steps 4: leave steps out"):
         check_jump("one_step", "steps", 4)
     with pytest.raises(RefusedInputError, match=r"ensemble_size must be 1 with one_step, .* got 10: leave it"):
         check_jump("one_step", "steps", None, 10)
