@@ -174,13 +174,15 @@ def refuse_changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any],
 
     Args:
         folder: folder of the checkpoint, for the message.
-        was: settings of the checkpoint, as JSON holds them.
+        was: settings of the checkpoint, as JSON holds them. An option that is missing had its default.
         now: settings of this run, as JSON holds them.
         names: names of the settings to compare.
 
     Raises:
         CheckpointError: a setting differs; the message names it.
     """
+    # A checkpoint lacks the options that are newer than it. Its run went as it does now with their defaults.
+    was = json.loads(json.dumps(settings_of(TrainingConfig()))) | was
     # The objective comes first, because it settles other options.
     for name in sorted(names, key=lambda name: (name != "objective", name)):
         if was.get(name) != now.get(name):

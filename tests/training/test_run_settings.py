@@ -1,6 +1,7 @@
 """Settings that a continuation must match, compared before the model is loaded."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from d2f_fast.training.teacher_options import TeacherOptions
 SETTLED = {"objective": "diff2flow", "loss_weighting": "flow", "resolution": 64, "caption_dropout": 0.1}
 
 
-def continue_run(tmp_path: Path, saved: dict[str, object], known: bool = True, **options: Any) -> None:
-    """Check a continuation of a run with the default settings, but those that were saved otherwise."""
+def continue_run(
+    tmp_path: Path, saved: dict[str, object], known: bool = True, missing: Collection[str] = (), **options: Any
+) -> None:
+    """Check a continuation of a run with the default settings, but those that were saved otherwise or not at all."""
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "files": {}}))
     for name in ("trainable", "ema", "optimizer"):
         save_file({}, checkpoint / f"{name}.safetensors")
     identity = settings_of(TrainingConfig()) | SETTLED | {"mixed_precision": "no", "global_batch_size": 4} | saved
+    identity = {name: value for name, value in identity.items() if name not in missing}
     state = {"identity": identity, "samples": 1, "skipped_steps": 0}
     (checkpoint / "state.json").write_text(json.dumps(state))
     config = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest", **options)
@@ -52,6 +56,14 @@ def test_other_settings_are_refused(tmp_path: Path, saved: Any, options: Any, se
 @pytest.mark.parametrize("known", [True, False], ids=["local model", "model of the hub"])
 def test_settings_that_only_the_model_settles_are_not_compared(tmp_path: Path, known: bool) -> None:
     continue_run(tmp_path, {"base_model": "0123"}, known, learning_rate=1e-4, resolution=None)
+
+
+def test_options_that_are_newer_than_the_checkpoint_had_their_defaults(tmp_path: Path) -> None:
+    newer = ("lpips_weight", "lpips_net", "target_modules", "conv_rank", "first_last_layers", "adam_beta1")
+    continue_run(tmp_path, {}, missing=newer, learning_rate=1e-4)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CheckpointError, match=r"adam_beta1 was 0\.9 and is now 0\.8: resume with the options"):
+        continue_run(tmp_path / "other", {}, missing=newer, adam_beta1=0.8)
 
 
 @pytest.mark.parametrize("missing", ["trainable.safetensors", "ema.safetensors", "optimizer.safetensors"])
