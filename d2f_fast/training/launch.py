@@ -1,7 +1,9 @@
 """Refuse a launch under which the run would not be the one that was asked for. Imports no torch."""
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 
 from d2f_fast.config import TrainingConfig
@@ -12,6 +14,7 @@ from d2f_fast.errors import RefusedInputError
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 # Packages of the trackers whose name is not that of the package.
 _TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+_LPIPS_PACKAGES = ("torchvision", "lpips")
 
 
 def processes_asked_for(environment: Mapping[str, str]) -> int:
@@ -98,16 +101,28 @@ def check_tracker_package(report_to: str) -> None:
 
 
 def check_lpips_package(config: TrainingConfig) -> None:
-    """Refuse LPIPS in the loss where its package is not installed.
+    """Refuse LPIPS in the loss where its package or torchvision, which has its networks, is not installed.
 
     Args:
         config: Options of the run.
 
     Raises:
-        RefusedInputError: The package is missing.
+        RefusedInputError: A package is missing.
     """
-    if config.lpips_weight and importlib.util.find_spec("lpips") is None:
+    missing = [name for name in _LPIPS_PACKAGES if importlib.util.find_spec(name) is None]
+    if config.lpips_weight and missing:
         raise RefusedInputError(
-            "lpips_weight needs the package lpips: pip install lpips, which the extra [lpips] of this package does, or"
-            " leave lpips_weight out"
+            f"lpips_weight needs {' and '.join(missing)}: {_lpips_commands()}, or leave lpips_weight out"
         )
+
+
+def _lpips_commands() -> str:
+    """Return the commands that install what LPIPS needs.
+
+    torchvision must be of the same build as torch. PyPI's cannot be imported with a build of another index of torch,
+    which says in its version from which one it came, as in "2.13.0+cpu"; and diffusers then cannot be imported either.
+    """
+    build = importlib.metadata.version("torch").partition("+")[2]
+    if not re.fullmatch(r"cpu|xpu|cu\d+|rocm[\d.]+", build):
+        return "pip install lpips"
+    return f"pip install torchvision --index-url https://download.pytorch.org/whl/{build}, then pip install lpips"

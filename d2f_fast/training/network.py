@@ -141,11 +141,16 @@ def _start_from_lora(model: BaseModel, config: TrainingConfig, entry: str) -> di
     return inject_start(model.unet, start, alpha=config.lora_alpha, seed=config.seed)
 
 
-def enable_gradient_checkpointing(unet: nn.Module) -> None:
-    """Let a UNet or an autoencoder recompute its activations in the backward pass, without a change of a gradient."""
-    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
+def enable_gradient_checkpointing(network: nn.Module) -> None:
+    """Let a UNet or an autoencoder recompute its activations in the backward pass, without a change of a gradient.
+
+    Args:
+        network: model of diffusers that has a method `enable_gradient_checkpointing`.
+    """
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
     # Without dropout the state of the random generators is not saved: a CUDA graph could not capture that.
-    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))  # type: ignore[operator]
+    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
+    network.enable_gradient_checkpointing(function)  # type: ignore[operator]
 
 
 @contextmanager

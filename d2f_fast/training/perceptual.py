@@ -2,11 +2,12 @@
 
     LPIPS = sum over layers of mean over positions of w · (f(image) / |f(image)| - f(other) / |f(other)|)²
 
-Zhang et al., arXiv 1801.03924, equation 1, by the authors' package `lpips`. InstaFlow, arXiv 2309.06380, uses it in its
-last stage.
+Zhang et al., arXiv 1801.03924, equation 1, by the authors' package `lpips`. In its last stage InstaFlow, arXiv
+2309.06380, replaces the squared error of the latents by it.
 """
 
 import warnings
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.training.launch import check_lpips_package
 from d2f_fast.training.network import enable_gradient_checkpointing
+
+# torchvision's names of the weights that LPIPS was fitted with, by the name of the network.
+_WEIGHTS = {
+    "vgg": "VGG16_Weights.IMAGENET1K_V1",
+    "alex": "AlexNet_Weights.IMAGENET1K_V1",
+    "squeeze": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
+}
 
 
 class PerceptualLoss:
@@ -53,7 +61,7 @@ def load_perceptual_loss(config: TrainingConfig, model: BaseModel) -> Perceptual
         model: base model on its device.
 
     Raises:
-        RefusedInputError: the package lpips is missing, or the weights of its network cannot be loaded.
+        RefusedInputError: lpips or torchvision is missing, or the weights of the network cannot be loaded.
     """
     if not config.lpips_weight:
         return None
@@ -68,10 +76,22 @@ def _load_network(config: TrainingConfig) -> nn.Module:
     check_lpips_package(config)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision deprecates the way in which lpips asks for the weights.
+            warnings.simplefilter("ignore")  # torchvision deprecates the way in which lpips asks for a network.
             from lpips import LPIPS
+            from torchvision.models import get_weight
 
-            network: nn.Module = LPIPS(net=config.lpips_net, verbose=False)
+            network: nn.Module = LPIPS(net=config.lpips_net, pnet_rand=True, verbose=False)
+        # The package itself would unpickle whatever its file holds. With `weights_only` loading it runs no code.
+        file = get_weight(_WEIGHTS[config.lpips_net])
+        weights = file.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+        # The package keeps torchvision's numbers of the layers, below the names slice1, slice2 and so on.
+        layers = network.get_submodule("net")
+        layers.load_state_dict({name: weights[f"features.{name.partition('.')[2]}"] for name in layers.state_dict()})
+    except UnpicklingError as error:  # The text of torch advises to load the file all the same.
+        raise RefusedInputError(
+            f"lpips_net {config.lpips_net}: its file in {printable(torch.hub.get_dir())}/checkpoints is damaged, or"
+            " holds more than weights: remove it, and torchvision downloads it again"
+        ) from error
     except Exception as error:  # Its download, its file, or a torchvision that was built for another torch has failed.
         raise RefusedInputError(
             f"lpips_net {config.lpips_net} cannot be loaded ({type(error).__name__}: {printable(str(error))}):"

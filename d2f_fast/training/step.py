@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from d2f_fast.training.perceptual import PerceptualLoss
     from d2f_fast.training.teacher import Teacher
 
-# Loss of each sample, [b], and the LPIPS in it, [b], or None without one; from latents, noise, t, condition and mask of
-# a micro-batch.
+# Loss of each sample, [b], and its two parts, latent loss and LPIPS, [2, b], or None for a loss without LPIPS; from
+# latents, noise, t, condition and mask of a micro-batch.
 LossPerSample = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None], tuple[Tensor, Tensor | None]]
 
 
@@ -60,9 +60,7 @@ class TrainingStep:
         optimizer: fused AdamW over the trained parameters.
         skipped: number of steps that changed nothing because they were not finite, int64 on the device.
         skipped_in_a_row: number of such steps since the last finite one, int64 on the device.
-        loss: loss of each sample of one micro-batch, and the LPIPS in it; the part that is compiled.
-        lpips: mean LPIPS of the last step, without its weight, over the samples of its loss, float32 scalar on the
-            device, which each step writes to; None where the loss has none.
+        loss: loss of each sample of one micro-batch, and its parts; this function is what is compiled.
         graphs: captured steps; None where `cuda_graph` is off.
         starting_lora: LoRA file that the adapter started from, which is named where it is saved; None for none.
         tags: entries of a file's header that describe the run, which checkpoints write.
@@ -84,7 +82,8 @@ class TrainingStep:
         self.unet, self.objective, self.trainable, self.ema = unet, objective, trainable, ema
         self.config, self._device, self._precision, self._num_processes = config, device, precision, num_processes
         self._teacher, self._perceptual = teacher, perceptual
-        self.lpips = None if perceptual is None else torch.zeros((), device=device)
+        # Mean latent loss and mean LPIPS of the last step, which a captured step writes to in place.
+        self._parts = None if perceptual is None else torch.zeros(2, device=device)
         on_gpu = device.type == "cuda"
         # In a captured graph a Python number would stay what it was at capture.
         self._lr = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate
@@ -145,20 +144,20 @@ class TrainingStep:
             The mean loss; see `__call__`.
         """
         total = torch.full((), float("nan") if dry else 0.0, device=self._device)
-        lpips = None if self.lpips is None else self.lpips.zero_()
+        parts = None if self._parts is None else self._parts.zero_()
         self.optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(inputs.latents), self.config.train_batch_size):
-            per_sample, of_part = self._part_loss(inputs.part(first, self.config.train_batch_size), self.loss)
+            per_sample, by_part = self._part_loss(inputs.part(first, self.config.train_batch_size), self.loss)
             # A sum over the global batch: the size of the micro-batches and slices changes nothing.
             torch.autograd.backward(per_sample.sum() / inputs.global_size)
             total += per_sample.detach().sum()
-            if lpips is not None and of_part is not None:
-                lpips += of_part.sum()
+            if parts is not None and by_part is not None:
+                parts += by_part.sum(1)
         summed = self._num_processes > 1 and not dry
-        self._update([total] if lpips is None else [total, lpips], summed=summed)
+        self._update([total] if parts is None else [total, parts], summed=summed)
         count = inputs.global_size if summed else max(len(inputs.latents), 1)
-        if lpips is not None:
-            lpips /= count
+        if parts is not None:
+            parts /= count
         return total / count
 
     @torch.no_grad()
@@ -170,16 +169,12 @@ class TrainingStep:
         """
         return self._part_loss(inputs, self._loss)[0].float()
 
-    def parts(self, loss: float) -> dict[str, float]:
-        """Return the parts of the last step's loss by name, without weights; {} for one part. It waits for the device.
+    def parts(self) -> dict[str, float]:
+        """Return the parts of the last step's loss by name, without weights, or {} for a loss of one part.
 
-        Args:
-            loss: loss that the step returned.
+        They are means over the same samples as the loss. The host waits for the device.
         """
-        if self.lpips is None:
-            return {}
-        lpips = self.lpips.item()
-        return {"latent_loss": loss - self.config.lpips_weight * lpips, "lpips": lpips}
+        return {} if self._parts is None else dict(zip(("latent_loss", "lpips"), self._parts.tolist(), strict=True))
 
     def _part_loss(self, part: StepInputs, loss: LossPerSample) -> tuple[Tensor, Tensor | None]:
         """Return the losses of each sample of a micro-batch, against the teacher where there is one."""
@@ -238,7 +233,7 @@ class TrainingStep:
     def _loss(
         self, latents: Tensor, noise: Tensor, t: Tensor, condition: dict[str, Tensor], mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the loss of each sample, and the LPIPS in it, if any: align, call the network, compare."""
+        """Align, call the network and compare; return the loss of each sample, and its parts where it has LPIPS."""
         state, timestep = self.objective.inputs(latents, noise, t)
         added = {name: x for name, x in condition.items() if name not in ("encoder_hidden_states", "context")} or None
         sample = state.to(self.unet.conv_in.weight.dtype)  # unet.dtype walks through every module
@@ -255,7 +250,7 @@ class TrainingStep:
         if self._perceptual is None:
             return loss, None
         lpips = self._perceptual(self.objective.flow.predicted_latents(output, state, t), latents)
-        return loss + self.config.lpips_weight * lpips, lpips.detach()
+        return loss + self.config.lpips_weight * lpips, torch.stack([loss, lpips]).detach()
 
     def _update(self, losses: list[Tensor], *, summed: bool) -> None:
         """Clip, step and average, or change nothing where loss or gradient is not finite; never wait for the device.

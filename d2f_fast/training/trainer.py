@@ -316,8 +316,8 @@ class AlignedTrainer(TrainedModel):
             if step % config.logging_steps == 0 or done:
                 if self._checkpoints.refuse_non_finite_steps(step):
                     self._checkpoints.delete_old(config, step)
-                value, parts = loss.item(), self._training_step.parts
-                log.write(step, value, self._learning_rate(step), int(self._training_step.skipped), parts(value))
+                skipped, parts = int(self._training_step.skipped), self._training_step.parts()
+                log.write(step, loss.item(), self._learning_rate(step), skipped, parts)
             if config.validation_steps and (done or step % config.validation_steps == 0):
                 self._validate(log)
             if config.checkpointing_steps and (done or step % config.checkpointing_steps == 0):

@@ -1,8 +1,11 @@
 """Launches under which the run would not be the one that was asked for."""
 
+import re
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -53,6 +56,32 @@ def test_missing_tracker_is_refused() -> None:
     check_launch(TrainingConfig(report_to="tensorboard"), {})
     with pytest.raises(RefusedInputError, match="report_to is dvclive, which is not installed: pip install dvclive"):
         check_launch(TrainingConfig(report_to="dvclive"), {})
+
+
+@pytest.mark.parametrize(
+    ("version", "cure"),
+    [
+        ("2.13.0", "pip install lpips, or leave lpips_weight out"),
+        ("2.13.0+cpu", "pip install torchvision --index-url https://download.pytorch.org/whl/cpu, then pip install"),
+        ("2.13.0+rocm6.4", "pip install torchvision --index-url https://download.pytorch.org/whl/rocm6.4, then pip"),
+        ("2.13.0a0+git1234", "pip install lpips, or leave"),  # This one was built from source.
+    ],
+)
+def test_packages_of_lpips_come_from_where_torch_came_from(
+    version: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    lpips = ModuleType("lpips")
+    lpips.__spec__ = ModuleSpec("lpips", None)
+    monkeypatch.setitem(sys.modules, "lpips", lpips)
+    config = TrainingConfig(distill=True, lpips_weight=1.0)
+    with pytest.raises(RefusedInputError, match=re.escape(f"lpips_weight needs torchvision: {cure}")):
+        check_launch(config, {})
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(RefusedInputError, match="lpips_weight needs torchvision and lpips: pip install "):
+        check_launch(config, {})
+    check_launch(TrainingConfig(distill=True), {})
 
 
 @pytest.mark.slow
