@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -279,6 +279,50 @@ def test_captured_run_is_bit_equal_to_the_eager_one(
     assert int(graphed._training_step.skipped) == 1
 
 
+@pytest.fixture
+def make_with_lpips(
+    make_one_level_trainer: Callable[..., AlignedTrainer], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., AlignedTrainer]:
+    """Return a function that makes trainers with a checkpointed decoder, and a stand-in for LPIPS in their loss."""
+
+    class Distance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.features = nn.Conv2d(3, 4, 3)
+
+        def forward(self, in0: Tensor, in1: Tensor) -> Tensor:
+            return (self.features(in0) - self.features(in1)).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr("d2f_fast.training.perceptual._load_network", lambda config: Distance())
+    monkeypatch.setattr("d2f_fast.training.launch._LPIPS_PACKAGES", ())
+    options = {"distill": True, "lpips_weight": 0.5, "gradient_checkpointing": True, "caption_dropout": 0.0}
+    return partial(make_one_level_trainer, learning_rate=2**-7, **options)
+
+
+@pytest.fixture
+def check_lpips(make_batch: Any, full_state_of: Any, assert_equal: Any) -> Callable[..., None]:
+    """Return a function that asserts that two trainers take equal steps, bit for bit, with equal parts of the loss."""
+
+    def check(graphed: AlignedTrainer, plain: AlignedTrainer) -> None:
+        for number in range(3):
+            given = make_batch(4, number, noise=torch.randn(4, 4, 8, 8))
+            assert torch.equal(graphed.step(given), plain.step(given))
+            parts = plain._training_step.parts()
+            assert graphed._training_step.parts() == parts and min(parts.values()) > 0
+            assert_equal(full_state_of(graphed), full_state_of(plain))
+        assert len(graphed._training_step.graphs) == 1
+
+    return check
+
+
+def test_captured_steps_with_lpips_are_bit_equal_to_the_eager_ones(
+    make_with_lpips: Any, check_lpips: Any, events: list[str]
+) -> None:
+    check_lpips(captured(make_with_lpips()), make_with_lpips())
+    assert events.count("replay") == 3
+
+
 def test_warm_up_changes_nothing(
     make_batch: Any, next_inputs: Any, full_state_of: Any, assert_equal: Any, make_exact: Any
 ) -> None:
@@ -430,6 +474,22 @@ def test_step_on_a_gpu_does_not_wait_for_it(make_batch: Any, make_exact: Any, cu
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.step(make_batch(4)).isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_replay_with_lpips_on_a_gpu_is_bit_equal_and_does_not_wait(
+    make_batch: Any, make_with_lpips: Any, check_lpips: Any, deterministic: None, compile: bool
+) -> None:
+    graphed, plain = make_with_lpips(compile=compile, cuda_graph=True), make_with_lpips(compile=compile)
+    check_lpips(graphed, plain)
+    given = make_batch(4, noise=torch.randn(4, 4, 8, 8))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [trainer.step(given) for trainer in (graphed, plain)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(*losses)
 
 
 @pytest.mark.gpu
