@@ -35,7 +35,8 @@ class DepthSampling:
             that its depth does not depend on the other images. After `d2f train --distill` it starts from zeros.
         model_options: Options of the base model.
         sampler: Times of the sampling steps. "saved" takes the scheduler saved with the model, which gives the depth
-            that other programs get. "flow" takes even steps in flow time, as `d2f sample` does for images.
+            that other programs get. "flow" takes even steps in flow time, as `d2f sample` does for images, and is what
+            a model takes after `d2f train --distill`.
         ensemble_size: Number of predictions from different noise that are combined into one, which takes that many
             times as long. From 2 on, SciPy is needed, and `d2f sample` writes their spread as NAME_uncertainty.npy.
             Only 1 after `d2f train --distill`, because all predictions are then equal.
@@ -110,7 +111,7 @@ class DepthSampling:
         """
         return {
             "task": "depth",
-            "sampler": self.sampler,
+            "sampler": "flow" if model.starts_from_zeros else self.sampler,
             "start": "zeros" if model.starts_from_zeros else "noise",
             "steps": self.num_inference_steps or model.pipeline.default_denoising_steps,
             "ensemble_size": self.ensemble_size,

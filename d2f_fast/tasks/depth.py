@@ -66,12 +66,13 @@ class DepthModel:
         """Return the model with a sampler.
 
         Args:
-            sampler: "saved" keeps the scheduler of the pipeline; "flow" steps evenly in flow time from t = 0.
+            sampler: "saved" keeps the scheduler of the pipeline; "flow" steps evenly in flow time from t = 0. A model
+                that starts from zeros always takes "flow", because a saved scheduler may start just after t = 0.
 
         Raises:
             RefusedInputError: The configuration of the scheduler cannot be used for the flow.
         """
-        if sampler == "flow":
+        if sampler == "flow" or self.starts_from_zeros:
             try:
                 scheduler = Diff2FlowScheduler.from_config(self.pipeline.scheduler.config, **self.flow_options)
             except ValueError as error:

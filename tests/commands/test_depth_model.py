@@ -5,14 +5,18 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
-from diffusers import MarigoldDepthPipeline
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, MarigoldDepthPipeline
+from PIL import Image
 
 from d2f_fast.commands.depth_checks import depth_tags
 from d2f_fast.commands.depth_model import load_depth_model
 from d2f_fast.commands.depth_sampling import DepthSampling
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.options import ModelOptions
+from d2f_fast.models.save import stock_flow_scheduler
 
 
 def test_folder_of_another_program_says_its_normalisation(depth_run: Path, tmp_path: Path) -> None:
@@ -58,3 +62,16 @@ def test_hub_id_starts_from_zeros(jump_run: Path, tmp_path: Path, monkeypatch: p
     sentence = "me/one-step was trained to jump from zeros in one step, got num_inference_steps 4: leave num_inf"
     with pytest.raises(RefusedInputError, match=sentence):
         DepthSampling("me/one-step", num_inference_steps=4).load()
+
+
+def test_network_of_the_flow_jumps_from_exactly_the_start_that_was_trained(jump_run: Path, tmp_path: Path) -> None:
+    stock = MarigoldDepthPipeline.from_pretrained(jump_run / "pipeline", scheduler=stock_flow_scheduler(1000, 1.0))
+    stock.set_progress_bar_config(disable=True)
+    stock.save_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    given = {"num_inference_steps": 1, "latents": torch.zeros(1, 4, 8, 8)}
+    inexact = stock(image, **given).prediction[0, ..., 0]
+    stock.scheduler = FlowMatchEulerDiscreteScheduler()
+    expected = stock(image, **given).prediction[0, ..., 0]
+    got = load_depth_model(str(tmp_path), (), ModelOptions(), "saved").predict(image).values
+    assert np.abs(got - expected).max() <= 1e-5 < np.abs(inexact - expected).max()
