@@ -304,8 +304,13 @@ def _depth_ways(result: Result) -> list[Way]:
     if starts_from_zeros(result.tags):  # The pipeline starts from noise unless it is given the start.
         statements += [
             "pixels = pipe.image_processor.preprocess(IMAGE, pipe.default_processing_resolution)[0]",
-            "latents = torch.zeros(1, 4, *(side // pipe.vae_scale_factor for side in pixels.shape[-2:]))",
+            "sides = (side // pipe.vae_scale_factor for side in pixels.shape[-2:])",
+            "latents = torch.zeros(1, pipe.vae.config.latent_channels, *sides)",
         ]
         start = "latents=latents"
+        if result.predicts_flow and result.tags.get("d2f.fm_form") != "published":
+            # The saved scheduler starts just after the time that was trained.
+            statements.append("from diffusers import FlowMatchEulerDiscreteScheduler")
+            statements.append("pipe.scheduler = FlowMatchEulerDiscreteScheduler()")
     statements.append(f"depth = pipe(IMAGE, num_inference_steps={result.steps}, {start}).prediction")
     return [Way(f"d2f_fast: `{command}`"), Way("diffusers, the depth of `d2f sample`", tuple(statements))]

@@ -36,6 +36,7 @@ def test_run_that_learns_one_step_from_zeros_says_how_to_use_it(jump_run: Path) 
     assert "## Predict depth in one step" in card and "| start | zeros in place of noise, one step |" in card
     assert "d2f sample --task depth --model run/pipeline --image IMAGE --num_inference_steps 1`" in card
     assert "depth = pipe(IMAGE, num_inference_steps=1, latents=latents).prediction" in card
+    assert "latents = torch.zeros(1, pipe.vae.config.latent_channels, *sides)" in card
 
 
 @pytest.mark.parametrize("fixture", ["depth_run", "jump_run"])

@@ -178,3 +178,10 @@ def test_lines_of_the_card_give_the_image_of_its_line_for_d2f_sample(
     for image, is_exact in zip(images, exact, strict=True):
         difference = np.abs(image - expected)
         assert (difference.max() <= 1) if is_exact else (difference.mean() < 1)
+
+
+def test_depth_that_starts_from_zeros_is_given_a_scheduler_that_starts_there(tmp_path: Path) -> None:
+    exact = "pipe.scheduler = FlowMatchEulerDiscreteScheduler()"
+    depth = {"d2f.task": "depth", "d2f.start": "zeros", "d2f.recommended_steps": "1"}
+    for tags, is_needed in ((FLOW_TAGS, True), (TAGS, False), (FLOW_TAGS | {"d2f.fm_form": "published"}, False)):
+        assert (exact in recipe(tmp_path, tags | depth, None)[1].statements) is is_needed
