@@ -68,7 +68,7 @@ def test_teacher_of_another_family_is_refused_by_its_configuration(tiny_folder: 
     check_teacher_files(TeacherOptions("miniature"), "miniature", ModelOptions())
     check_teacher_files(TeacherOptions("base"), "miniature", ModelOptions())
     with pytest.raises(
-        ModelError, match=r"with a text width of 16, and the base model .*: give a teacher of the same f"
+        ModelError, match=r"\(text width 16\), and the base model .*: give a teacher of the same f"
     ):
         check_teacher_files(TeacherOptions(str(tiny_folder)), "miniature", ModelOptions())
 
