@@ -67,9 +67,7 @@ def test_teacher_of_another_task_is_refused(tmp_path: Path) -> None:
 def test_teacher_of_another_family_is_refused_by_its_configuration(tiny_folder: Path) -> None:
     check_teacher_files(TeacherOptions("miniature"), "miniature", ModelOptions())
     check_teacher_files(TeacherOptions("base"), "miniature", ModelOptions())
-    with pytest.raises(
-        ModelError, match=r"\(text width 16\), and the base model .*: give a teacher of the same f"
-    ):
+    with pytest.raises(ModelError, match=r"\(text width 16\), and the base model .*: give a teacher of the same f"):
         check_teacher_files(TeacherOptions(str(tiny_folder)), "miniature", ModelOptions())
 
 
