@@ -64,7 +64,7 @@ def say_steps(given: int | None, steps: ChosenSteps) -> None:
         steps: Number that is taken.
     """
     if given is None:
-        print(f"d2f: num_inference_steps {steps.number}, {steps.source}", file=sys.stderr)
+        say_sampling(steps)
 
 
 def say_sampling(steps: ChosenSteps, guidance: ChosenGuidance | None = None) -> None:

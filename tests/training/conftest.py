@@ -45,6 +45,16 @@ def make_config() -> Callable[..., TrainingConfig]:
     return make
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a run with both LoRA files, which are empty."""
+    made = tmp_path / "owls"
+    made.mkdir()
+    for name in ("pytorch_lora_weights.safetensors", "owls_kohya.safetensors"):
+        (made / name).touch()
+    return made
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_folder: Path) -> Callable[[], StableDiffusionPipeline]:
     """Return a function that gives the tiny pipeline with a UNet of its own; loading it from disk takes longer."""

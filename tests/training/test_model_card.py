@@ -22,16 +22,6 @@ RESULT = {"steps": 7, "images_per_step": 32}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return the folder of a run with both LoRA files."""
-    made = tmp_path / "owls"
-    made.mkdir()
-    for name in ("pytorch_lora_weights.safetensors", "owls_kohya.safetensors"):
-        (made / name).touch()
-    return made
-
-
-@pytest.fixture
 def config(folder: Path) -> TrainingConfig:
     """Return the options of a run into the folder."""
     return TrainingConfig(output_dir=str(folder))

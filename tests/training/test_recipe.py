@@ -32,16 +32,6 @@ PAIR_TAGS = TAGS | {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return the folder of a run with both LoRA files."""
-    made = tmp_path / "owls"
-    made.mkdir()
-    for name in ("pytorch_lora_weights.safetensors", "owls_kohya.safetensors"):
-        (made / name).touch()
-    return made
-
-
-@pytest.fixture
 def lines(folder: Path) -> Callable[..., list[str]]:
     """Return a function that gives the lines about the folder with tags and more options."""
     return lambda tags=TAGS, name="owls", family="sd1", **more: [
