@@ -7,7 +7,8 @@
 
 A setting of the base counts at its network evaluations, of which guidance takes two for each step. The captions are a
 random part of those of the images that the base was made from; the other real images are the reference. A setting that
-is already in the folder is not generated again, and is refused where another model, LoRA or style made it.
+is already in the folder is not generated again, and is refused where another model, LoRA or style made it. Of a
+rectified-flow checkpoint only the even steps are taken, because the others are those of a noise schedule.
 """
 
 import argparse
@@ -118,6 +119,8 @@ def main() -> None:
         own = of_images | {"model": options.model, "lora": lora}
         same_options(options_of_files(options.output.glob(f"{glob.escape(label)}, *.npz")), own)
         for setting in BASE if network == "base" else LORA:
+            if model.flow.prediction_type == "flow_prediction" and "uniform" not in setting.sampler:
+                continue
             kind = "captions without a colour" if options.no_colour else "captions with a colour"
             path = options.output / f"{label}, {setting.label}, {kind}, {suffix}.npz"
             if path.exists() or (options.settings and setting.label not in options.settings):

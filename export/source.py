@@ -12,7 +12,7 @@ from d2f_fast.lora.tags import check_tags, common_tags, starts_from_zeros, tags_
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.image_context import form_of
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import lowest_guidance, recommended_steps, tags_of_loaded
+from d2f_fast.models.tags import lowest_guidance, recommended_steps, saved_tags
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ def sampling_of(model: BaseModel, source: str, adapters: Sequence[Path] = (), sh
 
     Args:
         model: model that is exported.
-        source: hub id, folder or file that it was loaded from; a folder of this package has tags in d2f.json.
+        source: folder or file that it was loaded from, or "miniature"; a folder of this package has tags in d2f.json.
         adapters: LoRA files or folders that were merged into it; where there are any, their tags replace the folder's.
         shift: factor on (1 - t) / t at each step; None takes the saved one, or else that of the scheduler, or else 1.
 
     Raises:
         ModelError: the tags cannot be used, or the network is of the published form of naive flow matching.
     """
-    of_model = tags_of_loaded(source, model.unet.config)
+    of_model = saved_tags(source)
     tags = common_tags(adapters, shift) if adapters else of_model
     check_tags(source, tags, shift)
     flow, own = model.flow, Diff2FlowScheduler.from_config(model.pipeline.scheduler.config)

@@ -128,6 +128,26 @@ def tiny_folder(shared_folder: Callable[[str, Callable[[Path], object]], Path]) 
     return shared_folder("tiny", _save_tiny_pipeline) / "pipeline"
 
 
+@pytest.fixture
+def cached_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], Path]:
+    """Return the function `cached_as(hub_id, folder)`: it puts a copy of a model into the hub's cache, and returns it.
+
+    The cache of the test holds nothing else.
+    """
+    import huggingface_hub
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+    def put(hub_id: str, folder: Path) -> Path:
+        repository = cache / f"models--{hub_id.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        return Path(shutil.copytree(folder, repository / "snapshots" / ("0" * 40)))
+
+    return put
+
+
 @pytest.fixture(scope="session")
 def depth_rooms(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """Folder of six rendered rooms of 16 × 16 pixels with their depth, some of it missing."""

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from d2f_fast.errors import ModelError, RefusedInputError, printable
@@ -112,9 +112,7 @@ def check_lora_forms(base_model: str | None, loras: Sequence[Path], kohya_output
             check_named_as_in_diffusers(header)
 
 
-def check_readers(
-    name: str, loras: Sequence[StrPath], form: str, *, is_lora: bool, unet: Mapping[str, object] | None = None
-) -> None:
+def check_readers(name: str, loras: Sequence[StrPath], form: str, *, is_lora: bool) -> None:
     """Refuse to write what starts from an image or from zeros in a form that is for programs which start from noise.
 
     A LoRA that is merged into a model decides how the result starts, where it was trained on a task.
@@ -124,8 +122,6 @@ def check_readers(
         loras: LoRA files or folders that are added to it.
         form: Form of the output.
         is_lora: Whether a LoRA is converted, and not a model.
-        unet: Configuration of the model's UNet, which says how a model starts that is a hub id; None before it is
-            loaded.
 
     Raises:
         ModelError: The form is "kohya" or "single_file", and the result would start from an image or from zeros; or
@@ -140,11 +136,11 @@ def check_readers(
         starts_from_zeros,
         tags_with_lora,
     )
-    from d2f_fast.models.tags import tags_of_loaded
+    from d2f_fast.models.tags import saved_tags
 
     if form not in ("kohya", "single_file"):
         return
-    own = lora_tags(name) if is_lora else tags_of_loaded(name, unet or {})
+    own = lora_tags(name) if is_lora else saved_tags(name)
     tags = tags_with_lora(own, common_tags(loras, shift=1.0))  # Where their shifts differ, none is taken.
     if starts_from_image(tags) or starts_from_zeros(tags):
         start = "zeros" if starts_from_zeros(tags) else "an image"

@@ -225,23 +225,23 @@ class Convert:
         from d2f_fast.files.atomic import make_folder
         from d2f_fast.lora.merge import fuse_adapter
         from d2f_fast.models import convert
-        from d2f_fast.models.load import load_model
+        from d2f_fast.models.load import load_model, local_source
         from d2f_fast.models.tags import take_trained_size
 
+        local = local_source(source.name, self.model_options)  # the folder of a hub id, which has the tags
         dtype = None if self.dtype is None else _torch_dtype(self.dtype)
         loras = [parse_lora(entry) for entry in self.lora]
         paths = [path for path, _ in loras]
+        tags, scheduler = _tags_with_lora(local, self.model_options, paths, form)
         if form == "single_file" and (not loras or convert.can_stream(source.name, self.model_options)):
             model = convert.read_model(source.name, self.model_options)
-            tags, scheduler = _tags_with_lora(source.name, self.model_options, paths, model.configs["unet"], form)
             model = convert.with_lora(model, loras, dtype) if loras else model
         else:
             kept = convert.stored_dtype(source.name)
             loaded = load_model(source.name, kept if not loras else _torch_dtype("fp32"), self.model_options)
-            tags, scheduler = _tags_with_lora(source.name, self.model_options, paths, loaded.pipeline.unet.config, form)
             for path, scale in loras:
                 fuse_adapter(loaded.pipeline, path, scale)
-            take_trained_size(loaded.pipeline, source.name, paths, squares_only=True)
+            take_trained_size(loaded.pipeline, local, paths, squares_only=True)
             print(f"d2f: {printable(source.name)} is {loaded.facts}", file=sys.stderr)
             dtype = dtype or kept
             if form == "diffusers":
@@ -364,15 +364,14 @@ def _torch_dtype(name: str) -> "torch.dtype":
 
 
 def _tags_with_lora(
-    model: str, options: ModelOptions, loras: Sequence[Path], unet: Mapping[str, object], form: OutputForm
+    model: str, options: ModelOptions, loras: Sequence[Path], form: OutputForm
 ) -> "tuple[dict[str, str], DPMSolverMultistepScheduler | None]":
     """Return the tags of a model with LoRA, and its scheduler where the LoRA make the network predict the flow.
 
     Args:
-        model: Model as it was given.
+        model: Pipeline folder, `.safetensors` file, or "miniature".
         options: Options of the model.
         loras: LoRA files or folders that are merged into it; none leave the model's own tags.
-        unet: Configuration of its UNet, which says how a model starts that is a hub id.
         form: Form of the output.
 
     Raises:
@@ -383,8 +382,8 @@ def _tags_with_lora(
     from d2f_fast.models.save import stock_flow_scheduler
     from d2f_fast.models.tags import tags_of_merged
 
-    check_readers(model, loras, form, is_lora=False, unet=unet)
-    tags = tags_of_model(model, options, unet)
+    check_readers(model, loras, form, is_lora=False)
+    tags = tags_of_model(model, options)
     if not loras:
         return tags, None
     merged, differing = tags_of_merged(model, tags, loras)

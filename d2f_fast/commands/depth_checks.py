@@ -1,6 +1,6 @@
 """Refuse, before torch is imported, a model or a LoRA that predicts no depth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import get_args
 
@@ -11,7 +11,7 @@ from d2f_fast.lora.source import parse_lora
 from d2f_fast.lora.tags import common_tags, predicts_depth, tags_with_lora
 from d2f_fast.models.configs import check_one_text_encoder, read_configs
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import tags_of_loaded, tags_source
+from d2f_fast.models.tags import saved_tags, tags_source
 
 _TRAIN = "train one with d2f train --task depth"
 
@@ -59,14 +59,12 @@ def check_ensemble(ensemble_size: int) -> None:
         )
 
 
-def depth_tags(model: str, lora: Sequence[str], unet: Mapping[str, object] | None = None) -> dict[str, str]:
+def depth_tags(model: str, lora: Sequence[str]) -> dict[str, str]:
     """Return the tags of the model with the LoRA; see `tags_with_lora`.
 
     Args:
         model: Hub id or folder of the model.
         lora: LoRA as PATH or PATH:SCALE.
-        unet: Configuration of the loaded UNet, which says how a model starts that is a hub id; None before it is
-            loaded.
 
     Returns:
         The tags; none for a folder of another program.
@@ -74,8 +72,7 @@ def depth_tags(model: str, lora: Sequence[str], unet: Mapping[str, object] | Non
     Raises:
         ModelError: The LoRA, or the model, was trained on something else, or a tag has a value that it cannot have.
     """
-    own = tags_of_loaded(model, unet or {})
-    tags = tags_with_lora(own, common_tags([parse_lora(entry).path for entry in lora]))
+    tags = tags_with_lora(saved_tags(model), common_tags([parse_lora(entry).path for entry in lora]))
     source = ", ".join(lora) or tags_source(model)
     if (lora or tags) and not predicts_depth(tags):
         raise ModelError(f"{printable(source)} was not trained on depth: give what d2f train --task depth made")

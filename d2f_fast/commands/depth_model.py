@@ -14,7 +14,7 @@ from d2f_fast.models.configs import check_one_text_encoder
 from d2f_fast.models.marigold import depth_scheduler, marigold_pipeline, settle_start, text_encoders_of
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.save import stock_flow_scheduler
-from d2f_fast.models.tags import tags_of_loaded
+from d2f_fast.models.tags import saved_tags
 from d2f_fast.sampling.options import complete_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.tasks.depth import DepthModel, DepthSampler
@@ -34,7 +34,7 @@ def load_depth_model(model: str, lora: Sequence[str], options: ModelOptions, sam
     """
     loaded = load_with_lora(model, lora, options, None, context_images=1)
     pipeline, flow_options = loaded.pipeline, loaded.scheduler_options
-    own, tags = tags_of_loaded(model, pipeline.unet.config), depth_tags(model, lora, pipeline.unet.config)
+    own, tags = saved_tags(loaded.source), depth_tags(loaded.source, lora)
     print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
     normalization: Any = tags.get("d2f.depth_normalization")
     if normalization is None:

@@ -63,8 +63,8 @@ def run_evaluation(command: "Evaluate", files: "ImageFiles", output: Path) -> di
         real = _features_of_files(files.real, network, "real images")
     loaded, steps = None, None
     if command.model is not None:
-        steps = command.steps_of(command.model)
         loaded = load_with_lora(command.model, command.lora, command.model_options, command.shift)
+        steps = command.steps_of(loaded.source)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
         if command.reference is not None:
             say_steps(command.num_inference_steps, steps)

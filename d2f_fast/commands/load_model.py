@@ -14,10 +14,10 @@ from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.autoencoder import other_autoencoder
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import ModelFacts
-from d2f_fast.models.load import load_model
+from d2f_fast.models.load import load_model, local_source
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
-from d2f_fast.models.tags import lowest_guidance, options_of_training, take_trained_size
+from d2f_fast.models.tags import check_sampling_tags, lowest_guidance, options_of_training, take_trained_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class SampledModel(NamedTuple):
         scheduler_options: Prediction type, form and shift that replace those of the pipeline's scheduler, by the names
             of `Diff2FlowScheduler`: those given, else those of the tags.
         guidance_scale: Guidance scale that the tags recommend; None where they do not.
+        source: Folder of a hub id on this machine, which holds its tags; any other name of a model as it was given.
         fingerprints: Hashes of the "unet" and the "vae" before the LoRA was merged; see `BaseModel.fingerprints`.
         lora: Description of each LoRA.
     """
@@ -41,6 +42,7 @@ class SampledModel(NamedTuple):
     facts: ModelFacts
     scheduler_options: dict[str, Any]
     guidance_scale: float | None
+    source: str
     fingerprints: dict[str, str]
     lora: list[MergedLora]
 
@@ -64,7 +66,13 @@ class SampledModel(NamedTuple):
 
 
 def load_with_lora(
-    model: str, lora: Sequence[str], options: ModelOptions, shift: float | None, *, context_images: int = 0
+    model: str,
+    lora: Sequence[str],
+    options: ModelOptions,
+    shift: float | None,
+    *,
+    context_images: int = 0,
+    from_image: bool = False,
 ) -> SampledModel:
     """Load a model, merge LoRA into it, and make the size that they were trained at its own.
 
@@ -75,14 +83,18 @@ def load_with_lora(
         shift: Shift of the sampling; None takes that of the tags.
         context_images: Number of images whose latents the network sees; see `BaseModel.see_images`. 0 leaves the
             network as it is.
+        from_image: Whether the flow starts from an image. Otherwise what was trained to do so is refused.
 
     Raises:
         RefusedInputError: The model or a LoRA cannot be used, or the tags of two LoRA contradict each other.
     """
     # Files that cannot be used are refused before the model is loaded, which takes longer.
     adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, lora)]
-    of_training = options_of_training(model, lora, options, shift)
-    guidance = lowest_guidance(model, [file.path for file, _ in adapters])
+    source = local_source(model, options)
+    if source != model:  # The tags of a hub id could not be checked before.
+        check_sampling_tags(source, lora, options, shift, from_image=from_image)
+    of_training = options_of_training(source, lora, options, shift)
+    guidance = lowest_guidance(source, [file.path for file, _ in adapters])
     if lora and (sentence := other_autoencoder(common_tags([file.path for file, _ in adapters], shift), options)):
         print(f"d2f: {sentence}", file=sys.stderr)
     pipeline, facts = load_model(model, options=options)
@@ -91,7 +103,7 @@ def load_with_lora(
     if context_images:
         base.see_images(context_images)
     merged = [fuse_adapter(pipeline, adapter, scale) for adapter, scale in adapters]
-    take_trained_size(pipeline, model, [file.path for file, _ in adapters])
+    take_trained_size(pipeline, source, [file.path for file, _ in adapters])
     if of_training.pop("vae_reflection_padding", False):
         facts = dataclasses.replace(facts, vae_reflection_padding=set_reflection_padding(pipeline.vae, True))
-    return SampledModel(pipeline, facts, of_training, guidance, fingerprints, merged)
+    return SampledModel(pipeline, facts, of_training, guidance, source, fingerprints, merged)

@@ -288,12 +288,17 @@ class Pairs:
     def _known_entries(self, prompts: list[str]) -> dict[str, object]:
         """Return the entries of pairs.json that are known before the model is loaded, by their names there."""
         from d2f_fast.files.hashes import file_sha256
+        from d2f_fast.models.configs import local_name
 
         same = (
             *("pairs_per_shard", "seed", "num_inference_steps", "solver", "flow_spacing", "guidance_scale"),
             *("negative_prompt", "dtype", "mixed_precision", "batch_size", "save_images"),
         )
-        of_training = options_of_training(self.model, self.lora, self.model_options, self.shift)
+        source = local_name(self.model, self.model_options)
+        of_training: dict[str, Any] = {}
+        if source is not None or self.lora:  # A hub id says it once it is loaded.
+            found = options_of_training(source or self.model, self.lora, self.model_options, self.shift)
+            of_training = {name: found.get(name) for name in ("prediction_type", "fm_form", "shift")}
         sizes = {"height": self.height, "width": self.width}  # A size that is not given is that of the model.
         sources = [parse_lora(entry) for entry in self.lora]
         return {
@@ -301,7 +306,7 @@ class Pairs:
             **prompt_entries(prompts),
             **{name: getattr(self, name) for name in same},
             "guidance_scale_max": self.guidance_scale if self.guidance_scale_max is None else self.guidance_scale_max,
-            **{name: of_training.get(name) for name in ("prediction_type", "fm_form", "shift")},
+            **of_training,
             **{name: side for name, side in sizes.items() if side is not None},
             "lora": [lora_identity(file_sha256(check_lora_file(path)), scale) for path, scale in sources],
         }

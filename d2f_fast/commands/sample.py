@@ -184,7 +184,7 @@ class Sample:
         model = None if self.onnx is not None else self._model
         check_lora_and_output(self.lora, self.output_dir, self.shift, model=model, options=self.model_options)
         if self.onnx is None:
-            check_steps(self.method, self._steps.number)
+            check_steps(self.method, self._steps_of(self._model).number)
 
     def run(self) -> dict[str, Any]:
         """Generate the images, write them, and return what was generated and where it was written.
@@ -249,13 +249,12 @@ class Sample:
         """Return the name of the model, which is not used with `onnx`."""
         return MINIATURE if self.model is None else self.model
 
-    @property
-    def _steps(self) -> ChosenSteps:
+    def _steps_of(self, model: str) -> ChosenSteps:
         """Return the number of sampling steps of a model, which is not used with `onnx`."""
         given = self.num_inference_steps
         if given is None and self.invert is not None:  # The numbers that are saved are too few for an inversion.
             return ChosenSteps(DEFAULT_STEPS, "the default with --invert")
-        return chosen_steps(given, self._model, [parse_lora(entry).path for entry in self.lora])
+        return chosen_steps(given, model, [parse_lora(entry).path for entry in self.lora])
 
     @property
     def _own_guidance(self) -> float | None:
@@ -294,7 +293,7 @@ class Sample:
 
         loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
-        steps, guidance = self._steps, chosen_guidance(self.guidance_scale, loaded.guidance_scale)
+        steps, guidance = self._steps_of(loaded.source), chosen_guidance(self.guidance_scale, loaded.guidance_scale)
         if self.guidance_scale is None and self._own_guidance is not None:
             guidance = ChosenGuidance(self._own_guidance, "the default with --invert")
         say_sampling(steps, guidance)

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,7 +125,7 @@ class SampleImageToImage:
             RefusedInputError: An option, an image, the model, the LoRA file or the output folder cannot be used.
         """
         from d2f_fast.data.image_headers import stored_size
-        from d2f_fast.models.configs import check_seen_images, downsampling_of, read_configs
+        from d2f_fast.models.configs import check_seen_images, downsampling_of, local_name, read_configs
 
         check_options(self)
         files, output = find_images(self.image), Path(self.output_dir)
@@ -139,8 +139,10 @@ class SampleImageToImage:
                 raise RefusedInputError(f"{printable(existing)} exists: choose another output_dir, or move it away")
         if (self.height is None) != (self.width is None):
             raise RefusedInputError("height and width must be given together: add the other one, or leave both out")
-        self._tags()
-        saved = lowest_guidance(self.model, [parse_lora(entry).path for entry in self.lora])
+        source = local_name(self.model, self.model_options)
+        if source is not None or self.lora:
+            _tags_and_noise(source or self.model, self.lora, self.source_noise)
+        saved = lowest_guidance(source or self.model, [parse_lora(entry).path for entry in self.lora])
         guidance_scale = guidance_or_default(self.guidance_scale, saved)
         check_negative_prompt(self.negative_prompt, guidance_scale)
         check_method_of_source(self.method)
@@ -157,7 +159,7 @@ class SampleImageToImage:
             image_size(self.height, self.width, configs.unet.get("sample_size"), downsampling)
             for path, size in sizes.items() if self.height is None else ():
                 _multiples(*size, side_multiple(downsampling), path)
-        check_steps(self.method, self._steps.number)
+        check_steps(self.method, self._steps_of(self.model).number)
 
     def run(self) -> dict[str, Any]:
         """Change the images, write the results, and return what was written.
@@ -170,33 +172,9 @@ class SampleImageToImage:
         with locked_folder(output):
             return self._change(output, earlier_rows(output))
 
-    @property
-    def _steps(self) -> ChosenSteps:
-        """Return the number of sampling steps."""
-        return chosen_steps(self.num_inference_steps, self.model, [parse_lora(entry).path for entry in self.lora])
-
-    def _tags(self) -> dict[str, str]:
-        """Return the tags of the model, of which those of the LoRA replace the ones that they have, too.
-
-        Raises:
-            ModelError: It was not trained to start from images, or its share of noise cannot be used.
-        """
-        paths = [parse_lora(entry).path for entry in self.lora]
-        tags = saved_tags(self.model) | common_tags(paths, 1.0)
-        source = ", ".join(self.lora) or str(tags_source(self.model))
-        if not starts_from_image(tags):
-            raise ModelError(
-                f"{printable(source)} does not say that its flow starts from an image: give the result of d2f train"
-                " --task image_to_image, a LoRA with --lora or a folder pipeline with --model"
-            )
-        try:
-            is_usable = self.source_noise is not None or 0 <= float(tags[SOURCE_NOISE]) <= 1
-        except (KeyError, ValueError):
-            is_usable = False
-        if not is_usable:
-            got = printable(tags.get(SOURCE_NOISE, "none, or several")[:100])
-            raise ModelError(f"{printable(source)}: {SOURCE_NOISE} must be in [0, 1], got {got}: give --source_noise")
-        return tags
+    def _steps_of(self, model: str) -> ChosenSteps:
+        """Return the number of sampling steps of a model."""
+        return chosen_steps(self.num_inference_steps, model, [parse_lora(entry).path for entry in self.lora])
 
     def _change(self, output: Path, earlier: list[Any]) -> dict[str, Any]:
         """Change the images, and write into a folder that no other command uses."""
@@ -206,13 +184,11 @@ class SampleImageToImage:
         from d2f_fast.files.run_record import write_run_record
         from d2f_fast.sampling.png_text import png_text
 
-        tags, files = self._tags(), find_images(self.image)
-        source_noise = float(tags[SOURCE_NOISE]) if self.source_noise is None else self.source_noise
-        if tags.get(CAPTIONS) == "true" and not self.prompts:
-            print("d2f: the model was trained with captions: describe the result with --prompts", file=sys.stderr)
+        files = find_images(self.image)
         model, sampling, taken = self._load()
+        source_noise = taken["source_noise"]
         prompts = list(self.prompts) * (len(files) if len(self.prompts) == 1 else 1) or [""] * len(files)
-        row = self._row(taken, source_noise) | {"samples": len(files)}
+        row = self._row(taken) | {"samples": len(files)}
         written: list[Path] = []
         for position, (file, prompt) in enumerate(zip(files, prompts, strict=True)):
             image = self._changed(model, file, prompt, sampling, source_noise)
@@ -232,10 +208,14 @@ class SampleImageToImage:
         from d2f_fast.models.base_model import BaseModel
         from d2f_fast.models.solve import Sampling
 
-        loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
+        loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift, from_image=True)
         print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
-        steps, guidance = self._steps, chosen_guidance(self.guidance_scale, loaded.guidance_scale)
+        tags, source_noise = _tags_and_noise(loaded.source, self.lora, self.source_noise)
+        steps = self._steps_of(loaded.source)
+        guidance = chosen_guidance(self.guidance_scale, loaded.guidance_scale)
         say_sampling(steps, guidance)
+        if tags.get(CAPTIONS) == "true" and not self.prompts:
+            print("d2f: the model was trained with captions: describe the result with --prompts", file=sys.stderr)
         model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         sampling = Sampling(
@@ -248,7 +228,8 @@ class SampleImageToImage:
             scheduler_options=loaded.scheduler_options,
         )
         shift = float(loaded.flow_scheduler(self.flow_spacing).config["shift"])
-        return model, sampling, {**loaded.scheduler_options, "shift": shift, "guidance_scale": guidance.scale}
+        taken = {"steps": steps.number, "shift": shift, "guidance_scale": guidance.scale, "source_noise": source_noise}
+        return model, sampling, {**loaded.scheduler_options, **taken}
 
     def _changed(
         self, model: "BaseModel", file: Path, prompt: str, sampling: "Sampling", source_noise: float
@@ -271,17 +252,17 @@ class SampleImageToImage:
         of_size = dataclasses.replace(sampling, height=size[0], width=size[1])
         return generate_images(model, [prompt], of_size, generator, start)[0]
 
-    def _row(self, taken: Mapping[str, Any], source_noise: float) -> dict[str, Any]:
+    def _row(self, taken: Mapping[str, Any]) -> dict[str, Any]:
         """Return how the images were changed, as metrics.json records it."""
         found = {
             "task": "image_to_image",
             "sampler": "flow",
             "method": self.method,
             "flow_spacing": self.flow_spacing,
-            "steps": self._steps.number,
+            "steps": taken["steps"],
             **{name: taken.get(name) for name in ("shift", "prediction_type", "fm_form", "guidance_scale")},
             **self.solver_options.given(),
-            "source_noise": source_noise,
+            "source_noise": taken["source_noise"],
             "seed": self.seed,
             "model": self.model,
             "lora": list(self.lora),
@@ -289,6 +270,34 @@ class SampleImageToImage:
             "negative_prompt": self.negative_prompt,
         }
         return {name: value for name, value in found.items() if value is not None}
+
+
+def _tags_and_noise(model: str, lora: Sequence[str], given: float | None) -> tuple[dict[str, str], float]:
+    """Return the tags of a model with LoRA, and the share of noise at its start: that given, or else that of the tags.
+
+    Args:
+        model: The model; of a hub id its folder, which has the tags.
+        lora: LoRA as PATH or PATH:SCALE, whose tags replace those of the model.
+        given: Share that was given; None for none.
+
+    Raises:
+        ModelError: It was not trained to start from images, or its share of noise cannot be used.
+    """
+    tags = saved_tags(model) | common_tags([parse_lora(entry).path for entry in lora], 1.0)
+    source = printable(", ".join(lora) or tags_source(model))
+    if not starts_from_image(tags):
+        raise ModelError(
+            f"{source} does not say that its flow starts from an image: give the result of d2f train --task"
+            " image_to_image, a LoRA with --lora or a folder pipeline with --model"
+        )
+    try:
+        share = float(tags[SOURCE_NOISE]) if given is None else given
+    except (KeyError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 1:
+        got = printable(tags.get(SOURCE_NOISE, "none, or several")[:100])
+        raise ModelError(f"{source}: {SOURCE_NOISE} must be in [0, 1], got {got}: give --source_noise")
+    return tags, share
 
 
 def _cropped(image: "Image", multiple: int, file: Path) -> "Image":

@@ -107,6 +107,25 @@ def model_folder(model: str, options: ModelOptions) -> Path | None:
     return Path(cached_folder(model, options.revision, options.variant)) if _is_offline() else None
 
 
+def local_name(model: str, options: ModelOptions) -> str | None:
+    """Return the name of a model whose files can be read at once: of a hub id its folder, and any other as it is.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file, or "miniature".
+        options: Options of the base model.
+
+    Returns:
+        The name; None for a hub id, whose files may have to be downloaded first.
+
+    Raises:
+        ModelError: Nothing may be downloaded, and the model is not whole on this machine.
+    """
+    if model == MINIATURE or is_single_file(model):
+        return model
+    folder = model_folder(model, options)
+    return None if folder is None else str(folder)
+
+
 def _with_options(scheduler: Mapping[str, Any], options: ModelOptions, source: str) -> Mapping[str, Any]:
     """Return a scheduler's configuration with what the options state of it, or refuse what it states."""
     if options.prediction_type is None and "prediction_type" in scheduler:

@@ -28,14 +28,14 @@ from d2f_fast.lora.read import read_lora
 from d2f_fast.lora.tags import predicts_depth, starts_from_zeros
 from d2f_fast.models.depth_start import set_start
 from d2f_fast.models.folder import check_real_weights
-from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.load import load_pipeline, local_source
 from d2f_fast.models.names import PICKLE_SUFFIXES
 from d2f_fast.models.options import ModelOptions, check_flow_schedule, check_prediction_type
 from d2f_fast.models.original_layout import original_tensors
 from d2f_fast.models.reflection_padding import CONFIG_ENTRY
 from d2f_fast.models.save import save_pipeline_folder
 from d2f_fast.models.skeleton import skeleton_of_folder
-from d2f_fast.models.tags import TAGS_FILE, stated_steps, tags_of_loaded
+from d2f_fast.models.tags import TAGS_FILE, saved_tags, stated_steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -110,8 +110,9 @@ def read_model(model: str, options: ModelOptions | None = None) -> ModelWeights:
     folder = Path(model)
     options = options or ModelOptions()
     if not can_stream(model, options):
+        source = local_source(model, options)
         return weights_of_pipeline(
-            load_pipeline(model, stored_dtype(model), options), model, tags_of_model(model, options)
+            load_pipeline(model, stored_dtype(model), options), model, tags_of_model(source, options)
         )
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict):
@@ -295,23 +296,19 @@ def stored_dtype(model: str) -> torch.dtype:
     return largest if largest.itemsize > 1 else torch.float16
 
 
-def tags_of_model(
-    model: str, options: ModelOptions | None = None, unet: Mapping[str, object] | None = None
-) -> dict[str, str]:
+def tags_of_model(model: str, options: ModelOptions | None = None) -> dict[str, str]:
     """Return the tags of a model, less those that options contradict; see `saved_tags`.
 
     Args:
-        model: Pipeline folder, hub id, or `.safetensors` file.
+        model: Pipeline folder, `.safetensors` file, or "miniature".
         options: Options of the model. Tags that those on its prediction and its schedule contradict are left out. The
             default None leaves none out.
-        unet: Configuration of the loaded UNet, which says how a model starts that is a hub id; None before it is
-            loaded.
 
     Raises:
         ModelError: `d2f.json` is not a JSON object.
         CheckpointError: The file is missing, damaged, or a pickle.
     """
-    tags, options = tags_of_loaded(model, unet or {}), options or ModelOptions()
+    tags, options = saved_tags(model), options or ModelOptions()
     stated: dict[str, str | None] = {"d2f.prediction_type": options.prediction_type}
     if options.rescale_betas_zero_snr is not None:
         stated["d2f.zero_snr"] = str(options.rescale_betas_zero_snr).lower()

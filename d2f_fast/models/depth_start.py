@@ -1,8 +1,7 @@
 """State in the configuration of a network of depth that it starts from zeros, so that the folder alone says it.
 
-`d2f.json` is not there for a hub id, and diffusers does not write it when it saves a folder again. diffusers takes the
-entries of a configuration that begin with an underscore for its own: it loads them without a warning, and saves them.
-Imports no torch.
+diffusers does not write `d2f.json` when it saves a folder again. It takes the entries of a configuration that begin
+with an underscore for its own: it loads them without a warning, and saves them. Imports no torch.
 """
 
 from collections.abc import Mapping

@@ -1,14 +1,17 @@
 """Load a diffusers pipeline from a hub id, a folder or a single safetensors file. No pickle is ever read."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
 from d2f_fast.errors import ModelError, printable
@@ -20,6 +23,10 @@ from d2f_fast.models.names import MINIATURE, is_single_file
 from d2f_fast.models.options import ModelOptions, check_model
 from d2f_fast.models.single_file import load_single_file
 from d2f_fast.models.single_file_header import family_table, read_single_file
+from d2f_fast.models.tags import TAGS_FILE
+
+# What is never loaded of a folder or a hub id: pickles, and the safety checker.
+_LOADING = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
 
 
 class LoadedModel(NamedTuple):
@@ -87,24 +94,51 @@ def _load_single_file(
         return load_single_file(file, dtype, options, vae, unet_as_stored=unet_as_stored)
 
 
+def local_source(model: str, options: ModelOptions | None = None) -> str:
+    """Return the folder of a hub id on this machine, and any other name of a model as it is.
+
+    The files of a hub id are downloaded where they are missing and the network may be used. `d2f.json` is among them,
+    which diffusers leaves out: the folder has the tags of the model.
+
+    Args:
+        model: Hub id, pipeline folder, `.safetensors` file, or "miniature".
+        options: Options of the base model; None for the defaults.
+
+    Raises:
+        ModelError: The hub id names no model, or one that is not on this machine and cannot be downloaded.
+    """
+    options = options or ModelOptions()
+    check_model(model, options)
+    if model == MINIATURE or is_single_file(model) or Path(model).is_dir():
+        return model
+    if HF_HUB_OFFLINE:
+        return cached_folder(model, options.revision, options.variant)
+    with _one_line_errors(model):
+        return _downloaded(model, options.revision, options.variant)
+
+
+@cache  # Each answer takes several requests, also for files that are there.
+def _downloaded(model: str, revision: str | None, variant: str | None) -> str:
+    """Download what is missing of a hub id, and return its folder."""
+    folder: str = DiffusionPipeline.download(model, revision=revision, variant=variant, **_LOADING)
+    with suppress(RemoteEntryNotFoundError):  # where another program made the model
+        hf_hub_download(model, TAGS_FILE, revision=Path(folder).name)  # of the commit that was downloaded
+    return folder
+
+
 def _load_folder(model: str, dtype: torch.dtype, options: ModelOptions, unet_as_stored: bool) -> DiffusionPipeline:
     """Load the pipeline of a folder or a hub id."""
-    loading: dict[str, Any] = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
-    loading |= {"variant": options.variant}
-    name = model
-    if Path(model).is_dir():
-        check_folder(Path(model), options.variant)
-    elif HF_HUB_OFFLINE:
-        name = model = cached_folder(model, options.revision, options.variant)
-    with _one_line_errors(name):
-        if not Path(model).is_dir():
-            model = DiffusionPipeline.download(model, revision=options.revision, **loading)
+    folder = local_source(model, options)
+    if folder == model:
+        check_folder(Path(folder), options.variant)
+    loading: dict[str, Any] = {**_LOADING, "variant": options.variant}
+    with _one_line_errors(model):
         types = {"default": dtype}
         if unet_as_stored:
-            types["unet"] = unet_half_type(Path(model), options.variant) or dtype
-        if read_config(Path(model) / "model_index.json").get("_class_name") == "MarigoldDepthPipeline":
+            types["unet"] = unet_half_type(Path(folder), options.variant) or dtype
+        if read_config(Path(folder) / "model_index.json").get("_class_name") == "MarigoldDepthPipeline":
             loading = {name: value for name, value in loading.items() if "safety_checker" not in name}
-        return DiffusionPipeline.from_pretrained(model, dtype=types, **loading)
+        return DiffusionPipeline.from_pretrained(folder, dtype=types, **loading)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def saved_tags(model: str) -> dict[str, str]:
 
     Args:
         model: Pipeline folder, hub id, or `.safetensors` file. A folder without `d2f.json` has the task and the start
-            that the configuration of its UNet states. A hub id has none before it is loaded; see `tags_of_loaded`.
+            that the configuration of its UNet states. A hub id has none: give its folder, see `load.local_source`.
 
     Raises:
         ModelError: `d2f.json` or the configuration is not a JSON object.
@@ -62,20 +62,6 @@ def saved_tags(model: str) -> dict[str, str]:
         raise ModelError(f"{printable(source)} is not a JSON object: restore it, or remove it")
     started = start_tags(read_config(config)) if config.is_file() else {}
     return started | {name: str(value) for name, value in found.items() if name.startswith(TAG_PREFIX)}
-
-
-def tags_of_loaded(model: str, unet: Mapping[str, object]) -> dict[str, str]:
-    """Return the tags of a loaded model: those of `saved_tags`, and the start that its UNet states where they do not.
-
-    Args:
-        model: Pipeline folder, hub id, or `.safetensors` file.
-        unet: Configuration of the loaded UNet, before LoRA are merged into it.
-
-    Raises:
-        ModelError: `d2f.json` is not a JSON object.
-        CheckpointError: The file is missing, damaged, or a pickle.
-    """
-    return start_tags(unet) | saved_tags(model)
 
 
 def lowest_guidance(model: str, loras: Sequence[StrPath]) -> float | None:

@@ -32,6 +32,7 @@ from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.configs import ModelConfigs
 from d2f_fast.models.facts import same_schedule
+from d2f_fast.models.load import local_source
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.integrate import unet_velocity
 from d2f_fast.training.compiled import compiled
@@ -148,7 +149,8 @@ def load_teacher(options: TeacherOptions, model: BaseModel, config: TrainingConf
         return None
     if model.unet.config.in_channels != model.unet.config.out_channels:
         raise ModelError("a teacher does not go with a network that also sees an image: leave teacher out")
-    check_teacher_task("" if options.teacher == BASE else options.teacher, options.teacher_lora or ())
+    teacher = "" if options.teacher == BASE else local_source(options.teacher)
+    check_teacher_task(teacher, options.teacher_lora or ())
     loras = [(read_lora(path), scale) for path, scale in map(parse_lora, options.teacher_lora or ())]
     unet: UNet2DConditionModel | None
     if options.teacher == BASE:

@@ -22,6 +22,7 @@ from d2f_fast.errors import RefusedInputError
 from d2f_fast.files.lock import locked_folder
 from d2f_fast.image_sizes import simplest
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.load import local_source
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.tags import trained_size
 from d2f_fast.training.accelerator import start_accelerator
@@ -171,7 +172,8 @@ class AlignedTrainer(TrainedModel):
         config = config or TrainingConfig()
         check_tracker(config.report_to)  # before the model is loaded, which may take minutes
         if isinstance(model, str | Path):
-            config = replace(config, resolution=config.resolution or simplest(trained_size(str(model), ())))
+            source = local_source(str(model), model_options)
+            config = replace(config, resolution=config.resolution or simplest(trained_size(source, ())))
             loaded = BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config))
         else:
             loaded = BaseModel(model, model_options)

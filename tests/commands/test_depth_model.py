@@ -1,10 +1,9 @@
 """Models that predict depth, loaded from the folders of this and of another program."""
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -51,14 +50,18 @@ def test_folder_that_diffusers_saved_again_still_starts_from_zeros(
         assert loaded.starts_from_zeros is from_zeros and loaded.pipeline.default_denoising_steps == steps
 
 
-def test_hub_id_starts_from_zeros(jump_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = tmp_path / "models--me--one-step"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(jump_run / "pipeline", cached / "snapshots" / ("0" * 40))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    loaded = DepthSampling("me/one-step").load()
-    assert loaded.starts_from_zeros and loaded.pipeline.default_denoising_steps == 1
+def test_hub_id_has_the_start_and_the_normalisation_of_its_folder(
+    jump_run: Path, cached_as: Callable[[str, Path], Path]
+) -> None:
+    tags = cached_as("me/one-step", jump_run / "pipeline") / "d2f.json"
+    for normalization in ("log", None):
+        if normalization is None:
+            tags.unlink()  # as in a copy that diffusers saved again
+        else:
+            tags.write_text(json.dumps(json.loads(tags.read_text()) | {"d2f.depth_normalization": normalization}))
+        loaded = DepthSampling("me/one-step").load()
+        assert loaded.starts_from_zeros and loaded.pipeline.default_denoising_steps == 1
+        assert loaded.normalization == (normalization or "affine")
     sentence = "me/one-step was trained to jump from zeros in one step, got num_inference_steps 4: leave num_inf"
     with pytest.raises(RefusedInputError, match=sentence):
         DepthSampling("me/one-step", num_inference_steps=4).load()

@@ -1,13 +1,18 @@
 """Models with LoRA for sampling: what is taken from the tags, and the fingerprints of the model before the LoRA."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from d2f_fast.commands import load_model
 from d2f_fast.commands.load_model import load_with_lora, options_of_training
+from d2f_fast.commands.main import main
 from d2f_fast.errors import RefusedInputError
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.options import ModelOptions
@@ -76,3 +81,24 @@ def test_autoencoder_that_a_lora_was_trained_with_is_named(
         with pytest.raises(LoadedError):
             load_with_lora(str(tiny_folder), [str(tagged)], options, None)
         assert capsys.readouterr().err == line
+
+
+def test_hub_id_is_sampled_as_its_folder_says(
+    tiny_folder: Path, cached_as: Callable[[str, Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tags = {"d2f.shift": "2.0", "d2f.recommended_guidance": "1.0", "d2f.recommended_steps": "2"}
+    folder = cached_as("me/flow", tiny_folder)
+    (folder / "d2f.json").write_text(json.dumps(tags | {"d2f.resolution": "24"}))
+    rows = []
+    for number, model in enumerate(("me/flow", str(folder))):
+        output = tmp_path / str(number)
+        assert main(["sample", "--model", model, "--prompts", "abc", "--output_dir", str(output), "--json"]) == 0
+        rows.append(json.loads(capsys.readouterr().out))
+    for row in rows:
+        assert (row["steps"], row["guidance_scale"], row["shift"], row["height"]) == (2, 1.0, 2.0, 24)
+    assert rows[0]["model"] == "me/flow"
+    pixels = [np.asarray(Image.open(tmp_path / number / "000.png")) for number in "01"]
+    assert np.array_equal(*pixels)
+    (folder / "d2f.json").write_text(json.dumps({"d2f.task": "image_to_image", "d2f.source_noise": "0.0"}))
+    with pytest.raises(RefusedInputError, match=r"snapshots.* was trained to start from an image"):
+        load_with_lora("me/flow", [], ModelOptions(), None)

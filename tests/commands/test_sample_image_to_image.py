@@ -114,6 +114,23 @@ def test_image_is_that_of_the_flow_from_the_noised_source(
         assert "a b" in made.text["parameters"] and "Size: 16x16" in made.text["parameters"]  # type: ignore[attr-defined]
 
 
+def test_hub_id_is_sampled_as_its_folder_says(
+    sample: Callable[..., int],
+    tiny_folder: Path,
+    cached_as: Callable[[str, Path], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = cached_as("me/restore", tiny_folder)
+    assert sample(lora=("--model", "me/restore")) == 2
+    assert "d2f.json does not say that its flow starts from an image" in capsys.readouterr().err
+    tags = {"d2f.task": "image_to_image", "d2f.source_noise": "0.5", "d2f.recommended_steps": "1"}
+    (folder / "d2f.json").write_text(json.dumps(tags))
+    assert sample(lora=("--model", "me/restore")) == 0
+    row = json.loads((tmp_path / "out/metrics.json").read_text())["results"][0]
+    assert (row["model"], row["source_noise"], row["steps"]) == ("me/restore", 0.5, 1)
+
+
 def test_result_of_an_image_depends_on_no_other_and_has_its_size(
     sample: Callable[..., int], source_targets: Path, tmp_path: Path
 ) -> None:

@@ -1,12 +1,10 @@
 """Folders of pipelines: variants, shards, and models in the hub's cache without a network."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -147,13 +145,9 @@ def test_index_that_names_other_files_is_refused(folder: Path, case: str) -> Non
 
 
 @pytest.fixture
-def cache(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Snapshot of the tiny model in an empty cache of the hub, as "owner/tiny"."""
-    cached = tmp_path / "hub" / "models--owner--tiny"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return Path(shutil.copytree(tiny_folder, cached / "snapshots" / ("0" * 40)))
+def cache(tiny_folder: Path, cached_as: Callable[[str, Path], Path]) -> Path:
+    """Snapshot of the tiny model in the cache of the hub, as "owner/tiny"."""
+    return cached_as("owner/tiny", tiny_folder)
 
 
 def test_cached_model_loads_without_a_network(cache: Path, pipeline: Any) -> None:

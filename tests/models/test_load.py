@@ -8,16 +8,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from d2f_fast import load_miniature
 from d2f_fast.errors import ModelError
+from d2f_fast.models import load
 from d2f_fast.models.base_model import BaseModel
-from d2f_fast.models.load import load_pipeline
+from d2f_fast.models.load import load_pipeline, local_source
 from d2f_fast.models.names import MINIATURE
+from d2f_fast.models.options import ModelOptions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -174,3 +178,27 @@ def test_weight_that_is_not_finite_is_refused(folder: Path, name: str, value: fl
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=rf"{re.escape(str(folder))}: \S+ of the {name} holds NaN or infinity"):
         load_pipeline(folder)
+
+
+def test_hub_id_is_downloaded_once_with_its_tags(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot, asked = folder.rename(folder.with_name("f" * 40)), []
+
+    def download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options["revision"]))
+        return str(snapshot)
+
+    def download_file(hub_id: str, name: str, revision: str) -> None:
+        asked.append((name, revision))
+        if hub_id == "owner/plain":
+            raise RemoteEntryNotFoundError("404", response=MagicMock())
+
+    monkeypatch.setattr(load, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(load, "hf_hub_download", download_file)
+    for hub_id in ("owner/tagged", "owner/plain"):
+        asked.clear()
+        assert local_source(hub_id, ModelOptions(revision="v2")) == str(snapshot)
+        load_pipeline(hub_id, options=ModelOptions(revision="v2"))
+        assert asked == [(hub_id, "v2"), ("d2f.json", "f" * 40)]
+    for name in (MINIATURE, str(snapshot)):
+        assert local_source(name) == name
