@@ -31,6 +31,7 @@ Tracker = Literal[
 ]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 LoraFormat = Literal["diffusers", "kohya", "both"]
+CompiledPart = Literal["off", "full", "regional"]
 OptionGroup = Literal[
     "essential",
     "data",
@@ -305,8 +306,8 @@ class TrainingConfig:
         ema_decay: Decay per step of the moving average of the trained weights, which is what is saved and sampled. It
             rises to this value over the first steps, so that short runs are averaged over less. It takes 4 bytes of
             memory for each trained weight. 0 turns it off, and the last weights are saved.
-        compile: Compile the training step with torch.compile. The first step takes minutes; later ones were faster on a
-            CPU, and were not measured on a GPU.
+        compile: Compile the whole step with torch.compile ("full", or no word), which takes minutes at the start, or
+            each kind of block that the UNet repeats ("regional"). Neither was measured on a GPU.
         cuda_graph: Record the training step once and replay it (a CUDA graph), so that the GPU does not wait for the
             CPU. It needs an NVIDIA GPU and a single process, and has not been run on a GPU yet.
         checkpointing_steps: Number of optimizer steps between two checkpoints; 0 makes none. A run that is stopped by
@@ -375,7 +376,7 @@ class TrainingConfig:
     adam_weight_decay: float = option("optimisation", 1e-2, at_least(0, 1000.0))
     max_grad_norm: float = option("optimisation", 1.0, check_positive)
     ema_decay: float = option("optimisation", 0.999, check_fraction)
-    compile: bool = option("memory and speed", False)
+    compile: CompiledPart = option("memory and speed", "off")
     cuda_graph: bool = option("memory and speed", False)
     checkpointing_steps: int = option("checkpoints and logs", 500, at_least(0, MAX_STEPS))
     checkpoints_total_limit: int | None = option("checkpoints and logs", 2, at_least(1, MAX_STEPS))

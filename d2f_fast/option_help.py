@@ -7,6 +7,7 @@ help ends with the command lines of the section "Examples".
 
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -38,6 +39,8 @@ _NOTES: Mapping[str, str] = {
     "sampling": "Flow time t goes from 0 (pure noise) to 1 (image).",
 }
 _DEFAULT = " Default: "
+# Values of options that may stand on the command line without one.
+_WITHOUT_A_WORD = {"compile": "full"}
 _PLACEHOLDERS = {int: "INT", float: "FLOAT", str: "TEXT"}
 _RANGES: Mapping[Callable[[str, Any], None], str] = {
     check_positive: "above 0",
@@ -116,6 +119,26 @@ def spell_out_flags(arguments: Sequence[str], names: Iterable[str]) -> list[str]
             spelled.append(word)
         else:
             spelled += [f"--{found[0]}", found[1]]
+    return spelled
+
+
+def spell_out_words(arguments: Sequence[str], options: Iterable[Option]) -> list[str]:
+    """Return arguments in which an option that may stand without a value has its value.
+
+    Args:
+        arguments: words of a command line.
+        options: options of the command. `--compile` alone becomes `--compile full`, `--no_compile` becomes
+            `--compile off`.
+    """
+    alone: dict[str, list[str]] = {}
+    for name, default in ((option.field.name, option.field.default) for option in options):
+        if name in _WITHOUT_A_WORD:
+            alone |= {name: [f"--{name}", _WITHOUT_A_WORD[name]], f"no_{name}": [f"--{name}", str(default)]}
+    spelled: list[str] = []
+    for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        name = word.removeprefix("--").replace("-", "_") if word.startswith("--") else ""
+        has_value = not (following.startswith("--") or name.startswith("no_"))
+        spelled += [word] if name not in alone or has_value else alone[name]
     return spelled
 
 
@@ -219,7 +242,8 @@ def placeholder(option: Option) -> str | None:
         return ""
     part, named = option.parts[0], option.field.metadata.get("metavar")
     if words := words_of(part):
-        return named or f"{{{','.join(map(str, words))}}}"
+        choice = named or f"{{{','.join(map(str, words))}}}"
+        return f"[{choice}]" if option.field.name in _WITHOUT_A_WORD else choice
     is_tuple = get_origin(part) is tuple
     one = named or _PLACEHOLDERS.get(get_args(part)[0] if is_tuple else part)
     return f"{one} ..." if Ellipsis in get_args(part) and not option.field.metadata.get("repeated") else one

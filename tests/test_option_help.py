@@ -28,6 +28,7 @@ from d2f_fast.option_help import (
     placeholder,
     purpose,
     spell_out_flags,
+    spell_out_words,
 )
 
 
@@ -200,3 +201,23 @@ def test_limits_are_those_of_the_check(check, limits):
 )
 def test_flag_of_three_states_is_given_its_value(typed, spelled):
     assert spell_out_flags(typed.split(), ["flag"]) == spelled.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "spelled"),
+    [
+        ("--compile", "--compile full"),
+        ("--compile --seed 3", "--compile full --seed 3"),
+        ("--compile regional --seed 3", "--compile regional --seed 3"),
+        ("--compile=regional", "--compile=regional"),
+        ("--seed 3 --no-compile", "--seed 3 --compile off"),
+        ("--cuda_graph compile", "--cuda_graph compile"),
+    ],
+)
+def test_option_without_a_word_is_given_one(typed, spelled):
+    assert spell_out_words(typed.split(), options_of(TrainingConfig)) == spelled.split()
+
+
+def test_placeholder_of_a_word_that_may_be_left_out_is_in_brackets():
+    found = {each.field.name: placeholder(each) for each in options_of(TrainingConfig)}
+    assert found["compile"] == "[{off,full,regional}]" and found["adapter"] == "{lora,full}"

@@ -16,6 +16,7 @@ from d2f_fast.unknown_options import advice
 
 MAX_CONFIG_BYTES = 1 << 15  # Every option with a long list of layers takes a third; this takes PyYAML 2 seconds.
 MAX_NESTING = 10
+_SWITCHES = (("no", "yes"), ("off", "full"))  # words for false and true
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -123,7 +124,9 @@ def _converted(value: Any, hint: Any) -> Any:
             except TypeError:
                 continue
     elif words := words_of(hint):
-        word = ("yes" if value else "no") if isinstance(value, bool) else value  # YAML reads a bare `no` as false
+        word = value
+        if isinstance(value, bool):  # YAML reads a bare `no` or `off` as false
+            word = next((pair[value] for pair in _SWITCHES if pair[False] in words), value)
         if isinstance(word, str) and word in words:
             return word
     elif get_origin(hint) is tuple and isinstance(value, list):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_t
 
 from d2f_fast.config import OptionGroup, choice_of, words_of
 from d2f_fast.errors import RefusedInputError, printable
-from d2f_fast.option_help import Option, options_of, parse_groups
+from d2f_fast.option_help import Option, options_of, parse_groups, spell_out_words
 from d2f_fast.unknown_options import refuse_unknown_options
 
 CONFIG_HELP = (
@@ -63,6 +63,7 @@ def parse_options(
     options = list(options_of(command))
     names = ("config", *(option.field.name for option in options))
     refuse_unknown_options(arguments, f"d2f {name}", names, foreign)
+    arguments = spell_out_words(arguments, options)
     _refuse_values(arguments, {option.field.name: option.hint for option in options})
     _refuse_repeated(arguments, [option.field.name for option in options if get_origin(option.parts[0]) is tuple])
     given: dict[str, Any] = {}

@@ -64,9 +64,13 @@ class TextProducts:
 
     Args:
         unet: UNet whose attention layers are `PackedAttention`.
+
+    Attributes:
+        wanted: False where each layer projects the text by itself, as in a block that is compiled alone.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.wanted = True
         modules = list(unet.modules())
         self.attentions = [module for module in modules if isinstance(module, PackedAttention) and _takes_text(module)]
         self.blocks = [module for module in modules if hasattr(module, "gradient_checkpointing")]
@@ -112,8 +116,8 @@ def _project_text(unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: Map
     # Only inside the forward does diffusers scale the adapters by cross_attention_kwargs, and project the text. A
     # checkpointed block runs again in backward, where this hook does not run.
     plain_call = len(args) <= 3 and kwargs.get("cross_attention_kwargs") is None and unet.encoder_hid_proj is None
-    checkpoints = any(block.gradient_checkpointing for block in products.blocks)
-    if not plain_call or checkpoints or not isinstance(text, Tensor) or text.ndim != 3 or not _pays_for_text(text):
+    plain_call &= products.wanted and not any(block.gradient_checkpointing for block in products.blocks)
+    if not plain_call or not isinstance(text, Tensor) or text.ndim != 3 or not _pays_for_text(text):
         return
     known = all(type(attention.processor) is AttnProcessor2_0 for attention in products.attentions)
     groups = _grouped(layers) if known and len(layers) > 2 and _can_pack(layers) else []

@@ -23,7 +23,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.layers.fused_lora import lora_paths
 from d2f_fast.ops import kernel_path
 from d2f_fast.training.agreement import connecting, sum_over_processes
-from d2f_fast.training.compiled import compiled
+from d2f_fast.training.compiled import compile_part
 from d2f_fast.training.ema import EMA
 from d2f_fast.training.inputs import StepInputs
 from d2f_fast.training.objective import Objective
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from d2f_fast.training.perceptual import PerceptualLoss
     from d2f_fast.training.teacher import Teacher
 
+_COMPILED = {
+    "off": "not compiled (--compile makes later steps faster)",
+    "full": "compiled (--compile)",
+    "regional": "blocks of the UNet compiled (--compile regional)",
+}
 # Loss of each sample, [b], and its two parts, latent loss and LPIPS, [2, b], or None for a loss without LPIPS; from
 # latents, noise, t, condition and mask of a micro-batch.
 LossPerSample = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None], tuple[Tensor, Tensor | None]]
@@ -60,7 +65,7 @@ class TrainingStep:
         optimizer: fused AdamW over the trained parameters.
         skipped: number of steps that changed nothing because they were not finite, int64 on the device.
         skipped_in_a_row: number of such steps since the last finite one, int64 on the device.
-        loss: loss of each sample of one micro-batch, and its parts; this function is what is compiled.
+        loss: loss of each sample of one micro-batch, and its parts; `compile` may compile it.
         graphs: captured steps; None where `cuda_graph` is off.
         starting_lora: LoRA file that the adapter started from, which is named where it is saved; None for none.
         tags: entries of a file's header that describe the run, which checkpoints write.
@@ -101,7 +106,8 @@ class TrainingStep:
         self._whole = True
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss: LossPerSample = compiled(self._loss, device) if config.compile else self._loss
+        self.loss: LossPerSample
+        self.loss, self._compiled_blocks = compile_part(config.compile, self._loss, unet, device)
         self.graphs = StepGraphs(self.run, self.warm_up) if config.cuda_graph else None
         self.starting_lora: StartingLora | None = None
         self.tags: dict[str, str] = {}
@@ -146,13 +152,14 @@ class TrainingStep:
         total = torch.full((), float("nan") if dry else 0.0, device=self._device)
         parts = None if self._parts is None else self._parts.zero_()
         self.optimizer.zero_grad(set_to_none=True)
-        for first in range(0, len(inputs.latents), self.config.train_batch_size):
-            per_sample, by_part = self._part_loss(inputs.part(first, self.config.train_batch_size), self.loss)
-            # A sum over the global batch: the size of the micro-batches and slices changes nothing.
-            torch.autograd.backward(per_sample.sum() / inputs.global_size)
-            total += per_sample.detach().sum()
-            if parts is not None and by_part is not None:
-                parts += by_part.sum(1)
+        with self._compiled_blocks:
+            for first in range(0, len(inputs.latents), self.config.train_batch_size):
+                per_sample, by_part = self._part_loss(inputs.part(first, self.config.train_batch_size), self.loss)
+                # A sum over the global batch: the size of the micro-batches and slices changes nothing.
+                torch.autograd.backward(per_sample.sum() / inputs.global_size)
+                total += per_sample.detach().sum()
+                if parts is not None and by_part is not None:
+                    parts += by_part.sum(1)
         summed = self._num_processes > 1 and not dry
         self._update([total] if parts is None else [total, parts], summed=summed)
         count = inputs.global_size if summed else max(len(inputs.latents), 1)
@@ -219,7 +226,7 @@ class TrainingStep:
             loss = f"PyTorch, as {missing}"
         return "; ".join([
             f"training runs on {device} in {str(dtype).removeprefix('torch.')}",
-            "compiled (--compile)" if config.compile else "not compiled (--compile makes later steps faster)",
+            _COMPILED[config.compile],
             *graphs,
             f"loss: {loss}",
             f"LoRA: {lora_paths(self.unet, device, dtype)}",

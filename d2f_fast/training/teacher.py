@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from d2f_fast.config import TrainingConfig
+from d2f_fast.config import CompiledPart, TrainingConfig
 from d2f_fast.errors import ModelError, RefusedInputError, printable
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.flow.flow import Flow
@@ -35,7 +35,7 @@ from d2f_fast.models.facts import same_schedule
 from d2f_fast.models.load import local_source
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.sampling.integrate import unet_velocity
-from d2f_fast.training.compiled import compiled
+from d2f_fast.training.compiled import compile_part
 from d2f_fast.training.objective import Objective
 from d2f_fast.training.teacher_options import (
     BASE,
@@ -91,17 +91,19 @@ class Teacher:
         teacher: The teacher as it was loaded.
         model: Base model on its device, with the adapter in its UNet.
         precision: "bf16" for a step under bfloat16 autocast, "no" for none.
-        compile: Whether the teacher's network is compiled.
+        compile: Part of the teacher's network that is compiled.
     """
 
-    def __init__(self, teacher: TeacherModel, model: BaseModel, precision: str, *, compile: bool = False) -> None:
+    def __init__(
+        self, teacher: TeacherModel, model: BaseModel, precision: str, *, compile: CompiledPart = "off"
+    ) -> None:
         shared = teacher.unet is None
         self._unet = model.unet if teacher.unet is None else _frozen(teacher.unet, model.device, precision)
         self._layers = [m for m in self._unet.modules() if isinstance(m, LoraLayer)] if shared else []
         self._flow = teacher.flow.to(model.device)
         self._guidance_scale = teacher.guidance_scale
         self._empty = model.empty_condition() if teacher.guidance_scale > 1 else {}
-        self._velocity = compiled(self._velocity_at, model.device) if compile else self._velocity_at
+        self._velocity, self._compiled = compile_part(compile, self._velocity_at, self._unet, model.device)
 
     @torch.no_grad()
     def line(self, latents: Tensor, noise: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,7 @@ class Teacher:
             condition: Inputs of the network; see `StepInputs`.
         """
         x_t = self._flow.interpolate(latents, noise, t)
-        with _switched_off(self._layers):
+        with _switched_off(self._layers), self._compiled:
             velocity = self._velocity(x_t, t, dict(condition))
         part = over_latents(t, x_t)
         return x_t + (1 - part) * velocity, x_t - part * velocity
@@ -173,7 +175,12 @@ def load_teacher(options: TeacherOptions, model: BaseModel, config: TrainingConf
 
 
 def start_teacher(
-    teacher: TeacherModel | None, objective: Objective, model: BaseModel, precision: str, *, compile: bool = False
+    teacher: TeacherModel | None,
+    objective: Objective,
+    model: BaseModel,
+    precision: str,
+    *,
+    compile: CompiledPart = "off",
 ) -> Teacher | None:
     """Return the teacher of a training step, or None where the run has none.
 
@@ -182,7 +189,7 @@ def start_teacher(
         objective: Objective of the run.
         model: Base model on its device, with the adapter in its UNet.
         precision: "bf16" for a step under bfloat16 autocast, "no" for none.
-        compile: Whether the teacher's network is compiled.
+        compile: Part of the teacher's network that is compiled.
 
     Raises:
         RefusedInputError: The teacher is the network itself, read in the same way and without guidance, `init_lora`

@@ -113,7 +113,7 @@ class AlignedTrainer(TrainedModel):
         if config.cuda_graph and self.device.type != "cuda":
             raise RefusedInputError(f"cuda_graph needs a CUDA GPU, got {self.device.type}: leave it out")
         check_trainable(model, config)
-        if config.compile:
+        if config.compile != "off":
             keep_compiled_code()
         # Before a LoRA is added, and before the model moves: from a GPU each weight would be fetched on its own.
         self._base_model, self._fingerprints = base_fingerprint(model, config), model.fingerprints()

@@ -197,6 +197,7 @@ def test_number_that_no_run_can_use_is_refused(option):
         (["--mixed_precision", "fp16"], "mixed_precision must be no or bf16, got fp16"),
         (["--max_train_steps", "--json"], "--max_train_steps needs a value: give a number"),
         (["--objective"], "--objective needs a value: give diff2flow, fm or diffusion"),
+        (["--compile", "fast"], "compile must be off, full or regional, got fast"),
     ],
 )
 def test_value_of_another_type_is_refused_in_one_line(arguments, line, capsys):

@@ -40,6 +40,10 @@ def test_text_and_self_attention_projections_are_packed(
         monkeypatch.setenv(PATH_VARIABLE, "split")
         unets.step(unet)
         assert packed == [8, 3, 3, 3, 3]
+        packed.clear()
+        unet.text_products.wanted = False
+        unets.step(unet)
+        assert packed == [3, 3, 3, 3]
         assert unet.text_products.text is None and not unet.text_products.projected
 
 

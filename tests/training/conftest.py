@@ -103,6 +103,16 @@ def make_one_level_trainer(
     return partial(make_trainer, pipeline=pipeline)
 
 
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compile to the traced operators only: Inductor would take a minute, and this takes seconds."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda loss, fullgraph, options=None: compile(loss, fullgraph=fullgraph, backend="aot_eager")
+    )
+
+
 @pytest.fixture(scope="session")
 def images() -> Callable[..., Any]:
     """Return a class of datasets with captioned images of noise.

@@ -66,6 +66,11 @@ def test_options_that_are_newer_than_the_checkpoint_had_their_defaults(tmp_path:
         continue_run(tmp_path / "other", {}, missing=newer, adam_beta1=0.8)
 
 
+@pytest.mark.parametrize("was", [True, False, "full"])
+def test_part_that_is_compiled_may_change(tmp_path: Path, was: object) -> None:
+    continue_run(tmp_path, {"compile": was}, learning_rate=1e-4, compile="regional")
+
+
 @pytest.mark.parametrize("missing", ["trainable.safetensors", "ema.safetensors", "optimizer.safetensors"])
 def test_checkpoint_without_a_file_that_is_read_is_refused(missing: str, tmp_path: Path) -> None:
     for name in {"trainable.safetensors", "ema.safetensors", "optimizer.safetensors"} - {missing}:

@@ -129,16 +129,6 @@ def test_learning_rates_are_those_of_the_schedule_stepped_along(name: str) -> No
 
 
 @pytest.fixture
-def aot_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compile to the traced operators only: Inductor would take a minute, and this takes seconds."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda loss, fullgraph, options=None: compile(loss, fullgraph=fullgraph, backend="aot_eager")
-    )
-
-
-@pytest.fixture
 def check_compiled(
     make_batch: Any, gradients_of: Any, distance: Any, make_one_level_trainer: Any
 ) -> Callable[[int, float], None]:
@@ -149,7 +139,7 @@ def check_compiled(
 
     def check(steps: int, tolerance: float) -> None:
         options = {"max_grad_norm": 1e9, "conv_rank": 2, "first_last_layers": True}
-        eager, compiled = make_one_level_trainer(**options), make_one_level_trainer(**options, compile=True)
+        eager, compiled = make_one_level_trainer(**options), make_one_level_trainer(**options, compile="full")
         for number in range(steps):
             given = make_batch((4, 3)[number % 2], number)
             with torch._dynamo.config.patch(error_on_recompile=number >= 2):
@@ -221,9 +211,10 @@ def test_paths_line_says_which_paths_run_and_why(
     assert make_trainer().paths == (
         f"training runs on cpu in float32; not compiled (--compile makes later steps faster); {plain}"
     )
-    assert make_trainer(compile=True, mixed_precision="bf16").paths == (
+    assert make_trainer(compile="full", mixed_precision="bf16").paths == (
         f"training runs on cpu in bfloat16; compiled (--compile); {plain}"
     )
+    assert "; blocks of the UNet compiled (--compile regional); " in make_trainer(compile="regional").paths
     trainer = make_trainer(adapter="full")
     assert common.format("none") in trainer.paths and "\n" not in trainer.paths
     trainer.unet.set_attn_processor(type("OtherProcessor", (), {"__call__": lambda *arguments: None})())

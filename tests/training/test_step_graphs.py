@@ -434,7 +434,7 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", ["off", "full", "regional"])
 @pytest.mark.parametrize("run", RUNS)
 def test_replay_on_a_gpu_is_bit_equal_to_the_uncaptured_step(
     make_batch: Any,
@@ -443,7 +443,7 @@ def test_replay_on_a_gpu_is_bit_equal_to_the_uncaptured_step(
     deterministic: None,
     make_exact: Any,
     run: str,
-    compile: bool,
+    compile: str,
 ) -> None:
     plain, graphed = (
         make_exact(compile=compile, **RUNS[run]),
@@ -460,9 +460,9 @@ def test_replay_on_a_gpu_is_bit_equal_to_the_uncaptured_step(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", ["off", "full", "regional"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_step_on_a_gpu_does_not_wait_for_it(make_batch: Any, make_exact: Any, cuda_graph: bool, compile: bool) -> None:
+def test_step_on_a_gpu_does_not_wait_for_it(make_batch: Any, make_exact: Any, cuda_graph: bool, compile: str) -> None:
     torch.compiler.reset()
     trainer = make_exact(cuda_graph=cuda_graph, compile=compile, caption_dropout=0.3, mixed_precision="bf16")
     for number in range(2):  # compiling, choosing among kernels and capturing wait
@@ -477,9 +477,9 @@ def test_step_on_a_gpu_does_not_wait_for_it(make_batch: Any, make_exact: Any, cu
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", ["off", "full", "regional"])
 def test_replay_with_lpips_on_a_gpu_is_bit_equal_and_does_not_wait(
-    make_batch: Any, make_with_lpips: Any, check_lpips: Any, deterministic: None, compile: bool
+    make_batch: Any, make_with_lpips: Any, check_lpips: Any, deterministic: None, compile: str
 ) -> None:
     graphed, plain = make_with_lpips(compile=compile, cuda_graph=True), make_with_lpips(compile=compile)
     check_lpips(graphed, plain)

@@ -164,8 +164,9 @@ def test_teacher_of_sdxl_is_guided_with_zeros_for_the_empty_prompt(taught: Any, 
 
 
 @pytest.mark.slow
-def test_compiled_teacher_is_one_graph_equal_to_eager(
-    taught: Any, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["full", "regional"])
+def test_compiled_teacher_equals_the_eager_one(
+    taught: Any, tiny_pipeline: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     compile = torch.compile
     monkeypatch.setattr(
@@ -184,7 +185,7 @@ def test_compiled_teacher_is_one_graph_equal_to_eager(
     )
     trainer = taught(pipeline=pipeline, teacher_guidance_scale=2.0)
     eager = trainer._training_step._teacher
-    compiled = Teacher(trainer.teacher, trainer.model, "no", compile=True)
+    compiled = Teacher(trainer.teacher, trainer.model, "no", compile=part)
     for number in range(4):
         size = (4, 3)[number % 2]
         given = torch.randn(size, 4, 8, 8), torch.randn(size, 4, 8, 8), torch.rand(size)
@@ -192,6 +193,10 @@ def test_compiled_teacher_is_one_graph_equal_to_eager(
         with torch._dynamo.config.patch(error_on_recompile=number >= 2):
             for got, wanted in zip(compiled.line(*given, text), eager.line(*given, text), strict=True):
                 torch.testing.assert_close(got, wanted)
+    # Its context lies inside that of the network, whose blocks it shares.
+    losses = [taught(each, pipeline=pipeline, teacher_guidance_scale=2.0, compile=each) for each in ("off", part)]
+    plain, own = (trainer.step(make_batch(4)).item() for trainer in losses)
+    assert own == pytest.approx(plain, rel=1e-5)
 
 
 def test_half_precision_teacher_is_that_of_autocast(taught: Any, make_batch: Any) -> None:
