@@ -1,11 +1,14 @@
 """Measure a whole training step with LoRA: diffusers' script with peft, lever by lever, and `AlignedTrainer.step`.
 
     pytest --benchmark benchmarks/bench_train_step.py
-    bash benchmarks/gpu_suite.sh step-b16 FOLDER          # on a GPU, in parts that fit a time limit
+    bash benchmarks/gpu_quarter.sh FOLDER                 # on a GPU: the rows that decide, in a quarter of an hour
+    pytest --benchmark --go_on benchmarks/bench_train_step.py -k '[b16_rest'       # and the others of one stage
 
 Providers: "script", the step of diffusers' LoRA script; "peft …", the same with levers (torch.compile, channels_last,
 fused AdamW, CUDA graph; "peft best" has all); "base only", peft best without an adapter; and "d2f_fast", which compiles
-and, on a GPU, captures the step, with rows that leave levers out. Each row is one provider on one case. Before it is
+and, on a GPU, captures the step, with rows that leave levers out. Where a name ends with "blocks", the blocks that the
+network repeats are compiled, for peft by the same function as ours (diffusers' own compile_repeated_blocks leaves out
+the residual blocks), and else the whole step. Each row is one provider on one case. Before it is
 timed, its loss and clipped gradients must agree with the script's for the noise and times of one of its steps: the
 relative differences must lie within ALLOWED, the gradients taken as one vector of all of A and B.
 
@@ -56,7 +59,7 @@ CUDA = torch.cuda.is_available()
 # every product of a deep network is rounded at 4e-3: the gradients of the script and ours both differ from float32's by
 # 1.6e-2 (miniature, CPU).
 ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (5e-3, 5e-2)}
-LATER_STEPS, ROW_SECONDS, MOST_ROUNDS = 500, 20.0, 30
+LATER_STEPS, ROW_SECONDS, MOST_ROUNDS = 500, 10.0, 30
 # Calls between two waits for the device: on a GPU the host prepares a step while the last one runs, as in training.
 LEAST_CALLS = 4 if CUDA else 1
 # All levers together. On a CPU there is nothing to capture.
@@ -79,9 +82,12 @@ def ours(**options: Any) -> Provider:
     return lambda case, device: TrainerStep(case, device, **options)
 
 
-FULL = {"compile": True, **({"cuda_graph": True} if CUDA else {})}
+FULL: dict[str, Any] = {"compile": "full", **({"cuda_graph": True} if CUDA else {})}
+BLOCKS = FULL | {"compile": "regional"}
 # Providers in the order in which they are measured, the most important first, because a run may be cut.
 PROVIDERS: dict[str, Provider] = {
+    "d2f_fast, blocks": ours(**BLOCKS),
+    "peft best, blocks": best(compiled="blocks"),
     "d2f_fast": ours(**FULL),
     "peft best": best(),
     "peft compiled": peft(compiled="network"),
@@ -89,9 +95,9 @@ PROVIDERS: dict[str, Provider] = {
     "base only": best(adapter=False),
     "peft compiled, channels_last": peft(compiled="network", channels_last=True),
     "peft compiled step, channels_last, fused AdamW": best(captured=False),
-    "d2f_fast compiled": ours(compile=True),
-    "d2f_fast eager": ours(compile=False),
-    "d2f_fast eager, captured": ours(compile=False, cuda_graph=True),
+    "d2f_fast compiled": ours(compile="full"),
+    "d2f_fast eager": ours(compile="off"),
+    "d2f_fast eager, captured": ours(compile="off", cuda_graph=True),
     "script, no input cast": peft(input_cast=False),
     "script, channels_last": peft(channels_last=True),
     "d2f_fast with EMA": ours(**FULL, ema_decay=0.999),
@@ -110,19 +116,20 @@ ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 ALL = list(PROVIDERS)
-RIVALS = ["d2f_fast", "peft best", "script"]
-LEVERS = [name for name in ALL if name not in RIVALS]
-# Inductor takes 250 to 400 s to compile SDXL, so that the providers without it come first.
-UNCOMPILED = ["d2f_fast eager, captured", "script"]
+RIVALS = ["d2f_fast, blocks", "peft best, blocks", "script"]
 COMPILED = ["d2f_fast", "peft best"]
-# The rivals at the largest batches come before the levers at one batch, because compiling takes most of a row's time.
+LEVERS = [name for name in ALL if name not in RIVALS + COMPILED]
+UNCOMPILED = ["d2f_fast eager, captured", "script"]
+# Stages named "first" are what gpu_quarter.sh measures. Compiling takes most of a row's time, and 250 to 400 s for the
+# whole of SDXL.
 STAGES: dict[str, list[tuple[Case, list[str]]]] = {
     "cpu": [
         (case, [name for name in ALL if name not in ONLY_ON_A_GPU])
         for case in (Case("miniature", 16, 8), Case("sd15 halved", 1, 32))
     ],
-    "b16 first": [(Case("sd15", 16, 64), RIVALS), (Case("sd15", 64, 64), RIVALS)],
+    "b16 first": [(Case("sd15", 16, 64), RIVALS + COMPILED)],
     "b16 rest": [
+        (Case("sd15", 64, 64), RIVALS),
         (Case("sd15", 16, 64), LEVERS),
         (Case("sd15", 16, 64, 64), RIVALS),
         (Case("sd15", 4, 64), RIVALS),
@@ -131,11 +138,11 @@ STAGES: dict[str, list[tuple[Case, list[str]]]] = {
     ],
     "b1 first": [(Case("sd15", 1, 64), RIVALS)],
     "b1 rest": [
-        (Case("sd15", 1, 64), LEVERS),
+        (Case("sd15", 1, 64), COMPILED + LEVERS),
         (Case("sd15", 1, 64, 64), RIVALS),
         (Case("sd21", 1, 64), RIVALS),
     ],
-    "sdxl first": [(Case("sdxl", 4, 128), UNCOMPILED)],
+    "sdxl first": [(Case("sdxl", 4, 128), UNCOMPILED + RIVALS[:2])],
     "sdxl rest": [
         (Case("sdxl", 4, 128), COMPILED),
         *((Case("sdxl", 1, 128, rank), UNCOMPILED) for rank in (16, 64)),
@@ -335,7 +342,7 @@ def script_seconds(case: Case) -> float:
     return _SCRIPT_SECONDS[case]
 
 
-# SDXL runs eagerly, because compiling it takes more minutes than a stage has.
+# SDXL runs eagerly, because compiling it takes minutes.
 CAPS = [
     (Case("sd15", 1, 64), "d2f_fast", 6),
     (Case("sdxl", 1, 128, checkpointing=True), "d2f_fast eager, captured", 10),
@@ -368,7 +375,8 @@ def test_memory_cap(step_of, device, record, case, provider, gigabytes):
     record("memory-cap", row)
 
 
-def test_first_step(device, record, dry_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("provider", ["d2f_fast", "d2f_fast, blocks"])
+def test_first_step(device, record, dry_run, tmp_path, monkeypatch, provider):
     """Time our first step in two processes in turn; they share a cache of compiled code, which starts empty."""
     case = DRY if dry_run else Case("sd15", 1, 64) if CUDA else Case("miniature", 16, 8)
     Script._held = None
@@ -378,8 +386,9 @@ def test_first_step(device, record, dry_run, tmp_path, monkeypatch):
     spawn, seconds = multiprocessing.get_context("spawn"), []
     for _ in range(2):
         with ProcessPoolExecutor(1, spawn) as process:
-            seconds.append(process.submit(first_step_seconds, case, device, FULL).result())
-    row = {"case": str(case), "provider": "d2f_fast", "cold_s": f"{seconds[0]:.4g}", "warm_s": f"{seconds[1]:.4g}"}
+            options = FULL if provider == "d2f_fast" else BLOCKS
+            seconds.append(process.submit(first_step_seconds, case, device, options).result())
+    row = {"case": str(case), "provider": provider, "cold_s": f"{seconds[0]:.4g}", "warm_s": f"{seconds[1]:.4g}"}
     record("first-step", row)
 
 

@@ -42,6 +42,7 @@ SHOWN = {
         *("first_step_s", "to_step_500_s", "peak_mib", "kernels", "host_ms", "share_of_matmul", "share_of_ceiling"),
     ),
 }
+DRY_RUN = [False]  # whether this process runs everything at its smallest size, so that its rows measure nothing
 ROUND_SECONDS = 0.01  # length of a round; the cost of timing it, some 10 µs on a GPU, stays below 0.2 %
 CLOCK_SECONDS = 2.5  # length of the load under which nvidia-smi, which may take two seconds, reads the clock rate
 
@@ -68,6 +69,7 @@ def gpu_script(document: str | None, minutes: float) -> argparse.ArgumentParser:
 def gpu_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the options of a `gpu_script`; exit if there is no GPU, unless this is a dry run in the interpreter."""
     options = parser.parse_args()
+    DRY_RUN[0] = options.dry_run
     if not torch.cuda.is_available() and not (options.dry_run and INTERPRET):
         parser.error("needs a CUDA GPU; with --dry_run and TRITON_INTERPRET=1 in the environment, none")
     return options
@@ -220,14 +222,15 @@ def _processor() -> str:
 
 
 def measured_on() -> dict[str, str]:
-    """Return the device, the commit and the package versions of this run."""
+    """Return the device, the commit and the package versions of this run; the device says whether it is a dry run."""
     try:
         triton_version = version("triton")
     except PackageNotFoundError:
         triton_version = "none"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": f"dry run on {device}" if DRY_RUN[0] else device,
         "torch": torch.__version__,
         "triton": triton_version,
         "threads": str(torch.get_num_threads()),
@@ -241,7 +244,8 @@ def path_of(table: str = "", folder: Path | None = None) -> Path:
         table: name of the table; "" for the table of kernels.
         folder: folder of the tables; None for `benchmarks/results`.
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{measured_on()['device']} {table}".lower()).strip("-")
+    name = f"{measured_on()['device'].replace('NVIDIA ', '')} {table}"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return (folder or RESULTS) / f"{slug}.csv"
 
 

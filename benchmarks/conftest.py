@@ -17,6 +17,10 @@ DRY_ROUNDS = 2
 DONE = "measured.txt"  # file beside the rows that lists the benchmarks that --go_on leaves out
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    clock.DRY_RUN[0] = config.getoption("--dry_run")
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Return the device that benchmarks run on: the GPU if there is one."""

@@ -206,13 +206,16 @@ def measure(
 
 def main() -> None:
     """Probe this device, and print whether every row is measured."""
-    options, cuda = clock.gpu_options(clock.gpu_script(__doc__, minutes=6)), torch.cuda.is_available()
+    parser = clock.gpu_script(__doc__, minutes=6)
+    parser.add_argument("--only", choices=("linear", "attention"), help="leave out the other rows (default: none)")
+    options, cuda = clock.gpu_options(parser), torch.cuda.is_available()
     device, dtype, rows, rounds = torch.device("cuda"), torch.bfloat16, probes(), ROUNDS
     if options.dry_run:  # one shape of each kind, in float32 on a CPU, where Triton's interpreter truncates bfloat16
         rounds, rows = 3, [LinearProbe(48, 32, 16, path, False) for path in ("base", "addmm", "split")]
         rows += [AttentionProbe(1, 2, 16, 16, 40, name, False) for name in BACKENDS]
         if not cuda:
             device, dtype = torch.device("cpu"), torch.float32
+    rows = [row for row in rows if options.only is None or row.case.startswith(options.only)]
     torch.manual_seed(0)
     complete = measure(rows, device, dtype, rounds, time.monotonic() + 60 * options.minutes, options.results)
     print("complete" if complete else "stopped: run it again with the same --results to continue")

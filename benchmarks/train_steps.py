@@ -27,6 +27,7 @@ from d2f_fast.kernels.align import align_reference
 from d2f_fast.kernels.velocity_loss import velocity_loss_reference
 from d2f_fast.lora.inject import inject_lora, lora_layers
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.training.compiled import CompiledBlocks
 from d2f_fast.training.objective import Objective
 
 LEARNING_RATE, BETAS, MAX_NORM = 1e-4, (0.9, 0.999), 1.0
@@ -43,7 +44,8 @@ class Levers:
         adapter: Train an adapter. Without it nothing is trained, and the gradient of the latents is computed so that
             there is a backward pass.
         input_cast: Let peft cast the input to the type of A and B.
-        compiled: Part that is compiled: "" for none, "network", or "step" for the loss with the network in it.
+        compiled: Part that is compiled: "" for none, "network", "step" for the loss with the network in it, or "blocks"
+            for the blocks that `TrainingConfig(compile="regional")` compiles.
         mode: mode of torch.compile.
         channels_last: Keep weights and latents in the channels-last layout.
         fused: Step AdamW in one kernel, and never read the loss back to the host.
@@ -105,6 +107,8 @@ class PeftStep:
             self._unet.compile(mode=levers.mode)
         elif levers.compiled == "step":
             self._run = torch.compile(self._mean_loss, fullgraph=True, mode=levers.mode)
+        elif levers.compiled == "blocks":
+            CompiledBlocks(self._unet, device).__enter__()
         self._graph: Any = None
 
     def __call__(self) -> None:
@@ -261,7 +265,7 @@ def trainer_noise_and_times(case: Case, device: torch.device) -> NoiseAndTimes:
         sampled.append((noise.clone(), t.clone()))
         raise _Sampled
 
-    trainer = trainer_of(build(small, device), small, compile=False)
+    trainer = trainer_of(build(small, device), small, compile="off")
     with mock.patch.object(Objective, "inputs", record), contextlib.suppress(_Sampled):
         trainer.step(batch)
     return sampled[0]

@@ -1,6 +1,7 @@
 """Measure a GPU, and write the entries of the LoRA kernels' dispatch table for it.
 
-    python -m benchmarks.tune_lora --minutes 8
+    python -m benchmarks.tune_lora --minutes 30
+    python -m benchmarks.tune_lora --minutes 2 --shapes steps         # what steps at rank 16 need, on attention first
 
 For each width and rank, the blocks of the kernels are timed one by one; then forward and backward by the best blocks
 and by cuBLAS ("addmm"), at the rows of a batch of 16 images and at the fewest rows that the table covers. The kernels
@@ -9,16 +10,19 @@ are chosen where they win at the former and do not lose at the latter. Every blo
 `kernels/lora_measured.json` is written after each entry. Entries that it already has are not measured again, so that
 the next run continues one that was stopped. Each timing is a row of `<results>/<device>-lora-tuning.csv`.
 
-Compiling the kernels one after the other would take half an hour: `compile_ahead` does it in other processes.
+Compiling the kernels one after the other would take half an hour: `compile_ahead` does it in other processes. A machine
+without a GPU can do it, too, and take the cache along to one of the same Python and Triton:
+
+    TRITON_CACHE_DIR=cache python -m benchmarks.tune_lora --shapes steps --compile_for 90
 """
 
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -37,6 +41,9 @@ except ImportError:
 
 WINS, LOSES = 0.98, 1.02  # largest time of the kernels over that of addmm, at many rows and at few
 ROUNDS = 7
+ROWS = {320: 65536, 640: 16384, 1280: 4096}  # of a batch of 16, by the fewer of a layer's features
+LEAST_ROWS = {"cuda": MIN_ROWS, "cpu": 32}  # the fewest that the table covers; a dry run on a CPU is as small as that
+Shapes: TypeAlias = Sequence[tuple[int, int]]  # pairs of output and input features
 # q, k and v packed at rank 16 have rank 48, which uses the entry of rank 64.
 RANKS = (16, 64, 32, 128)
 # Features out and in, ordered by their part in the time of a step of Stable Diffusion 1.5.
@@ -54,6 +61,13 @@ SHAPES = (
         (1280, 1920),
         (1280, 2560),
     ),
+)
+NARROW_SHAPES = ((320, 320), (640, 640))  # at which the blocks are chosen that hardly depend on the features
+# Features out and in, by rank, of the layers of Stable Diffusion 1.5 and XL with adapters of rank 16: attention, whose
+# q, k and v are packed, and then the feed-forward.
+OF_STEPS: tuple[dict[int, Shapes], ...] = (
+    {16: ((320, 320), (640, 640), (1280, 1280)), 64: ((960, 320), (1920, 640), (3840, 1280))},
+    {16: ((2560, 320), (320, 1280), (5120, 640), (640, 2560), (10240, 1280), (1280, 5120))},
 )
 WIDE = tuple(
     Tile(*sizes)
@@ -96,15 +110,10 @@ class Tuner:
         self.device, self.dtype, self.rounds = device, dtype, rounds
         self.deadline, self.results = deadline, results
 
-    def narrow_launches(self, rank: int, sizes: Sequence[tuple[int, int, int]]) -> list[Launch]:
-        """Return every launch of `narrow_entry`."""
-        wide, found = Entry("split", WIDE[0], WIDE[0]), list[Launch]()
-        tiles = itertools.zip_longest(SHRINK, ROWS_SUM, (None, *GRAD_B))
-        for (shrink, rows_sum, grad_b), (_, n, k) in itertools.product(tiles, sizes):
-            entry = NarrowEntry(shrink or SHRINK[0], rows_sum or ROWS_SUM[0], None)
-            found += [*wide_launches(wide, n, k, rank), *narrow_launches(entry, n, k, rank)]
-            found += narrow_launches(entry._replace(grad_b=grad_b), n, k, rank)
-        return found
+    def rows_of(self, n: int, k: int) -> list[int]:
+        """Return the numbers of rows at which a layer is timed: those of a batch of 16, and the fewest of the table."""
+        least = LEAST_ROWS[self.device.type]
+        return list(dict.fromkeys((ROWS.get(min(n, k), 2 * least), least)))
 
     def narrow_entry(self, rank: int, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         """Choose the blocks of the products that are `rank` wide, by their total time over `sizes` (rows, n, k)."""
@@ -204,6 +213,17 @@ class Tuner:
         return time.monotonic() > self.deadline
 
 
+def narrow_trials(rank: int, shapes: Shapes) -> list[Launch]:
+    """Return every launch of `Tuner.narrow_entry`."""
+    wide, found = Entry("split", WIDE[0], WIDE[0]), list[Launch]()
+    tiles = itertools.zip_longest(SHRINK, ROWS_SUM, (None, *GRAD_B))
+    for (shrink, rows_sum, grad_b), (n, k) in itertools.product(tiles, shapes):
+        entry = NarrowEntry(shrink or SHRINK[0], rows_sum or ROWS_SUM[0], None)
+        found += [*wide_launches(wide, n, k, rank), *narrow_launches(entry, n, k, rank)]
+        found += narrow_launches(entry._replace(grad_b=grad_b), n, k, rank)
+    return found
+
+
 def effective(tiles: Iterable[Tile], n: int, k: int) -> list[Tile]:
     """Return the blocks that differ for a product of n features summed over k."""
     kept: dict[Tile, None] = {}
@@ -212,20 +232,30 @@ def effective(tiles: Iterable[Tile], n: int, k: int) -> list[Tile]:
     return list(kept)
 
 
-def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shapes: dict[tuple[int, int], list[int]],
+def tune(tuner: Tuner, output: Path, capability: int, shapes_of: Mapping[int, Shapes], narrow_shapes: Shapes,
          tiles: Sequence[Tile], ahead: Ahead) -> bool:  # fmt: skip
-    """Measure the entries that the file lacks until the deadline, and return whether it is complete."""
+    """Measure the entries that the file lacks until the deadline, and return whether it has all.
+
+    Args:
+        tuner: timings of a device.
+        output: file of the table.
+        capability: compute capability of the device.
+        shapes_of: layers by their rank, in order.
+        narrow_shapes: layers at which the blocks of the products that are `rank` wide are chosen.
+        tiles: blocks of the other products.
+        ahead: processes that compile.
+    """
     table: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     lora_dispatch.read_measured(output)  # this refuses a corrupt file
     card = table.setdefault(str(capability), {"measured_on": {}, "wide": [], "narrow": []})
     card["measured_on"] = clock.measured_on()
-    narrow_sizes = [(rows[0], n, k) for (n, k), rows in shapes.items() if n == k][:2]
-    for rank in ranks:
+    narrow_sizes, ranks = [(tuner.rows_of(n, k)[0], n, k) for n, k in narrow_shapes], list(shapes_of)
+    for rank, shapes in shapes_of.items():
         found = next((row for row in card["narrow"] if row["rank"] == rank), None)
         if found is None:
             if tuner.late:
                 return False
-            ahead.wait(tuner.narrow_launches(rank, narrow_sizes))
+            ahead.wait(narrow_trials(rank, narrow_shapes))
             found = tuner.narrow_entry(rank, narrow_sizes)
             card["narrow"].append(found)
             write_json(output, table)
@@ -242,34 +272,60 @@ def tune(tuner: Tuner, output: Path, capability: int, ranks: Sequence[int], shap
             waiting[n, k] = options, narrow_launches(narrow, n, k, rank) + launches
         ahead.submit(launch for _, launches in waiting.values() for launch in launches)
         for later in ranks[ranks.index(rank) + 1 :][:1]:
-            ahead.submit(tuner.narrow_launches(later, narrow_sizes))
+            ahead.submit(narrow_trials(later, narrow_shapes))
         for (n, k), (options, launches) in waiting.items():
             if tuner.late:
                 return False
             ahead.wait(launches)
-            card["wide"].append(tuner.wide_entry(shapes[n, k], n, k, rank, narrow, options))
+            card["wide"].append(tuner.wide_entry(tuner.rows_of(n, k), n, k, rank, narrow, options))
             write_json(output, table)
     return True
+
+
+def compile_for(capability: int, parts: Iterable[Mapping[int, Shapes]]) -> int:
+    """Compile the kernels that a tuning launches into Triton's cache, without a GPU, and return their number."""
+    from triton.backends.compiler import GPUTarget
+
+    launches: dict[Launch, None] = {}
+    for rank, shapes in itertools.chain.from_iterable(part.items() for part in parts):
+        launches |= dict.fromkeys(narrow_trials(rank, NARROW_SHAPES))
+        for n, k in shapes:
+            launches |= dict.fromkeys(narrow_launches(lora_dispatch.NARROW_TABLE[capability, rank], n, k, rank))
+            for tile in effective(WIDE, n, k):
+                launches |= dict.fromkeys(wide_launches(Entry("split", tile, tile), n, k, rank))
+    ahead = Ahead(free_cores(), GPUTarget("cuda", capability, 32))
+    ahead.wait(launches)
+    ahead.close()
+    return len(launches)
 
 
 def main() -> None:
     """Tune this device, and print how many entries the table has."""
     parser = clock.gpu_script(__doc__, minutes=30)
+    parser.add_argument("--shapes", choices=("all", "steps"), default="all", help="layers to tune (default: all)")
+    parser.add_argument(
+        "--compile_for",
+        type=int,
+        metavar="CAPABILITY",
+        help="only compile the kernels for GPUs of a compute capability, such as 90; needs no GPU",
+    )
     parser.add_argument(
         "--output",
         type=Path,
         default=MEASURED,
         help="table to write or to continue (default: kernels/lora_measured.json)",
     )
+    parts = OF_STEPS if parser.parse_args().shapes == "steps" else (dict.fromkeys(RANKS, SHAPES),)
+    if capability := parser.parse_args().compile_for:
+        print(f"{compile_for(capability, parts)} launches")
+        return
     options, cuda = clock.gpu_options(parser), torch.cuda.is_available()
     device, deadline = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes
     torch.manual_seed(0)
-    rows_of = {320: 65536, 640: 16384, 1280: 4096}
-    shapes = {(n, k): sorted({rows_of[min(n, k)], MIN_ROWS}, reverse=True) for n, k in SHAPES}
     tuner = Tuner(device, torch.bfloat16, ROUNDS, deadline, options.results)
-    ranks, tiles = RANKS, WIDE
+    narrow_shapes, tiles = NARROW_SHAPES, WIDE
     if options.dry_run:
-        shapes, ranks, tiles = {(32, 32): [48, 33], (64, 32): [48]}, RANKS[:1], WIDE[:2]
+        parts, narrow_shapes, tiles = ({16: ((32, 32), (64, 32))},), ((32, 32),), WIDE[:2]
         tuner.rounds, tuner.dtype = 2, torch.float32  # Triton's interpreter truncates bfloat16
     ahead = Ahead(0)
     if cuda:
@@ -277,11 +333,11 @@ def main() -> None:
 
         ahead = Ahead(free_cores(), driver.active.get_current_target(), tuner.dtype)
     capability = lora_dispatch._capability(device.type, device.index)
-    complete = tune(tuner, options.output, capability, ranks, shapes, tiles, ahead)
+    done = [tune(tuner, options.output, capability, part, narrow_shapes, tiles, ahead) for part in parts]
     ahead.close()
     wide, narrow = lora_dispatch.read_measured(options.output)
     chosen = sum(entry.path == "split" for entry in wide.values())
-    print(f"{len(wide)} entries, {chosen} by the kernels, {len(narrow)} ranks; {'complete' if complete else 'go on'}")
+    print(f"{len(wide)} entries, {chosen} by the kernels, {len(narrow)} ranks; {'complete' if all(done) else 'go on'}")
     print(options.output)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the rows that benchmarks write, their tables and charts, and the GPU suite, on a CPU."""
+"""Tests of the rows that benchmarks write, their tables and charts, and of the run on a GPU, on a CPU."""
 
 import argparse
 import csv
@@ -137,17 +137,19 @@ def test_report_charts_each_number_of_steps_of_a_sampler(tmp_path):
     assert chart.count("<rect") == 4 and "small 4 steps, ms" in chart and "fastest to slowest" in chart
 
 
-# The GPU suite
+# A quarter of an hour on a GPU
+
+PARTS = ["tests", "tuning", "kernels", "steps", "sdxl", "batch-1"]
 
 
-def suite(folder, stage, seconds, **environment):
-    """Run a stage, and return the finished process and the seconds that it took."""
+def quarter(folder, *parts, seconds=600, **environment):
+    """Run parts of a dry run, and return the finished process and the seconds that it took."""
     # The script runs the first `python` that it finds.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     dry_run = {"D2F_SUITE_DRY_RUN": "1", "D2F_SUITE_SECONDS": str(seconds)}
     environment = {**os.environ, "PATH": path, **dry_run, **environment}
     started = time.monotonic()
-    command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), stage, str(folder)]
+    command = ["bash", str(ROOT / "benchmarks/gpu_quarter.sh"), str(folder), *parts]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     return done, time.monotonic() - started
 
@@ -163,86 +165,108 @@ esac
 
 def stub(tmp_path, then):
     """Put a `python` before the real one on the path that writes a row and then runs `then`."""
-    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin").mkdir(parents=True)
     script = tmp_path / "bin/python"
     script.write_text(STUB.format(folder=tmp_path / "out", then=then))
     script.chmod(0o755)
     return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
 
-def test_stopped_stage_keeps_its_rows_and_prints_them_last(tmp_path):
-    def stop(stage):
-        (tmp_path / stage).mkdir()
-        # bash counts whole seconds, of which the first one may be nearly over when the stage starts.
-        return suite(tmp_path / stage / "out", stage, 3, **stub(tmp_path / stage, "sleep 300"))
+def rows_of(folder):
+    return (folder / "results/a.csv").read_text().splitlines()
 
-    stages = ["probe", "correct", "kernels", "step-b16", "step-b1", "sdxl"]
-    with ThreadPoolExecutor(len(stages)) as pool:
-        stopped = dict(zip(stages, pool.map(stop, stages), strict=True))
-    for stage, (done, took) in stopped.items():
-        out = tmp_path / stage / "out"
-        assert done.returncode == 124 and took < 300, (stage, done.stderr)
+
+def test_stopped_part_keeps_its_rows_and_prints_them_last(tmp_path):
+    def stop(part):
+        # bash counts whole seconds, of which the first one may be nearly over when the part starts.
+        return quarter(tmp_path / part / "out", part, seconds=3, **stub(tmp_path / part, "sleep 300"))
+
+    with ThreadPoolExecutor(len(PARTS)) as pool:
+        stopped = dict(zip(PARTS, pool.map(stop, PARTS), strict=True))
+    for part, (done, took) in stopped.items():
+        out = tmp_path / part / "out"
+        assert done.returncode == 124 and took < 300, (part, done.stderr)
         rows = (out / "results/a.csv").read_text()
-        assert rows.startswith("row of") and done.stdout.endswith(rows), stage
-        assert (out / "summary.txt").read_text() == rows, stage
-        assert not list(out.glob("*.done")), stage
+        assert rows.startswith("row of") and done.stdout.endswith(rows), part
+        assert (out / "summary.txt").read_text() == rows, part
+        assert not list((out / "state").iterdir()), part  # the limit of the whole run is not that of the part
 
 
-def test_stage_reports_a_failure_and_continues(tmp_path):
-    done, _ = suite(tmp_path / "out", "kernels", 60, **stub(tmp_path, "[[ $* != *tune_lora* ]]"))
+def test_parts_run_in_order_and_go_on_where_they_stopped(tmp_path):
+    environment = stub(tmp_path, "[[ $* != *tune_lora* ]]")
+    out = tmp_path / "out"
+    done, _ = quarter(out, **environment)
     assert done.returncode == 1 and "--- tuning: failed (1)" in done.stdout
-    assert "bench_lora_linear.py" in (tmp_path / "out/results/a.csv").read_text()
+    starts = ["fill_cache", "-m gpu", "tune_lora", "probe", "bench_align", "bench_lora_linear", "[b16_first"]
+    starts += ["[sdxl_first and eager", "test_memory_cap", "[sdxl_first and blocks", "[b1_first"]
+    rows = rows_of(out)
+    assert len(rows) == len(starts) and sorted(rows[:2]) == sorted(rows[:2], key=lambda row: "-m gpu" in row)
+    assert all(start in row for start, row in zip(starts[2:], rows[2:], strict=True)), rows
+    # A part that its own limit has cut waits for those that are new, and one that is done does not run again.
+    (out / "state/steps").write_text("cut")
+    (out / "state/batch-1").unlink()
+    done, _ = quarter(out, **environment)
+    assert [next(start for start in starts if start in row) for row in rows_of(out)[len(rows) :]] == [
+        "[b1_first",
+        "tune_lora",
+        "[b16_first",
+    ]
 
 
-def test_only_test_files_that_failed_are_run_again(tmp_path):
-    environment = stub(tmp_path, "[[ $* != *test_lora_on_a_gpu* ]]")
+def test_complete_folder_is_only_reported_again(tmp_path):
+    environment = stub(tmp_path, "true")
     for _ in range(2):
-        done, _ = suite(tmp_path / "out", "correct", 60, **environment)
-        assert done.returncode == 1 and "--- test_lora_on_a_gpu: failed (1)" in done.stdout
-    rows = (tmp_path / "out/results/a.csv").read_text().splitlines()
-    files = [row.rpartition("/")[2] for row in rows if "-m gpu" in row]
-    assert len(files) == len(set(files)) + 1 and files.count("test_lora_on_a_gpu.py") == 2
-    kernels = {path.name for path in (ROOT / "tests/kernels").glob("test_*.py")} | {"test_lora_on_a_gpu.py"}
-    of_kernels = [name in kernels for name in files[:-1]]
-    assert of_kernels == sorted(of_kernels, reverse=True) and not all(of_kernels) and any(of_kernels)
+        done, _ = quarter(tmp_path / "out", **environment)
+        assert done.returncode == 0 and len(rows_of(tmp_path / "out")) == 11
+    assert "---" not in done.stdout and done.stdout.splitlines() == rows_of(tmp_path / "out")
 
 
-@pytest.mark.parametrize("arguments", [[], ["probe"], ["everything", "out"]])
-def test_wrong_arguments_of_the_suite_are_refused(tmp_path, arguments):
-    command = ["bash", str(ROOT / "benchmarks/gpu_suite.sh"), *arguments]
+def test_signal_ends_the_commands_and_keeps_the_rows(tmp_path):
+    environment = {**os.environ, "D2F_SUITE_DRY_RUN": "1", **stub(tmp_path, "exec sleep 300")}
+    command = ["bash", str(ROOT / "benchmarks/gpu_quarter.sh"), str(tmp_path / "out"), "tests"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out/results/a.csv").exists() or len(rows_of(tmp_path / "out")) < 2:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    left = subprocess.run(["pgrep", "-f", f"{tmp_path}"], capture_output=True, text=True).stdout
+    assert left == "" and len(rows_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["out", "everything"]])
+def test_wrong_arguments_of_the_quarter_are_refused(tmp_path, arguments):
+    command = ["bash", str(ROOT / "benchmarks/gpu_quarter.sh"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    usage = "usage: bash benchmarks/gpu_suite.sh probe|correct|kernels|step-b16|step-b1|sdxl FOLDER\n"
+    usage = "usage: bash benchmarks/gpu_quarter.sh FOLDER [tests|tuning|kernels|steps|sdxl|batch-1]...\n"
     assert (done.returncode, done.stderr) == (2, usage) and not list(tmp_path.iterdir())
 
 
-def test_stages_select_every_gpu_row_exactly_once():
-    chosen = re.findall(r"-k '?([^'\n]+)", (ROOT / "benchmarks/gpu_suite.sh").read_text())
-    names = [f"test_train_step[{row.id}]" for row in ROWS if not row.id.startswith("cpu-")]
-    names += ["test_memory_cap[b1]", "test_memory_cap[sdxl]", "test_first_step", "test_buckets"]
-    assert len(chosen) == 10 and len(names) > 50
-    assert [name for name in names if sum(part in name for part in chosen) != 1] == []
+def test_quarter_selects_each_of_its_rows_once():
+    text = (ROOT / "benchmarks/gpu_quarter.sh").read_text()
+    chosen = re.findall(r"bench_train_step.py -k '([^']+)", text)
+    alternatives = [part.split(" and ") for parts in chosen for part in parts.split(" or ")]
+    names = [f"test_train_step[{row.id}]" for row in ROWS if "_first-" in row.id]
+    names += ["test_memory_cap[b1]", "test_memory_cap[sdxl]"]
+    assert len(names) == 14
+    counts = {name: sum(all(word in name for word in words) for words in alternatives) for name in names}
+    assert set(counts.values()) == {1}, counts
+    others = [f"test_train_step[{row.id}]" for row in ROWS if "_first-" not in row.id]
+    assert not [name for name in others if any(all(word in name for word in words) for words in alternatives)]
 
 
 @pytest.mark.slow
-def test_dry_run_of_the_probe_measures_every_row_once(tmp_path):
+@pytest.mark.parametrize("part", ["tests", "tuning", "kernels", "batch-1"])
+def test_dry_run_of_a_part_leaves_rows_marked_dry_and_measures_none_twice(tmp_path, part):
+    measured = []
     for _ in range(2):
-        done, _ = suite(tmp_path, "probe", 500)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (table,) = (tmp_path / "results").glob("*-probe.csv")
-        with table.open() as file:
-            rows = list(csv.DictReader(file))
-        linears = [row["provider"] for row in rows if row["case"].startswith("linear") and float(row["median_us"])]
-        assert linears == ["base", "addmm", "split"] and len(rows) == 7
-    assert "complete" in done.stdout and "linear 48x32x32 r16" in (tmp_path / "summary.txt").read_text()
-
-
-@pytest.mark.slow
-def test_stopped_dry_run_of_a_step_stage_keeps_the_rows_that_it_measured(tmp_path):
-    done, _ = suite(tmp_path, "step-b1", 400)
-    (table,) = (tmp_path / "results").glob("*-train-step.csv")
-    with table.open() as file:
-        assert next(csv.DictReader(file))["provider"] == "d2f_fast"
-    assert done.returncode in (0, 124) and "miniature r16 b2 8x8" in done.stdout
+        done, _ = quarter(tmp_path, part, seconds=500)
+        assert done.returncode in (0, 124), done.stdout
+        tables = sorted((tmp_path / "results").glob("*.csv"))
+        assert tables and all(path.name.startswith("dry-run-on-") for path in tables)
+        rows = [list(csv.DictReader(path.open())) for path in tables]
+        assert all(row["device"].startswith("dry run on ") for table in rows for row in table)
+        measured.append([len(table) for table in rows])
+    assert measured[0] == measured[1] or part == "tests"  # skipped ones have not passed
 
 
 def test_reference_step_sums_over_parts_of_the_batch():
@@ -299,10 +323,12 @@ def time_calls(call, inputs, *_):
     return random.random(), 0.0, 0.0
 
 tuner = tune_lora.Tuner(torch.device("cpu"), torch.bfloat16, 1, time.monotonic() + 3600, folder)
-shapes = {(32, 32): [64, 48], (64, 32): [64, 48]}
+shapes = ((32, 32), (64, 32))
 patches = {name: getattr(tune_lora, name)[:2] for name in ("SHRINK", "ROWS_SUM", "GRAD_B")} | {"errors_of": run}
 with mock.patch.multiple(tune_lora, **patches), mock.patch.object(clock, "time_calls", time_calls):
-    complete = tune_lora.tune(tuner, folder / "table.json", 90, (16, 64), shapes, tune_lora.WIDE[:2], ahead)
+    complete = tune_lora.tune(
+        tuner, folder / "table.json", 90, {16: shapes, 64: shapes}, shapes[:1], tune_lora.WIDE[:2], ahead
+    )
 ahead.close()
 print(complete, len(launched) > 50, ahead.missed, "missed")
 """
