@@ -134,8 +134,8 @@ keep_table() {
 }
 
 part_tests() {
-  local parallel=() filling
-  python -c 'import xdist' 2> /dev/null && parallel=(-n 6)
+  local parallel=() filling half=$(($(nproc) / 2))
+  python -c 'import xdist' 2> /dev/null && parallel=(-n $((half < 6 ? half : 6)))
   start fill-cache env TORCHINDUCTOR_COMPILE_THREADS=4 python -m benchmarks.fill_cache ${dry[@]+"${dry[@]}"}
   filling=$!
   # Steps that are compiled as a whole, or have LPIPS in their loss, are left out: each takes a minute.

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 import torch
 from triton import knobs
 
-from benchmarks import depth_table, few_steps_table, kept_rows, resolution_table, source_table
+from benchmarks import depth_table, expected_times, few_steps_table, kept_rows, resolution_table, source_table
 from benchmarks.bench_train_step import ROWS
 from benchmarks.compile_ahead import Ahead, Launch
 from benchmarks.train_steps import EVALUATED_AT_ONCE, MAX_NORM, Levers, PeftStep
@@ -97,6 +98,27 @@ def test_go_on_runs_only_the_benchmarks_that_are_missing(checkout):
     for chosen in ([], ["-k", "sleep"]):
         third = run(checkout, "--go_on", "--results", "rows", *chosen)
         assert third.returncode == 0 and "1 deselected" in third.stdout
+
+
+TWO_RUNS = """
+import pytest
+
+for number in range(2):
+    options = ["-p", "no:cacheprovider", "-p", "benchmarks.kept_tests", "--results", "rows", "--dry_run", "-n", "0"]
+    print("exit code", int(pytest.main(options)), "of a run", flush=True)
+"""
+
+
+def test_tests_that_passed_are_rows_and_do_not_run_again(checkout):
+    (checkout / "tests/test_two.py").write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert False\n")
+    shutil.copy(ROOT / "benchmarks/kept_tests.py", checkout / "benchmarks")
+    done = subprocess.run([sys.executable, "-c", TWO_RUNS], cwd=checkout, capture_output=True, text=True)
+    assert done.stdout.count("exit code 1 of a run") == 2, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout and "1 failed, 1 deselected" in done.stdout
+    (table,) = (checkout / "rows").glob("dry-run-on-*-tests.csv")
+    with table.open() as file:
+        rows = [(row["test"].partition("::")[2], row["outcome"]) for row in csv.DictReader(file)]
+    assert rows == [("test_good", "passed"), ("test_bad", "failed"), ("test_bad", "failed")]
 
 
 # Tables and charts
@@ -267,6 +289,38 @@ def test_dry_run_of_a_part_leaves_rows_marked_dry_and_measures_none_twice(tmp_pa
         assert all(row["device"].startswith("dry run on ") for table in rows for row in table)
         measured.append([len(table) for table in rows])
     assert measured[0] == measured[1] or part == "tests"  # skipped ones have not passed
+
+
+# Predictions
+
+
+def test_programs_on_a_multiprocessor_are_bounded_by_each_of_its_resources():
+    # NVIDIA's table for compute capability 9.0: 65536 registers, 228 KiB with 1 KiB for each program, 2048 threads.
+    assert expected_times.Code(registers=128, shared=73728, warps=4).per_multiprocessor == 3  # shared memory
+    assert expected_times.Code(registers=255, shared=0, warps=8).per_multiprocessor == 1  # registers
+    assert expected_times.Code(registers=32, shared=0, warps=8).per_multiprocessor == 8  # threads
+    assert expected_times.Code(registers=16, shared=0, warps=1).per_multiprocessor == 32  # programs
+
+
+def test_prediction_is_the_slowest_of_its_bounds():
+    code = expected_times.Code(registers=128, shared=73728, warps=4)
+    launch = expected_times.Launch(memory=4.32e9, l2=0, operations=0, programs=10**6, ahead=2**16)
+    took = expected_times.predict(launch, code)
+    assert took.bound == "memory" and took.microseconds == pytest.approx(1002)
+    few = dataclasses.replace(launch, programs=1)  # one program alone has 64 KiB on their way at a time
+    took = expected_times.predict(few, code)
+    assert took.bound == "latency" and took.microseconds == pytest.approx(2 + 4.32e9 / 2**16 * 0.8, rel=1e-3)
+    half = expected_times.Launch(memory=0, l2=0, operations=989e9, programs=132 * 3 // 2, ahead=1)
+    took = expected_times.predict(half, code, share=1.0)
+    assert took.bound == "tensor cores" and took.microseconds == pytest.approx(2002)
+
+
+@pytest.mark.slow
+def test_log_holds_the_predictions_that_the_command_prints():
+    command = [sys.executable, "-m", "benchmarks.expected_times"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    log = (ROOT / "benchmarks/LOG.md").read_text()
+    assert printed.count("\n|") > 20 and [line for line in printed.splitlines() if line not in log] == []
 
 
 def test_reference_step_sums_over_parts_of_the_batch():
