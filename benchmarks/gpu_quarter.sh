@@ -138,10 +138,10 @@ part_tests() {
   python -c 'import xdist' 2> /dev/null && parallel=(-n $((half < 6 ? half : 6)))
   start fill-cache env TORCHINDUCTOR_COMPILE_THREADS=4 python -m benchmarks.fill_cache ${dry[@]+"${dry[@]}"}
   filling=$!
-  # Steps that are compiled as a whole, or have LPIPS in their loss, are left out: each takes a minute.
+  # Networks that are compiled as a whole, and steps with LPIPS in their loss, are left out: each takes a minute.
   run tests python -m pytest -q -m gpu -p benchmarks.kept_tests --results "$folder/results" ${dry[@]+"${dry[@]}"} \
     ${parallel[@]+"${parallel[@]}"} tests/kernels tests/layers/test_lora_on_a_gpu.py tests/training/test_step_graphs.py \
-    -k 'not -full] and not lpips'
+    -k 'not -full] and not lpips and not compiled_unet'
   finish fill-cache "$filling"
 }
 
