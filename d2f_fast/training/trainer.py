@@ -48,7 +48,7 @@ from d2f_fast.training.step import TrainingStep, keep_compiled_code, learning_ra
 from d2f_fast.training.stop import Stop
 from d2f_fast.training.summary import recommended_guidance, recommended_steps
 from d2f_fast.training.teacher import load_teacher, start_teacher
-from d2f_fast.training.teacher_options import TeacherOptions
+from d2f_fast.training.teacher_options import BASE, TeacherOptions, check_teacher_task
 from d2f_fast.training.trained_model import TrainedModel
 from d2f_fast.training.validation import Validation, start_validation
 from d2f_fast.training.validation_images import log_validation_images, thumbnail, write_validation_images
@@ -173,6 +173,8 @@ class AlignedTrainer(TrainedModel):
         check_tracker(config.report_to)  # before the model is loaded, which may take minutes
         if isinstance(model, str | Path):
             source = local_source(str(model), model_options)
+            if teacher_options is not None and teacher_options.teacher == BASE:
+                check_teacher_task(source, ())
             config = replace(config, resolution=config.resolution or simplest(trained_size(source, ())))
             loaded = BaseModel.load(model, options=model_options, unet_as_stored=holds_half_base(config))
         else:

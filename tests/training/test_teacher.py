@@ -290,6 +290,9 @@ def test_teacher_that_cannot_teach_is_refused(taught: Any, tiny_xl: Any, flow_fo
     (tmp_path / "other/d2f.json").write_text('{"d2f.task": "image_to_image"}')
     with pytest.raises(ModelError, match=r"teacher .*other was trained with --task image_to_image, and a run with a"):
         taught(teacher=str(tmp_path / "other"), objective="diffusion")
+    config = TrainingConfig(output_dir=str(tmp_path / "run"), objective="fm", resolution=16)
+    with pytest.raises(ModelError, match=r"other was trained with --task image_to_image, and a run with a teacher"):
+        AlignedTrainer.from_pretrained(tmp_path / "other", config, teacher_options=TeacherOptions("base"))
 
 
 def test_base_reading_states_another_prediction_type(taught: Any) -> None:
