@@ -315,9 +315,10 @@ def main() -> None:
         default=MEASURED,
         help="table to write or to continue (default: kernels/lora_measured.json)",
     )
-    parts = OF_STEPS if parser.parse_args().shapes == "steps" else (dict.fromkeys(RANKS, SHAPES),)
-    if capability := parser.parse_args().compile_for:
-        print(f"{compile_for(capability, parts)} launches")
+    given = parser.parse_args()
+    parts = OF_STEPS if given.shapes == "steps" else (dict.fromkeys(RANKS, SHAPES),)
+    if given.compile_for:
+        print(f"{compile_for(given.compile_for, parts)} launches")
         return
     options, cuda = clock.gpu_options(parser), torch.cuda.is_available()
     device, deadline = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes

@@ -34,10 +34,10 @@ from d2f_fast.files.json_file import write_json
 from d2f_fast.files.lock import locked_place
 from d2f_fast.flow.alignment import Alignment
 from d2f_fast.lora.merge import fuse_adapter
-from d2f_fast.models.load import local_source
+from d2f_fast.models.load import checked_source
 from d2f_fast.models.marigold import settle_start
 from d2f_fast.models.reflection_padding import set_reflection_padding
-from d2f_fast.models.tags import check_sampling_tags, take_trained_size
+from d2f_fast.models.tags import take_trained_size
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -88,9 +88,7 @@ class ExportJob:
 
     def __init__(self, options: ExportOptions) -> None:
         self.options = options
-        source = local_source(options.model, options.model_options)
-        if source != options.model:  # The tags of a hub id could not be checked before.
-            check_sampling_tags(source, options.lora, options.model_options, options.shift)
+        source = checked_source(options.model, options.lora, options.model_options, options.shift)
         self.model = load_model(options.model, options.model_options)
         self.adapters = [fuse_adapter(self.model.pipeline, path, scale) for path, scale in options.adapters]
         adapters = [path for path, _ in options.adapters]

@@ -14,10 +14,10 @@ from d2f_fast.lora.tags import common_tags
 from d2f_fast.models.autoencoder import other_autoencoder
 from d2f_fast.models.base_model import BaseModel
 from d2f_fast.models.facts import ModelFacts
-from d2f_fast.models.load import load_model, local_source
+from d2f_fast.models.load import checked_source, load_model
 from d2f_fast.models.options import ModelOptions
 from d2f_fast.models.reflection_padding import set_reflection_padding
-from d2f_fast.models.tags import check_sampling_tags, lowest_guidance, options_of_training, take_trained_size
+from d2f_fast.models.tags import lowest_guidance, options_of_training, take_trained_size
 from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ def load_with_lora(
     """
     # Files that cannot be used are refused before the model is loaded, which takes longer.
     adapters = [(read_lora(path), scale) for path, scale in map(parse_lora, lora)]
-    source = local_source(model, options)
-    if source != model:  # The tags of a hub id could not be checked before.
-        check_sampling_tags(source, lora, options, shift, from_image=from_image)
+    source = checked_source(model, lora, options, shift, from_image=from_image)
     of_training = options_of_training(source, lora, options, shift)
     guidance = lowest_guidance(source, [file.path for file, _ in adapters])
     if lora and (sentence := other_autoencoder(common_tags([file.path for file, _ in adapters], shift), options)):

@@ -1,6 +1,6 @@
 """Load a diffusers pipeline from a hub id, a folder or a single safetensors file. No pickle is ever read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from d2f_fast.models.names import MINIATURE, is_single_file
 from d2f_fast.models.options import ModelOptions, check_model
 from d2f_fast.models.single_file import load_single_file
 from d2f_fast.models.single_file_header import family_table, read_single_file
-from d2f_fast.models.tags import TAGS_FILE
+from d2f_fast.models.tags import TAGS_FILE, check_sampling_tags
 
 # What is never loaded of a folder or a hub id: pickles, and the safety checker.
 _LOADING = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
@@ -115,6 +115,24 @@ def local_source(model: str, options: ModelOptions | None = None) -> str:
         return cached_folder(model, options.revision, options.variant)
     with _one_line_errors(model):
         return _downloaded(model, options.revision, options.variant)
+
+
+def checked_source(
+    model: str, lora: Sequence[str], options: ModelOptions, shift: float | None, *, from_image: bool = False
+) -> str:
+    """Return what `local_source` does, and refuse the tags of a hub id, which could not be checked before.
+
+    Args:
+        model, options: As for `local_source`.
+        lora, shift, from_image: As for `check_sampling_tags`.
+
+    Raises:
+        RefusedInputError: The hub id names no model that can be had, or its tags cannot be used.
+    """
+    source = local_source(model, options)
+    if source != model:
+        check_sampling_tags(source, lora, options, shift, from_image=from_image)
+    return source
 
 
 @cache  # Each answer takes several requests, also for files that are there.
