@@ -56,6 +56,7 @@ def data_lines(
             f"pairs of {len(dataset.shards)} shards, made with guidance {made['d2f.pairs_guidance']} and solver"
             f" {made['d2f.pairs_solver']}{end}"
         )
+        yield from dataset.doubts
     elif isinstance(dataset, SourceTargetDataset):
         share = dataset.options.source_noise
         yield f"the flow starts from the source images, with a share of {share:g} of noise, and ends at the targets"

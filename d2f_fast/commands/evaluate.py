@@ -215,6 +215,11 @@ class Evaluate:
             raise RefusedInputError(f"give a folder of generated --images or a --model: {both}")
         if self.straightness and self.prompts and not all(self.prompts):
             raise RefusedInputError("prompts: give at least one prompt, none of them empty")
+        if self.num_paths < len(self.prompts):
+            raise RefusedInputError(
+                f"num_paths is {self.num_paths}, and there are {len(self.prompts)} prompts: give at least one path for"
+                " each prompt"
+            )
         if self.reference is None and not (self.straightness and self.prompts):
             raise RefusedInputError(
                 "give a --reference folder of real images, or --straightness with --prompts for the paths alone"

@@ -34,7 +34,7 @@ class SampledModel(NamedTuple):
             of `Diff2FlowScheduler`: those given, else those of the tags.
         guidance_scale: Guidance scale that the tags recommend; None where they do not.
         source: Folder of a hub id on this machine, which holds its tags; any other name of a model as it was given.
-        fingerprints: Hashes of the "unet" and the "vae" before the LoRA was merged; see `BaseModel.fingerprints`.
+        fingerprints: Hashes of the parts of the model before the LoRA was merged; see `BaseModel.fingerprints`.
         lora: Description of each LoRA.
     """
 

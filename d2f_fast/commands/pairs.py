@@ -35,6 +35,7 @@ from d2f_fast.tasks.processes import Process, device_of, owned_folder
 
 if TYPE_CHECKING:
     from d2f_fast.commands.load_model import SampledModel
+    from d2f_fast.sampling.scheduler import Diff2FlowScheduler
     from d2f_fast.tasks.pairs import PairPlan
 
 
@@ -63,8 +64,8 @@ class Pairs:
         batch_size: Number of pairs that each process generates at once.
         mixed_precision: Precision of the network. "fp16" and "bf16" are faster on a GPU; "no" is float32.
         output_dir: Folder for the pairs (numbered tar files, called shards), pairs.json and grid.png, a picture of the
-            first 16 pairs. The same command completes a folder that is unfinished; a folder of other options is an
-            error.
+            first 16 pairs. The same command completes a folder that is unfinished; a folder with shards of other
+            options or of another model is an error.
         seed: Seed of all noise. The same seed and options give the same pairs on one kind of machine, with any number
             of processes.
         image_column: Image of a line of metadata.jsonl in --train_data_dir, as for `d2f train`. Default: "image".
@@ -159,25 +160,28 @@ class Pairs:
 
         loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift)
         model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
-        plan, flow = self._plan(prompts, model, loaded)
+        plan, scheduler = self._plan(prompts, model, loaded)
         origin: dict[str, object] = {
             "model": loaded.fingerprints["unet"],
             "vae": loaded.fingerprints["vae"],
+            "text_encoders": loaded.fingerprints["text_encoders"],
             "lora": [lora_identity(each["sha256"], each["scale"]) for each in loaded.lora],
         }
-        scheduler = {"flow_spacing": self.flow_spacing, **loaded.scheduler_options}
-        settle_record(output, pair_record(plan, origin, scheduler), process)
+        settle_record(output, pair_record(plan, origin, scheduler.config), process)
         folder = PairFolder(output, plan, process)
         device = device_of(int(os.environ.get("LOCAL_RANK", 0)))
-        generator = PairGenerator(model.to(device), flow.to(device), plan, origin)
+        generator = PairGenerator(model.to(device), scheduler.flow.to(device), plan, origin)
         space = folder.check_disk(generator.shape)
         if process.is_main:
             finished = plan.num_shards - len(folder.missing)
             already = f", {finished} of them finished before" if finished else ""
             by = f", by {process.count} processes" if process.count > 1 else ""
+            used = f"the first {plan.num_pairs} of " if plan.num_pairs < len(prompts) else ""
+            of_prompts = f"{plan.num_pairs} pairs of {used}{len(prompts)} prompts"
+            shards = f"{plan.num_shards} shard{'s' if plan.num_shards > 1 else ''}"
             for line in (
                 f"Model: {loaded.facts}",
-                f"{plan.num_pairs} pairs of {len(prompts)} prompts in {plan.num_shards} shards{already}{by}; {space}",
+                f"{of_prompts} in {shards}{already}{by}; {space}",
             ):
                 print(f"d2f: {line}", file=sys.stderr)
         before = time.monotonic()
@@ -198,8 +202,8 @@ class Pairs:
             "output": str(output),
         }
 
-    def _plan(self, prompts: list[str], model: Any, loaded: "SampledModel") -> "tuple[PairPlan, Any]":
-        """Return what is made, and the flow along which it is made."""
+    def _plan(self, prompts: list[str], model: Any, loaded: "SampledModel") -> "tuple[PairPlan, Diff2FlowScheduler]":
+        """Return what is made, and the scheduler with the flow along which it is made."""
         from d2f_fast.tasks.pairs import PairPlan
 
         scheduler = loaded.flow_scheduler(self.flow_spacing)
@@ -226,7 +230,7 @@ class Pairs:
             precision=self.mixed_precision,
             save_images=self.save_images,
         )
-        return plan, scheduler.flow
+        return plan, scheduler
 
     def _prompts(self) -> Iterator[str]:
         """Yield the prompts of the file, and then the captions of the data set.
@@ -298,7 +302,8 @@ class Pairs:
         of_training: dict[str, Any] = {}
         if source is not None or self.lora:  # A hub id says it once it is loaded.
             found = options_of_training(source or self.model, self.lora, self.model_options, self.shift)
-            of_training = {name: found.get(name) for name in ("prediction_type", "fm_form", "shift")}
+            # What no option and no tag says is that of the model's own scheduler, which is compared once it is loaded.
+            of_training = {name: found[name] for name in ("prediction_type", "fm_form", "shift") if name in found}
         sizes = {"height": self.height, "width": self.width}  # A size that is not given is that of the model.
         sources = [parse_lora(entry) for entry in self.lora]
         return {

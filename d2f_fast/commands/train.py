@@ -156,8 +156,7 @@ class Train:
         options = self.teacher_options.settle(self.options)
         options = options_for_pairs(options, dataset) if isinstance(dataset, PairDataset) else options
         options = options_for_depth(options) if isinstance(dataset, DepthDataset) else options
-        if not isinstance(dataset, PairDataset):
-            options = dataclasses.replace(options, resolution=options.resolution or self._trained_resolution())
+        options = dataclasses.replace(options, resolution=options.resolution or self._trained_resolution())
         trainer = AlignedTrainer.from_pretrained(
             *(self.pretrained_model_name_or_path, options, self.model_options, self.teacher_options),
             context_images=int(self.task == "depth"),
@@ -203,13 +202,30 @@ class Train:
 
     def _checked_data(self) -> "tuple[TrainingFiles, HeldOutFiles]":
         """Return the data and the held-out data, once all that can be refused without torch has been checked."""
+        from d2f_fast.training.run_settings import check_settings
+
         configs = self._check_files()
         dataset, held_out = training_files(self), held_out_files(self)
         if configs is not None and (self.pairs or self.validation_pairs):
             from d2f_fast.data.pair_checks import check_pairs_of_run  # It imports NumPy.
 
-            check_pairs_of_run(self.options, self.model_options, configs, dataset, held_out)
+            trained = self._trained_resolution()
+            check_pairs_of_run(self.options, self.model_options, configs, trained, dataset, held_out)
+        check_settings(self.options, self.model_options, self.teacher_options, configs, self._data_settings(dataset))
         return dataset, held_out
+
+    def _data_settings(self, dataset: "TrainingFiles") -> dict[str, str | float]:
+        """Return what a continuation of the run must match of its data, as far as it is known before the imports."""
+        if self.task == "depth":
+            return {"depth_normalization": self.depth_options.depth_normalization}
+        if self.task == "image_to_image":
+            return {"source_noise": self.source_options.source_noise}
+        if self.pairs:
+            from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
+
+            assert isinstance(dataset, PairDataset)
+            return dataset.settings()
+        return {}
 
     def _check_files(self) -> "ModelConfigs | None":
         """Refuse options, a model, LoRA and a checkpoint that cannot be used, and return the model's configurations."""
@@ -220,7 +236,6 @@ class Train:
         from d2f_fast.models.configs import check_one_text_encoder, check_training, read_configs
         from d2f_fast.training.adapter import check_adapter
         from d2f_fast.training.checkpoint import refuse_used_folder
-        from d2f_fast.training.run_settings import check_settings
 
         model, is_depth = (self.pretrained_model_name_or_path, self.model_options), self.task == "depth"
         if self.options.objective == "fm":
@@ -230,12 +245,6 @@ class Train:
             if is_depth:
                 check_one_text_encoder(configs.text_encoders)
         check_teacher_files(self.teacher_options, *model)
-        of_task: dict[str, str | float] = {}
-        if is_depth:
-            of_task = {"depth_normalization": self.depth_options.depth_normalization}
-        elif self.task == "image_to_image":
-            of_task = {"source_noise": self.source_options.source_noise}
-        check_settings(self.options, self.model_options, self.teacher_options, configs, of_task)
         check_adapter(self.options, *model, images=int(is_depth), has_teacher=self.teacher_options.teacher is not None)
         refuse_used_folder(self.options.output_dir, self.options.resume_from_checkpoint)
         return configs

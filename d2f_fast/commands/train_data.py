@@ -9,6 +9,7 @@ from d2f_fast.data.depth_options import check_depth_training
 from d2f_fast.data.source_options import check_source_training
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.image_sizes import check_data_sets
+from d2f_fast.training.teacher_options import check_no_distillation
 
 if TYPE_CHECKING:
     from d2f_fast.commands.train import Train
@@ -109,6 +110,8 @@ def check_data(command: "Train") -> None:
             "distill needs --pairs, whose noise and latents are the two ends of the jump, or --task depth, whose jump"
             " starts from zeros"
         )
+    if command.teacher_options.teacher is not None:
+        check_no_distillation(distills=command.options.distill)
     if command.folders:
         if command.pairs:
             raise RefusedInputError("give either --train_data_dir or --pairs: a run trains on one of them")

@@ -1,4 +1,4 @@
-"""Say what the names of files and folders mean in a folder of captioned images. Imports no torch."""
+"""Say what the names of files and folders mean in a folder of captioned images or of pairs. Imports no torch."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -8,6 +8,8 @@ from typing import NamedTuple
 from d2f_fast.errors import DatasetError, printable
 
 METADATA_FILE = "metadata.jsonl"
+# What pairs of noise and latents are made of and how, beside their shards.
+PAIRS_FILE = "pairs.json"
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp")
 # Formats that are not read. A captioned image of such a name is refused, because it would be missed in silence.
 UNREAD_EXTENSIONS = (

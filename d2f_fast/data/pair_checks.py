@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
-from d2f_fast.config import TrainingConfig
+from d2f_fast.config import MAX_SIDE, TrainingConfig
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.image_sizes import Resolution, Size, side_multiple, simplest, sizes_of
@@ -13,7 +14,11 @@ from d2f_fast.models.options import ModelOptions
 # A deviation in this range is accepted whatever the scaling factor is: that of strongly guided latents is above 1.
 _USUAL_DEVIATION = (0.4, 2.5)
 # Entries of meta.json that identify what made a pair, the component of `BaseModel.fingerprints`, and its name.
-_ORIGINS = (("vae", "vae", "autoencoder"), ("model", "unet", "model"))
+_ORIGINS = (
+    ("vae", "vae", "autoencoder"),
+    ("model", "unet", "model"),
+    ("text_encoders", "text_encoders", "text encoder"),
+)
 # Shorter side of the smallest images, in pixels, of which the last layer of a network of LPIPS has a feature left.
 _LEAST_SIDES = {"vgg": 16, "squeeze": 17, "alex": 31}
 
@@ -30,7 +35,7 @@ def options_for_pairs(config: TrainingConfig, dataset: PairDataset) -> TrainingC
         pairs, where they state it.
     """
     stated = [dataset.common_meta(name) for name in ("height", "width")]
-    sides = [side for side in stated if isinstance(side, int) and side > 0]
+    sides = [side for side in stated if type(side) is int and 0 < side <= MAX_SIDE]
     known = len(sides) == len(stated)
     return dataclasses.replace(
         config,
@@ -50,13 +55,20 @@ def size_of_pairs(dataset: PairDataset, downsampling: int) -> Size:
     return Size(height * downsampling, width * downsampling)
 
 
-def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: ModelConfigs, *datasets: object) -> None:
-    """Refuse pairs whose latents are not those of the model that is to be trained, from its configuration alone.
+def check_pairs_of_run(
+    config: TrainingConfig,
+    options: ModelOptions,
+    configs: ModelConfigs,
+    trained: Resolution | None,
+    *datasets: object,
+) -> None:
+    """Refuse pairs whose latents are not those of the model that is to be trained, from its files alone.
 
     Args:
         config: Options of the run.
         options: Options of the base model.
         configs: Configurations of the base model.
+        trained: Resolution at which the base model was trained; None where its files do not say.
         datasets: Data of the run and held-out data, of which those that are not pairs are passed over.
 
     Raises:
@@ -66,7 +78,7 @@ def check_pairs_of_run(config: TrainingConfig, options: ModelOptions, configs: M
     if isinstance(datasets[0], PairDataset):
         config = options_for_pairs(config, datasets[0])
     downsampling = downsampling_of(configs.vae)
-    resolution = config.resolution or resolution_of(configs.unet, downsampling)
+    resolution = config.resolution or trained or resolution_of(configs.unet, downsampling)
     scaling_factor = options.vae_custom_scale
     if scaling_factor is None and options.pretrained_vae_model_name_or_path is None:
         scaling_factor = float(configs.vae.get("scaling_factor", 0.18215))
@@ -90,8 +102,7 @@ def check_pairs_fit(
 
     Raises:
         DatasetError: The latents have another number of channels, size or scale, no images of their size can be
-            generated, or two shards were made with different
-            models, and the data set was not told that this is meant.
+            generated, or two pairs were made with different models, and the data set was not told that this is meant.
     """
     found, size = dataset.shape[0], size_of_pairs(dataset, downsampling)
     first = printable(dataset.shards[0].path)
@@ -148,20 +159,20 @@ def check_origin(dataset: PairDataset, fingerprints: Mapping[str, str]) -> None:
     Raises:
         DatasetError: A shard states another model or autoencoder.
     """
-    for shard in () if dataset.of_another_model else dataset.shards:
-        for key, part, name in _ORIGINS:
-            if key in shard.meta and shard.meta[key] != fingerprints[part]:
+    for key, part, name in () if dataset.of_another_model else _ORIGINS:
+        for path, value in _stated(dataset, key):
+            if value != fingerprints[part]:
                 raise DatasetError(
-                    f"{printable(shard.path)} was made with another {name} ({_shown(shard.meta[key])}) than the one"
-                    f" that is trained ({fingerprints[part]}): train the model that made the pairs, or add"
-                    " --pairs_of_another_model if this is meant"
+                    f"{printable(path)} was made with another {name} ({_shown(value)}) than the one that is trained"
+                    f" ({fingerprints[part]}): train the model that made the pairs, or add --pairs_of_another_model if"
+                    " this is meant"
                 )
 
 
 def _check_common_origin(dataset: PairDataset) -> None:
     """Refuse shards that were made with different models, of which only one can be the one that is trained."""
     for key, _, name in _ORIGINS:
-        stated = [(shard.path, shard.meta[key]) for shard in dataset.shards if key in shard.meta]
+        stated = _stated(dataset, key)
         for path, value in stated:
             if value != stated[0][1]:
                 raise DatasetError(
@@ -179,12 +190,18 @@ def _check_scale(dataset: PairDataset, scaling_factor: float) -> None:
     """
     border = min(scaling_factor, 1 / scaling_factor) ** 0.5
     low, high = min(border, _USUAL_DEVIATION[0]), max(1 / border, _USUAL_DEVIATION[1])
-    if not low <= (deviation := dataset.latents_deviation) <= high:
-        raise DatasetError(
-            f"{printable(dataset.shards[0].path)}: the latents have a deviation of {deviation:.3g}, and those of the"
-            f" model about 1 with its scaling factor of {scaling_factor:g}: store latents in the scale of the pipeline,"
-            " as d2f pairs does, or give the model's own --vae_custom_scale"
-        )
+    for shard, deviation in zip(dataset.shards, dataset.latents_deviations, strict=True):
+        if not low <= deviation <= high:
+            raise DatasetError(
+                f"{printable(shard.path)}: the latents have a deviation of {deviation:.3g}, and those of the model"
+                f" about 1 with its scaling factor of {scaling_factor:g}: store latents in the scale of the pipeline,"
+                " as d2f pairs does, or give the model's own --vae_custom_scale"
+            )
+
+
+def _stated(dataset: PairDataset, key: str) -> list[tuple[Path, object]]:
+    """Return the different values of an entry of meta.json in each shard, with the file of the shard."""
+    return [(shard.path, kind[key]) for shard in dataset.shards for kind in shard.kinds if key in kind]
 
 
 def _shown(value: object) -> str:

@@ -72,15 +72,15 @@ class PairEncoder:
             DatasetError: A shard cannot be read, or a pair is not finite.
         """
         pairs = [self._dataset[index] for index in plan.index]
-        for index, pair in zip(plan.index, pairs, strict=True):
-            if not (np.isfinite(pair.latents).all() and np.isfinite(pair.noise).all()):
-                raise DatasetError(f"pair {index} holds NaN or infinity: make its shard again")
         if not pairs:
             return LoadedPairs(torch.empty(0), torch.empty(0))
-        latents, noise = (
-            torch.from_numpy(np.stack([x.astype(np.float32) for x in arrays]))
-            for arrays in ([pair.latents for pair in pairs], [pair.noise for pair in pairs])
-        )
+        with np.errstate(over="ignore"):  # What float32 does not hold becomes infinity.
+            arrays = np.stack([np.stack([pair.latents, pair.noise]).astype(np.float32) for pair in pairs], axis=1)
+        finite = np.isfinite(arrays).all(axis=(0, 2, 3, 4))
+        if not finite.all():
+            place = self._dataset.place(plan.index[int(finite.argmin())])
+            raise DatasetError(f"{place} holds NaN, infinity, or numbers too large for float32: make its shard again")
+        latents, noise = map(torch.from_numpy, arrays)
         loaded = LoadedPairs(latents, noise, [pair.prompt for pair in pairs])
         loaded.text_keys = [self._texts.key(prompt) for prompt in loaded.prompts]
         loaded.found_texts = self._texts.read(loaded.text_keys)
@@ -129,7 +129,7 @@ def check_pairs(
 
     Raises:
         DatasetError: The latents have another number of channels, size or scale, or the pairs were made with another
-            model or autoencoder, and the data set was not told that this is meant.
+            model, autoencoder or text encoder, and the data set was not told that this is meant.
     """
     channels: int = model.unet.config.in_channels
     check_pairs_fit(dataset, channels, model.downsampling, float(model.vae.config.scaling_factor), resolution)

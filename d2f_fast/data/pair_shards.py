@@ -16,26 +16,23 @@ import json
 import math
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from d2f_fast.data.moments import Array, Moments
 from d2f_fast.errors import DatasetError, printable
 from d2f_fast.files.atomic import atomic_path
 from d2f_fast.files.tar_index import BLOCK, TarMember, opened, padded, read_at, tar_members
 
 LATENTS, NOISE, PROMPT, IMAGE, META = "image_latent.npy", "noise.npy", "prompt.txt", "image.jpg", "meta.json"
 REQUIRED = (LATENTS, NOISE, PROMPT)
-# The moments of noise may differ from those of N(0, 1) by this many of their standard errors.
-MOST_STANDARD_ERRORS = 6.0
 MAX_PROMPT_BYTES = 40_000  # 10,000 characters, as for captions
 _MAX_META_BYTES = 1 << 16
+# Entries of meta.json that say how pairs were made, and that other pairs of the same kind have, too.
+_OF_ALL_PAIRS = "model", "vae", "text_encoders", "guidance_scale_range", "steps", "solver", "height", "width"
 _MAGIC_1_0 = np.lib.format.magic(1, 0)
-
-Array = npt.NDArray[np.floating[Any]]
 
 
 class PairRecord(NamedTuple):
@@ -70,49 +67,6 @@ class Pair(NamedTuple):
     latents: Array
     noise: Array
     prompt: str
-
-
-@dataclass
-class Moments:
-    """Add up the first four moments of numbers.
-
-    Attributes:
-        count: Number of numbers.
-        sums: Sums of their first, second, third and fourth powers.
-    """
-
-    count: int = 0
-    sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))
-
-    def add(self, numbers: Array) -> None:
-        """Add the numbers of an array of any shape."""
-        flat = numbers.astype(np.float64).ravel()
-        self.count += flat.size
-        self.sums += [flat.sum(), (flat**2).sum(), (flat**3).sum(), (flat**4).sum()]
-
-    @property
-    def deviation(self) -> float:
-        """Return the standard deviation."""
-        first, second = self.sums[:2] / self.count
-        return math.sqrt(max(float(second - first**2), 0.0))
-
-    def difference_from_normal(self) -> str | None:
-        """Return how the numbers differ from N(0, 1), or None if chance explains the difference.
-
-        The standard errors of the mean, the deviation and the kurtosis of n numbers from N(0, 1) are 1 / sqrt(n),
-        1 / sqrt(2 n) and sqrt(24 / n).
-        """
-        first, second, third, fourth = self.sums / self.count
-        if not self.deviation > 0:
-            return "all of its numbers are equal"
-        variance = second - first**2
-        kurtosis = (fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4) / variance**2
-        errors = (1 / math.sqrt(self.count), 1 / math.sqrt(2 * self.count), math.sqrt(24 / self.count))
-        found = (("mean", first, 0.0), ("deviation", math.sqrt(variance), 1.0), ("kurtosis", kurtosis, 3.0))
-        for (name, value, expected), error in zip(found, errors, strict=True):
-            if not abs(value - expected) <= MOST_STANDARD_ERRORS * error:
-                return f"its {name} is {value:.4g} and not {expected:g}"
-        return None
 
 
 def shard_name(number: int) -> str:
@@ -174,12 +128,15 @@ class Shard:
         path: The file.
         shape: Shape of all latents and noise, [C, h, w].
         meta: Content of the first pair's meta.json; empty where it has none.
+        kinds: What the meta.json of the pairs say of how they were made, each that differs from the one before;
+            empty where there are none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.shape: tuple[int, ...] = ()
         self.meta: dict[str, Any] = {}
+        self.kinds: list[dict[str, Any]] = []
         self._types: dict[str, np.dtype[Any]] = {}
         # One row for each pair: where its latents, its noise and its prompt begin, and the size of the prompt.
         self._rows = np.empty((0, 4), np.int64)
@@ -209,6 +166,18 @@ class Shard:
             ]
             text = read_at(descriptor, size, prompt, self.path)
         return Pair(arrays[0].reshape(self.shape), arrays[1].reshape(self.shape), self._decoded(text, index))
+
+    def key(self, index: int) -> str:
+        """Return the key of one pair, for messages: the headers of the shard are read again.
+
+        Args:
+            index: Number of the pair in the shard, from 0 on.
+
+        Raises:
+            DatasetError: The file cannot be read, or has been changed.
+        """
+        start = int(self._rows[index, 2])
+        return next((_key_and_kind(each.name)[0] for each in tar_members(self.path) if each.start == start), "")
 
     def prompt(self, index: int) -> str:
         """Return the prompt of one pair, without reading its latents.
@@ -250,10 +219,14 @@ def read_shard(path: Path) -> Shard:
     shard = Shard(path)
     rows: list[tuple[int, int, int, int]] = []
     current, found = "", dict[str, TarMember]()
+    keys, kinds = set[str](), list[dict[str, Any]]()
 
     def close_pair() -> None:
         if not found:
             return
+        if current in keys:
+            raise DatasetError(f"{printable(path)}: {printable(current)} is there twice: make the shard again")
+        keys.add(current)
         if missing := [name for name in REQUIRED if name not in found]:
             raise DatasetError(
                 f"{printable(path)}: {printable(current)} has no {' and no '.join(missing)}: each pair needs"
@@ -265,14 +238,16 @@ def read_shard(path: Path) -> Shard:
                 f"{printable(path)}: {printable(prompt.name)} has {prompt.size} bytes, more than {MAX_PROMPT_BYTES}:"
                 " shorten it"
             )
-        if not rows and META in found:
-            shard.meta = _read_meta(path, found[META])
+        if META in found:
+            meta = _read_meta(path, found[META])
+            shard.meta = shard.meta if rows else meta
+            kind = {name: meta[name] for name in _OF_ALL_PAIRS if name in meta}
+            if not kinds or kind != kinds[-1]:  # Most shards have one kind.
+                kinds.append(kind)
         rows.append((latents, noise, prompt.start, prompt.size))
 
     for member in tar_members(path):
-        folder, _, base = member.name.rpartition("/")
-        stem, _, kind = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
+        key, kind = _key_and_kind(member.name)
         if key != current:
             close_pair()
             current, found = key, {}
@@ -282,8 +257,15 @@ def read_shard(path: Path) -> Shard:
     close_pair()
     if not rows:
         raise DatasetError(f"{printable(path)} holds no pairs: each pair needs {', '.join(REQUIRED)}")
-    shard._rows = np.array(rows, np.int64)
+    shard._rows, shard.kinds = np.array(rows, np.int64), kinds
     return shard
+
+
+def _key_and_kind(name: str) -> tuple[str, str]:
+    """Return the key of the pair to which a member of a tar belongs, and what the member is of the pair."""
+    folder, _, base = name.rpartition("/")
+    stem, _, kind = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, kind
 
 
 def _members_of(pair: PairRecord) -> Iterator[tuple[str, bytes]]:
@@ -302,7 +284,8 @@ def _check_finite(pair: PairRecord, path: Path) -> None:
         if not np.isfinite(array).all():
             raise DatasetError(
                 f"{printable(path)}: {name} of pair {pair.key} holds NaN or infinity: run the model in float32"
-                " (--mixed_precision no), or keep larger numbers (--dtype float32)"
+                " (--mixed_precision no), and keep larger numbers (--dtype float32); if both are given, look at images"
+                " of the model with d2f sample"
             )
 
 
@@ -319,7 +302,9 @@ def _array_start(shard: Shard, member: TarMember, name: str) -> int:
     try:
         shape, fortran, dtype, size = _npy_header(member.head)
     except (ValueError, TypeError, SyntaxError) as error:
-        raise DatasetError(f"{where} is not an array of numpy: make the shard again") from error
+        raise DatasetError(
+            f"{where} is not an array of numpy in a .npy file of version 1.0: store it with numpy.save"
+        ) from error
     if dtype not in (np.float16, np.float32, np.float64) or dtype.hasobject or fortran:
         order = " in Fortran order" if fortran else ""
         raise DatasetError(f"{where} holds {dtype}{order}: store float16 or float32 in C order")
@@ -355,8 +340,10 @@ def _parsed_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[A
 
 def _read_meta(path: Path, member: TarMember) -> dict[str, Any]:
     """Return the content of a meta.json."""
-    with opened(path) as descriptor:
-        content = read_at(descriptor, min(member.size, _MAX_META_BYTES), member.start, path)
+    content = member.head[: member.size]
+    if member.size > len(content):
+        with opened(path) as descriptor:
+            content = read_at(descriptor, min(member.size, _MAX_META_BYTES), member.start, path)
     try:
         meta = json.loads(content)
     except (ValueError, RecursionError) as error:

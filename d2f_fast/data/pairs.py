@@ -1,20 +1,25 @@
 """Read shards of pairs, of this package or the published ones, as one data set whose pairs are read by offset."""
 
+import hashlib
 import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2f_fast.data.pair_shards import Moments, Pair, Shard, read_shard
+from d2f_fast.data.file_names import PAIRS_FILE
+from d2f_fast.data.moments import Moments
+from d2f_fast.data.pair_shards import LATENTS, NOISE, Pair, Shard, read_shard
 from d2f_fast.errors import DatasetError, printable
 from d2f_fast.files.atomic import StrPath
 
-# Pairs of the first shard whose noise and latents are looked at.
-CHECKED_PAIRS = 64
+# Pairs of the first shard, and of each other one, whose noise and latents are looked at.
+CHECKED_PAIRS, CHECKED_LATER = 64, 4
 MAX_SHARDS = 1_000_000
+_OTHER_TAR = re.compile(r"\.(tar|tgz|tar\.\w+)$", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 
 
@@ -25,19 +30,22 @@ class PairDataset:
     pairs are in the order of the shards and of the pairs in them. Any thread may read.
 
     Args:
-        sources: Folders, whose files *.tar are taken in the order of their names; tar files; or tar files with a range
-            of numbers, such as "shards/{000000..000009}.tar".
+        sources: Folders, whose files *.tar (or *.TAR) are taken in the order of their names; tar files; or tar files
+            with a range of numbers, such as "shards/{000000..000009}.tar".
         of_another_model: Whether pairs are accepted that another model made than the one that is trained.
 
     Attributes:
         of_another_model: The same.
         shards: The shards.
         shape: Shape of all latents and noise, [C, h, w].
-        latents_deviation: Standard deviation of the latents of the first pairs.
+        latents_deviations: Standard deviation of the latents of each shard, from up to 64 pairs of the first one and
+            4 of each other one, which lie evenly in the shard.
+        fingerprint: SHA-256 over the number and the first pair of each shard in their order, in hexadecimal.
+        doubts: Sentences about files in the folders that are not read, and about pairs that are still to be made.
 
     Raises:
-        DatasetError: A source holds no shard, a shard is named twice, cannot be used (see `read_shard`) or has another
-            size than the first one, or the noise of the first pairs is not from N(0, 1).
+        DatasetError: A source holds no shard, a shard is there twice, cannot be used (see `read_shard`) or has another
+            size than the first one, the noise of these pairs is not from N(0, 1), or one of them is not finite.
     """
 
     def __init__(self, sources: Sequence[StrPath], *, of_another_model: bool = False) -> None:
@@ -53,7 +61,12 @@ class PairDataset:
             self.shards.append(shard)
         self.shape = self.shards[0].shape
         self._ends = np.cumsum([len(shard) for shard in self.shards])
-        self.latents_deviation = self._check_first_pairs()
+        self.latents_deviations = [
+            _check_some_pairs(shard, CHECKED_LATER if number else CHECKED_PAIRS)
+            for number, shard in enumerate(self.shards)
+        ]
+        self.fingerprint = self._fingerprint()
+        self.doubts = [sentence for source in sources for sentence in _doubts(Path(source), self.shards)]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -67,9 +80,18 @@ class PairDataset:
         shard, position = self._locate(index)
         return shard.prompt(position)
 
+    def place(self, index: int) -> str:
+        """Return the file and the key of a pair, for messages: the headers of its shard are read again."""
+        shard, position = self._locate(index)
+        return f"{printable(shard.path)}: pair {printable(shard.key(position))}"
+
+    def settings(self) -> dict[str, str | float]:
+        """Return what a continuation of a run must match of its pairs."""
+        return {"pairs": self.fingerprint[:16]}
+
     def common_meta(self, key: str) -> Any:
-        """Return an entry of meta.json on which the first pairs of all shards agree; None where they do not."""
-        values = [shard.meta.get(key) for shard in self.shards]
+        """Return an entry of meta.json on which all shards and their pairs agree; None where they do not."""
+        values = [kind.get(key) for shard in self.shards for kind in shard.kinds or ({},)]
         return values[0] if all(value == values[0] for value in values) else None
 
     def _locate(self, index: int) -> tuple[Shard, int]:
@@ -84,21 +106,66 @@ class PairDataset:
         shard = self.shards[number]
         return shard, index - int(self._ends[number]) + len(shard)
 
-    def _check_first_pairs(self) -> float:
-        """Refuse noise that is not normal, and return the standard deviation of the latents."""
-        noise, latents = Moments(), Moments()
-        for index in range(min(CHECKED_PAIRS, len(self.shards[0]))):
-            pair = self[index]
-            noise.add(pair.noise)
-            latents.add(pair.latents)
-        if (difference := noise.difference_from_normal()) is not None:
-            raise DatasetError(
-                f"{printable(self.shards[0].path)}: the noise is not from N(0, 1), as pairs need: {difference}; divide"
-                " it by what it was multiplied by, or make the pairs again"
-            )
-        if not np.isfinite(latents.sums).all():
-            raise DatasetError(f"{printable(self.shards[0].path)}: latents hold NaN or infinity: make the pairs again")
-        return latents.deviation
+    def _fingerprint(self) -> str:
+        """Return the hash of the shards, or refuse two that hold the same pairs."""
+        digest, seen = hashlib.sha256(), dict[bytes, Path]()
+        for shard in self.shards:
+            first = shard.read(0)
+            own = hashlib.sha256(f"{len(shard)} {first.prompt}".encode("utf-8", "surrogateescape"))
+            own.update(first.latents.tobytes() + first.noise.tobytes())
+            if (other := seen.setdefault(own.digest(), shard.path)) != shard.path:
+                raise DatasetError(
+                    f"{printable(shard.path)} and {printable(other)} hold the same pairs: keep one of the two"
+                )
+            digest.update(own.digest())
+        return digest.hexdigest()
+
+
+def _check_some_pairs(shard: Shard, most: int) -> float:
+    """Refuse noise that is not normal in some pairs of a shard, and return the standard deviation of their latents."""
+    noise, latents = Moments(), Moments()
+    for position in np.unique(np.linspace(0, len(shard) - 1, min(most, len(shard))).astype(int)).tolist():
+        pair = shard.read(position)
+        for name, array in ((LATENTS, pair.latents), (NOISE, pair.noise)):
+            if not np.isfinite(array).all():
+                raise DatasetError(
+                    f"{printable(shard.path)}: {name} of pair {printable(shard.key(position))} holds NaN or infinity:"
+                    " make the pairs again"
+                )
+        noise.add(pair.noise)
+        latents.add(pair.latents)
+    if (difference := noise.difference_from_normal()) is not None:
+        raise DatasetError(
+            f"{printable(shard.path)}: the noise is not from N(0, 1), as pairs need: {difference}; divide it by what it"
+            " was multiplied by, or make the pairs again"
+        )
+    return latents.deviation
+
+
+def _doubts(folder: Path, shards: Sequence[Shard]) -> Iterator[str]:
+    """Yield sentences about a folder: files that are not read, and pairs that its pairs.json names and it lacks."""
+    if not folder.is_dir():
+        return
+    near = itertools.chain(folder.glob("*"), folder.glob("*/*"))
+    other = [path for path in near if _OTHER_TAR.search(path.name) and not path.name.startswith(".")]
+    if other := sorted(path for path in other if path.parent != folder or not _is_shard(path)):
+        named = f" and {len(other) - 1} more are" if len(other) > 1 else " is"
+        yield f"{printable(other[0])}{named} not read: only uncompressed files *.tar in the folder itself are"
+    try:
+        planned = json.loads((folder / PAIRS_FILE).read_bytes())["num_pairs"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # Pairs of other programs have no such file.
+    found = sum(len(shard) for shard in shards if shard.path.parent == folder)
+    if found != planned:
+        yield (
+            f"{printable(folder)} holds {found} pairs, and its {PAIRS_FILE} names {printable(str(planned)[:20])}: the"
+            " same d2f pairs command makes those that are missing"
+        )
+
+
+def _is_shard(path: Path) -> bool:
+    """Return whether a file in a folder of shards is taken for one by its name."""
+    return path.suffix.lower() == ".tar" and not path.name.startswith(".")
 
 
 def shard_paths(sources: Sequence[StrPath]) -> list[Path]:
@@ -115,8 +182,7 @@ def shard_paths(sources: Sequence[StrPath]) -> list[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found = sorted(path.glob("*.tar"))
-            if found := [file for file in found if not file.name.startswith(".")]:
+            if found := sorted(filter(_is_shard, path.iterdir())):
                 paths += found
                 continue
             raise DatasetError(f"{printable(path)} holds no shards *.tar: give the folder that d2f pairs wrote")

@@ -4,11 +4,13 @@ A path that is straight and travelled at constant speed is integrated exactly by
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.sampling.integrate import Velocity, sample_flow
 
 
@@ -50,6 +52,8 @@ def measure_straightness(
         steps_per_segment: steps of the fine integration in each segment, an even number.
 
     Raises:
+        RefusedInputError: The paths are not finite, or do not move over a segment or from start to end, so that
+            nothing can be measured relative to their length.
         ValueError: `segments` is below 1, or `steps_per_segment` is not a positive even number.
     """
     if segments < 1 or steps_per_segment < 2 or steps_per_segment % 2:
@@ -60,6 +64,12 @@ def measure_straightness(
     states = sample_flow(velocity, noise, times=times, method="rk4", return_intermediates=True)
     displacement = states[-1] - states[0]
     length = _mean_square(displacement)
+    if not math.isfinite(length):
+        raise RefusedInputError(
+            "the paths of the model hold NaN or infinity: check its prediction_type, and look at its images with d2f"
+            " sample"
+        )
+    _check_moved(length, "the paths of the model end where they begin")
     width, step = 1 / segments, 1 / (segments * steps_per_segment)
     # Simpson's rule weighs the ends of a segment, its odd nodes and its even nodes by 1, 4 and 2.
     weights = [4 if i % 2 else 2 for i in range(steps_per_segment + 1)]
@@ -76,9 +86,17 @@ def measure_straightness(
         changes = [_mean_square(b - a) for a, b in itertools.pairwise(slopes)]
         curvature.append((sum(changes) / (len(changes) * step**2 * length)) ** 0.5)
         moved = states[first + steps_per_segment] - states[first]
-        step_error.append((_mean_square(moved - width * slope) / _mean_square(moved)) ** 0.5)
+        covered = _mean_square(moved)
+        _check_moved(covered, f"the paths of the model do not move in part {segment + 1} of {segments} of flow time")
+        step_error.append((_mean_square(moved - width * slope) / covered) ** 0.5)
         slope = slopes[-1]
     return Straightness(tuple(deviation), tuple(curvature), tuple(step_error))
+
+
+def _check_moved(mean_square: float, problem: str) -> None:
+    """Refuse a displacement of zero, relative to which nothing can be measured."""
+    if not mean_square > 0:
+        raise RefusedInputError(f"{problem}, so that their straightness is not defined: check the weights of the model")
 
 
 def _mean_square(tensor: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Find the files in a tar by their headers, so that each is read by its offset and no content is held in memory."""
 
 import os
+import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from d2f_fast.errors import DatasetError, printable
 BLOCK = tarfile.BLOCKSIZE
 # A name is far shorter; a hostile header must not fill the memory.
 _MAX_NAME_BYTES = 1 << 16
+# Programs fill a tar with zeros up to a whole record, which has 10 KiB as a rule.
+_MAX_FILLING = 1 << 20
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class TarMember(NamedTuple):
@@ -43,13 +47,15 @@ def opened(path: Path) -> Iterator[int]:
         path: The file.
 
     Raises:
-        DatasetError: It cannot be opened.
+        DatasetError: It cannot be opened, or is no ordinary file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # A named pipe would wait for a writer.
     except OSError as error:
         raise DatasetError(f"{printable(path)} cannot be read ({error.strerror}): check the file") from error
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise DatasetError(f"{printable(path)} is not an ordinary file: give a file")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -85,14 +91,15 @@ def tar_members(path: Path) -> Iterator[TarMember]:
         path: Tar without compression, in the formats ustar, GNU or pax.
 
     Raises:
-        DatasetError: The file cannot be read, is cut short, damaged or no tar; or a member is not a file, or has an
-            absolute path or one with "..".
+        DatasetError: The file cannot be read, is compressed, cut short, damaged or no tar, or goes on behind its end;
+            or a member is not a file, or has an absolute path or one with "..".
     """
     with opened(path) as descriptor:
         total, offset, long_name = os.fstat(descriptor).st_size, 0, ""
         while True:
             blocks = read_at(descriptor, min(2 * BLOCK, max(total - offset, BLOCK)), offset, path)
             if not any(blocks[:BLOCK]):
+                _check_end(path, descriptor, offset, total)
                 return
             header = _header(path, blocks[:BLOCK], offset)
             start = offset + BLOCK
@@ -107,6 +114,17 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 name, long_name = long_name or header.name, ""
                 _check_member(path, name, header.type)
                 yield TarMember(name.removeprefix("./"), start, header.size, blocks[BLOCK:])
+
+
+def _check_end(path: Path, descriptor: int, end: int, total: int) -> None:
+    """Refuse a tar in which more than the usual filling follows the first empty block, which ends it."""
+    filling = total - end
+    if filling <= _MAX_FILLING and not any(read_at(descriptor, filling, end, path)):
+        return
+    raise DatasetError(
+        f"{printable(path)} goes on behind the end of the tar at byte {end}, as joined tars and unfinished downloads"
+        " do: download or make it again, and keep joined tars apart"
+    )
 
 
 class _Header(NamedTuple):
@@ -125,6 +143,9 @@ def _header(path: Path, block: bytes, offset: int) -> _Header:
     except ValueError:
         checksum, size = -1, -1
     if size < 0 or checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        for magic, program in _COMPRESSIONS.items():
+            if offset == 0 and block.startswith(magic):
+                raise DatasetError(f"{printable(path)} is compressed with {program}: decompress it first")
         raise DatasetError(
             f"{printable(path)} is not a tar file, or is damaged at byte {offset}: download or make it again"
         )

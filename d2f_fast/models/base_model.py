@@ -288,12 +288,15 @@ class BaseModel:
         return digest.hexdigest()
 
     def fingerprints(self) -> dict[str, str]:
-        """Return short fingerprints of the "unet" and the "vae", of a part of each weight, to recognise the model.
+        """Return short fingerprints of the "unet", the "vae" and the "text_encoders", to recognise the model.
 
-        They are those of the model without a LoRA, and so are taken before one is merged or injected. The type in which
-        the weights are held does not matter.
+        Each is of a part of each weight; that of the text encoders holds their tokenizers, too. They are those of the
+        model without a LoRA, and so are taken before one is merged or injected. The type in which the weights are held
+        does not matter.
         """
-        return {name: self.fingerprint(name, most=4096)[:16] for name in ("unet", "vae")}
+        text = "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"
+        parts = {"unet": ("unet",), "vae": ("vae",), "text_encoders": text}
+        return {name: self.fingerprint(*components, most=4096)[:16] for name, components in parts.items()}
 
     def _frozen(self) -> list[nn.Module]:
         """Return the components that are never trained."""

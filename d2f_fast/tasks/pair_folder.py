@@ -8,7 +8,6 @@ A shard that has its name is whole and is never written again. Nothing in the fo
 or on the time, so that two folders of the same options, made on the same kind of machine, are equal byte for byte.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from d2f_fast.data.pair_shards import PairRecord, pair_bytes, shard_name, write_shard
-from d2f_fast.errors import RefusedInputError, printable
+from d2f_fast.data.pair_shards import PairRecord, pair_bytes, read_shard, shard_name, write_shard
+from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.files.atomic import in_mebibytes
-from d2f_fast.files.tar_index import BLOCK, opened, read_at
+from d2f_fast.files.tar_index import BLOCK
 from d2f_fast.tasks.pair_grid import GRID_FILE, write_grid
 from d2f_fast.tasks.pair_record import remove_unfinished
 from d2f_fast.tasks.pairs import PairGenerator, PairPlan
@@ -49,20 +48,36 @@ class PairFolder:
         for number in filter(process.owns, numbers):
             if number in missing:
                 continue
-            if _is_cut_short(self.path(number)):
-                raise RefusedInputError(
-                    f"{printable(self.path(number))} is damaged: remove it, and run again to make it anew"
-                )
+            self._check_finished(number)
         for path in folder.glob(".tmp-*.tar"):
             # Another process may be writing the shard that it owns.
             if process.owns(_number_of(path)):
                 path.unlink(missing_ok=True)
         if process.is_main:
             remove_unfinished(folder, GRID_FILE)
+            if 0 in missing:  # The grid shows the first shard.
+                (folder / GRID_FILE).unlink(missing_ok=True)
 
     def path(self, number: int) -> Path:
         """Return the path of a shard."""
         return self.folder / shard_name(number)
+
+    def _check_finished(self, number: int) -> None:
+        """Refuse a finished shard that does not hold its pairs.
+
+        Raises:
+            RefusedInputError: It cannot be read, or has other pairs.
+        """
+        path, pairs = self.path(number), self.plan.shard(number)
+        try:
+            shard = read_shard(path)
+            whole = len(shard) == len(pairs) and shard.meta.get("seed") == self.plan.pair_seed(pairs.start)
+        except DatasetError:
+            whole = False
+        if not whole:
+            raise RefusedInputError(
+                f"{printable(path)} is damaged, or holds other pairs: remove it, and run again to make it anew"
+            )
 
     def check_disk(self, shape: tuple[int, ...]) -> str:
         """Return a line about the space that the missing shards need, or refuse a disk that lacks it.
@@ -82,9 +97,11 @@ class PairFolder:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             smaller = "" if plan.dtype == "float16" else ", --dtype float16"
+            # The options of a folder that has shards cannot change.
+            fewer = f"fewer --num_pairs{smaller} or " if len(self.missing) == plan.num_shards else ""
             raise RefusedInputError(
                 f"{printable(self.folder)}: {in_mebibytes(needed)} are needed, and {in_mebibytes(free)} are free: make"
-                f" room, or give fewer --num_pairs{smaller} or another output_dir"
+                f" room, or give {fewer}another output_dir"
             )
         return f"{in_mebibytes(needed)} of disk needed, {in_mebibytes(free)} free"
 
@@ -141,13 +158,6 @@ def _counted(pairs: Iterator[PairRecord], bar: "tqdm[object]") -> Iterator[PairR
     for pair in pairs:
         yield pair
         bar.update()
-
-
-def _is_cut_short(path: Path) -> bool:
-    """Return whether a finished shard does not end as a tar does: with two empty blocks."""
-    with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        return size < 2 * BLOCK or size % BLOCK != 0 or any(read_at(descriptor, 2 * BLOCK, size - 2 * BLOCK, path))
 
 
 def _number_of(path: Path) -> int:

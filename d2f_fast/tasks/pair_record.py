@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d2f_fast.data.file_names import PAIRS_FILE
 from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.files.json_file import read_json, write_json
 from d2f_fast.tasks.processes import Process
@@ -14,7 +15,13 @@ from d2f_fast.tasks.processes import Process
 if TYPE_CHECKING:
     from d2f_fast.tasks.pairs import PairPlan
 
-RECORD_FILE = "pairs.json"
+FORMAT = "d2f_fast.pairs.1"
+# Entries of a scheduler's configuration on which the path from noise to image depends.
+_OF_SCHEDULER = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "fm_form", "flow_spacing", "shift"),
+)
+_MAX_SHOWN = 80  # characters of an entry in a message
 # Process 0 writes pairs.json, after it has loaded the model; the others wait for it.
 _PATIENCE_SECONDS = 1800.0
 
@@ -34,17 +41,17 @@ def pair_record(plan: "PairPlan", origin: Mapping[str, object], scheduler: Mappi
     Args:
         plan: What is made, and how.
         origin: Entries about the model and its LoRA.
-        scheduler: Options of the sampling times.
+        scheduler: Configuration of the `Diff2FlowScheduler` along whose flow they are made.
     """
     return {
-        "format": "d2f_fast.pairs.1",
+        "format": FORMAT,
         "num_pairs": plan.num_pairs,
         "pairs_per_shard": plan.pairs_per_shard,
         **prompt_entries(plan.prompts),
         "seed": plan.seed,
         "num_inference_steps": len(plan.times) - 1,
         "solver": plan.solver,
-        **scheduler,
+        **{name: scheduler[name] for name in _OF_SCHEDULER},
         "guidance_scale": plan.guidance_scale,
         "guidance_scale_max": plan.guidance_scale_max,
         "negative_prompt": plan.negative_prompt,
@@ -61,6 +68,8 @@ def pair_record(plan: "PairPlan", origin: Mapping[str, object], scheduler: Mappi
 def settle_record(folder: Path, record: Mapping[str, object], process: Process) -> None:
     """Write pairs.json, or refuse a folder whose pairs were made with other options.
 
+    A pairs.json beside which no shard is finished describes nothing, and is replaced.
+
     Args:
         folder: Folder of the pairs, which this process has locked.
         record: Content of pairs.json.
@@ -69,14 +78,14 @@ def settle_record(folder: Path, record: Mapping[str, object], process: Process) 
     Raises:
         RefusedInputError: The folder holds pairs of other options, shards without pairs.json, or none appears.
     """
-    path, wanted = folder / RECORD_FILE, json.loads(json.dumps(record))
-    if process.is_main and not path.exists():
-        if any(folder.glob("*.tar")):
-            raise _shards_alone(folder)
-        remove_unfinished(folder, RECORD_FILE)
+    path, wanted = folder / PAIRS_FILE, json.loads(json.dumps(record))
+    if process.is_main and not path.exists() and _has_shards(folder):
+        raise _shards_alone(folder)
+    if process.is_main and _is_replaced(path, wanted):
+        remove_unfinished(folder, PAIRS_FILE)
         write_json(path, wanted)
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not path.exists():
+    while _is_replaced(path, wanted):
         if time.monotonic() > deadline:
             raise RefusedInputError(f"process 0 has not written {printable(path)}: start all processes together")
         time.sleep(0.1)
@@ -93,13 +102,14 @@ def check_record(folder: Path, known: Mapping[str, object]) -> None:
     Raises:
         RefusedInputError: The folder holds pairs of other options, or shards without pairs.json.
     """
-    path = folder / RECORD_FILE
+    path = folder / PAIRS_FILE
     # The shards are looked for first, because another process may write pairs.json and then a shard meanwhile.
-    has_shards = any(folder.glob("*.tar"))
-    if path.exists():
+    has_shards = _has_shards(folder)
+    if not path.exists():
+        if has_shards:
+            raise _shards_alone(folder)
+    elif has_shards or not _is_of_pairs(path):
         _refuse_changes(path, json.loads(json.dumps(known)))
-    elif has_shards:
-        raise _shards_alone(folder)
 
 
 def remove_unfinished(folder: Path, name: str) -> None:
@@ -113,10 +123,27 @@ def remove_unfinished(folder: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def _has_shards(folder: Path) -> bool:
+    """Return whether a folder holds a finished shard."""
+    return any(not path.name.startswith(".") for path in folder.glob("*.tar"))
+
+
+def _is_of_pairs(path: Path) -> bool:
+    """Return whether a pairs.json is one of this package."""
+    found = read_json(path)
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def _is_replaced(path: Path, wanted: Mapping[str, object]) -> bool:
+    """Return whether process 0 writes pairs.json: there is none, or one of other options before any shard of them."""
+    # The shards are looked for last: process 0 finishes the first one after it has written pairs.json.
+    return not path.exists() or (_is_of_pairs(path) and read_json(path) != wanted and not _has_shards(path.parent))
+
+
 def _shards_alone(folder: Path) -> RefusedInputError:
     """Return the error of a folder that holds shards and no pairs.json."""
     return RefusedInputError(
-        f"{printable(folder)} holds shards and no {RECORD_FILE}, which says how they were made: name a new output_dir"
+        f"{printable(folder)} holds shards and no {PAIRS_FILE}, which says how they were made: name a new output_dir"
     )
 
 
@@ -128,6 +155,12 @@ def _refuse_changes(path: Path, wanted: Mapping[str, object], *, of_all: bool = 
     for key in {**wanted, **found} if of_all else wanted:
         if found.get(key) != wanted.get(key):
             raise RefusedInputError(
-                f"{printable(path)}: {key} was {json.dumps(found.get(key))} and is now {json.dumps(wanted.get(key))}:"
-                " give the same options as before to go on, or name a new output_dir"
+                f"{printable(path)}: {key} was {_shown(found.get(key))} and is now {_shown(wanted.get(key))}: give the"
+                " same options and the same model as before to go on, or name a new output_dir"
             )
+
+
+def _shown(value: object) -> str:
+    """Return an entry of pairs.json for a message, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} …"

@@ -137,7 +137,7 @@ def data_settings(dataset: TrainingData) -> dict[str, str | float]:
     """
     of_depth = dataset.settings() if isinstance(dataset, DepthDataset) else {}
     settings: dict[str, str | float] = {f"depth_{name}": value for name, value in of_depth.items()}
-    if isinstance(dataset, SourceTargetDataset):
+    if isinstance(dataset, PairDataset | SourceTargetDataset):
         settings |= dataset.settings()
     if isinstance(dataset, MixedDataset) and (mixture := dataset.mixture) is not None:
         by_size = mixture.weights == mixture.sizes

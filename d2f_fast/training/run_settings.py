@@ -37,8 +37,8 @@ _FREE_ON_RESUME = {
 _SETTLED_BY_DATA = ("resolution", "caption_dropout", "first_last_layers")
 
 
-# Settings that the checkpoints of one task alone have.
-_OF_TASKS = ("depth_normalization", "source_noise")
+# Settings that the checkpoints of one kind of data alone have.
+_OF_TASKS = ("depth_normalization", "source_noise", "pairs")
 
 
 class RunState(TypedDict):
@@ -81,14 +81,15 @@ def check_settings(
         model_options: options of the base model.
         teacher_options: options of the teacher.
         configs: configurations of the base model; None for one whose files are not on this machine yet.
-        data_settings: entries of `batches.data_settings` that the options settle; None for captioned images and pairs.
+        data_settings: entries of `batches.data_settings` that are known without torch; None for captioned images.
 
     Raises:
         RefusedInputError: the base model, or the LoRA that the run starts from, does not take the objective.
         CheckpointError: the checkpoint cannot be continued with these options, or the LoRA is missing.
     """
-    config = teacher_options.settle(config)
+    # What the teacher settles is compared after the teacher itself.
     unknown = {name for name in _SETTLED_BY_DATA if getattr(config, name) is None}
+    config = teacher_options.settle(config)
     if configs is None:
         unknown |= {name for name, value in dataclasses.asdict(config).items() if value is None}
     else:
@@ -183,8 +184,8 @@ def refuse_changes(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any],
     """
     # A checkpoint lacks the options that are newer than it. Its run went as it does now with their defaults.
     was = json.loads(json.dumps(settings_of(TrainingConfig()))) | was
-    # The objective comes first, because it settles other options.
-    for name in sorted(names, key=lambda name: (name != "objective", name)):
+    # The objective and the teacher come first, because they settle other options.
+    for name in sorted(names, key=lambda name: (name != "objective", name != "teacher", name)):
         if was.get(name) != now.get(name):
             raise CheckpointError(
                 f"{folder / 'state.json'}: {name} was {was.get(name)!r} and is now {now.get(name)!r}: resume with the"

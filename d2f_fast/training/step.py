@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.attention import SDPBackend
 
 from d2f_fast.config import TrainingConfig
@@ -292,14 +293,15 @@ class TrainingStep:
 def keep_compiled_code() -> None:
     """Let Inductor keep its code in the user's cache folder, unless the environment names another folder.
 
-    Its own default is below /tmp, which is cleared.
+    Its own default is below /tmp, which is cleared. It puts that default into the environment when it is imported.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "d2f_fast", "inductor")
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:  # there is no home, or it belongs to someone else: Inductor's own choice serves
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     # Also keep graphs with an autograd Function, which torch leaves out by default: the key holds both traced passes.
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from d2f_fast.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, TrainingConfig
+from d2f_fast.config import DEFAULT_GUIDANCE, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, TrainingConfig
 from d2f_fast.data.depth_encoding import DepthDataset
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.data.source_images import SourceTargetDataset
+from d2f_fast.errors import printable
 from d2f_fast.lora.start import StartingLora
 from d2f_fast.lora.tags import (
     CAPTIONS,
@@ -40,10 +41,10 @@ def pair_tags(dataset: PairDataset, *, taught: bool = False, distilled: bool = F
     scales = dataset.common_meta("guidance_scale_range")
     steps, solver = dataset.common_meta("steps"), dataset.common_meta("solver")
     guidance = how = "unknown"
-    if isinstance(scales, list) and len(scales) == 2 and all(isinstance(scale, int | float) for scale in scales):
+    if isinstance(scales, list) and len(scales) == 2 and all(_is_in(scale, 0, MAX_GUIDANCE) for scale in scales):
         guidance = " to ".join(dict.fromkeys(f"{scale:g}" for scale in scales))
-    if isinstance(steps, int) and isinstance(solver, str):
-        how = f"{solver[:40]}, {steps} steps"
+    if _is_in(steps, 1, MAX_STEPS) and isinstance(solver, str):
+        how = f"{printable(solver[:40])}, {steps} steps"
     if taught:
         return {"d2f.data": "pairs", "d2f.pairs": str(len(dataset))}
     return {
@@ -55,6 +56,11 @@ def pair_tags(dataset: PairDataset, *, taught: bool = False, distilled: bool = F
         **({DISTILLED: "true"} if distilled else {}),
         "d2f.recommended_guidance": "1.0",
     }
+
+
+def _is_in(value: object, low: float, high: float) -> bool:
+    """Return whether an entry of a file is a number in a range, which NaN, infinities and true are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def depth_tags(dataset: DepthDataset, *, distilled: bool = False) -> dict[str, str]:

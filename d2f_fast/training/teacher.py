@@ -41,6 +41,7 @@ from d2f_fast.training.teacher_options import (
     BASE,
     TeacherOptions,
     check_fits_base,
+    check_no_distillation,
     check_teacher_lora,
     check_teacher_task,
     check_text_of_start,
@@ -197,11 +198,7 @@ def start_teacher(
     """
     if teacher is None:
         return None
-    if objective.distill:
-        raise RefusedInputError(
-            "distill learns the jump from noise to the image of its pair, and a teacher the velocity along the way:"
-            " leave one of the two out"
-        )
+    check_no_distillation(distills=objective.distill)
     if teacher.name == BASE and teacher.guidance_scale <= 1 and _reading(teacher.flow) == _reading(objective.flow):
         raise RefusedInputError(
             f"teacher base has nothing to teach with the objective {objective.name}, which reads the network in the"

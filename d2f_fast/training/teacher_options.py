@@ -163,6 +163,22 @@ def check_teacher_lora(lora: LoraHeader) -> None:
         )
 
 
+def check_no_distillation(*, distills: bool) -> None:
+    """Refuse a run with a teacher that learns the jump from noise to image alone.
+
+    Args:
+        distills: Whether the run does so (--distill).
+
+    Raises:
+        RefusedInputError: It does.
+    """
+    if distills:
+        raise RefusedInputError(
+            "distill learns the jump from noise to the image of its pair, and a teacher the velocity along the way:"
+            " leave one of the two out"
+        )
+
+
 def check_text_of_start(*, adapts_text: bool) -> None:
     """Refuse a run with a teacher that starts from a LoRA of text encoders.
 

@@ -197,6 +197,10 @@ def test_straightness_of_prompts_needs_no_reference(
             "prompts: give at least one prompt, none of them empty",
         ),
         (
+            {"model": "miniature", "straightness": True, "prompts": ("a", "b", "c"), "num_paths": 2},
+            "num_paths is 2, and there are 3 prompts: give at least one path for each prompt",
+        ),
+        (
             {"model": "miniature", "straightness": True, "prompts": ("a",), "num_inference_steps": 8},
             "needs a --reference, for whose",
         ),

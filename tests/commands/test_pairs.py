@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from d2f_fast.commands.main import main
 from d2f_fast.data.pairs import PairDataset
@@ -75,8 +77,8 @@ def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
         "--num_inference_steps 3": "num_inference_steps was 2 and is now 3",
         "--solver heun": 'solver was "euler" and is now "heun"',
         "--flow_spacing trailing": 'flow_spacing was "uniform" and is now "trailing"',
-        "--shift 2": "shift was null and is now 2.0",
-        "--prediction_type flow_prediction": 'prediction_type was null and is now "flow_prediction"',
+        "--shift 2": "shift was 1.0 and is now 2.0",
+        "--prediction_type flow_prediction": 'prediction_type was "epsilon" and is now "flow_prediction"',
         "--guidance_scale 3": "guidance_scale was 2.0 and is now 3.0",
         "--guidance_scale_max 3": "guidance_scale_max was 2.0 and is now 3.0",
         "--negative_prompt x": 'negative_prompt was "" and is now "x"',
@@ -94,6 +96,34 @@ def test_pairs_are_made_of_file_and_captions_and_completed_by_the_same_command(
     for given, sentence in changes.items():
         assert make_pairs(output, *options, *given.split(), "--dry_run") == 2, given
         assert f"pairs.json: {sentence}" in capsys.readouterr().err
+
+
+def test_pairs_of_a_changed_model_are_not_mixed(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "pairs"
+    (tmp_path / "prompts.txt").write_text("ab\nc\na\n")
+    command = ["pairs", "--prompts_file", str(tmp_path / "prompts.txt"), "--model", str(model), "--num_pairs", "2"]
+    command += ["--height", "16", "--width", "16", "--num_inference_steps", "1", "--output_dir", str(output)]
+    assert main(command) == 0
+    assert "d2f: 2 pairs of the first 2 of 3 prompts in 1 shard; " in capsys.readouterr().err
+    scheduler, weights = model / "scheduler" / "scheduler_config.json", model / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    next(tensor for name, tensor in tensors.items() if name.endswith("final_layer_norm.bias")).add_(0.5)
+    for path, content, sentence in (
+        (scheduler, json.dumps(json.loads(scheduler.read_text()) | {"beta_end": 0.02}).encode(), "beta_end was 0.012"),
+        (weights, save(tensors), 'text_encoders was "'),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        assert main(command) == 2
+        assert f"pairs.json: {sentence}" in capsys.readouterr().err
+        path.write_bytes(before)
+    assert main(command) == 0
+    # Before a shard is finished, other options are no contradiction: this is how a full disk is escaped.
+    (output / "000000.tar").unlink()
+    assert main([*command, "--dtype", "float32", "--num_pairs", "1"]) == 0
+    assert len(PairDataset([output])) == 1
 
 
 @pytest.mark.parametrize(

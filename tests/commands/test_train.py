@@ -149,6 +149,24 @@ def test_model_is_rectified_twice_from_its_own_pairs(tiny_folder, tmp_path, caps
     assert read_tensors("run2/pytorch_lora_weights.safetensors")[1]["d2f.pairs_guidance"] == "1"
 
 
+def test_training_does_not_go_on_with_other_pairs(tiny_folder, write_pairs, tmp_path, capsys):
+    for name in ("0.tar", "1.tar"):
+        write_pairs(tmp_path / name, 4)
+    (tmp_path / "0.tar.gz").touch()
+    train = ["train", "--pretrained_model_name_or_path", str(tiny_folder), "--rank", "2", "--max_train_steps", "1"]
+    train += ["--output_dir", str(tmp_path / "run")]
+    assert main([*train, "--pairs", str(tmp_path / "0.tar")]) == 0
+    capsys.readouterr()
+    again = [*train, "--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--pairs"]
+    for more in ([], ["--dry_run"]):
+        assert main([*again, str(tmp_path / "1.tar"), *more]) == 2
+        assert "state.json: pairs was '" in capsys.readouterr().err
+    assert main([*again, str(tmp_path)]) == 2
+    (tmp_path / "1.tar").rename(tmp_path / "moved")
+    assert main([*again, str(tmp_path)]) == 0
+    assert f"d2f: {tmp_path / '0.tar.gz'} is not read: only uncompressed files" in capsys.readouterr().err
+
+
 def test_published_shards_train_as_those_of_this_package(tiny_folder, write_pairs, tmp_path):
     """The published folders hold no meta.json and no pairs.json, and their members have times and owners."""
     ours = PairDataset([write_pairs(tmp_path / "ours" / "0.tar", 4)])
@@ -183,6 +201,7 @@ def test_published_shards_train_as_those_of_this_package(tiny_folder, write_pair
         (["--pairs", "x", "--random_flip"], "random_flip has no effect on pairs: leave it out"),
         (["--pairs", "x", "--caption_column", "a"], "caption_column has no effect on pairs: leave it out"),
         (["--pairs", "nothing"], "nothing: there is no such shard"),
+        (["--pairs", "x", "--distill", "--teacher", "base"], "a teacher the velocity along the way: leave one of the"),
         (["--pairs", "."], ". holds no shards *.tar: give the folder that d2f pairs wrote"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

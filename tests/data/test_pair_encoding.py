@@ -86,14 +86,27 @@ def test_sdxl_gets_the_size_of_the_pairs(tiny_xl: Any, write_pairs: Write, tmp_p
     assert added is not None and added["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]]
 
 
+def test_number_that_float32_does_not_hold_is_refused(model: BaseModel, write_pairs: Write, tmp_path: Path) -> None:
+    def enlarge(pair: Any) -> Any:
+        large = np.where(pair.latents == pair.latents.max(), 1e100, pair.latents)
+        return pair._replace(latents=large if pair.key == "0001" else pair.latents)
+
+    dataset = PairDataset([write_pairs(tmp_path / "0.tar", 70, dtype="float64")])
+    config = TrainingConfig(output_dir=str(tmp_path / "run"), resolution=16)
+    encoder = PairEncoder(model, config, dataset, model.fingerprints())
+    write_pairs(tmp_path / "0.tar", 70, dtype="float64", change=enlarge)
+    with pytest.raises(DatasetError, match=r"0\.tar: pair 0001 holds NaN, infinity, or numbers too large for float32"):
+        encoder.load(BatchPlan(0, [0, 1], [], 1, 0))
+
+
 def test_pair_that_is_not_finite_is_refused(encoder: PairEncoder, tmp_path: Path) -> None:
     path = tmp_path / "pairs" / "1.tar"
     content = bytearray(path.read_bytes())
     start = encoder._dataset.shards[1]._rows[0][0]
     content[start : start + 2] = np.float16("nan").tobytes()
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match="pair 4 holds NaN or infinity"):
-        encoder.load(BatchPlan(0, [4], [], 1, 0))
+    with pytest.raises(DatasetError, match=r"1\.tar: pair 1000 holds NaN, infinity, or numbers"):
+        encoder.load(BatchPlan(0, [0, 4, 5], [], 1, 0))
 
 
 def test_shard_that_is_cut_after_the_start_is_refused(encoder: PairEncoder, tmp_path: Path) -> None:
@@ -118,8 +131,9 @@ def test_shard_that_is_cut_after_the_start_is_refused(encoder: PairEncoder, tmp_
         ),
         ({"meta": {"model": "0" * 16}}, "was made with another model (0000000000000000) than the one that is trained"),
         ({"meta": {"vae": "0" * 16}}, "was made with another autoencoder (0000000000000000) than the one that"),
+        ({"meta": {"text_encoders": "0"}}, "was made with another text encoder (0) than the one that is trained"),
     ],
-    ids=["channels", "size", "unscaled", "scaled twice", "model", "autoencoder"],
+    ids=["channels", "size", "unscaled", "scaled twice", "model", "autoencoder", "text encoder"],
 )
 def test_pairs_of_another_model_or_scale_are_refused(
     options: dict[str, Any], sentence: str, model: BaseModel, write_pairs: Write, tmp_path: Path

@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2f_fast.data.pair_shards import (
-    MOST_STANDARD_ERRORS,
-    Moments,
-    PairRecord,
-    pair_bytes,
-    read_shard,
-    write_shard,
-)
+from d2f_fast.data.pair_shards import PairRecord, pair_bytes, read_shard, write_shard
 from d2f_fast.errors import DatasetError, RefusedInputError
 
 Write = Callable[..., Path]
@@ -134,6 +127,7 @@ def broken(name: str, change: Callable[[dict[str, bytes]], dict[str, bytes]], se
         broken("whole", lambda m: m | {"noise.npy": npy(np.zeros((4, 8, 8), int))}, "holds int64: store float16"),
         broken("pickle", lambda m: m | {"noise.npy": npy(np.array([[[{}]]]))}, "holds object: store float16"),
         broken("text", lambda m: m | {"noise.npy": b"noise"}, "noise.npy is not an array of numpy"),
+        broken("version", lambda m: m | {"noise.npy": b"\x93NUMPY\2\0" + b"x" * 99}, "in a .npy file of version 1.0"),
         broken("short", lambda m: m | {"noise.npy": m["noise.npy"][:-4]}, "does not have the size that it states"),
         broken("prompt", lambda m: m | {"prompt.txt": b"x" * 50_000}, "has 50000 bytes, more than 40000: shorten it"),
         broken("meta", lambda m: m | {"meta.json": b"[1"}, "meta.json is not JSON"),
@@ -199,30 +193,21 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (lambda z: z + 0.03, "mean"),
-        (lambda z: z * 0.98, "deviation"),
-        (lambda z: np.sign(z), "kurtosis"),
-        (lambda z: z * 0, "equal"),
-    ],
-)
-def test_moments_notice_numbers_that_are_not_standard_normal(change: Callable[[Any], Any], name: str) -> None:
-    numbers = np.random.default_rng(1).standard_normal(100_000)
-    good, bad = Moments(), Moments()
-    for part in np.split(numbers, 10):
-        good.add(part)
-        bad.add(change(part))
-    assert good.difference_from_normal() is None and abs(good.deviation - numbers.std()) < 1e-12
-    assert name in str(bad.difference_from_normal())
+def test_key_that_comes_back_after_another_pair_is_refused(tmp_path: Path) -> None:
+    path, members = tmp_path / "0.tar", published_members()
+    with tarfile.open(path, "w") as tar:
+        for key in ("a", "b", "a"):
+            for name, content in members.items():
+                member = tarfile.TarInfo(f"{key}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(DatasetError, match=r"0\.tar: a is there twice"):
+        read_shard(path)
 
 
-def test_bounds_of_the_moments_follow_the_number_of_samples() -> None:
-    for count in (400, 40_000):
-        numbers = np.random.default_rng(2).standard_normal(count)
-        numbers = (numbers - numbers.mean()) / numbers.std()
-        for factor, expected in ((0.9, True), (1.1, False)):
-            moments = Moments()
-            moments.add(numbers + factor * MOST_STANDARD_ERRORS / count**0.5)
-            assert (moments.difference_from_normal() is None) == expected
+def test_what_all_pairs_say_of_their_making_is_kept_once(write_pairs: Write, tmp_path: Path) -> None:
+    metas = iter([{"model": "a", "seed": 1}, {"model": "a", "seed": 2}, {"model": "b", "x": "y" * 600}])
+    path = write_pairs(tmp_path / "0.tar", 3, change=lambda record: record._replace(meta=next(metas)))
+    shard = read_shard(path)
+    assert shard.kinds == [{"model": "a"}, {"model": "b"}] and shard.meta == {"model": "a", "seed": 1}
+    assert [shard.key(i) for i in range(3)] == ["0000", "0001", "0002"]

@@ -1,6 +1,7 @@
 """The data set of pairs: its sources, its index, and pairs that do not belong together."""
 
-import os
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2f_fast.data.moments import Moments
 from d2f_fast.data.pair_shards import read_shard
 from d2f_fast.data.pairs import PairDataset, shard_paths
 from d2f_fast.errors import DatasetError
@@ -28,7 +30,11 @@ def test_pairs_are_those_of_all_shards_in_their_order(write_pairs: Write, tmp_pa
     for i in (-1, 8):
         with pytest.raises(IndexError):
             dataset[i]
-    assert abs(dataset.latents_deviation - np.concatenate([p.latents for p in expected[:3]]).std()) < 1e-3
+    deviations = [
+        np.concatenate([p.latents for p in part]).std() for part in (expected[:3], expected[3:4], expected[4:])
+    ]
+    assert np.allclose(dataset.latents_deviations, deviations, atol=1e-3)
+    assert dataset.place(5) == f"{paths[2]}: pair 000002001"
 
 
 def test_folders_files_and_ranges_name_the_shards(write_pairs: Write, tmp_path: Path) -> None:
@@ -78,14 +84,71 @@ def test_shards_of_two_sizes_are_refused(write_pairs: Write, tmp_path: Path) -> 
         PairDataset([tmp_path])
 
 
-def test_noise_of_another_scale_is_refused(write_pairs: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from d2f_fast.data.pair_shards import Moments
-
-    with monkeypatch.context() as unchecked:
-        unchecked.setattr(Moments, "difference_from_normal", lambda self: None)
-        write_pairs(tmp_path / "0.tar", change=lambda record: record._replace(noise=record.noise * 14))
-    with pytest.raises(DatasetError, match=r"0\.tar: the noise is not from N\(0, 1\), as pairs need: its deviation"):
+@pytest.mark.parametrize("bad", ["0.tar", "1.tar"])
+def test_noise_of_another_scale_is_refused_in_every_shard(
+    bad: str, write_pairs: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("0.tar", "1.tar"):
+        with monkeypatch.context() as unchecked:
+            unchecked.setattr(Moments, "difference_from_normal", lambda self: None)
+            factor = 3 if name == bad else 1
+            write_pairs(tmp_path / name, 100, change=lambda record, by=factor: record._replace(noise=record.noise * by))
+    sentence = rf"{bad}: the noise is not from N\(0, 1\), as pairs need: its deviation is [23]\.\d+ and not 1"
+    with pytest.raises(DatasetError, match=sentence):
         PairDataset([tmp_path])
+
+
+@pytest.mark.parametrize(("position", "field"), [(0, "noise"), (9, "latents")])
+def test_pair_that_is_not_finite_is_named_where_it_is_looked_at(
+    position: int, field: str, write_pairs: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2f_fast.data.pair_shards._check_finite", lambda pair, path: None)
+    monkeypatch.setattr(Moments, "difference_from_normal", lambda self: None)
+    key = f"1{position:03d}"
+    damage = {field: np.full((4, 8, 8), np.inf, np.float16)}
+    write_pairs(tmp_path / "0.tar")
+    write_pairs(tmp_path / "1.tar", 10, change=lambda pair: pair._replace(**damage) if pair.key == key else pair)
+    name = {"noise": "noise.npy", "latents": "image_latent.npy"}[field]
+    with pytest.raises(DatasetError, match=rf"1\.tar: {name} of pair {key} holds NaN or infinity: make"):
+        PairDataset([tmp_path])
+
+
+def test_copy_of_a_shard_is_refused(write_pairs: Write, tmp_path: Path) -> None:
+    shutil.copy(write_pairs(tmp_path / "0.tar"), tmp_path / "copy.tar")
+    with pytest.raises(DatasetError, match=r"copy\.tar and .*0\.tar hold the same pairs: keep one of the two"):
+        PairDataset([tmp_path])
+
+
+def test_fingerprint_is_that_of_the_pairs_wherever_they_are(write_pairs: Write, tmp_path: Path) -> None:
+    for name in ("0.tar", "1.tar"):
+        write_pairs(tmp_path / "a" / name)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    whole, moved = (PairDataset([tmp_path / name]).settings() for name in "ab")
+    assert whole == moved
+    for sources in (["a/0.tar"], ["a/1.tar", "a/0.tar"]):
+        assert PairDataset([tmp_path / each for each in sources]).settings() != whole
+
+
+def test_entries_of_all_pairs_are_common_only_where_each_pair_has_them(write_pairs: Write, tmp_path: Path) -> None:
+    metas = iter([{"steps": 4, "solver": "euler"}] * 5 + [{"steps": 4, "solver": "heun"}])
+    write_pairs(tmp_path / "0.tar", change=lambda pair: pair._replace(meta=next(metas)))
+    dataset = PairDataset([tmp_path])
+    assert dataset.common_meta("steps") == 4 and dataset.common_meta("solver") is None
+
+
+def test_files_that_are_not_read_and_missing_pairs_are_named(write_pairs: Write, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "0.TAR")
+    (tmp_path / "pairs.json").write_text(json.dumps({"num_pairs": 6}))
+    assert PairDataset([tmp_path]).doubts == []  # Capital letters are no reason to pass a shard over.
+    (tmp_path / "pairs.json").write_text(json.dumps({"num_pairs": 20}))
+    (tmp_path / "1.tar.gz").touch()
+    write_pairs(tmp_path / "more" / "2.tar")
+    unread, missing = PairDataset([tmp_path]).doubts
+    assert unread.startswith(f"{tmp_path / '1.tar.gz'} and 1 more are not read: only uncompressed files *.tar in")
+    assert missing.startswith(f"{tmp_path} holds 6 pairs, and its pairs.json names 20: the same d2f pairs command")
+    for content in ("[]", "no JSON", '{"num_pairs": null}'):
+        (tmp_path / "pairs.json").write_text(content)
+        assert len(PairDataset([tmp_path]).doubts) == (2 if "null" in content else 1)
 
 
 def test_index_takes_32_bytes_for_each_pair(write_pairs: Write, tmp_path: Path) -> None:
@@ -114,9 +177,8 @@ print(len(dataset), peak_resident_bytes())
 @pytest.mark.slow
 def test_memory_of_100000_pairs_is_within_100_mb_of_that_of_1000(write_pairs: Write, tmp_path: Path) -> None:
     write_pairs(tmp_path / "few" / "0.tar", 1000, (4, 4, 4))
-    shard = write_pairs(tmp_path / "many" / "0.tar", 10_000, (4, 4, 4))
-    for i in range(1, 10):
-        os.link(shard, shard.with_name(f"{i}.tar"))
+    for i in range(10):
+        write_pairs(tmp_path / "many" / f"{i}.tar", 10_000, (4, 4, 4))
     peaks = {}
     for name in ("few", "many"):
         command = [sys.executable, "-c", READ, str(tmp_path / name)]

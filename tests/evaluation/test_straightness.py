@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from d2f_fast.errors import RefusedInputError
 from d2f_fast.evaluation.straightness import measure_straightness
+from d2f_fast.sampling.integrate import Velocity
 
 
 def test_straight_paths_measure_zero() -> None:
@@ -36,6 +38,20 @@ def test_rotation_has_the_curvature_of_a_circle() -> None:
     assert found.curvature == pytest.approx([angle**2 / math.sqrt(2)] * 2, rel=1e-3)
     # |v|² - 2 v · chord + |chord|², whose middle term is twice |chord|² in the mean over the path.
     assert found.mean_deviation == pytest.approx(angle**2 / 2 - 1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("velocity", "sentence"),
+    [
+        (lambda x, t: torch.zeros_like(x), "end where they begin, so that their straightness is not defined"),
+        (lambda x, t: torch.full_like(x, math.nan), "the paths of the model hold NaN or infinity: check its predict"),
+        (lambda x, t: torch.full_like(x, math.inf), "the paths of the model hold NaN or infinity"),
+        (lambda x, t: torch.full_like(x, float(t < 0.5)), "do not move in part 2 of 2 of flow time"),
+    ],
+)
+def test_paths_without_a_length_are_refused(velocity: Velocity, sentence: str) -> None:
+    with pytest.raises(RefusedInputError, match=sentence):
+        measure_straightness(velocity, torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), 2, 2)
 
 
 @pytest.mark.parametrize("sizes", [(0, 8), (8, 3), (8, 0)])

@@ -1,9 +1,11 @@
 """Members of a tar by their offsets, compared with Python's reader, and tars that are damaged or hostile."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from d2f_fast.errors import DatasetError
@@ -98,6 +100,46 @@ def test_hostile_pax_headers_are_refused(content: bytes, sentence: str | None, t
         return
     with pytest.raises(DatasetError, match=sentence):
         list(tar_members(path))
+
+
+@pytest.mark.parametrize("change", ["joined", "hole", "rest"])
+def test_tar_that_goes_on_behind_its_end_is_refused(change: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", MEMBERS)
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        second, end = tar.getmembers()[1].offset, tar.getmembers()[-1].offset_data + 512
+    changed = {
+        "joined": content + content,  # As cat does.
+        "hole": content[:second] + bytes(512) + content[second + 512 :],
+        "rest": content[:second] + bytes(2 << 20),  # An unfinished download in a file of its whole size.
+    }
+    path.write_bytes(changed[change])
+    at = end if change == "joined" else second
+    with pytest.raises(DatasetError, match=rf"a\.tar goes on behind the end of the tar at byte {at}, as joined tars"):
+        list(tar_members(path))
+
+
+def test_filling_of_a_large_record_is_accepted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", MEMBERS)
+    path.write_bytes(path.read_bytes() + bytes(1 << 19))
+    assert len(list(tar_members(path))) == 3
+
+
+@pytest.mark.parametrize(("kind", "name"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")])
+def test_compressed_tar_is_told_from_a_damaged_one(kind: str, name: str, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(2000)
+    with tarfile.open(tmp_path / "a.tar", f"w:{kind}") as tar:  # type: ignore[call-overload]
+        member = tarfile.TarInfo("a")
+        member.size = 2000
+        tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(DatasetError, match=rf"a\.tar is compressed with {name}: decompress it first"):
+        list(tar_members(tmp_path / "a.tar"))
+
+
+def test_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(DatasetError, match=r"a\.tar is not an ordinary file: give a file"):
+        list(tar_members(tmp_path / "a.tar"))
 
 
 def test_missing_file_is_one_line(tmp_path: Path) -> None:

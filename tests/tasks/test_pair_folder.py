@@ -1,6 +1,7 @@
 """A folder of pairs: what goes on, what is refused, and how processes divide it."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import pytest
 from d2f_fast.data.pair_shards import PairRecord
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import RefusedInputError
+from d2f_fast.sampling.scheduler import Diff2FlowScheduler
 from d2f_fast.stopping import StopRequestedError
 from d2f_fast.tasks import pair_folder
 from d2f_fast.tasks.pair_folder import PairFolder
@@ -29,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def fill(folder: Path, generator: PairGenerator, plan: PairPlan, process: Process = Process()) -> int:  # noqa: B008
     """Make the pairs of one process as the command does, and return how many it made."""
     with owned_folder(folder, process):
-        settle_record(folder, pair_record(plan, {"model": "m"}, {}), process)
+        settle_record(folder, pair_record(plan, {"model": "m"}, Diff2FlowScheduler().config), process)
         filled = PairFolder(folder, plan, process)
         made = filled.fill(generator.shard)
         filled.write_grid(generator)
@@ -109,8 +111,31 @@ def test_stop_says_how_much_is_finished_and_leaves_no_half_shard(
 @pytest.mark.parametrize("cut", [0, 700, 1024])
 def test_finished_shard_that_was_cut_is_refused(cut: int, filled: Filled, tmp_path: Path) -> None:
     (tmp_path / "000002.tar").write_bytes((filled.folder / "000002.tar").read_bytes()[:cut])
-    with pytest.raises(RefusedInputError, match=r"000002\.tar is damaged: remove it, and run again"):
+    with pytest.raises(RefusedInputError, match=r"000002\.tar is damaged, or holds other pairs: remove it, and"):
         PairFolder(tmp_path, filled.plan, Process())
+
+
+@pytest.mark.parametrize("of_shard", [0, 2, None], ids=["other pairs", "fewer pairs", "pipe"])
+def test_file_that_is_not_the_shard_of_its_name_is_refused(
+    of_shard: int | None, filled: Filled, tmp_path: Path
+) -> None:
+    path = tmp_path / "000001.tar"
+    if of_shard is None:
+        os.mkfifo(path)
+    else:
+        shutil.copy(filled.folder / f"00000{of_shard}.tar", path)
+    with pytest.raises(RefusedInputError, match=r"000001\.tar is damaged, or holds other pairs: remove it, and run"):
+        PairFolder(tmp_path, filled.plan, Process())
+
+
+def test_grid_is_made_again_with_the_first_shard(filled: Filled, tmp_path: Path) -> None:
+    for name in ("000001.tar", "000002.tar"):
+        shutil.copy(filled.folder / name, tmp_path)
+    (tmp_path / "grid.png").write_bytes(b"of other pairs")
+    PairFolder(tmp_path, filled.plan, Process(1, 2))
+    assert (tmp_path / "grid.png").exists()  # Process 0 alone writes and removes it.
+    PairFolder(tmp_path, filled.plan, Process())
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_disk_that_is_too_small_is_refused_before_anything_is_made(
@@ -125,4 +150,7 @@ def test_disk_that_is_too_small_is_refused_before_anything_is_made(
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr(pair_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RefusedInputError, match=r"are needed, and 1\.0 MiB are free: make room, or give fewer"):
+        folder.check_disk(SHAPE)
+    folder.missing.remove(0)  # With a shard, the options are settled.
+    with pytest.raises(RefusedInputError, match=r"1\.0 MiB are free: make room, or give another output_dir"):
         folder.check_disk(SHAPE)

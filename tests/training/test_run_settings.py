@@ -12,7 +12,7 @@ from d2f_fast.config import TrainingConfig
 from d2f_fast.errors import CheckpointError
 from d2f_fast.models.configs import ModelConfigs
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.training.run_settings import check_parts, check_settings, read_state, settings_of
+from d2f_fast.training.run_settings import check_parts, check_settings, read_state, refuse_changes, settings_of
 from d2f_fast.training.teacher_options import TeacherOptions
 
 SETTLED = {"objective": "diff2flow", "loss_weighting": "flow", "resolution": 64, "caption_dropout": 0.1}
@@ -51,6 +51,12 @@ def continue_run(
 def test_other_settings_are_refused(tmp_path: Path, saved: Any, options: Any, sentence: str) -> None:
     with pytest.raises(CheckpointError, match=sentence):
         continue_run(tmp_path, saved, **options)
+
+
+def test_teacher_is_named_before_the_dropout_that_it_settles(tmp_path: Path) -> None:
+    was, now = {"teacher": "a 1", "caption_dropout": 0.1}, {"teacher": "a 3", "caption_dropout": 0.0}
+    with pytest.raises(CheckpointError, match="teacher was 'a 1' and is now 'a 3'"):
+        refuse_changes(tmp_path, was, now, now)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["local model", "model of the hub"])

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from d2f_fast import align, aligned_loss
 from d2f_fast.commands.main import main
@@ -179,7 +180,10 @@ def test_compiled_code_with_a_lora_linear_is_cached(monkeypatch: pytest.MonkeyPa
         assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == found
 
 
-def test_compiled_code_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("imported", [False, True], ids=["alone", "after Inductor put its default there"])
+def test_compiled_code_is_kept_in_the_users_cache(
+    imported: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_compiled_code()
@@ -189,6 +193,11 @@ def test_compiled_code_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     keep_compiled_code()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    if imported:
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+        monkeypatch.setattr("tempfile.tempdir", None)
+        default = cache_dir()  # It sets the variable.
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "d2f_fast" / "inductor")

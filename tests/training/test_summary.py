@@ -53,6 +53,13 @@ def test_pairs_of_which_nothing_is_known_are_sampled_without_guidance(write_pair
         ("published", {"index": 0}, "unknown", "unknown"),
         ("one", {"guidance_scale_range": [3.0, 3.0], "steps": 8, "solver": "euler"}, "3", "euler, 8 steps"),
         ("odd", {"guidance_scale_range": ["a", {}], "steps": [], "solver": 3}, "unknown", "unknown"),
+        ("huge", {"guidance_scale_range": [1, 10**400], "steps": True, "solver": "euler"}, "unknown", "unknown"),
+        (
+            "lines",
+            {"guidance_scale_range": [True, 2], "steps": 8, "solver": "a\n\x1b"},
+            "unknown",
+            r"'a\n\x1b', 8 steps",
+        ),
     ):
         tags = pair_tags(PairDataset([write_pairs(tmp_path / f"{name}.tar", meta=meta)]))
         assert tags["d2f.pairs_guidance"] == guidance and tags["d2f.pairs_solver"] == solver
