@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_fast.commands.train_data import check_data, held_out_files, training_files
+from d2f_fast.commands.train_data import check_data, held_out_files, known_settings, training_files
 from d2f_fast.config import TrainingConfig, check_options, option
 from d2f_fast.data.depth_options import DepthOptions
 from d2f_fast.data.source_options import SourceOptions
@@ -211,21 +211,9 @@ class Train:
 
             trained = self._trained_resolution()
             check_pairs_of_run(self.options, self.model_options, configs, trained, dataset, held_out)
-        check_settings(self.options, self.model_options, self.teacher_options, configs, self._data_settings(dataset))
+        of_data = known_settings(self, dataset)
+        check_settings(self.options, self.model_options, self.teacher_options, configs, of_data)
         return dataset, held_out
-
-    def _data_settings(self, dataset: "TrainingFiles") -> dict[str, str | float]:
-        """Return what a continuation of the run must match of its data, as far as it is known before the imports."""
-        if self.task == "depth":
-            return {"depth_normalization": self.depth_options.depth_normalization}
-        if self.task == "image_to_image":
-            return {"source_noise": self.source_options.source_noise}
-        if self.pairs:
-            from d2f_fast.data.pairs import PairDataset  # It imports NumPy.
-
-            assert isinstance(dataset, PairDataset)
-            return dataset.settings()
-        return {}
 
     def _check_files(self) -> "ModelConfigs | None":
         """Refuse options, a model, LoRA and a checkpoint that cannot be used, and return the model's configurations."""

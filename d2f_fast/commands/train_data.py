@@ -94,6 +94,30 @@ def held_out_files(command: "Train") -> "HeldOutFiles":
     return CaptionedImages(folder, *_columns(command))
 
 
+def known_settings(command: "Train", dataset: "TrainingFiles") -> dict[str, str | float]:
+    """Return what a continuation of a run must match of its data, as far as it is known before torch is imported.
+
+    Args:
+        command: Options of the run.
+        dataset: What it trains on.
+    """
+    settings: dict[str, str | float] = {}
+    if command.task == "depth":
+        settings["depth_normalization"] = command.depth_options.depth_normalization
+    if command.task == "image_to_image":
+        settings["source_noise"] = command.source_options.source_noise
+    if len(command.folders) == 1:
+        return settings
+    from d2f_fast.data.mixed import MixedDataset, mixture_of, mixture_settings  # They import NumPy.
+    from d2f_fast.data.pairs import PairDataset
+
+    if isinstance(dataset, PairDataset):
+        return dataset.settings()
+    if isinstance(dataset, list):
+        return settings | mixture_settings(mixture_of([len(source) for source in dataset], command.dataset_weights))
+    return settings | mixture_settings(dataset.mixture if isinstance(dataset, MixedDataset) else None)
+
+
 def check_data(command: "Train") -> None:
     """Refuse a folder that does not exist, images together with pairs, and options that have no effect.
 

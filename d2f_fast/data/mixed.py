@@ -79,6 +79,19 @@ def mixture_of(sizes: Sequence[int], weights: Sequence[float] | None) -> Mixture
         raise RefusedInputError(f"dataset_weights: {error}: correct the weights") from error
 
 
+def mixture_settings(mixture: Mixture | None) -> dict[str, str | float]:
+    """Return what a continuation of a run must match of how its data sets are mixed.
+
+    Args:
+        mixture: How they are mixed; None for a single one.
+    """
+    if mixture is None:
+        return {}
+    by_size = mixture.weights == mixture.sizes
+    weights = f"the sizes of {len(mixture.sizes)} data sets" if by_size else ", ".join(map(str, mixture.weights))
+    return {"dataset_weights": weights}
+
+
 def locate(parts: Sequence[Part], mixture: Mixture | None, index: int) -> tuple[Part, int]:
     """Return the data set that holds a sample, and the index of the sample in it.
 

@@ -12,7 +12,7 @@ from d2f_fast.data.depth_encoding import DepthDataset, DepthEncoder
 from d2f_fast.data.depth_options import check_depth_training
 from d2f_fast.data.encoding import BatchEncoder
 from d2f_fast.data.loading import ImageDataset, check_dataset, load_ahead
-from d2f_fast.data.mixed import MixedDataset
+from d2f_fast.data.mixed import MixedDataset, mixture_settings
 from d2f_fast.data.order import BatchPlan, Mixture, plan_batches
 from d2f_fast.data.pair_encoding import PairEncoder
 from d2f_fast.data.pairs import PairDataset
@@ -139,11 +139,7 @@ def data_settings(dataset: TrainingData) -> dict[str, str | float]:
     settings: dict[str, str | float] = {f"depth_{name}": value for name, value in of_depth.items()}
     if isinstance(dataset, PairDataset | SourceTargetDataset):
         settings |= dataset.settings()
-    if isinstance(dataset, MixedDataset) and (mixture := dataset.mixture) is not None:
-        by_size = mixture.weights == mixture.sizes
-        weights = f"the sizes of {len(mixture.sizes)} data sets" if by_size else ", ".join(map(str, mixture.weights))
-        settings["dataset_weights"] = weights
-    return settings
+    return settings | mixture_settings(dataset.mixture if isinstance(dataset, MixedDataset) else None)
 
 
 def loader_and_encoder(

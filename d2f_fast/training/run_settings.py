@@ -38,7 +38,7 @@ _SETTLED_BY_DATA = ("resolution", "caption_dropout", "first_last_layers")
 
 
 # Settings that the checkpoints of one kind of data alone have.
-_OF_TASKS = ("depth_normalization", "source_noise", "pairs")
+_OF_TASKS = ("depth_normalization", "source_noise", "pairs", "dataset_weights")
 
 
 class RunState(TypedDict):

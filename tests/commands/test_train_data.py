@@ -8,7 +8,7 @@ from PIL import Image
 
 from d2f_fast.commands.main import main, parse
 from d2f_fast.commands.train import Train
-from d2f_fast.commands.train_data import held_out_files, training_files
+from d2f_fast.commands.train_data import held_out_files, known_settings, training_files
 from d2f_fast.data.mixed import MixedImages
 from d2f_fast.data.source_images import SourceTargetDataset
 
@@ -67,6 +67,9 @@ def test_images_of_several_folders_are_mixed(images: Path, tmp_path: Path, capsy
     folders = (str(images), str(shutil.copytree(images, tmp_path / "other")))
     dataset = training_files(Train(train_data_dir=folders, dataset_weights=(2.0, 1.0)))
     assert isinstance(dataset, MixedImages) and dataset.mixture is not None and dataset.mixture.counts == (4, 2)
+    mixed, single = Train(train_data_dir=folders, dataset_weights=(2.0, 1.0)), Train(train_data_dir=folders[:1])
+    assert known_settings(mixed, dataset) == {"dataset_weights": "2.0, 1.0"}
+    assert known_settings(single, training_files(single)) == {}
     assert main(["train", "--train_data_dir", folders[0], "--dataset_weights", "1", "--dry_run"]) == 2
     assert "dataset_weights: 1 for 1 data set: give several folders" in capsys.readouterr().err
 

@@ -112,6 +112,11 @@ def test_several_folders_are_mixed_by_weight(
         assert f"d2f: depth is learned from {folder} (layout plain, normalisation affine)" in lines
         assert f"d2f: {folder} has 6 images, and an epoch takes {count} from it" in lines
     assert json.loads((tmp_path / "run/config.json").read_text())["dataset_weights"] == [5.0, 1.0]
+    more = [*options, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "latest", "--dry_run"]
+    assert main([*command, *more]) == 0
+    capsys.readouterr()
+    assert main([*command[:-2], "3", "1", *more]) == 2
+    assert "dataset_weights was '5.0, 1.0' and is now '3.0, 1.0'" in capsys.readouterr().err
 
 
 def test_damaged_depth_stops_the_run_in_one_line_that_names_the_file(

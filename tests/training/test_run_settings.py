@@ -45,6 +45,8 @@ def continue_run(
         ({"teacher": "0123"}, {}, "teacher was '0123' and is now None"),
         ({"depth_normalization": "affine"}, {}, "depth_normalization was 'affine' and is now None"),
         ({"source_noise": 0.5}, {}, "source_noise was 0.5 and is now None"),
+        ({"pairs": "0123"}, {}, "pairs was '0123' and is now None"),
+        ({"dataset_weights": "1.0, 2.0"}, {}, "dataset_weights was '1.0, 2.0' and is now None"),
         ({}, {"max_train_steps": 2}, "checkpoint-3 is past max_train_steps 2: raise max_train_steps"),
     ],
 )
