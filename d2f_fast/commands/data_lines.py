@@ -52,8 +52,9 @@ def data_lines(
     elif isinstance(dataset, PairDataset):
         made = pair_tags(dataset)
         end = ": sample the result without guidance" if trainer.teacher is None else ""
+        shards = f"{len(dataset.shards)} shard{'s' if len(dataset.shards) > 1 else ''}"
         yield (
-            f"pairs of {len(dataset.shards)} shards, made with guidance {made['d2f.pairs_guidance']} and solver"
+            f"pairs of {shards}, made with guidance {made['d2f.pairs_guidance']} and solver"
             f" {made['d2f.pairs_solver']}{end}"
         )
         yield from dataset.doubts

@@ -168,7 +168,7 @@ class Pairs:
             "lora": [lora_identity(each["sha256"], each["scale"]) for each in loaded.lora],
         }
         settle_record(output, pair_record(plan, origin, scheduler.config), process)
-        folder = PairFolder(output, plan, process)
+        folder = PairFolder(output, plan, process, origin)
         device = device_of(int(os.environ.get("LOCAL_RANK", 0)))
         generator = PairGenerator(model.to(device), scheduler.flow.to(device), plan, origin)
         space = folder.check_disk(generator.shape)

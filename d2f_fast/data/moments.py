@@ -31,14 +31,15 @@ class Moments:
         """Add the numbers of an array of any shape."""
         flat = numbers.astype(np.float64).ravel()
         self.count += flat.size
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):  # What overflows is told from normal numbers below.
             self.sums += [flat.sum(), (flat**2).sum(), (flat**3).sum(), (flat**4).sum()]
 
     @property
     def deviation(self) -> float:
         """Return the standard deviation."""
-        first, second = self.sums[:2] / self.count
-        return math.sqrt(max(float(second - first**2), 0.0))
+        with np.errstate(all="ignore"):
+            first, second = self.sums[:2] / self.count
+            return math.sqrt(max(float(second - first**2), 0.0))
 
     def difference_from_normal(self) -> str | None:
         """Return how the numbers differ from N(0, 1), or None if chance explains the difference.
@@ -52,7 +53,8 @@ class Moments:
         if not self.deviation > 0:
             return "all of its numbers are equal"
         variance = second - first**2
-        kurtosis = (fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4) / variance**2
+        with np.errstate(all="ignore"):
+            kurtosis = (fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4) / variance**2
         errors = (1 / math.sqrt(self.count), 1 / math.sqrt(2 * self.count), math.sqrt(24 / self.count))
         found = [("mean", first, 0.0), ("deviation", math.sqrt(variance), 1.0), ("kurtosis", kurtosis, 3.0)]
         for (name, value, expected), error in zip(found, errors, strict=True):

@@ -175,10 +175,12 @@ def _check_common_origin(dataset: PairDataset) -> None:
         stated = _stated(dataset, key)
         for path, value in stated:
             if value != stated[0][1]:
+                first, own = stated[0]
+                other = "" if first == path else f"{printable(first)} "
                 raise DatasetError(
-                    f"{printable(path)} was made with another {name} ({_shown(value)}) than {printable(stated[0][0])}"
-                    f" ({_shown(stated[0][1])}): give pairs of one {name}, or add --pairs_of_another_model if this is"
-                    " meant"
+                    f"{printable(path)} {'has pairs' if first == path else 'was'} made with another {name}"
+                    f" ({_shown(value)}) than {other or 'its first ones '}({_shown(own)}): give pairs of one {name}, or"
+                    " add --pairs_of_another_model if this is meant"
                 )
 
 
@@ -194,16 +196,17 @@ def _check_scale(dataset: PairDataset, scaling_factor: float) -> None:
         if not low <= deviation <= high:
             raise DatasetError(
                 f"{printable(shard.path)}: the latents have a deviation of {deviation:.3g}, and those of the model"
-                f" about 1 with its scaling factor of {scaling_factor:g}: store latents in the scale of the pipeline,"
-                " as d2f pairs does, or give the model's own --vae_custom_scale"
+                f" about 1 with its scaling factor of {scaling_factor:g}: store latents in the scale of the pipeline"
+                " (the autoencoder's, times scaling_factor); if d2f pairs made them, give it more num_inference_steps"
+                " or less guidance"
             )
 
 
-def _stated(dataset: PairDataset, key: str) -> list[tuple[Path, object]]:
-    """Return the different values of an entry of meta.json in each shard, with the file of the shard."""
-    return [(shard.path, kind[key]) for shard in dataset.shards for kind in shard.kinds if key in kind]
+def _stated(dataset: PairDataset, key: str) -> list[tuple[Path, str]]:
+    """Return the different values of an entry of meta.json in each shard as text, with the file of the shard."""
+    return [(shard.path, str(kind[key])) for shard in dataset.shards for kind in shard.kinds if key in kind]
 
 
-def _shown(value: object) -> str:
+def _shown(value: str) -> str:
     """Return the start of an entry of meta.json for a one-line message."""
-    return printable(str(value)[:40])
+    return printable(value[:40])

@@ -19,6 +19,9 @@ from d2f_fast.errors import DatasetError
 from d2f_fast.image_sizes import Resolution
 from d2f_fast.models.base_model import BaseModel
 
+# Largest number of float16. Latents and noise are far below it, and the squared error of more would overflow.
+_LARGEST = 65504.0
+
 
 @dataclass
 class LoadedPairs:
@@ -69,17 +72,17 @@ class PairEncoder:
             plan: Pairs to load.
 
         Raises:
-            DatasetError: A shard cannot be read, or a pair is not finite.
+            DatasetError: A shard cannot be read, or a number of a pair is not finite or beyond 65504.
         """
         pairs = [self._dataset[index] for index in plan.index]
         if not pairs:
             return LoadedPairs(torch.empty(0), torch.empty(0))
         with np.errstate(over="ignore"):  # What float32 does not hold becomes infinity.
             arrays = np.stack([np.stack([pair.latents, pair.noise]).astype(np.float32) for pair in pairs], axis=1)
-        finite = np.isfinite(arrays).all(axis=(0, 2, 3, 4))
-        if not finite.all():
-            place = self._dataset.place(plan.index[int(finite.argmin())])
-            raise DatasetError(f"{place} holds NaN, infinity, or numbers too large for float32: make its shard again")
+        usable = (np.abs(arrays) <= _LARGEST).all(axis=(0, 2, 3, 4))
+        if not usable.all():
+            place = self._dataset.place(plan.index[int(usable.argmin())])
+            raise DatasetError(f"{place} holds NaN, infinity, or a number beyond {_LARGEST:g}: make its shard again")
         latents, noise = map(torch.from_numpy, arrays)
         loaded = LoadedPairs(latents, noise, [pair.prompt for pair in pairs])
         loaded.text_keys = [self._texts.key(prompt) for prompt in loaded.prompts]

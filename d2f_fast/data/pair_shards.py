@@ -15,6 +15,8 @@ import io
 import json
 import math
 import tarfile
+import tokenize
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +204,8 @@ class Shard:
             return text.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise DatasetError(
-                f"{printable(self.path)}: {PROMPT} of pair {index} is not UTF-8 text: make the shard again"
+                f"{printable(self.path)}: {PROMPT} of pair {printable(self.key(index))} is not UTF-8 text: make the"
+                " shard again"
             ) from error
 
 
@@ -229,8 +232,9 @@ def read_shard(path: Path) -> Shard:
         keys.add(current)
         if missing := [name for name in REQUIRED if name not in found]:
             raise DatasetError(
-                f"{printable(path)}: {printable(current)} has no {' and no '.join(missing)}: each pair needs"
-                f" {', '.join(REQUIRED)}"
+                f"{printable(path)}: {printable(current)} has no {' and no '.join(missing)} beside"
+                f" {printable(next(iter(found)))}: each pair needs {', '.join(REQUIRED)} behind a key without a dot,"
+                " one after the other in the tar (tar --sort=name)"
             )
         latents, noise = (_array_start(shard, found[name], name) for name in (LATENTS, NOISE))
         if (prompt := found[PROMPT]).size > MAX_PROMPT_BYTES:
@@ -248,6 +252,8 @@ def read_shard(path: Path) -> Shard:
 
     for member in tar_members(path):
         key, kind = _key_and_kind(member.name)
+        if key.rpartition("/")[2] == "":
+            continue  # A hidden file, as macOS adds them.
         if key != current:
             close_pair()
             current, found = key, {}
@@ -301,7 +307,7 @@ def _array_start(shard: Shard, member: TarMember, name: str) -> int:
     where = f"{printable(shard.path)}: {printable(member.name)}"
     try:
         shape, fortran, dtype, size = _npy_header(member.head)
-    except (ValueError, TypeError, SyntaxError) as error:
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
         raise DatasetError(
             f"{where} is not an array of numpy in a .npy file of version 1.0: store it with numpy.save"
         ) from error
@@ -335,15 +341,21 @@ def _parsed_npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[A
     """Return shape, order, type and size of the header of a .npy file."""
     stream = io.BytesIO(header)
     np.lib.format.read_magic(stream)
-    return *np.lib.format.read_array_header_1_0(stream), len(header)
+    with warnings.catch_warnings(action="ignore"):  # about files of Python 2, which are read all the same
+        return *np.lib.format.read_array_header_1_0(stream), len(header)
 
 
 def _read_meta(path: Path, member: TarMember) -> dict[str, Any]:
     """Return the content of a meta.json."""
+    if member.size > _MAX_META_BYTES:
+        raise DatasetError(
+            f"{printable(path)}: {printable(member.name)} has {member.size} bytes, more than {_MAX_META_BYTES}: shorten"
+            " it"
+        )
     content = member.head[: member.size]
     if member.size > len(content):
         with opened(path) as descriptor:
-            content = read_at(descriptor, min(member.size, _MAX_META_BYTES), member.start, path)
+            content = read_at(descriptor, member.size, member.start, path)
     try:
         meta = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from d2f_fast.data.moments import Moments
 from d2f_fast.data.pair_shards import LATENTS, NOISE, Pair, Shard, read_shard
 from d2f_fast.errors import DatasetError, printable
 from d2f_fast.files.atomic import StrPath
+from d2f_fast.files.tar_index import opened, read_at
 
 # Pairs of the first shard, and of each other one, whose noise and latents are looked at.
 CHECKED_PAIRS, CHECKED_LATER = 64, 4
@@ -152,8 +154,9 @@ def _doubts(folder: Path, shards: Sequence[Shard]) -> Iterator[str]:
         named = f" and {len(other) - 1} more are" if len(other) > 1 else " is"
         yield f"{printable(other[0])}{named} not read: only uncompressed files *.tar in the folder itself are"
     try:
-        planned = json.loads((folder / PAIRS_FILE).read_bytes())["num_pairs"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        with opened(folder / PAIRS_FILE) as descriptor:  # A named pipe would wait for a writer.
+            planned = json.loads(read_at(descriptor, os.fstat(descriptor).st_size, 0, folder))["num_pairs"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return  # Pairs of other programs have no such file.
     found = sum(len(shard) for shard in shards if shard.path.parent == folder)
     if found != planned:
@@ -191,8 +194,10 @@ def shard_paths(sources: Sequence[StrPath]) -> list[Path]:
         raise DatasetError("pairs: give a folder of shards, or tar files")
     seen: set[Path] = set()
     for path in paths:
-        if not path.is_file():
+        if not path.exists():
             raise DatasetError(f"{printable(path)}: there is no such shard; check the path, or the range of numbers")
+        if not path.is_file():
+            raise DatasetError(f"{printable(path)} is not an ordinary file: move it away, or name the shards")
         if (resolved := path.resolve()) in seen:
             raise DatasetError(f"{printable(path)} is named twice: name each shard once")
         seen.add(resolved)

@@ -13,8 +13,9 @@ from d2f_fast.errors import DatasetError, printable
 BLOCK = tarfile.BLOCKSIZE
 # A name is far shorter; a hostile header must not fill the memory.
 _MAX_NAME_BYTES = 1 << 16
-# Programs fill a tar with zeros up to a whole record, which has 10 KiB as a rule.
-_MAX_FILLING = 1 << 20
+# Programs fill a tar with zeros up to a whole record, which has 10 KiB as a rule and a few MiB where it was asked for.
+_MAX_FILLING, _PIECE = 1 << 26, 1 << 20
+_GNU_LABEL = b"V"  # the name of a whole tar
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -110,7 +111,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 if header.size > _MAX_NAME_BYTES:
                     raise DatasetError(f"{printable(path)}: a header has {header.size} bytes: make the tar again")
                 long_name = _long_name(path, header.type, read_at(descriptor, header.size, start, path))
-            elif header.type not in (tarfile.XGLTYPE, tarfile.DIRTYPE):
+            elif header.type not in (tarfile.XGLTYPE, tarfile.DIRTYPE, _GNU_LABEL):
                 name, long_name = long_name or header.name, ""
                 _check_member(path, name, header.type)
                 yield TarMember(name.removeprefix("./"), start, header.size, blocks[BLOCK:])
@@ -118,8 +119,8 @@ def tar_members(path: Path) -> Iterator[TarMember]:
 
 def _check_end(path: Path, descriptor: int, end: int, total: int) -> None:
     """Refuse a tar in which more than the usual filling follows the first empty block, which ends it."""
-    filling = total - end
-    if filling <= _MAX_FILLING and not any(read_at(descriptor, filling, end, path)):
+    pieces = ((at, min(_PIECE, total - at)) for at in range(end, total, _PIECE))
+    if total - end <= _MAX_FILLING and not any(any(read_at(descriptor, size, at, path)) for at, size in pieces):
         return
     raise DatasetError(
         f"{printable(path)} goes on behind the end of the tar at byte {end}, as joined tars and unfinished downloads"
@@ -160,7 +161,10 @@ def _header(path: Path, block: bytes, offset: int) -> _Header:
 def _check_member(path: Path, name: str, kind: bytes) -> None:
     """Refuse a member that is not an ordinary file, or whose path leaves the place where a tar is unpacked."""
     if kind not in tarfile.REGULAR_TYPES or kind == tarfile.GNUTYPE_SPARSE:
-        raise DatasetError(f"{printable(path)}: {printable(name)} is not an ordinary file: make the tar again")
+        raise DatasetError(
+            f"{printable(path)}: {printable(name)} is not an ordinary file: pack the files themselves (tar -h"
+            " --hard-dereference)"
+        )
     if name.startswith("/") or ".." in name.split("/"):
         raise DatasetError(
             f"{printable(path)}: the name {printable(name)} leaves the folder of the tar: take it from another source"

@@ -263,7 +263,8 @@ class BaseModel:
     def fingerprint(self, *components: str, most: int | None = None) -> str:
         """Return a SHA-256 over the weights and configuration of components, in hexadecimal.
 
-        A tokenizer counts by its vocabulary. The location of the model and the program that saved it do not matter.
+        A tokenizer counts by its vocabulary and by what it makes of a few texts. The location of the model and the
+        program that saved it do not matter.
 
         Args:
             components: Names of components in the pipeline. Those that the pipeline lacks are skipped.
@@ -275,8 +276,11 @@ class BaseModel:
             if module is None:
                 continue
             if not isinstance(module, nn.Module):
-                vocabulary = [module.get_vocab(), module.model_max_length]
-                digest.update(json.dumps(vocabulary, sort_keys=True).encode())
+                tokens = module(
+                    list(_PROBES), padding="max_length", truncation=True, max_length=min(module.model_max_length, 77)
+                )
+                content = [module.get_vocab(), module.model_max_length, tokens["input_ids"]]
+                digest.update(json.dumps(content, sort_keys=True).encode())
                 continue
             digest.update(json.dumps(_configuration(module), sort_keys=True, default=str).encode())
             for key, tensor in module.state_dict().items():
@@ -302,6 +306,15 @@ class BaseModel:
         """Return the components that are never trained."""
         parts = [self.vae, getattr(self.pipeline, "text_encoder", None), getattr(self.pipeline, "text_encoder_2", None)]
         return [part for part in parts if part is not None]
+
+
+# Texts that tell tokenizers of one vocabulary apart: by their merges, their padding, and what they do to letters.
+_PROBES = (
+    "",
+    "a photograph of an astronaut riding a horse on the moon, highly detailed, 8k",
+    "The QUICK brown fox's 12 jumps over 3,450 lazy dogs & cats! (été, naïve, straße)",
+    "watercolour lighthouse thunderstorm butterfly architecture mountainous strawberry",
+)
 
 
 def flow_of_scheduler(scheduler: "SchedulerMixin") -> Flow:

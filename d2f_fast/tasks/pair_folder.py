@@ -8,9 +8,10 @@ A shard that has its name is whole and is never written again. Nothing in the fo
 or on the time, so that two folders of the same options, made on the same kind of machine, are equal byte for byte.
 """
 
+import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,12 +36,13 @@ class PairFolder:
         folder: Folder of the pairs, which this process has locked.
         plan: What is made, and how.
         process: This process.
+        origin: Entries about the model in the meta.json of each pair.
 
     Raises:
-        RefusedInputError: A finished shard has been damaged.
+        RefusedInputError: A finished shard has been damaged, or holds other pairs.
     """
 
-    def __init__(self, folder: Path, plan: PairPlan, process: Process) -> None:
+    def __init__(self, folder: Path, plan: PairPlan, process: Process, origin: Mapping[str, object]) -> None:
         self.folder, self.plan, self.process = folder, plan, process
         numbers = range(plan.num_shards)
         self.missing = [number for number in numbers if not self.path(number).exists()]
@@ -48,7 +50,7 @@ class PairFolder:
         for number in filter(process.owns, numbers):
             if number in missing:
                 continue
-            self._check_finished(number)
+            self._check_finished(number, origin)
         for path in folder.glob(".tmp-*.tar"):
             # Another process may be writing the shard that it owns.
             if process.owns(_number_of(path)):
@@ -62,7 +64,7 @@ class PairFolder:
         """Return the path of a shard."""
         return self.folder / shard_name(number)
 
-    def _check_finished(self, number: int) -> None:
+    def _check_finished(self, number: int, origin: Mapping[str, object]) -> None:
         """Refuse a finished shard that does not hold its pairs.
 
         Raises:
@@ -71,7 +73,8 @@ class PairFolder:
         path, pairs = self.path(number), self.plan.shard(number)
         try:
             shard = read_shard(path)
-            whole = len(shard) == len(pairs) and shard.meta.get("seed") == self.plan.pair_seed(pairs.start)
+            meta = json.loads(json.dumps({**self.plan.meta(pairs.start), **origin}))
+            whole = len(shard) == len(pairs) and shard.meta == meta and len(shard.kinds) == 1
         except DatasetError:
             whole = False
         if not whole:

@@ -128,16 +128,30 @@ def _has_shards(folder: Path) -> bool:
     return any(not path.name.startswith(".") for path in folder.glob("*.tar"))
 
 
+def _read(path: Path) -> object:
+    """Return the content of a pairs.json.
+
+    Raises:
+        RefusedInputError: It cannot be read.
+    """
+    try:
+        return read_json(path)
+    except RefusedInputError as error:
+        raise RefusedInputError(
+            f"{printable(path)} is damaged: name a new output_dir, or remove the file if no shard is finished"
+        ) from error
+
+
 def _is_of_pairs(path: Path) -> bool:
     """Return whether a pairs.json is one of this package."""
-    found = read_json(path)
+    found = _read(path)
     return isinstance(found, dict) and found.get("format") == FORMAT
 
 
 def _is_replaced(path: Path, wanted: Mapping[str, object]) -> bool:
     """Return whether process 0 writes pairs.json: there is none, or one of other options before any shard of them."""
     # The shards are looked for last: process 0 finishes the first one after it has written pairs.json.
-    return not path.exists() or (_is_of_pairs(path) and read_json(path) != wanted and not _has_shards(path.parent))
+    return not path.exists() or (_is_of_pairs(path) and _read(path) != wanted and not _has_shards(path.parent))
 
 
 def _shards_alone(folder: Path) -> RefusedInputError:
@@ -149,7 +163,7 @@ def _shards_alone(folder: Path) -> RefusedInputError:
 
 def _refuse_changes(path: Path, wanted: Mapping[str, object], *, of_all: bool = False) -> None:
     """Refuse a pairs.json that differs from the wanted entries, or also in further ones where all are wanted."""
-    found = read_json(path)
+    found = _read(path)
     if not isinstance(found, dict):
         raise RefusedInputError(f"{printable(path)} does not describe pairs: name a new output_dir")
     for key in {**wanted, **found} if of_all else wanted:

@@ -88,6 +88,19 @@ class PairPlan:
         low, high = self.guidance_scale, self.guidance_scale_max
         return low if low == high else round(low + (high - low) * _hashed("guidance", self.seed, index) / 2**64, 3)
 
+    def meta(self, index: int) -> dict[str, object]:
+        """Return the meta.json of a pair, without the entries about the model."""
+        return {
+            "index": index,
+            "seed": self.pair_seed(index),
+            "guidance_scale": self.guidance(index),
+            "guidance_scale_range": [self.guidance_scale, self.guidance_scale_max],
+            "steps": len(self.times) - 1,
+            "solver": self.solver,
+            "height": self.height,
+            "width": self.width,
+        }
+
     def noise(self, index: int, shape: tuple[int, ...]) -> Tensor:
         """Return the noise of a pair in the numbers that the shard stores, in float32.
 
@@ -135,7 +148,7 @@ class PairGenerator:
         for position, i in enumerate(pairs):
             image = self._jpeg(stored[position]) if plan.save_images else None
             start, end = noise[position].numpy().astype(plan.dtype), stored[position].numpy()
-            yield PairRecord(f"{i:09d}", end, start, prompts[position], self._meta(i), image)
+            yield PairRecord(f"{i:09d}", end, start, prompts[position], plan.meta(i) | self._origin, image)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """Return the context in which the network runs."""
@@ -153,21 +166,6 @@ class PairGenerator:
             if plan.negative_prompt and self._negative is None:
                 self._negative = model.encode_prompts([plan.negative_prompt])
         return prompt_velocity(model, self._flow, prompts, plan.height, plan.width, scales, self._negative)
-
-    def _meta(self, index: int) -> dict[str, object]:
-        """Return the meta.json of a pair."""
-        plan = self._plan
-        return {
-            "index": index,
-            "seed": plan.pair_seed(index),
-            "guidance_scale": plan.guidance(index),
-            "guidance_scale_range": [plan.guidance_scale, plan.guidance_scale_max],
-            "steps": len(plan.times) - 1,
-            "solver": plan.solver,
-            "height": plan.height,
-            "width": plan.width,
-            **self._origin,
-        }
 
     def _jpeg(self, latents: Tensor) -> bytes:
         """Return the image of latents as a JPEG file; each is decoded alone."""

@@ -19,6 +19,7 @@ from d2f_fast.data.moments import MOST_STANDARD_ERRORS, Moments
         (lambda z: np.where(z > 4, np.inf, z), "infinity"),
         (lambda z: np.where(z > 4, np.nan, z), "NaN"),
         (lambda z: z * 1e100, "far too large"),
+        (lambda z: z * 1e-100, "deviation"),
     ],
 )
 def test_moments_notice_numbers_that_are_not_standard_normal(change: Callable[[Any], Any], name: str) -> None:

@@ -121,7 +121,11 @@ def broken(name: str, change: Callable[[dict[str, bytes]], dict[str, bytes]], se
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        broken("key", lambda m: {k: v for k, v in m.items() if k != "noise.npy"}, "000000000 has no noise.npy: each"),
+        broken(
+            "key",
+            lambda m: {k: v for k, v in m.items() if k != "noise.npy"},
+            "has no noise.npy beside image.jpg: each",
+        ),
         broken("shape", lambda m: m | {"noise.npy": npy(np.zeros((4, 8, 4), "f4"))}, "has the shape [4, 8, 4], and"),
         broken("flat", lambda m: m | {"noise.npy": npy(np.zeros(9, "f4"))}, "shape [9]: latents are [channels, height"),
         broken("whole", lambda m: m | {"noise.npy": npy(np.zeros((4, 8, 8), int))}, "holds int64: store float16"),
@@ -131,6 +135,9 @@ def broken(name: str, change: Callable[[dict[str, bytes]], dict[str, bytes]], se
         broken("short", lambda m: m | {"noise.npy": m["noise.npy"][:-4]}, "does not have the size that it states"),
         broken("prompt", lambda m: m | {"prompt.txt": b"x" * 50_000}, "has 50000 bytes, more than 40000: shorten it"),
         broken("meta", lambda m: m | {"meta.json": b"[1"}, "meta.json is not JSON"),
+        broken("long meta", lambda m: m | {"meta.json": b"1" * 70_000}, "has 70000 bytes, more than 65536"),
+        broken("header", lambda m: m | {"noise.npy": m["noise.npy"][:20]}, "in a .npy file of version 1.0"),
+        broken("dot", lambda m: {f"x.{k}": v for k, v in m.items()}, "behind a key without a dot, one after the other"),
         broken("parent", lambda m: m | {"a/../../x": b""}, "leaves the folder of the tar"),
     ],
 )
@@ -154,7 +161,7 @@ def test_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 def test_prompt_that_is_not_utf8_is_refused_when_it_is_read(tmp_path: Path) -> None:
     shard = read_shard(published(tmp_path / "a.tar", published_members() | {"prompt.txt": b"\xff"}))
-    with pytest.raises(DatasetError, match=r"a\.tar: prompt\.txt of pair 1 is not UTF-8 text"):
+    with pytest.raises(DatasetError, match=r"a\.tar: prompt\.txt of pair 000000001 is not UTF-8 text"):
         shard.read(1)
 
 
@@ -203,6 +210,17 @@ def test_key_that_comes_back_after_another_pair_is_refused(tmp_path: Path) -> No
                 tar.addfile(member, io.BytesIO(content))
     with pytest.raises(DatasetError, match=r"0\.tar: a is there twice"):
         read_shard(path)
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    members, path = published_members(), tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in ((".DS_Store", b""), *members.items()):
+            for own in (f"._{name}", f"0.{name}") if name in members else (name,):
+                member = tarfile.TarInfo(own)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert len(read_shard(path)) == 1
 
 
 def test_what_all_pairs_say_of_their_making_is_kept_once(write_pairs: Write, tmp_path: Path) -> None:

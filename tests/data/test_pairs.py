@@ -1,6 +1,7 @@
 """The data set of pairs: its sources, its index, and pairs that do not belong together."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def test_folders_files_and_ranges_name_the_shards(write_pairs: Write, tmp_path: 
         ((), "pairs: give a folder of shards, or tar files"),
         (("empty",), "empty holds no shards *.tar: give the folder that d2f pairs wrote"),
         (("no.tar",), "no.tar: there is no such shard"),
+        (("folder",), "1.tar is not an ordinary file: move it away, or name the shards"),
         (("{0..2}.tar",), "2.tar: there is no such shard"),
         (("{2..1}.tar",), "the range 2..1 has no numbers, or too many"),
         (("{0..99999999}.tar",), "has no numbers, or too many"),
@@ -70,6 +72,7 @@ def test_sources_without_shards_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    Path("folder/1.tar").mkdir(parents=True)
     Path("0.tar").touch()
     Path("1.tar").touch()
     with pytest.raises(DatasetError) as caught:
@@ -146,6 +149,10 @@ def test_files_that_are_not_read_and_missing_pairs_are_named(write_pairs: Write,
     unread, missing = PairDataset([tmp_path]).doubts
     assert unread.startswith(f"{tmp_path / '1.tar.gz'} and 1 more are not read: only uncompressed files *.tar in")
     assert missing.startswith(f"{tmp_path} holds 6 pairs, and its pairs.json names 20: the same d2f pairs command")
+    (tmp_path / "pairs.json").unlink()
+    os.mkfifo(tmp_path / "pairs.json")
+    assert PairDataset([tmp_path]).doubts == [unread]
+    (tmp_path / "pairs.json").unlink()
     for content in ("[]", "no JSON", '{"num_pairs": null}'):
         (tmp_path / "pairs.json").write_text(content)
         assert len(PairDataset([tmp_path]).doubts) == (2 if "null" in content else 1)

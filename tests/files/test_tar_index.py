@@ -111,7 +111,7 @@ def test_tar_that_goes_on_behind_its_end_is_refused(change: str, tmp_path: Path)
     changed = {
         "joined": content + content,  # As cat does.
         "hole": content[:second] + bytes(512) + content[second + 512 :],
-        "rest": content[:second] + bytes(2 << 20),  # An unfinished download in a file of its whole size.
+        "rest": content[:second] + bytes(65 << 20),  # An unfinished download in a file of its whole size.
     }
     path.write_bytes(changed[change])
     at = end if change == "joined" else second
@@ -121,8 +121,21 @@ def test_tar_that_goes_on_behind_its_end_is_refused(change: str, tmp_path: Path)
 
 def test_filling_of_a_large_record_is_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", MEMBERS)
-    path.write_bytes(path.read_bytes() + bytes(1 << 19))
+    path.write_bytes(path.read_bytes() + bytes(3 << 20))
     assert len(list(tar_members(path))) == 3
+    path.write_bytes(path.read_bytes() + b"x" * 512)
+    with pytest.raises(DatasetError, match="goes on behind the end"):
+        list(tar_members(path))
+
+
+def test_label_of_a_gnu_tar_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("label", b"V"), ("a", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            tar.addfile(member)
+    assert [member.name for member in tar_members(path)] == ["a"]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")])

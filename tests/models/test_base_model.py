@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from transformers import CLIPTokenizer
 
 from d2f_fast.errors import ModelError
 from d2f_fast.flow.naive_flow import NaiveFlow
 from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.configs import MINIATURE_FOLDER
 from d2f_fast.models.options import ModelOptions
 
 
@@ -87,6 +90,17 @@ def test_fingerprint_covers_the_tokenizer(model: BaseModel, folder: Path) -> Non
     changed = BaseModel.load(folder)
     assert changed.fingerprint("text_encoder") == model.fingerprint("text_encoder")
     assert changed.fingerprint("tokenizer") != model.fingerprint("tokenizer")
+    # The same vocabulary, with other merges and with other padding.
+    shutil.copytree(MINIATURE_FOLDER / "tokenizer", folder / "own")
+    merges = folder / "own" / "merges.txt"
+    found = []
+    for direction in (1, -1):
+        version, *lines = merges.read_text().splitlines()
+        merges.write_text("\n".join([version, *lines[::direction]]))
+        changed.pipeline.tokenizer = CLIPTokenizer.from_pretrained(folder / "own")
+        found.append(changed.fingerprint("tokenizer"))
+    changed.pipeline.tokenizer.pad_token = "!"
+    assert len({*found, changed.fingerprint("tokenizer")}) == 3
 
 
 def test_flow_of_a_network_that_predicts_the_flow_has_no_alignment(flow_xl: Any) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,6 +22,7 @@ from d2f_fast.tasks.processes import Process, owned_folder
 MakePlan = Callable[..., PairPlan]
 MakeGenerator = Callable[..., PairGenerator]
 SHAPE = (4, 8, 8)
+ORIGIN = {"model": "m"}  # that of `make_generator`
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -31,8 +32,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def fill(folder: Path, generator: PairGenerator, plan: PairPlan, process: Process = Process()) -> int:  # noqa: B008
     """Make the pairs of one process as the command does, and return how many it made."""
     with owned_folder(folder, process):
-        settle_record(folder, pair_record(plan, {"model": "m"}, Diff2FlowScheduler().config), process)
-        filled = PairFolder(folder, plan, process)
+        settle_record(folder, pair_record(plan, ORIGIN, Diff2FlowScheduler().config), process)
+        filled = PairFolder(folder, plan, process, ORIGIN)
         made = filled.fill(generator.shard)
         filled.write_grid(generator)
         return made
@@ -88,7 +89,7 @@ def test_process_leaves_unfinished_files_of_the_others_alone(filled: Filled, tmp
     folder.mkdir()
     for number in (0, 1):
         (folder / f".tmp-12345678-00000{number}.tar").touch()
-    PairFolder(folder, filled.plan, Process(1, 2))
+    PairFolder(folder, filled.plan, Process(1, 2), ORIGIN)
     assert os.listdir(folder) == [".tmp-12345678-000000.tar"]
 
 
@@ -103,7 +104,7 @@ def test_stop_says_how_much_is_finished_and_leaves_no_half_shard(
         yield from pairs
 
     with pytest.raises(StopRequestedError):
-        PairFolder(tmp_path, filled.plan, Process()).fill(stopped)
+        PairFolder(tmp_path, filled.plan, Process(), ORIGIN).fill(stopped)
     assert "d2f: 1 of 3 shards are finished: the same command makes the others" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["000000.tar"]
 
@@ -112,7 +113,7 @@ def test_stop_says_how_much_is_finished_and_leaves_no_half_shard(
 def test_finished_shard_that_was_cut_is_refused(cut: int, filled: Filled, tmp_path: Path) -> None:
     (tmp_path / "000002.tar").write_bytes((filled.folder / "000002.tar").read_bytes()[:cut])
     with pytest.raises(RefusedInputError, match=r"000002\.tar is damaged, or holds other pairs: remove it, and"):
-        PairFolder(tmp_path, filled.plan, Process())
+        PairFolder(tmp_path, filled.plan, Process(), ORIGIN)
 
 
 @pytest.mark.parametrize("of_shard", [0, 2, None], ids=["other pairs", "fewer pairs", "pipe"])
@@ -125,16 +126,27 @@ def test_file_that_is_not_the_shard_of_its_name_is_refused(
     else:
         shutil.copy(filled.folder / f"00000{of_shard}.tar", path)
     with pytest.raises(RefusedInputError, match=r"000001\.tar is damaged, or holds other pairs: remove it, and run"):
-        PairFolder(tmp_path, filled.plan, Process())
+        PairFolder(tmp_path, filled.plan, Process(), ORIGIN)
+
+
+@pytest.mark.parametrize("change", [{"guidance_scale": 4.0}, {"solver": "heun"}, {"height": 24}], ids=str)
+def test_shard_of_other_options_is_refused_though_its_seed_is_the_same(
+    change: dict[str, Any], filled: Filled, make_plan: MakePlan, tmp_path: Path
+) -> None:
+    shutil.copy(filled.folder / "000001.tar", tmp_path)
+    PairFolder(tmp_path, make_plan(), Process(), ORIGIN)
+    for plan, origin in ((make_plan(**change), ORIGIN), (make_plan(), {"model": "n"})):
+        with pytest.raises(RefusedInputError, match=r"000001\.tar is damaged, or holds other pairs"):
+            PairFolder(tmp_path, plan, Process(), origin)
 
 
 def test_grid_is_made_again_with_the_first_shard(filled: Filled, tmp_path: Path) -> None:
     for name in ("000001.tar", "000002.tar"):
         shutil.copy(filled.folder / name, tmp_path)
     (tmp_path / "grid.png").write_bytes(b"of other pairs")
-    PairFolder(tmp_path, filled.plan, Process(1, 2))
+    PairFolder(tmp_path, filled.plan, Process(1, 2), ORIGIN)
     assert (tmp_path / "grid.png").exists()  # Process 0 alone writes and removes it.
-    PairFolder(tmp_path, filled.plan, Process())
+    PairFolder(tmp_path, filled.plan, Process(), ORIGIN)
     assert not (tmp_path / "grid.png").exists()
 
 
@@ -142,7 +154,7 @@ def test_disk_that_is_too_small_is_refused_before_anything_is_made(
     filled: Filled, make_plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(num_pairs=400, pairs_per_shard=100)
-    folder = PairFolder(tmp_path, plan, Process())
+    folder = PairFolder(tmp_path, plan, Process(), ORIGIN)
     said = folder.check_disk(SHAPE)
     needed = float(said.split(" MiB")[0])
     made = sum(path.stat().st_size for path in filled.folder.glob("*.tar")) / 10
