@@ -67,16 +67,25 @@ def say_steps(given: int | None, steps: ChosenSteps) -> None:
         say_sampling(steps)
 
 
-def say_sampling(steps: ChosenSteps, guidance: ChosenGuidance | None = None) -> None:
+def say_sampling(
+    steps: ChosenSteps, guidance: ChosenGuidance | None = None, saved_guidance: float | None = None
+) -> None:
     """Print the number of sampling steps and the guidance scale that are taken, and where each of them comes from.
 
     Args:
         steps: Number of sampling steps.
         guidance: Guidance scale; None for a model that is sampled without guidance.
+        saved_guidance: Guidance scale that is saved with the model or LoRA; None for none. A line says where guidance
+            is added to one that is built in.
     """
     print(f"d2f: num_inference_steps {steps.number}, {steps.source}", file=sys.stderr)
     if guidance is not None:
         print(f"d2f: guidance_scale {guidance.scale:g}, {guidance.source}", file=sys.stderr)
+        if saved_guidance is not None and saved_guidance <= 1 < guidance.scale:
+            print(
+                "d2f: the model or LoRA has guidance built in, to which this one is added: leave --guidance_scale out",
+                file=sys.stderr,
+            )
 
 
 def check_lora_forms(base_model: str | None, loras: Sequence[Path], kohya_output: Path | None) -> None:

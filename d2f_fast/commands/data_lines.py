@@ -13,7 +13,7 @@ from d2f_fast.data.source_images import SourceTargetDataset, SourceTargetFolder
 from d2f_fast.errors import printable
 from d2f_fast.image_sizes import Resolution, Size, sizes_of
 from d2f_fast.training.batches import mixture_of_run
-from d2f_fast.training.doubtful_options import doubts
+from d2f_fast.training.doubtful_options import doubts, doubts_about_pairs
 from d2f_fast.training.summary import pair_tags
 from d2f_fast.training.trainer import AlignedTrainer
 
@@ -58,6 +58,7 @@ def data_lines(
             f" {made['d2f.pairs_solver']}{end}"
         )
         yield from dataset.doubts
+        yield from doubts_about_pairs(trainer.config, dataset.common_meta("lora"))
     elif isinstance(dataset, SourceTargetDataset):
         share = dataset.options.source_noise
         yield f"the flow starts from the source images, with a share of {share:g} of noise, and ends at the targets"

@@ -8,6 +8,7 @@ import torch
 
 from d2f_fast.commands.depth_checks import depth_tags
 from d2f_fast.commands.load_model import load_with_lora
+from d2f_fast.errors import printable
 from d2f_fast.image_sizes import first_size
 from d2f_fast.lora.tags import starts_from_zeros
 from d2f_fast.models.configs import check_one_text_encoder
@@ -35,7 +36,7 @@ def load_depth_model(model: str, lora: Sequence[str], options: ModelOptions, sam
     loaded = load_with_lora(model, lora, options, None, context_images=1)
     pipeline, flow_options = loaded.pipeline, loaded.scheduler_options
     own, tags = saved_tags(loaded.source), depth_tags(loaded.source, lora)
-    print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
+    print(f"d2f: Model {printable(model)}: {loaded.facts}", file=sys.stderr)
     normalization: Any = tags.get("d2f.depth_normalization")
     if normalization is None:
         normalization = "disparity" if pipeline.config.get("prediction_type") == "disparity" else "affine"

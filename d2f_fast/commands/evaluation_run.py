@@ -20,7 +20,7 @@ from d2f_fast.commands.evaluation_tables import (
 )
 from d2f_fast.commands.load_model import SampledModel, load_with_lora
 from d2f_fast.data.captions import read_caption_file
-from d2f_fast.errors import RefusedInputError
+from d2f_fast.errors import RefusedInputError, printable
 from d2f_fast.evaluation import features as imagenet
 from d2f_fast.evaluation.comparison import compare_images
 from d2f_fast.evaluation.image_set import FeatureNetwork, Features, compute_features, generate_squares, read_squares
@@ -65,7 +65,7 @@ def run_evaluation(command: "Evaluate", files: "ImageFiles", output: Path) -> di
     if command.model is not None:
         loaded = load_with_lora(command.model, command.lora, command.model_options, command.shift)
         steps = command.steps_of(loaded.source)
-        print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
+        print(f"d2f: Model {printable(command.model)}: {loaded.facts}", file=sys.stderr)
         if command.reference is not None:
             say_steps(command.num_inference_steps, steps)
         loaded.pipeline.to(device)

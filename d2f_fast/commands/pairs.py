@@ -28,8 +28,15 @@ from d2f_fast.lora.source import check_lora_file, lora_identity, parse_lora
 from d2f_fast.models.library_messages import silence_libraries
 from d2f_fast.models.names import MINIATURE
 from d2f_fast.models.options import ModelOptions
-from d2f_fast.models.tags import options_of_training
-from d2f_fast.sampling.options import check_negative_prompt, complete_size, image_size
+from d2f_fast.models.tags import lowest_guidance, options_of_training
+from d2f_fast.sampling.options import (
+    ChosenGuidance,
+    check_negative_prompt,
+    chosen_guidance,
+    complete_size,
+    guidance_or_default,
+    image_size,
+)
 from d2f_fast.tasks.pair_record import check_record, prompt_entries
 from d2f_fast.tasks.processes import Process, device_of, owned_folder
 
@@ -60,7 +67,7 @@ class Pairs:
         num_pairs: Number of pairs. The prompts are taken in turn, each time with other noise. Default: one pair of each
             prompt.
         guidance_scale: Strength of classifier-free guidance, which the trained model then has built in. 1 and 0 turn it
-            off.
+            off. Default: the one saved with the LoRA or model (1 where guidance is built in), or 3.
         batch_size: Number of pairs that each process generates at once.
         mixed_precision: Precision of the network. "fp16" and "bf16" are faster on a GPU; "no" is float32.
         output_dir: Folder for the pairs (numbered tar files, called shards), pairs.json and grid.png, a picture of the
@@ -106,7 +113,7 @@ class Pairs:
     model: str = option("essential", MINIATURE, metavar="MODEL")
     lora: tuple[str, ...] = option("essential", (), metavar="PATH[:SCALE]")
     num_pairs: int | None = option("essential", None, at_least(1, MAX_STEPS))
-    guidance_scale: float = option("essential", 3.0, check_guidance)
+    guidance_scale: float | None = option("essential", None, check_guidance)
     batch_size: int = option("essential", 8, at_least(1, MAX_BATCH))
     mixed_precision: Literal["no", "fp16", "bf16"] = option("essential", "no")
     output_dir: str = option("essential", "d2f-pairs", metavar="FOLDER")
@@ -180,7 +187,8 @@ class Pairs:
             of_prompts = f"{plan.num_pairs} pairs of {used}{len(prompts)} prompts"
             shards = f"{plan.num_shards} shard{'s' if plan.num_shards > 1 else ''}"
             for line in (
-                f"Model: {loaded.facts}",
+                f"Model {printable(self.model)}: {loaded.facts}",
+                _method_line(self, chosen_guidance(self.guidance_scale, loaded.guidance_scale)),
                 f"{of_prompts} in {shards}{already}{by}; {space}",
             ):
                 print(f"d2f: {line}", file=sys.stderr)
@@ -213,6 +221,7 @@ class Pairs:
         except ValueError as error:
             raise RefusedInputError(str(error)) from error
         height, width = self._size(model.unet.config.sample_size, model.downsampling)
+        lowest, highest = self._guidance(loaded.guidance_scale)
         plan = PairPlan(
             prompts=prompts,
             num_pairs=self.num_pairs or len(prompts),
@@ -221,8 +230,8 @@ class Pairs:
             seed=self.seed,
             times=times,
             solver=self.solver,
-            guidance_scale=self.guidance_scale,
-            guidance_scale_max=self.guidance_scale if self.guidance_scale_max is None else self.guidance_scale_max,
+            guidance_scale=lowest,
+            guidance_scale_max=highest,
             negative_prompt=self.negative_prompt,
             height=height,
             width=width,
@@ -231,6 +240,24 @@ class Pairs:
             save_images=self.save_images,
         )
         return plan, scheduler
+
+    def _guidance(self, saved: float | None) -> tuple[float, float]:
+        """Return the lowest and the highest guidance scale of the pairs.
+
+        Args:
+            saved: Guidance scale that is saved with the LoRA or model; None for none.
+
+        Raises:
+            RefusedInputError: The range is empty, or a negative prompt would have no effect.
+        """
+        lowest = guidance_or_default(self.guidance_scale, saved)
+        highest = lowest if self.guidance_scale_max is None else self.guidance_scale_max
+        if self.guidance_scale_max is not None and not 1 <= lowest < highest:
+            raise RefusedInputError(
+                f"guidance_scale_max must be above guidance_scale, and that at least 1, got {highest:g} and {lowest:g}"
+            )
+        check_negative_prompt(self.negative_prompt, highest)
+        return lowest, highest
 
     def _prompts(self) -> Iterator[str]:
         """Yield the prompts of the file, and then the captions of the data set.
@@ -259,16 +286,11 @@ class Pairs:
 
     def _checked_prompts(self) -> list[str]:
         """Return the prompts, once everything that can be refused without torch has been checked."""
-        from d2f_fast.models.configs import check_seen_images, downsampling_of, read_configs
+        from d2f_fast.models.configs import check_seen_images, downsampling_of, local_name, read_configs
 
         if self.prompts_file is None and self.train_data_dir is None:
             raise RefusedInputError("give --prompts_file, --train_data_dir, or both: pairs need prompts")
         check_options(self)
-        if self.guidance_scale_max is not None and not 1 <= self.guidance_scale < self.guidance_scale_max:
-            raise RefusedInputError(
-                f"guidance_scale_max must be above guidance_scale, and that at least 1, got {self.guidance_scale_max}"
-                f" and {self.guidance_scale}"
-            )
         if self.prompts_file is not None and not Path(self.prompts_file).is_file():
             raise RefusedInputError(f"prompts_file: {printable(self.prompts_file)} is not a file: give a text file")
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
@@ -279,26 +301,32 @@ class Pairs:
         for name in ("image_column", "caption_column", "caption_extension"):
             if self.train_data_dir is None and getattr(self, name) is not None:
                 raise RefusedInputError(f"{name} needs --train_data_dir: leave {name} out")
-        check_negative_prompt(self.negative_prompt, self.guidance_scale_max or self.guidance_scale)
         if (configs := read_configs(self.model, self.model_options)) is not None:
             check_seen_images(self.model, configs, "give a text-to-image model")
             self._size(configs.unet.get("sample_size"), downsampling_of(configs.vae))
         check_lora_and_output(self.lora, self.output_dir, self.shift, model=self.model, options=self.model_options)
+        source = local_name(self.model, self.model_options)
+        # What is saved with a hub id that is not on this machine is known once it is loaded.
+        saved = lowest_guidance(source or self.model, [parse_lora(entry).path for entry in self.lora])
+        guidance = self._guidance(saved)
         prompts = list(self._prompts())
         if (output := Path(self.output_dir)).is_dir():
-            check_record(output, self._known_entries(prompts))
+            check_record(output, self._known_entries(prompts, source, guidance))
         return prompts
 
-    def _known_entries(self, prompts: list[str]) -> dict[str, object]:
+    def _known_entries(
+        self, prompts: list[str], source: str | None, guidance: tuple[float, float]
+    ) -> dict[str, object]:
         """Return the entries of pairs.json that are known before the model is loaded, by their names there."""
         from d2f_fast.files.hashes import file_sha256
-        from d2f_fast.models.configs import local_name
 
         same = (
-            *("pairs_per_shard", "seed", "num_inference_steps", "solver", "flow_spacing", "guidance_scale"),
+            *("pairs_per_shard", "seed", "num_inference_steps", "solver", "flow_spacing"),
             *("negative_prompt", "dtype", "mixed_precision", "batch_size", "save_images"),
         )
-        source = local_name(self.model, self.model_options)
+        scales = dict(zip(("guidance_scale", "guidance_scale_max"), guidance, strict=True))
+        if source is None and self.guidance_scale is None:
+            scales = {}
         of_training: dict[str, Any] = {}
         if source is not None or self.lora:  # A hub id says it once it is loaded.
             found = options_of_training(source or self.model, self.lora, self.model_options, self.shift)
@@ -310,8 +338,15 @@ class Pairs:
             "num_pairs": self.num_pairs or len(prompts),
             **prompt_entries(prompts),
             **{name: getattr(self, name) for name in same},
-            "guidance_scale_max": self.guidance_scale if self.guidance_scale_max is None else self.guidance_scale_max,
+            **scales,
             **of_training,
             **{name: side for name, side in sizes.items() if side is not None},
             "lora": [lora_identity(file_sha256(check_lora_file(path)), scale) for path, scale in sources],
         }
+
+
+def _method_line(command: Pairs, guidance: ChosenGuidance) -> str:
+    """Return in one line how pairs are made, with the guidance scale that was chosen."""
+    scale = f"{guidance.scale:g}" + (f" to {command.guidance_scale_max:g}" if command.guidance_scale_max else "")
+    merged = f"; LoRA {', '.join(map(printable, command.lora))}" if command.lora else ""
+    return f"guidance_scale {scale}, {guidance.source}; {command.num_inference_steps} steps of {command.solver}{merged}"

@@ -292,11 +292,11 @@ class Sample:
         from d2f_fast.models.solve import Sampling, generate_images, images_size, invert_images
 
         loaded = load_with_lora(self._model, self.lora, self.model_options, self.shift)
-        print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
+        print(f"d2f: Model {printable(self._model)}: {loaded.facts}", file=sys.stderr)
         steps, guidance = self._steps_of(loaded.source), chosen_guidance(self.guidance_scale, loaded.guidance_scale)
         if self.guidance_scale is None and self._own_guidance is not None:
             guidance = ChosenGuidance(self._own_guidance, "the default with --invert")
-        say_sampling(steps, guidance)
+        say_sampling(steps, guidance, loaded.guidance_scale)
         model = BaseModel(loaded.pipeline, self.model_options, loaded.facts)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         sampling = Sampling(

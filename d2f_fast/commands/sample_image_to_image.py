@@ -209,7 +209,7 @@ class SampleImageToImage:
         from d2f_fast.models.solve import Sampling
 
         loaded = load_with_lora(self.model, self.lora, self.model_options, self.shift, from_image=True)
-        print(f"d2f: Model: {loaded.facts}", file=sys.stderr)
+        print(f"d2f: Model {printable(self.model)}: {loaded.facts}", file=sys.stderr)
         tags, source_noise = _tags_and_noise(loaded.source, self.lora, self.source_noise)
         steps = self._steps_of(loaded.source)
         guidance = chosen_guidance(self.guidance_scale, loaded.guidance_scale)

@@ -165,7 +165,12 @@ class Train:
         facts = trainer.model.facts
         if trainer.accelerator.is_main_process:
             taught = [] if trainer.teacher is None else [str(trainer.teacher)]
-            of_model = trainer.paths, f"Model: {facts}", method_line(trainer.config, trainer.model.flow), *taught
+            of_model = (
+                trainer.paths,
+                f"Model {printable(self.pretrained_model_name_or_path)}: {facts}",
+                method_line(trainer.config, trainer.model.flow),
+                *taught,
+            )
             for line in (*of_model, *data_lines(trainer, dataset, self.folders, self.options.resolution)):
                 print(f"d2f: {line}", file=sys.stderr)
         # A signal that arrives after the last step waits until the result is saved, unless a checkpoint holds it.
@@ -262,11 +267,12 @@ def _say_how_to_sample(output: Path, base: str, trainer: "AlignedTrainer", resul
     """Print how to generate images with the result, and write the same into its model card."""
     from d2f_fast.lora.family import family_of
     from d2f_fast.training.model_card import CARD_FILE, write_model_card
-    from d2f_fast.training.recipe import recipe
+    from d2f_fast.training.recipe import placeholders, recipe
 
     run, family = {**result, "images_per_step": trainer.global_batch_size}, family_of(trainer.unet)
     for way in recipe(output, trainer.tags, family, base=base):
         print(f"d2f: {way.line}", file=sys.stderr)
+    print(f"d2f: {placeholders(trainer.tags, names_base=False)}", file=sys.stderr)
     if write_model_card(output, base, family, trainer.config, trainer.tags, run) is None:
         print(f"d2f: {output / CARD_FILE} is not a model card of d2f_fast, and is kept", file=sys.stderr)
 

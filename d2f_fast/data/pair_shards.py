@@ -33,7 +33,7 @@ REQUIRED = (LATENTS, NOISE, PROMPT)
 MAX_PROMPT_BYTES = 40_000  # 10,000 characters, as for captions
 _MAX_META_BYTES = 1 << 16
 # Entries of meta.json that say how pairs were made, and that other pairs of the same kind have, too.
-_OF_ALL_PAIRS = "model", "vae", "text_encoders", "guidance_scale_range", "steps", "solver", "height", "width"
+_OF_ALL_PAIRS = "model", "vae", "text_encoders", "lora", "guidance_scale_range", "steps", "solver", "height", "width"
 _MAGIC_1_0 = np.lib.format.magic(1, 0)
 
 

@@ -195,7 +195,9 @@ def shard_paths(sources: Sequence[StrPath]) -> list[Path]:
     seen: set[Path] = set()
     for path in paths:
         if not path.exists():
-            raise DatasetError(f"{printable(path)}: there is no such shard; check the path, or the range of numbers")
+            raise DatasetError(
+                f"{printable(path)}: there is no such folder or shard; check the path, or the range of numbers"
+            )
         if not path.is_file():
             raise DatasetError(f"{printable(path)} is not an ordinary file: move it away, or name the shards")
         if (resolved := path.resolve()) in seen:

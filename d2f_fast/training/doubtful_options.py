@@ -28,3 +28,24 @@ def doubts(config: TrainingConfig, own_size: int | None) -> list[str]:
             f" of {config.learning_rate:g}"
         )
     return lines
+
+
+def doubts_about_pairs(config: TrainingConfig, lora: object) -> list[str]:
+    """Return a line on each way in which a run on pairs probably starts from another network than was meant.
+
+    Args:
+        config: options of the run.
+        lora: entry "lora" of the pairs' meta.json: the LoRA with which they were made; empty or None for none.
+    """
+    lines = []
+    if lora and config.init_lora is None:
+        lines.append(
+            "the pairs were made with a LoRA, and the run starts without it: to start where they were made, give it as"
+            " --init_lora"
+        )
+    if config.distill and config.adapter == "lora" and config.init_lora is None:
+        lines.append(
+            "--distill learns a single jump, which follows a straightened path only: unless the model was trained on"
+            " pairs before, train without --distill first, and give the result as --init_lora"
+        )
+    return lines

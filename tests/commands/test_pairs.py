@@ -133,7 +133,14 @@ def test_pairs_of_a_changed_model_are_not_mixed(
         (["--prompts_file", "no.txt"], "prompts_file: no.txt is not a file: give a text file"),
         (["--train_data_dir", "none"], "train_data_dir: none is not a folder"),
         (["--prompts_file", "a.txt", "--guidance_scale", "0.5"], "guidance_scale must be 1 or 0"),
-        (["--prompts_file", "a.txt", "--guidance_scale_max", "2"], "guidance_scale_max must be above guidance_scale"),
+        (
+            ["--prompts_file", "a.txt", "--guidance_scale_max", "2"],
+            "guidance_scale_max must be above guidance_scale, and that at least 1, got 2 and 3",
+        ),
+        (
+            ["--prompts_file", "a.txt", "--guidance_scale", "1", "--negative_prompt", "x"],
+            "negative_prompt has no effect",
+        ),
         (["--prompts_file", "a.txt", "--guidance_scale", "0", "--guidance_scale_max", "2"], "and that at least 1, got"),
         (["--prompts_file", "a.txt", "--model", "./m.ckpt"], "is a pickle"),
         (["--prompts_file", "a.txt", "--lora", "no"], "LoRA no: there is no such file or folder"),

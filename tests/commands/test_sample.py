@@ -146,7 +146,7 @@ def test_command_prints_nothing_of_other_libraries(tiny_folder, tmp_path):
     more = ["--num_inference_steps", "1", "--output_dir", str(tmp_path)]
     done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line]
-    assert done.returncode == 0 and lines[0].startswith("d2f: Model: ")
+    assert done.returncode == 0 and lines[0].startswith(f"d2f: Model {tiny_folder}: ")
     assert all(line.startswith("d2f: ") or "%|" in line for line in lines), done.stderr
 
 
@@ -204,13 +204,15 @@ def test_guidance_is_the_lowest_that_the_files_recommend_unless_it_is_given(tiny
         ("one", ["--lora", style, pair, "--guidance_scale", "1"], "1, as given"),
         ("style", ["--lora", style], "3, as saved with the model or LoRA"),
         ("three", ["--lora", style, "--guidance_scale", "3"], "3, as given"),
+        ("added", ["--lora", pair, "--guidance_scale", "3"], "3, as given"),
         ("default", [], "3, the default"),
     ):
         command = ["sample", "--prompts", "ab", "--model", str(tiny_folder), "--num_inference_steps", "2"]
         assert main([*command, "--output_dir", str(tmp_path / "images"), *options]) == 0
         images[name] = np.asarray(Image.open(tmp_path / "images" / "000.png"))
-        (said,) = [line for line in capsys.readouterr().err.splitlines() if "guidance_scale" in line]
-        assert said == f"d2f: guidance_scale {expected}"
+        said = [line for line in capsys.readouterr().err.splitlines() if "guidance" in line]
+        added = ["d2f: the model or LoRA has guidance built in, to which this one is added: leave --guidance_scale out"]
+        assert said == [f"d2f: guidance_scale {expected}", *(added if name == "added" else [])]
     assert np.array_equal(images["saved"], images["one"]) and np.array_equal(images["style"], images["three"])
     random_lora(tiny_folder, tmp_path / "bad.safetensors", 1, {"d2f.recommended_guidance": "0.5"})
     assert main([*command, "--lora", str(tmp_path / "bad.safetensors")]) == 2

@@ -142,7 +142,12 @@ def test_model_is_rectified_twice_from_its_own_pairs(tiny_folder, tmp_path, caps
     assert options["caption_dropout"] == 0 and options["resolution"] == 16
     assert main(["sample", "--model", model, "--lora", "run1", "--prompts", "ab"]) == 0
     assert "guidance_scale 1, as saved with the model or LoRA" in capsys.readouterr().err
-    assert main([*make, "--lora", "run1", "--guidance_scale", "1", "--output_dir", "pairs2"]) == 0
+    # Guidance is built into the LoRA, so that its own pairs are made without.
+    assert main([*make, "--lora", "run1", "--output_dir", "pairs2"]) == 0
+    said = capsys.readouterr().err
+    assert "d2f: guidance_scale 1, as saved with the model or LoRA; 3 steps of euler; LoRA run1" in said
+    assert main([*make, "--lora", "run1", "--guidance_scale", "2", "--output_dir", "pairs2", "--dry_run"]) == 2
+    assert "pairs.json: guidance_scale was 1.0 and is now 2.0" in capsys.readouterr().err
     first, second = (PairDataset([name]).shards[0].meta for name in ("pairs1", "pairs2"))
     assert first["lora"] == [] and len(second["lora"]) == 1 and first["model"] == second["model"]
     assert main([*train, "--init_lora", "run1", "--pairs", "pairs2", "--output_dir", "run2"]) == 0
@@ -200,7 +205,7 @@ def test_published_shards_train_as_those_of_this_package(tiny_folder, write_pair
         (["--train_data_dir", ".", "--pairs", "x"], "give either --train_data_dir or --pairs"),
         (["--pairs", "x", "--random_flip"], "random_flip has no effect on pairs: leave it out"),
         (["--pairs", "x", "--caption_column", "a"], "caption_column has no effect on pairs: leave it out"),
-        (["--pairs", "nothing"], "nothing: there is no such shard"),
+        (["--pairs", "nothing"], "nothing: there is no such folder or shard"),
         (["--pairs", "x", "--distill", "--teacher", "base"], "a teacher the velocity along the way: leave one of the"),
         (["--pairs", "."], ". holds no shards *.tar: give the folder that d2f pairs wrote"),
     ],
@@ -268,14 +273,14 @@ def test_finished_full_finetuning_is_extended_in_place(train, tmp_path, capsys):
     assert "pipeline is not the result of a run, and is not replaced: move it away" in capsys.readouterr().err
 
 
-def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tmp_path, capsys):
+def test_model_options_are_printed_recorded_and_must_match_on_resume(train, tiny_folder, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"]
     assert train(output, *options) == 0
     lines = capsys.readouterr().err.splitlines()
     ours = [line for line in lines if line.startswith("d2f: ")]
     assert ours[1] == (
-        "d2f: Model: a UNet other than SD1.x, SD2.x and SDXL, v-prediction (option --prediction_type),"
+        f"d2f: Model {tiny_folder}: a UNet other than SD1.x, SD2.x and SDXL, v-prediction (option --prediction_type),"
         " zero terminal SNR (option --rescale_betas_zero_snr)"
     )
     config = json.loads((output / "config.json").read_text())
@@ -469,7 +474,7 @@ def test_loss_on_held_out_images_is_logged_and_shown_in_the_card(train, images, 
         (["--validation_steps", "1"], "validation_steps needs something to validate with: add --validation_prompts, "),
         (["--validation_data_dir", "x"], "held-out samples need --validation_steps, how often their loss is measured"),
         (["--validation_steps", "1", "--validation_data_dir", "x"], "validation_data_dir: x is not a folder"),
-        (["--validation_steps", "1", "--validation_pairs", "x"], "x: there is no such shard"),
+        (["--validation_steps", "1", "--validation_pairs", "x"], "x: there is no such folder or shard"),
     ):
         capsys.readouterr()
         assert train(tmp_path / "refused", *given) == 2

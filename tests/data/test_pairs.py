@@ -59,9 +59,9 @@ def test_folders_files_and_ranges_name_the_shards(write_pairs: Write, tmp_path: 
     [
         ((), "pairs: give a folder of shards, or tar files"),
         (("empty",), "empty holds no shards *.tar: give the folder that d2f pairs wrote"),
-        (("no.tar",), "no.tar: there is no such shard"),
+        (("no.tar",), "no.tar: there is no such folder or shard"),
         (("folder",), "1.tar is not an ordinary file: move it away, or name the shards"),
-        (("{0..2}.tar",), "2.tar: there is no such shard"),
+        (("{0..2}.tar",), "2.tar: there is no such folder or shard"),
         (("{2..1}.tar",), "the range 2..1 has no numbers, or too many"),
         (("{0..99999999}.tar",), "has no numbers, or too many"),
         (("0.tar", "{0..1}.tar"), "0.tar is named twice"),

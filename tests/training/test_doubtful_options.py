@@ -3,7 +3,7 @@
 import pytest
 
 from d2f_fast.config import TrainingConfig
-from d2f_fast.training.doubtful_options import doubts
+from d2f_fast.training.doubtful_options import doubts, doubts_about_pairs
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,14 @@ def test_oblong_size_is_judged_by_its_area() -> None:
     assert doubts(TrainingConfig(resolution=(512, 2048)), 512) == []  # 1024 x 1024
     (line,) = doubts(TrainingConfig(resolution=(512, 512, 512, 2056)), 512)
     assert line.startswith("resolution 512 x 2056 is more than twice the size that the model was made for, 512 x 512")
+
+
+def test_pairs_of_another_start_are_said() -> None:
+    made_with = ["0123:1"]
+    assert doubts_about_pairs(TrainingConfig(), []) == doubts_about_pairs(TrainingConfig(), None) == []
+    assert doubts_about_pairs(TrainingConfig(init_lora="a", distill=True), made_with) == []
+    (line,) = doubts_about_pairs(TrainingConfig(), made_with)
+    assert line.startswith("the pairs were made with a LoRA, and the run starts without it: to start where they were")
+    (line,) = doubts_about_pairs(TrainingConfig(distill=True), [])
+    assert line.startswith("--distill learns a single jump, which follows a straightened path only")
+    assert doubts_about_pairs(TrainingConfig(distill=True, adapter="full"), []) == []
