@@ -121,7 +121,7 @@ REFUSALS = {
     f"{TRAIN} own.safetensors --conv_rank 2": "conv_rank is 2, and own.safetensors has no such layers",
     f"{TRAIN} own.safetensors --target_modules to_q": "target_modules is to_q, and own.safetensors has 0 of its 14",
     f"{ON_PAIRS} p16": "0.tar has latents of 16 channels, and the model takes 4: train the model that made the pairs",
-    f"{ON_PAIRS} a b": "b/1.tar was made with another model (bbbbbbbbbbbbbbbb) than a/a.tar (aaaaaaaaaaaaaaaa): give",
+    f"{ON_PAIRS} a b": "b/b.tar was made with another model (bbbbbbbbbbbbbbbb) than a/a.tar (aaaaaaaaaaaaaaaa): give",
     f"{ON_PAIRS} a --resolution 64": "shorter side is 32 pixels, and the resolution is 64: give --resolution 32",
     "train --pretrained_model_name_or_path zero_snr --train_data_dir data": f"scheduler_config.json: {ZERO_SNR}",
     f"{SAMPLE} --rescale_betas_zero_snr": f"option --rescale_betas_zero_snr: {ZERO_SNR}",
