@@ -8,7 +8,10 @@
 Each case is one run of `d2f train --task depth`, whose folder `pipeline` is then measured as `d2f evaluate` does. A
 case that is already in the folder is not trained again, and is refused where other options made it. The table has the
 means over the images and the seeds, with 95 % intervals from resampling the images; they do not include other seeds of
-the training. The cases `one_step` learn the depth as one step from zeros in place of noise, the recipe of "Fine-Tuning
+the training. A second table has the AbsRel of the case `diff2flow` as a share of that of each other case, on the same
+images and the seeds that both have.
+
+The cases `one_step` learn the depth as one step from zeros in place of noise, the recipe of "Fine-Tuning
 Image-Conditional Diffusion Models is Easier than You Think" (arXiv 2409.11355) with the loss of the latents, and are
 measured at 1 step.
 """
@@ -152,6 +155,28 @@ def table(output: Path) -> list[str]:
     return lines
 
 
+def comparison(output: Path) -> list[str]:
+    """Return the lines of a table of the mean AbsRel of the aligned objective, as a share of that of each other one."""
+    errors: dict[str, dict[int, dict[str, list[float]]]] = {}
+    for row in rows_of(output).values():
+        measured = {steps: [error["abs_rel"] for error in found] for steps, found in row["errors"].items()}
+        errors.setdefault(row["case"], {})[row["seed"]] = measured
+    lines = ["| AbsRel of | as a share of that of | seeds | steps | share |", "|---|---|---|---|---|"]
+    for case in filter(errors.__contains__, CASES):
+        own = f"{case.partition('_')[0]}_diff2flow"
+        seeds = sorted(errors[case].keys() & errors.get(own, {}).keys())
+        if case == own or not seeds:
+            continue
+        for steps in errors[case][seeds[0]]:
+            means = np.stack([np.mean([errors[name][seed][steps] for seed in seeds], axis=0) for name in (own, case)])
+            share = bootstrap_interval(lambda pairs: pairs[:, 0].mean() / pairs[:, 1].mean(), means.T, repeats=1000)
+            counted = ", ".join(map(str, seeds))
+            lines.append(
+                f"| {own} | {case} | {counted} | {steps} | {share.value:.2f} ({share.low:.2f} to {share.high:.2f}) |"
+            )
+    return lines
+
+
 def main() -> None:
     """Run the cases, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,7 +202,7 @@ def main() -> None:
         for seed in options.seeds:
             for case in options.cases:
                 run(case, seed, options)
-    print("\n".join(table(options.output)))
+    print("\n".join([*table(options.output), "", *comparison(options.output)]))
 
 
 if __name__ == "__main__":

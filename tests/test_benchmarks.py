@@ -457,6 +457,21 @@ def test_table_of_depth_has_the_steps_that_each_case_was_measured_at(tmp_path):
     shown = [("lora_diff2flow", "1"), ("lora_diff2flow", "2"), ("lora_one_step", "1")]
     assert lines == [[f" {case} ", " 0, 1 ", f" {steps} "] for case, steps in shown]
     assert "0.150 (0.150 to 0.150)" in depth_table.table(tmp_path)[-1]
+    (share,) = depth_table.comparison(tmp_path)[2:]
+    assert share == "| lora_diff2flow | lora_one_step | 0, 1 | 1 | 1.00 (1.00 to 1.00) |"
+
+
+def test_errors_of_two_objectives_are_compared_on_the_same_images_and_seeds(tmp_path):
+    for case, seed, values in (
+        ("full_diff2flow", 0, [0.1, 0.3]),
+        ("full_diff2flow", 1, [0.9, 0.9]),
+        ("full_diffusion", 0, [0.2, 0.6]),
+        ("lora_diffusion", 0, [1.0, 1.0]),
+    ):
+        row = {"case": case, "seed": seed, "errors": {"4": [{"abs_rel": value} for value in values]}}
+        (tmp_path / f"{case}-{seed}.json").write_text(json.dumps(row))
+    (share,) = depth_table.comparison(tmp_path)[2:]
+    assert share == "| full_diff2flow | full_diffusion | 0 | 4 | 0.50 (0.50 to 0.50) |"
 
 
 def test_rows_of_other_options_are_refused():
