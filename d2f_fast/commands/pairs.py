@@ -324,9 +324,9 @@ class Pairs:
             *("pairs_per_shard", "seed", "num_inference_steps", "solver", "flow_spacing"),
             *("negative_prompt", "dtype", "mixed_precision", "batch_size", "save_images"),
         )
-        scales = dict(zip(("guidance_scale", "guidance_scale_max"), guidance, strict=True))
-        if source is None and self.guidance_scale is None:
-            scales = {}
+        scales: dict[str, float] = {}
+        if source is not None or self.guidance_scale is not None:
+            scales = dict(zip(("guidance_scale", "guidance_scale_max"), guidance, strict=True))
         of_training: dict[str, Any] = {}
         if source is not None or self.lora:  # A hub id says it once it is loaded.
             found = options_of_training(source or self.model, self.lora, self.model_options, self.shift)

@@ -25,7 +25,7 @@ from d2f_fast.data.loading import (
 from d2f_fast.data.order import Augmentation, BatchPlan
 from d2f_fast.errors import printable
 from d2f_fast.image_sizes import Size, sizes_of
-from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.base_model import TEXT_COMPONENTS, BaseModel
 
 Input = TypeVar("Input")
 
@@ -76,7 +76,7 @@ class BatchEncoder:
             vae = model.fingerprint("vae")
             for size in set(self._sizes):
                 self._latents[size] = LatentCache(folder, model=vae, resolution=size, center_crop=config.center_crop)
-        texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        texts = model.fingerprint(*TEXT_COMPONENTS)
         self._texts = EmbeddingCache(folder, model=texts)
         self._identities: dict[int, ImageIdentity] = {}
         self._captions: dict[int, Captions] = {}

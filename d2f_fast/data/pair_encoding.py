@@ -17,7 +17,7 @@ from d2f_fast.data.pair_checks import check_origin, check_pairs_fit, check_size_
 from d2f_fast.data.pairs import PairDataset
 from d2f_fast.errors import DatasetError
 from d2f_fast.image_sizes import Resolution
-from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.base_model import TEXT_COMPONENTS, BaseModel
 
 # Largest number of float16. Latents and noise are far below it, and the squared error of more would overflow.
 _LARGEST = 65504.0
@@ -62,7 +62,7 @@ class PairEncoder:
         check_pairs(dataset, model, fingerprints, config.resolution or model.resolution)
         check_size_for_lpips(config, size_of_pairs(dataset, model.downsampling))
         self._model, self._dataset = model, dataset
-        texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        texts = model.fingerprint(*TEXT_COMPONENTS)
         self._texts = EmbeddingCache(config.cache_dir or Path(config.output_dir) / "cache", model=texts)
 
     def load(self, plan: BatchPlan) -> LoadedPairs:

@@ -284,15 +284,24 @@ def _members_of(pair: PairRecord) -> Iterator[tuple[str, bytes]]:
     yield META, (json.dumps(pair.meta, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def not_finite(pair: PairRecord | Pair) -> str | None:
+    """Return the name of the member of a pair that holds NaN or an infinity; None where neither does.
+
+    Args:
+        pair: Pair to be written, or as it was read.
+    """
+    arrays = ((LATENTS, pair.latents), (NOISE, pair.noise))
+    return next((name for name, array in arrays if not np.isfinite(array).all()), None)
+
+
 def _check_finite(pair: PairRecord, path: Path) -> None:
     """Refuse a pair with NaN or an infinity."""
-    for name, array in ((LATENTS, pair.latents), (NOISE, pair.noise)):
-        if not np.isfinite(array).all():
-            raise DatasetError(
-                f"{printable(path)}: {name} of pair {pair.key} holds NaN or infinity: run the model in float32"
-                " (--mixed_precision no), and keep larger numbers (--dtype float32); if both are given, look at images"
-                " of the model with d2f sample"
-            )
+    if (name := not_finite(pair)) is not None:
+        raise DatasetError(
+            f"{printable(path)}: {name} of pair {pair.key} holds NaN or infinity: run the model in float32"
+            " (--mixed_precision no), and keep larger numbers (--dtype float32); if both are given, look at images"
+            " of the model with d2f sample"
+        )
 
 
 def _npy(array: Array) -> bytes:

@@ -2,8 +2,6 @@
 
 import hashlib
 import itertools
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +11,10 @@ import numpy as np
 
 from d2f_fast.data.file_names import PAIRS_FILE
 from d2f_fast.data.moments import Moments
-from d2f_fast.data.pair_shards import LATENTS, NOISE, Pair, Shard, read_shard
-from d2f_fast.errors import DatasetError, printable
+from d2f_fast.data.pair_shards import Pair, Shard, not_finite, read_shard
+from d2f_fast.errors import DatasetError, RefusedInputError, printable
 from d2f_fast.files.atomic import StrPath
-from d2f_fast.files.tar_index import opened, read_at
+from d2f_fast.files.json_file import read_json
 
 # Pairs of the first shard, and of each other one, whose noise and latents are looked at.
 CHECKED_PAIRS, CHECKED_LATER = 64, 4
@@ -128,12 +126,11 @@ def _check_some_pairs(shard: Shard, most: int) -> float:
     noise, latents = Moments(), Moments()
     for position in np.unique(np.linspace(0, len(shard) - 1, min(most, len(shard))).astype(int)).tolist():
         pair = shard.read(position)
-        for name, array in ((LATENTS, pair.latents), (NOISE, pair.noise)):
-            if not np.isfinite(array).all():
-                raise DatasetError(
-                    f"{printable(shard.path)}: {name} of pair {printable(shard.key(position))} holds NaN or infinity:"
-                    " make the pairs again"
-                )
+        if (name := not_finite(pair)) is not None:
+            raise DatasetError(
+                f"{printable(shard.path)}: {name} of pair {printable(shard.key(position))} holds NaN or infinity:"
+                " make the pairs again"
+            )
         noise.add(pair.noise)
         latents.add(pair.latents)
     if (difference := noise.difference_from_normal()) is not None:
@@ -154,12 +151,11 @@ def _doubts(folder: Path, shards: Sequence[Shard]) -> Iterator[str]:
         named = f" and {len(other) - 1} more are" if len(other) > 1 else " is"
         yield f"{printable(other[0])}{named} not read: only uncompressed files *.tar in the folder itself are"
     try:
-        with opened(folder / PAIRS_FILE) as descriptor:  # A named pipe would wait for a writer.
-            planned = json.loads(read_at(descriptor, os.fstat(descriptor).st_size, 0, folder))["num_pairs"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        record = read_json(folder / PAIRS_FILE)
+    except RefusedInputError:
         return  # Pairs of other programs have no such file.
     found = sum(len(shard) for shard in shards if shard.path.parent == folder)
-    if found != planned:
+    if isinstance(record, dict) and "num_pairs" in record and found != (planned := record["num_pairs"]):
         yield (
             f"{printable(folder)} holds {found} pairs, and its {PAIRS_FILE} names {printable(str(planned)[:20])}: the"
             " same d2f pairs command makes those that are missing"

@@ -22,7 +22,7 @@ from d2f_fast.data.source_images import SourceTargetDataset, sizes_differ
 from d2f_fast.errors import DatasetError, printable
 from d2f_fast.files.hashes import FileHashes
 from d2f_fast.image_sizes import Size, size_text, sizes_of
-from d2f_fast.models.base_model import BaseModel
+from d2f_fast.models.base_model import TEXT_COMPONENTS, BaseModel
 
 if TYPE_CHECKING:
     import os
@@ -90,7 +90,7 @@ class SourceTargetEncoder:
             for size in set(self._sizes):
                 settings = {"model": vae, "resolution": size_text(size)}
                 self._caches[size] = SourceTargetCache(folder, settings)
-        texts = model.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        texts = model.fingerprint(*TEXT_COMPONENTS)
         self._texts = EmbeddingCache(folder, model=texts)
 
     def load(self, plan: BatchPlan) -> LoadedSlice:

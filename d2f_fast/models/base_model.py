@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from d2f_fast.lora.start import StartingLora
 
+# Components of a pipeline on which the encoding of a prompt depends; a pipeline may lack some.
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
 
 class BaseModel:
     """A diffusers text-to-image pipeline and its parts, with frozen weights.
@@ -298,8 +301,7 @@ class BaseModel:
         model without a LoRA, and so are taken before one is merged or injected. The type in which the weights are held
         does not matter.
         """
-        text = "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"
-        parts = {"unet": ("unet",), "vae": ("vae",), "text_encoders": text}
+        parts = {"unet": ("unet",), "vae": ("vae",), "text_encoders": TEXT_COMPONENTS}
         return {name: self.fingerprint(*components, most=4096)[:16] for name, components in parts.items()}
 
     def _frozen(self) -> list[nn.Module]:

@@ -108,7 +108,7 @@ def check_record(folder: Path, known: Mapping[str, object]) -> None:
     if not path.exists():
         if has_shards:
             raise _shards_alone(folder)
-    elif has_shards or not _is_of_pairs(path):
+    elif has_shards or not _is_of_pairs(_read(path)):
         _refuse_changes(path, json.loads(json.dumps(known)))
 
 
@@ -142,16 +142,18 @@ def _read(path: Path) -> object:
         ) from error
 
 
-def _is_of_pairs(path: Path) -> bool:
-    """Return whether a pairs.json is one of this package."""
-    found = _read(path)
+def _is_of_pairs(found: object) -> bool:
+    """Return whether the content of a pairs.json is that of one of this package."""
     return isinstance(found, dict) and found.get("format") == FORMAT
 
 
 def _is_replaced(path: Path, wanted: Mapping[str, object]) -> bool:
     """Return whether process 0 writes pairs.json: there is none, or one of other options before any shard of them."""
+    if not path.exists():
+        return True
+    found = _read(path)
     # The shards are looked for last: process 0 finishes the first one after it has written pairs.json.
-    return not path.exists() or (_is_of_pairs(path) and _read(path) != wanted and not _has_shards(path.parent))
+    return _is_of_pairs(found) and found != wanted and not _has_shards(path.parent)
 
 
 def _shards_alone(folder: Path) -> RefusedInputError:
